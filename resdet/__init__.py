@@ -1,0 +1,93 @@
+"""Faster R-CNN on a ResNet-101 with FPN for torchvision: build, fine-tune, evaluate, export.
+
+The names below are the public ones. Each is imported when it is first used, so that ``import resdet`` costs nothing.
+Detections on image files, and drawing them, are in ``resdet.predict``.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from resdet.config import Config, load_config
+    from resdet.data.coco import read_coco
+    from resdet.data.dataset import DetectionDataset
+    from resdet.data.voc import read_voc
+    from resdet.errors import ConfigError, DataError, TrainingError, UserError, WeightsError
+    from resdet.evaluation.detect import evaluate
+    from resdet.export import export_backbone, load_backbone
+    from resdet.models.backbone import ResNetFPN, resnet_fpn
+    from resdet.models.detector import Detector, DetectorSpec, build_detector, fasterrcnn_resnet101_fpn, load_detector
+    from resdet.training.loop import train
+    from resdet.types import Category, Detections, Prediction, Target
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Category": "resdet.types",
+    "Config": "resdet.config",
+    "ConfigError": "resdet.errors",
+    "DataError": "resdet.errors",
+    "DetectionDataset": "resdet.data.dataset",
+    "Detections": "resdet.types",
+    "Detector": "resdet.models.detector",
+    "DetectorSpec": "resdet.models.detector",
+    "Prediction": "resdet.types",
+    "ResNetFPN": "resdet.models.backbone",
+    "Target": "resdet.types",
+    "TrainingError": "resdet.errors",
+    "UserError": "resdet.errors",
+    "WeightsError": "resdet.errors",
+    "build_detector": "resdet.models.detector",
+    "evaluate": "resdet.evaluation.detect",
+    "export_backbone": "resdet.export",
+    "fasterrcnn_resnet101_fpn": "resdet.models.detector",
+    "load_backbone": "resdet.export",
+    "load_config": "resdet.config",
+    "load_detector": "resdet.models.detector",
+    "read_coco": "resdet.data.coco",
+    "read_voc": "resdet.data.voc",
+    "resnet_fpn": "resdet.models.backbone",
+    "train": "resdet.training.loop",
+}
+
+__all__ = [
+    "Category",
+    "Config",
+    "ConfigError",
+    "DataError",
+    "DetectionDataset",
+    "Detections",
+    "Detector",
+    "DetectorSpec",
+    "Prediction",
+    "ResNetFPN",
+    "Target",
+    "TrainingError",
+    "UserError",
+    "WeightsError",
+    "build_detector",
+    "evaluate",
+    "export_backbone",
+    "fasterrcnn_resnet101_fpn",
+    "load_backbone",
+    "load_config",
+    "load_detector",
+    "read_coco",
+    "read_voc",
+    "resnet_fpn",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'resdet' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

@@ -1,0 +1,116 @@
+"""Where the configuration meets the library: from its sections to datasets and models. Nothing below takes a Config."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from resdet.config import CocoSource, Config, ModelConfig, ShapesSource, Source, config_from_plain
+from resdet.data.augment import build_augment
+from resdet.data.coco import read_coco
+from resdet.data.dataset import DetectionDataset
+from resdet.data.images import FolderImages, check_files
+from resdet.data.shapes import ShapesImages, shapes_table
+from resdet.data.voc import read_voc
+from resdet.errors import UserError, WeightsError
+from resdet.models.detector import Detector, DetectorSpec, build_detector, load_detector_weights
+from resdet.models.norm import calibrate_norm, has_fresh_frozen_norm
+from resdet.models.weights import locate, read_checkpoint, read_tensors
+
+logger = logging.getLogger(__name__)
+
+
+def build_dataset(
+    source: Source, *, training: bool, augment: Sequence[dict[str, dict[str, Any]]] = ()
+) -> DetectionDataset:
+    """Read a dataset's annotations and make sure that its images are there.
+
+    Args:
+        source: One of the configuration's ``data`` sections.
+        training: Whether it is trained on; only then is it augmented.
+        augment: albumentations transforms by name, as the configuration states them.
+
+    Raises:
+        DataError: If anything of it is missing or damaged.
+    """
+    steps = build_augment(list(augment)) if augment and training else None
+    if isinstance(source, ShapesSource):
+        table = shapes_table(source.num_images, source.image_size, source.seed)
+        if source.classes is not None:
+            table = table.select_classes(source.classes)
+        return DetectionDataset(table, ShapesImages(source.num_images, source.image_size, source.seed), steps, training=training)
+    if isinstance(source, CocoSource):
+        table = read_coco(source.annotations, classes=source.classes)
+        root, use_difficult = source.images, False
+    else:
+        table = read_voc(source.root, source.split, classes=source.classes)
+        root, use_difficult = source.root, source.use_difficult
+    check_files(root, table)
+    return DetectionDataset(table, FolderImages(root, table), steps, training=training, use_difficult=use_difficult)
+
+
+def build_model(config: ModelConfig, train_set: DetectionDataset, *, weights_follow: bool) -> Detector:
+    """Make the detector for a dataset's classes, with its first weights.
+
+    Args:
+        config: The configuration's ``model`` section.
+        train_set: Gives the classes, and the images from which frozen norms are calibrated.
+        weights_follow: A checkpoint will be loaded over whatever the model holds, so none are fetched.
+
+    Raises:
+        WeightsError: If the first weights are missing or do not fit.
+        UserError: If a norm is frozen on random weights and is not to be calibrated.
+    """
+    spec = DetectorSpec.model_validate(config.model_dump(include=set(DetectorSpec.model_fields)))
+    file = None if config.weights is None or weights_follow else locate(config.weights, config.arch)
+    # A whole detector's file brings its own backbone; anything else is the backbone's first weights.
+    whole = file is not None and any(name.startswith("roi_heads.") for name in read_tensors(file))
+    model = build_detector(
+        spec,
+        num_classes=train_set.table.num_classes,
+        weights_backbone=None if whole else file,
+        trainable_layers=config.trainable_layers,
+        categories=train_set.categories,
+    )
+    if whole and file is not None:
+        load_detector_weights(model, file)
+    if weights_follow or not has_fresh_frozen_norm(model):
+        return model
+    if config.calibration_images == 0:
+        raise UserError(
+            f"model.weights: {config.weights} leaves the frozen norms as they were made, and on random weights that "
+            "diverges: give trained weights, or set model.calibration_images (64, say)"
+        )
+    num_images = min(config.calibration_images, train_set.table.num_images)
+    num_norms = calibrate_norm(model.backbone.body, _calibration_batches(model, train_set, num_images))
+    logger.info("statistics of %d frozen norms calibrated from %d training images", num_norms, num_images)
+    return model
+
+
+def _calibration_batches(model: Detector, dataset: DetectionDataset, num_images: int) -> Iterator[Tensor]:
+    """Give training images as the backbone sees them, ``[B, 3, H, W]``, at the size used in evaluation."""
+    training = model.transform.training
+    model.transform.eval()
+    for start in range(0, num_images, 16):
+        indices = range(start, min(start + 16, num_images))
+        images = [torch.from_numpy(dataset.image(i)).permute(2, 0, 1).float() / 255 for i in indices]
+        yield model.transform(images)[0].tensors
+    model.transform.train(training)
+
+
+def config_of_checkpoint(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """Give the configuration that a run's checkpoint carries, with overrides.
+
+    Raises:
+        WeightsError: If the file cannot be read or carries no configuration.
+        ConfigError: If an override does not fit.
+    """
+    payload = read_checkpoint(path)
+    if "config" not in payload:
+        raise WeightsError(f"{path}: carries no configuration (it is not a checkpoint of tools/train.py)")
+    return config_from_plain(payload["config"], overrides, source=str(path))

@@ -1,0 +1,32 @@
+"""Mistakes a user can make, each with a type of its own; the tools turn them into one line and exit code 2."""
+
+from __future__ import annotations
+
+
+class UserError(ValueError):
+    """Something outside the program must change; the message says what must hold, what was got, and where."""
+
+
+class ConfigError(UserError):
+    """A configuration does not say what it must.
+
+    Attributes:
+        problems: Every problem found, one readable line each, in the order of the file.
+    """
+
+    def __init__(self, source: str, problems: list[str]) -> None:
+        self.problems = problems
+        lines = [f"{source}: {len(problems)} problem{'s' if len(problems) > 1 else ''}"]
+        super().__init__("\n".join(lines + [f"  {problem}" for problem in problems]))
+
+
+class DataError(UserError):
+    """A dataset, an annotation file or an image is missing, unreadable or contradicts itself."""
+
+
+class WeightsError(UserError):
+    """Weights or a checkpoint are missing, damaged, or made for another model."""
+
+
+class TrainingError(UserError):
+    """Training cannot go on with these settings (a non-finite loss, a rate too high)."""

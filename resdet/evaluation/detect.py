@@ -1,0 +1,307 @@
+"""From a model and images to detections, and from a dataset's detections to its numbers."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from resdet.data.annotations import AnnotationTable
+from resdet.errors import DataError, WeightsError
+from resdet.evaluation.coco import ClassMetrics, CocoMetrics, coco_metrics
+from resdet.evaluation.voc import VocMetrics, voc_metrics
+from resdet.types import Category, Detections, Prediction
+
+if TYPE_CHECKING:
+    from resdet.data.dataset import DetectionDataset
+
+Precision = Literal["fp32", "bf16", "fp16"]
+_AUTOCAST = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+Detect = Callable[[Sequence[Tensor], str], list[Prediction]]
+"""Takes uint8 images ``[3, H, W]`` and what to call them in messages; gives their detections, on the CPU."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How good a model is on a dataset.
+
+    Attributes:
+        coco: COCO's metrics.
+        voc: VOC's metrics at IoU 0.5.
+        detections: What the model found, images in the dataset's order, by falling score in each.
+    """
+
+    coco: CocoMetrics
+    voc: VocMetrics
+    detections: Detections
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """COCO's ``AP``, ``AP50``, ... and VOC's ``voc_AP50``, ``voc_AP50_11point`` by name; -1 is undefined."""
+        return self.coco.as_dict() | self.voc.as_dict()
+
+    @property
+    def per_class(self) -> tuple[ClassMetrics, ...]:
+        """COCO's rows per class, in the dataset's label order."""
+        return self.coco.per_class
+
+
+def evaluate(
+    model: nn.Module,
+    dataset: DetectionDataset,
+    *,
+    batch_size: int = 1,
+    num_workers: int = 0,
+    device: torch.device | None = None,
+    precision: Precision = "fp32",
+    rank: int = 0,
+    world_size: int = 1,
+    progress: bool = False,
+) -> Evaluation:
+    """Run a model over a dataset and measure it.
+
+    A dataset may list the model's classes in another order: they are matched by name.
+
+    Args:
+        model: A ``Detector``, or any of torchvision's ``FasterRCNN`` (which knows no names: its number of classes is
+            compared, and its labels are taken to be the dataset's).
+        dataset: Images and ground truth.
+        batch_size: Images per forward pass. Images of a batch are padded to one size, which can move scores a little.
+        num_workers: Processes that read images; 0 reads them in this one.
+        device: Where to compute; the model is moved there and stays. None: where it is.
+        precision: fp32, or autocast to bf16 or fp16.
+        rank: This process's number, 0..world_size - 1.
+        world_size: Processes that share the work; each must call this, and each is given the whole result.
+        progress: Show a progress bar on standard error.
+
+    Raises:
+        DataError: If model and dataset do not have the same classes.
+        WeightsError: If the model answers with NaN or infinity.
+    """
+    labels = _labels_in_dataset(model, dataset.table)
+    found = detect(
+        model,
+        dataset,
+        batch_size=batch_size,
+        num_workers=num_workers,
+        device=device,
+        precision=precision,
+        rank=rank,
+        world_size=world_size,
+        progress=progress,
+    )
+    if labels is not None:
+        found = Detections(found.image_index, found.boxes, labels[found.labels], found.scores)
+    return Evaluation(coco_metrics(dataset.table, found), voc_metrics(dataset.table, found), found)
+
+
+def detect(
+    model: nn.Module,
+    dataset: DetectionDataset,
+    *,
+    batch_size: int = 1,
+    num_workers: int = 0,
+    device: torch.device | None = None,
+    precision: Precision = "fp32",
+    rank: int = 0,
+    world_size: int = 1,
+    progress: bool = False,
+) -> Detections:
+    """Run a model over every image of a dataset, each once.
+
+    The model's training flags and the random states of torch, NumPy and Python are afterwards what they were.
+
+    Args:
+        model: As for ``evaluate``.
+        dataset: Images.
+        batch_size: As for ``evaluate``, like all that follow.
+        num_workers: Processes that read images.
+        device: Where to compute.
+        precision: fp32, bf16 or fp16.
+        rank: This process's number.
+        world_size: Processes that share the work; above 1, ``torch.distributed`` must be initialised.
+        progress: Show a progress bar on standard error (rank 0).
+
+    Returns:
+        The model's own labels; images in the dataset's order, by falling score in each.
+
+    Raises:
+        WeightsError: If the model answers with NaN or infinity.
+    """
+    from resdet.data.loader import eval_loader
+
+    image_ids = dataset.table.image_ids
+    seen: list[int] = []
+    predictions: list[Prediction] = []
+    with _random_states_kept(), inference(model, device=device, precision=precision) as run:
+        loader = eval_loader(dataset, batch_size=batch_size, num_workers=num_workers, rank=rank, world_size=world_size)
+        with tqdm(
+            total=len(range(rank, len(image_ids), world_size)), unit="image", disable=not progress or rank > 0
+        ) as bar:
+            for images, _, indices in loader:
+                predictions += run(images, f"image_id={image_ids[indices].tolist()} of {dataset.table.name}")
+                seen += indices
+                bar.update(len(indices))
+    parts = [_rows(seen, predictions)]
+    shares = [seen]
+    if world_size > 1:
+        gathered: list[Any] = [None] * world_size
+        dist.all_gather_object(gathered, (seen, parts[0]))
+        shares, parts = map(list, zip(*gathered, strict=True))
+    assert sorted(index for share in shares for index in share) == list(range(len(image_ids)))
+    image_index, boxes, labels, scores = (np.concatenate(columns) for columns in zip(*parts, strict=True))
+    order = np.argsort(image_index, kind="stable")
+    return Detections(image_index[order], boxes[order], labels[order], scores[order])
+
+
+@contextmanager
+def inference(
+    model: nn.Module, *, device: torch.device | None = None, precision: Precision = "fp32"
+) -> Iterator[Detect]:
+    """Put a model into evaluation mode and give a function that runs it on uint8 images.
+
+    Every module's training flag is restored at the end. Gradients are off inside that function only, and by
+    ``no_grad``: tensors that a model caches in ``inference_mode`` could not take part in training afterwards.
+
+    Args:
+        model: A torchvision ``FasterRCNN``.
+        device: Where to compute; the model is moved there and stays. None: where it is.
+        precision: fp32, or autocast to bf16 or fp16.
+
+    Raises:
+        WeightsError: By the given function, if the model computes NaN or infinity. Thresholds drop such boxes, so
+            without a look at what comes before them a diverged model would pass for one that finds nothing.
+    """
+    if device is None:
+        device = next(model.parameters()).device
+    else:
+        model.to(device)
+    finite: list[Tensor] = []
+
+    def watch(_module: nn.Module, _inputs: Any, outputs: Sequence[Tensor | Sequence[Tensor]]) -> None:
+        for output in outputs:
+            finite.extend(torch.isfinite(part).all() for part in ([output] if isinstance(output, Tensor) else output))
+
+    @torch.no_grad()
+    def run(images: Sequence[Tensor], where: str) -> list[Prediction]:
+        finite.clear()
+        batch = [image.to(device, non_blocking=True).float() / 255 for image in images]
+        with torch.autocast(device.type, dtype=_AUTOCAST[precision], enabled=precision != "fp32"):
+            outputs = model(batch)
+        finite.extend(torch.isfinite(output[key]).all() for output in outputs for key in ("boxes", "scores"))
+        if finite and not torch.stack(finite).all():
+            raise WeightsError(f"the model computes NaN or infinity on {where} ({_suspect(model, precision)})")
+        return [
+            Prediction(
+                boxes=output["boxes"].float().cpu(),
+                labels=output["labels"].cpu(),
+                scores=output["scores"].float().cpu(),
+            )
+            for output in outputs
+        ]
+
+    training = {module: module.training for module in model.modules()}
+    watched = [name for name in ("rpn.head", "roi_heads.box_predictor") if _has_submodule(model, name)]
+    handles = [model.get_submodule(name).register_forward_hook(watch) for name in watched]
+    model.eval()
+    try:
+        yield run
+    finally:
+        for handle in handles:
+            handle.remove()
+        # train() first, for modules that do more in it than set the flag; then the flags a user set one by one.
+        model.train(training[model])
+        for module, flag in training.items():
+            module.training = flag
+
+
+def model_categories(model: nn.Module) -> tuple[Category, ...]:
+    """Give a detector's classes, or none for a model that does not know them (torchvision's own)."""
+    categories: tuple[Category, ...] = getattr(model, "categories", ())
+    return tuple(categories)
+
+
+def _labels_in_dataset(model: nn.Module, table: AnnotationTable) -> npt.NDArray[np.int64] | None:
+    """Give the dataset's label for each of the model's, int64 ``[K + 1]``, or None where they are the same."""
+    ours, theirs = model_categories(model), table.categories
+    if not ours:
+        predictor = getattr(getattr(model, "roi_heads", None), "box_predictor", None)
+        num_classes = getattr(getattr(predictor, "cls_score", None), "out_features", table.num_classes)
+        if num_classes != table.num_classes:
+            raise DataError(
+                f"the model has {num_classes} classes, background included, and {table.name} has {table.num_classes}: "
+                "they must agree (a torchvision model of 91 classes is trained on COCO's category ids, not on labels)"
+            )
+        return None
+    label_of = {category.name: category.label for category in theirs}
+    names = {category.name for category in ours}
+    missing = [category.name for category in theirs if category.name not in names]
+    unknown = [category.name for category in ours if category.name not in label_of]
+    if missing or unknown:
+        raise DataError(
+            f"model and dataset must have the same classes: only {table.name} has {_listed(missing)}; "
+            f"only the model has {_listed(unknown)}"
+        )
+    if all(label_of[category.name] == category.label for category in ours):
+        return None
+    labels = np.zeros(len(ours) + 1, dtype=np.int64)
+    for category in ours:
+        labels[category.label] = label_of[category.name]
+    return labels
+
+
+def _listed(names: list[str]) -> str:
+    if not names:
+        return "none"
+    return ", ".join(map(repr, names[:10])) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
+
+
+def _suspect(model: nn.Module, precision: Precision) -> str:
+    """Say where NaN may come from."""
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            return f"its {name} is not finite: training diverged"
+    return (
+        "its weights are finite: fp16 ends at 65504, try bf16 or fp32"
+        if precision == "fp16"
+        else "its weights are finite"
+    )
+
+
+def _rows(
+    indices: Sequence[int], predictions: Sequence[Prediction]
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64], npt.NDArray[np.int64], npt.NDArray[np.float64]]:
+    """Give predictions as the four columns of ``Detections``."""
+    counts = [len(prediction["scores"]) for prediction in predictions]
+    return (
+        np.repeat(np.asarray(indices, dtype=np.int64), counts),
+        torch.cat([torch.empty(0, 4), *(prediction["boxes"] for prediction in predictions)]).double().numpy(),
+        torch.cat([torch.empty(0).long(), *(prediction["labels"] for prediction in predictions)]).numpy(),
+        torch.cat([torch.empty(0), *(prediction["scores"] for prediction in predictions)]).double().numpy(),
+    )
+
+
+def _has_submodule(model: nn.Module, name: str) -> bool:
+    return any(name == known for known, _ in model.named_modules())
+
+
+@contextmanager
+def _random_states_kept() -> Iterator[None]:
+    """Give every global random generator its state back: an evaluation must not change the training around it."""
+    numpy_state, python_state = np.random.get_state(), random.getstate()  # noqa: NPY002 - others use the global one
+    try:
+        with torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_available() else []):
+            yield
+    finally:
+        np.random.set_state(numpy_state)  # noqa: NPY002
+        random.setstate(python_state)

@@ -1,0 +1,55 @@
+"""An evaluation as files for programs and as a table for people."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from resdet.data.annotations import AnnotationTable
+from resdet.evaluation.coco import detections_to_coco
+from resdet.evaluation.detect import Evaluation
+
+
+def write_evaluation(output_dir: Path, evaluation: Evaluation, table: AnnotationTable) -> None:
+    """Write ``metrics.json`` (all numbers, per class too) and ``detections.json`` (COCO's result format).
+
+    Args:
+        output_dir: Made if it is not there.
+        evaluation: What to write.
+        table: The ground truth it was measured on; gives the dataset's own image and category ids.
+    """
+    output_dir.mkdir(parents=True, exist_ok=True)
+    document = {
+        "dataset": table.name,
+        "num_images": table.num_images,
+        "metrics": evaluation.metrics,
+        "per_class": {
+            row.name: {key: value for key, value in vars(row).items() if key != "name"}
+            | {f"voc_{key}": value for key, value in vars(voc).items() if key.startswith("AP")}
+            for row, voc in zip(evaluation.per_class, evaluation.voc.per_class, strict=True)
+        },
+    }
+    (output_dir / "metrics.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    detections = detections_to_coco(table, evaluation.detections)
+    (output_dir / "detections.json").write_text(json.dumps(detections) + "\n", encoding="utf-8")
+
+
+def metrics_table(evaluation: Evaluation) -> str:
+    """Give a table of one line per class and one for all, then every overall number; ``-`` is undefined."""
+    columns = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large", "AR_max")
+    voc = evaluation.voc.per_class
+    width = max(len("all"), *(len(row.name) for row in voc), 5)
+    lines = [f"{'class':{width}} {'boxes':>7} " + " ".join(f"{name:>9}" for name in (*columns, "voc_AP50"))]
+    for row, voc_row in zip(evaluation.per_class, voc, strict=True):
+        numbers = [getattr(row, name) for name in columns] + [voc_row.AP]
+        lines.append(f"{row.name:{width}} {row.num_boxes:>7} " + " ".join(f"{_number(n):>9}" for n in numbers))
+    overall = [getattr(evaluation.coco, name) for name in columns] + [evaluation.voc.AP]
+    num_boxes = sum(row.num_boxes for row in voc)
+    lines.append(f"{'all':{width}} {num_boxes:>7} " + " ".join(f"{_number(n):>9}" for n in overall))
+    lines.append("")
+    lines += [f"{name:<18} {_number(value)}" for name, value in evaluation.metrics.items()]
+    return "\n".join(lines)
+
+
+def _number(value: float) -> str:
+    return "-" if value < 0 else f"{value:.3f}"

@@ -1,0 +1,169 @@
+"""The plug-in: a ResNet body and torchvision's feature pyramid, as torchvision's detectors take a backbone.
+
+Legend: ``B`` images, ``C`` channels, ``H, W`` pixels. The body's C2..C5 are named ``"0".."3"``, and so are the
+pyramid's P2..P5, because torchvision's ``MultiScaleRoIAlign`` looks for these names; P6 is ``"pool"`` (or ``"p6"``,
+then ``"p7"``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+from torch import Tensor, nn
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelMaxPool, LastLevelP6P7
+
+from resdet.errors import UserError
+from resdet.models.resnet import ResNet
+from resdet.models.weights import WeightsSource, load_backbone_weights
+
+ExtraBlocks = Literal["pool", "p6p7"]
+
+
+class ResNetFPN(nn.Module):
+    """A body and its feature pyramid; made by ``resnet_fpn``.
+
+    Args:
+        body: Gives the features the pyramid is built on.
+        out_channels: Channels of every level.
+        extra_blocks: What comes above the last stage: ``"pool"`` subsamples P5 to P6 (Faster and Mask R-CNN),
+            ``"p6p7"`` computes P6 and P7 from P5 by strided convolutions (RetinaNet, FCOS).
+
+    Attributes:
+        body: The ResNet.
+        fpn: torchvision's FeaturePyramidNetwork.
+        out_channels: Channels of every level, where torchvision's detectors look for it.
+        level_names: Keys of the output, finest level first.
+        strides: Stride of each level, in input pixels.
+
+    Source: Lin et al., "Feature Pyramid Networks for Object Detection" (arXiv:1612.03144); attribute names of
+    ``torchvision.models.detection.backbone_utils.BackboneWithFPN``, whose state dicts are exchangeable with ours.
+    """
+
+    def __init__(self, body: ResNet, *, out_channels: int = 256, extra_blocks: ExtraBlocks = "pool") -> None:
+        super().__init__()
+        if out_channels < 1:
+            raise UserError(f"out_channels must be at least 1, got {out_channels}")
+        top_strides = [body.strides[-1] * 2]
+        if extra_blocks == "pool":
+            top, top_names = LastLevelMaxPool(), ["pool"]
+        elif extra_blocks == "p6p7":
+            top, top_names = LastLevelP6P7(out_channels, out_channels), ["p6", "p7"]
+            top_strides.append(body.strides[-1] * 4)
+        else:
+            raise UserError(f"extra_blocks must be 'pool' or 'p6p7', got {extra_blocks!r}")
+        self.body = body
+        self.fpn = FeaturePyramidNetwork(body.channels, out_channels, extra_blocks=top)
+        self.out_channels = out_channels
+        self.extra_blocks = extra_blocks
+        self.level_names = [*body.return_layers.values(), *top_names]
+        self.strides = [*body.strides, *top_strides]
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        """Compute the pyramid.
+
+        Args:
+            x: Images ``[B, 3, H, W]``, normalised by mean and standard deviation.
+
+        Returns:
+            An OrderedDict over ``level_names``: ``[B, out_channels, H / stride, W / stride]``, rounded up. With a fast
+            body the levels are channels-last, and of the autocast type under autocast.
+        """
+        # The body's memory format carries through: every operation of the pyramid and of the heads on it keeps it.
+        levels: dict[str, Tensor] = self.fpn(self.body(x))
+        return levels
+
+
+def resnet_fpn(
+    arch: str,
+    *,
+    weights: WeightsSource = None,
+    norm: str = "frozen",
+    norm_eps: float = 1e-5,
+    trainable_layers: int = 3,
+    returned_layers: Sequence[int] = (1, 2, 3, 4),
+    out_channels: int = 256,
+    extra_blocks: ExtraBlocks = "pool",
+    fast: bool = True,
+) -> ResNetFPN:
+    """Build a backbone that plugs into torchvision's FasterRCNN, MaskRCNN, RetinaNet and FCOS.
+
+    Args:
+        arch: torchvision's name, e.g. ``"resnet101"``.
+        weights: First weights of the body: None (random), a torchvision weight name or enum, a file or a URL.
+        norm: ``"frozen"``, ``"batch"`` or ``"group"``.
+        norm_eps: Added to the variance by every norm.
+        trainable_layers: How many of layer4, layer3, layer2, layer1, conv1 take gradients, in this order: 0 to 5; 5
+            adds bn1. 3 trains C3..C5.
+        returned_layers: Stages the pyramid is built on, rising, each in 1..4.
+        out_channels: Channels of every pyramid level.
+        extra_blocks: ``"pool"`` adds P6 by subsampling, ``"p6p7"`` adds P6 and P7 by convolutions.
+        fast: Run channels-last with frozen norms folded into the convolutions; off, exactly torchvision's operations.
+
+    Raises:
+        UserError: If an argument is out of its range.
+        WeightsError: If the weights cannot be had or are not those of this body.
+
+    Source: ``torchvision.models.detection.backbone_utils.resnet_fpn_backbone``, the same counting of trainable layers.
+    """
+    body = ResNet(arch, norm=norm, norm_eps=norm_eps, returned_layers=returned_layers, fast=fast)
+    freeze_stages(body, trainable_layers)
+    backbone = ResNetFPN(body, out_channels=out_channels, extra_blocks=extra_blocks)
+    load_backbone_weights(body, weights, arch)
+    return backbone
+
+
+def freeze_stages(body: ResNet, trainable_layers: int) -> None:
+    """Stop gradients in every stage but the last ``trainable_layers``.
+
+    A frozen stage's BatchNorm (``norm="batch"``) keeps its affine parameters but goes on updating its running
+    statistics in training mode, as in torchvision.
+
+    Args:
+        body: Changed in place.
+        trainable_layers: 0 (all frozen) to 5 (all trained). Stages count from layer4 even where it is not built.
+
+    Raises:
+        UserError: If ``trainable_layers`` is not in 0..5.
+
+    Source: ``_resnet_fpn_extractor`` in ``torchvision/models/detection/backbone_utils.py``.
+    """
+    if trainable_layers not in range(6):
+        raise UserError(
+            f"trainable_layers must be in 0..5 (layer4, layer3, layer2, layer1, conv1), got {trainable_layers}"
+        )
+    trained = ["layer4", "layer3", "layer2", "layer1", "conv1"][:trainable_layers]
+    if trainable_layers == 5:
+        trained.append("bn1")
+    for name, parameter in body.named_parameters():
+        parameter.requires_grad_(name.split(".")[0] in trained)
+
+
+def check_anchors(
+    backbone: nn.Module, anchor_generator: AnchorGenerator, level_names: Sequence[str] | None = None
+) -> None:
+    """Refuse an anchor generator that does not fit the backbone's feature levels.
+
+    torchvision finds this out in the first forward, by an assertion that names no numbers.
+
+    Args:
+        backbone: Any backbone.
+        anchor_generator: Its ``sizes`` and ``aspect_ratios`` have one entry per level.
+        level_names: Keys of the backbone's output; by default those the backbone itself declares.
+
+    Raises:
+        UserError: If the numbers of levels differ, or levels differ in their number of anchors per location, which the
+            one RPN head shared by all of them cannot serve.
+    """
+    names = list(getattr(backbone, "level_names", []) if level_names is None else level_names)
+    sizes, ratios = anchor_generator.sizes, anchor_generator.aspect_ratios
+    for what, entries in (("sizes", sizes), ("aspect_ratios", ratios)):
+        if len(entries) != len(names):
+            raise UserError(
+                f"anchors: {what} must have one entry for each of the backbone's {len(names)} feature levels "
+                f"({', '.join(names)}), got {len(entries)}: {entries}"
+            )
+    counts = anchor_generator.num_anchors_per_location()
+    if len(set(counts)) > 1:
+        raise UserError(f"anchors: every level must have the same number of anchors per location, got {counts}")

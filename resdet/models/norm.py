@@ -1,0 +1,252 @@
+"""The three norms of a body, and what makes the frozen one free: folding it into the convolution before it.
+
+A frozen BatchNorm is an affine map of each channel, ``x * scale + shift``. Following a convolution without bias it is
+the same convolution with ``weight * scale`` and the bias ``shift``: the same outputs and the same gradients, without
+a pass over the activations, which costs more than the convolution's own arithmetic in bfloat16.
+
+Legend: ``B`` images, ``C`` channels, ``H, W`` pixels, ``O, I`` output and input channels of a convolution.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor, nn
+
+from resdet.errors import UserError
+
+NormName = Literal["frozen", "batch", "group"]
+NORM_NAMES: tuple[NormName, ...] = ("frozen", "batch", "group")
+
+# torch.jit documents these two without declaring them exported.
+is_scripting: Callable[[], bool] = torch.jit.is_scripting  # type: ignore[attr-defined]
+is_tracing: Callable[[], bool] = torch.jit.is_tracing  # type: ignore[attr-defined]
+
+GROUP_NORM_GROUPS = 32  # Wu & He, "Group Normalization" (arXiv:1803.08494), table 3
+
+
+class _Folded(NamedTuple):
+    key: tuple[object, ...]
+    # Holding the tensors that were folded keeps their memory from being given to others. Without it a new weight
+    # could land on the address of a freed one and be taken for it.
+    sources: tuple[Tensor, ...]
+    weight: Tensor
+    bias: Tensor
+
+
+class FrozenBatchNorm2d(torchvision.ops.FrozenBatchNorm2d):  # type: ignore[misc]  # torchvision ships no types
+    """Batch normalisation with fixed statistics and fixed affine parameters, all four of them buffers.
+
+    It computes what torchvision's class of this name computes, and can also give the convolution before it in folded
+    form (``fold``). Folded weights that are not being trained are kept, and folded anew as soon as one of the tensors they
+    come from is another tensor, has been written to, or changed dtype or device; ``train()``, ``eval()`` and any
+    ``.to()`` drop them in any case. A write that autograd cannot see (``weight.data.mul_(2)``, a numpy view) is
+    followed only from the next ``train()``, ``eval()`` or ``load_state_dict`` on.
+
+    Args:
+        num_features: ``C`` of the input ``[B, C, H, W]``.
+        eps: Added to the variance. Models from before 2020 (torchvision 0.5, detectron) were trained with 0.
+
+    Source: ``torchvision.ops.FrozenBatchNorm2d``; the same buffers, the same arithmetic, ``num_batches_tracked``
+        dropped
+    on loading as there.
+    """
+
+    def __init__(self, num_features: int, eps: float = 1e-5) -> None:
+        super().__init__(num_features, eps)
+        self._folded: _Folded | None = None
+        self._trained = False
+
+    def fold(self, weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Fold this norm into the weight of the convolution before it.
+
+        Args:
+            weight: ``[O, I / groups, kh, kw]`` with ``O`` equal to this norm's ``C``.
+            dtype: Type of the result; the arithmetic is done in float32 at least.
+
+        Returns:
+            The weight, channels-last, and the bias ``[O]``, both of ``dtype``. They carry gradients to ``weight`` if
+            it takes them and gradients are being recorded.
+        """
+        # A graph that is being captured must hold the arithmetic, not today's result of it.
+        if (
+            (torch.is_grad_enabled() and weight.requires_grad)
+            or torch.compiler.is_compiling()
+            or torch.jit.is_tracing()
+        ):
+            return self._fold(weight, dtype)
+        sources = (weight, self.weight, self.bias, self.running_mean, self.running_var)
+        try:
+            key: tuple[object, ...] = (dtype, self.eps)
+            for tensor in sources:
+                key += (tensor.data_ptr(), tensor._version, tensor.dtype, tensor.device)
+        except RuntimeError:
+            # Tensors made under inference_mode have no version, those of torch.func transforms no address.
+            return self._fold(weight, dtype)
+        folded = self._folded
+        if folded is None or folded.key != key:
+            # Not inference tensors, even where they are made at inference: training may come to use them.
+            with torch.inference_mode(False), torch.no_grad():
+                held = tuple(tensor.detach() for tensor in sources)
+                folded = _Folded(key, held, *self._fold(weight, dtype))
+            self._folded = folded
+        return folded.weight, folded.bias
+
+    def _fold(self, weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        scale = self.weight.to(wide) * (self.running_var.to(wide) + self.eps).rsqrt()  # [O]
+        shift = self.bias.to(wide) - self.running_mean.to(wide) * scale  # [O]
+        folded = weight * scale.reshape(-1, 1, 1, 1)
+        return folded.to(dtype=dtype, memory_format=torch.channels_last), shift.to(dtype)
+
+    def train(self, mode: bool = True) -> FrozenBatchNorm2d:
+        """Set the mode, which changes nothing here, and drop folded weights."""
+        self._folded = None
+        super().train(mode)
+        return self
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FrozenBatchNorm2d:
+        self._folded = None
+        super()._apply(fn, recurse)
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Copies and pickles have other tensors, so the folded ones are dead weight in them.
+        return {**self.__dict__, "_folded": None, "_trained": False}
+
+
+def conv_norm(x: Tensor, conv: nn.Conv2d, norm: nn.Module) -> Tensor:
+    """Compute ``norm(conv(x))``, as one convolution where the norm is frozen.
+
+    Under autocast the folding is done in float32 and its result cast once. A convolution or norm with hooks of its own
+    is called as a module, so that the hooks see what they are made to see.
+
+    Args:
+        x: ``[B, I, H, W]``.
+        conv: A convolution without bias.
+        norm: The norm of its output.
+
+    Returns:
+        ``[B, O, H', W']``, channels-last if the norm is frozen.
+    """
+    if not isinstance(norm, FrozenBatchNorm2d) or _has_hooks(conv) or _has_hooks(norm):
+        out: Tensor = norm(conv(x))
+        return out
+    dtype = conv.weight.dtype
+    device = x.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+    weight, bias = norm.fold(conv.weight, dtype)
+    return F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+def norm_layer(norm: str, eps: float = 1e-5) -> Callable[[int], nn.Module]:
+    """Look up a norm by name.
+
+    Args:
+        norm: ``"frozen"`` (``FrozenBatchNorm2d``), ``"batch"`` (``nn.BatchNorm2d``) or ``"group"`` (``nn.GroupNorm`` of
+            32 groups).
+        eps: Added to the variance.
+
+    Returns:
+        A function that makes the norm for a number of channels.
+
+    Raises:
+        UserError: If there is no norm of this name.
+    """
+    if norm == "frozen":
+        return partial(FrozenBatchNorm2d, eps=eps)
+    if norm == "batch":
+        return partial(nn.BatchNorm2d, eps=eps)
+    if norm == "group":
+        return partial(nn.GroupNorm, GROUP_NORM_GROUPS, eps=eps)
+    raise UserError(f"norm must be one of {', '.join(NORM_NAMES)}, got {norm!r}")
+
+
+def has_fresh_frozen_norm(model: nn.Module) -> bool:
+    """Tell whether the model's frozen norms are still as they were made: the identity, all of them.
+
+    Around random weights such norms leave the network without any normalisation (activations grow by orders of
+    magnitude from stage to stage), and training diverges. Loading real weights or ``calibrate_norm`` changes the
+    answer, because it is read from the tensors; weights with the norm fused into the convolutions count as real by
+    their biases.
+
+    Args:
+        model: Anything that may hold frozen norms (ours or torchvision's).
+
+    Returns:
+        False if there are no frozen norms or any of them differs from the identity.
+    """
+    norms = [module for module in model.modules() if isinstance(module, torchvision.ops.FrozenBatchNorm2d)]
+    if not norms:
+        return False
+    return all(
+        bool((norm.weight == 1).all() & (norm.bias == 0).all())
+        and bool((norm.running_mean == 0).all() & (norm.running_var == 1).all())
+        for norm in norms
+    )
+
+
+@torch.no_grad()
+def calibrate_norm(model: nn.Module, batches: Iterable[Tensor]) -> int:
+    """Set the statistics of frozen norms from data, so that a network of random weights is a normalised one.
+
+    Each batch is run forward once with every frozen norm normalising by the statistics of that batch, as BatchNorm does
+    in training; mean and variance of each norm's inputs over all batches become its ``running_mean`` and
+    ``running_var``. After one batch the network's activations on it are normalised up to rounding; after several they
+    are so up to the difference between the batches. The result depends on the weights and the batches alone.
+
+    Args:
+        model: A body or backbone; changed in place. Weights, biases and its training mode stay.
+        batches: Images as the model takes them, ``[B, 3, H, W]``, already normalised by mean and standard deviation.
+
+    Returns:
+        The number of norms that were set.
+
+    Raises:
+        UserError: If the model has no frozen norm or there are no batches.
+    """
+    norms = [module for module in model.modules() if isinstance(module, torchvision.ops.FrozenBatchNorm2d)]
+    if not norms:
+        raise UserError("calibrate_norm: the model has no frozen norm whose statistics could be set")
+    moments: dict[nn.Module, tuple[int, Tensor, Tensor]] = {}  # values per channel, sum [C], sum of squares [C]
+
+    def normalise_by_batch(norm: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+        x = inputs[0]
+        wide = x.double()
+        zeros = wide.new_zeros(x.shape[1])
+        count, total, squares = moments.get(norm, (0, zeros, zeros))
+        moments[norm] = (
+            count + x.numel() // x.shape[1],
+            total + wide.sum(dim=(0, 2, 3)),
+            squares + wide.square().sum(dim=(0, 2, 3)),
+        )
+        return F.batch_norm(x, None, None, norm.weight, norm.bias, training=True, eps=norm.eps)  # type: ignore[arg-type]
+
+    # conv_norm calls a norm with hooks as a module, so this sees the input of every norm of a fast body too.
+    handles = [norm.register_forward_hook(normalise_by_batch) for norm in norms]
+    try:
+        for images in batches:
+            with torch.autocast(images.device.type, enabled=False):
+                model(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not moments:
+        raise UserError("calibrate_norm: got no batch of images")
+    for norm, (count, total, squares) in moments.items():
+        mean = total / count
+        norm.running_mean.copy_(mean)  # type: ignore[operator]
+        norm.running_var.copy_((squares / count - mean.square()).clamp(min=0))  # type: ignore[operator]
+    return len(moments)

@@ -1,0 +1,385 @@
+"""RoIAlign that uses every CPU core; torchvision's own kernel everywhere else.
+
+Legend: ``B`` images, ``C`` channels, ``H, W`` pixels of a feature map, ``R = B * H * W`` its rows, ``K`` boxes,
+``P, Q`` bins of a box (height, width), ``S`` pixels a bin reads along one axis.
+
+torchvision's CPU kernel runs on one core, channel by channel. But RoIAlign is linear in the features, and its weights
+are the same for all channels: ``output[K * P * Q, C] = M @ features[R, C]``, where the sparse ``M`` has at most 16
+weights a bin (2 x 2 samples, 4 corners each). ``embedding_bag`` computes such products over whole rows and on all
+cores; the backward is the same product with ``M`` transposed, for which its entries are sorted once.
+
+* Features in channels-last layout *are* the ``[R, C]`` matrix and are not copied; others are converted once.
+* Positions and weights are computed in float32 (float64 for float64 features), whatever the features' type. For
+  bfloat16 and float16 features the finished weights are rounded to that type, as ``embedding_bag`` wants one type;
+  sums run in float32 and are rounded once. torchvision's kernel has no bfloat16 and runs float16 in float16.
+* The result is contiguous ``[K, C, P, Q]``, as torchvision's; the features' gradient comes in channels-last layout.
+* The same bits in every run and for any number of threads, forward and backward: every sum is taken by one thread in
+  an order that depends on the boxes alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple, Union
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.jit.annotations import BroadcastingList2
+from torch.nn import functional as F
+from torchvision import ops
+from torchvision.ops._utils import check_roi_boxes_shape, convert_boxes_to_roi_format
+from torchvision.ops.poolers import _filter_input, _multiscale_roi_align, _setup_scales
+
+from resdet.errors import UserError
+
+# Entries of M held at a time, about 100 MB with what is made of them on the way. All boxes of a usual batch fit; only
+# adaptive sampling of large boxes needs several rounds (each round of the backward passes over the whole gradient).
+_ENTRIES = 4 * 1024 * 1024
+# Boxes whose rows are pooled, then transposed while a core's cache still holds them.
+_BLOCK = 64
+
+
+def roi_align(
+    input: Tensor,
+    boxes: Union[Tensor, list[Tensor]],  # noqa: UP007 - TorchScript reads this signature
+    output_size: BroadcastingList2[int],
+    spatial_scale: float = 1.0,
+    sampling_ratio: int = -1,
+    aligned: bool = False,
+) -> Tensor:
+    """Pool each box into a grid of bins: the mean of bilinear samples, as ``torchvision.ops.roi_align``.
+
+    On a CPU this is the sparse product described at the top of this module; on other devices and under scripting,
+    tracing, ``torch.compile`` and ``torch.export`` it is torchvision's own operator. Differentiable once, with
+    respect to ``input``.
+
+    Args:
+        input: Feature maps ``[B, C, H, W]``, any strides; channels-last is read without a copy.
+        boxes: ``[K, 5]`` with the image's index in column 0, or one ``[L, 4]`` for each image; xyxy in pixels of the
+            image, which ``spatial_scale`` turns into pixels of the feature map.
+        output_size: Bins ``(P, Q)``, or one number for both.
+        spatial_scale: Pixels of the feature map per pixel of the image.
+        sampling_ratio: Samples a bin along each axis; if not positive, ``ceil(box size / bins)`` for each box.
+        aligned: Shift the boxes by half a pixel, and do not enlarge them to one pixel.
+
+    Returns:
+        ``[K, C, P, Q]``, contiguous, in the type of ``input`` (also under ``torch.autocast``, as torchvision's).
+
+    Raises:
+        UserError: If a box names an image that ``input`` does not have (torchvision's kernel reads beyond the end).
+
+    Source: Mask R-CNN, section 3; torchvision's ``csrc/ops/cpu/roi_align_kernel.cpp``. Deviation: boxes may have
+    another floating type than ``input``, so bfloat16 features go with float32 boxes.
+    """
+    if not torch.jit.is_scripting():  # type: ignore[attr-defined]  # TorchScript drops this block, and no other form
+        if _runs_here([input]):
+            check_roi_boxes_shape(boxes)
+            rois = boxes if isinstance(boxes, Tensor) else convert_boxes_to_roi_format(boxes)
+            bins = (output_size, output_size) if isinstance(output_size, int) else tuple(output_size)
+            pooled: Tensor = _SparseRoIAlign.apply(
+                rois, None, bins, (float(spatial_scale),), sampling_ratio, aligned, input
+            )
+            return pooled
+    result: Tensor = ops.roi_align(input, boxes, output_size, spatial_scale, sampling_ratio, aligned)
+    return result
+
+
+class MultiScaleRoIAlign(ops.MultiScaleRoIAlign):  # type: ignore[misc]
+    """``torchvision.ops.MultiScaleRoIAlign`` on the CPU path of this module; constructor and results are the same.
+
+    Each box is pooled from the level that its area picks (Feature Pyramid Networks, equation 1), each level with one
+    sparse product of its own: one product for all levels would need their rows copied into one matrix first.
+
+    Source: torchvision's ``ops/poolers.py``, whose own functions pick scales and levels here too.
+    """
+
+    def forward(
+        self,
+        x: dict[str, Tensor],
+        boxes: list[Tensor],
+        image_shapes: list[tuple[int, int]],
+    ) -> Tensor:
+        """Pool the boxes of all images.
+
+        Args:
+            x: Feature maps ``[B, C, H_i, W_i]`` by level name; levels not in ``featmap_names`` are left out.
+            boxes: One ``[N, 4]`` for each image, xyxy in pixels of the network's input.
+            image_shapes: ``(height, width)`` of each image, of which the levels' scales follow at the first call.
+
+        Returns:
+            ``[K, C, P, Q]``, contiguous, boxes in the order given, in the type of the first level.
+        """
+        features = _filter_input(x, self.featmap_names)
+        if self.scales is None or self.map_levels is None:  # type: ignore[has-type]
+            self.scales, self.map_levels = _setup_scales(
+                features, image_shapes, self.canonical_scale, self.canonical_level
+            )
+        if not torch.jit.is_scripting():  # type: ignore[attr-defined]
+            if _runs_here(features):
+                return self._forward_sparse(features, boxes)
+        result: Tensor = _multiscale_roi_align(
+            features, boxes, self.output_size, self.sampling_ratio, self.scales, self.map_levels
+        )
+        return result
+
+    @torch.jit.unused
+    def _forward_sparse(self, features: list[Tensor], boxes: list[Tensor]) -> Tensor:
+        rois = convert_boxes_to_roi_format(boxes)
+        levels = self.map_levels(boxes) if len(features) > 1 else None
+        pooled: Tensor = _SparseRoIAlign.apply(
+            rois, levels, self.output_size, tuple(self.scales), self.sampling_ratio, False, *features
+        )
+        return pooled
+
+
+def _runs_here(features: list[Tensor]) -> bool:
+    """Whether the sparse product may stand in for torchvision's operator."""
+    if torch._C._get_tracing_state() is not None or torch.compiler.is_compiling():
+        return False  # an exported graph must show the operator
+    return all(
+        type(feature) in (Tensor, torch.nn.Parameter)  # no fake tensors, no proxies of a tracer
+        and feature.device.type == "cpu"
+        and feature.layout == torch.strided
+        and feature.dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+        for feature in features
+    )
+
+
+class _SparseRoIAlign(torch.autograd.Function):
+    """The product ``M @ features`` and its adjoint; each box is pooled from the level that ``levels`` names."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        rois: Tensor,
+        levels: Tensor | None,
+        bins: tuple[int, int],
+        scales: tuple[float, ...],
+        sampling_ratio: int,
+        aligned: bool,
+        *features: Tensor,
+    ) -> Tensor:
+        num_images, channels = features[0].shape[:2]
+        if len(rois):
+            first, last = (int(index) for index in rois[:, 0].aminmax())
+            if first < 0 or last >= num_images:
+                raise UserError(f"boxes: the image index must lie in [0, {num_images}), got {first} to {last}")
+        ctx.save_for_backward(rois, levels)
+        ctx.plan = bins, scales, sampling_ratio, aligned
+        ctx.features = [(feature.shape, feature.dtype) for feature in features]
+
+        num_bins = bins[0] * bins[1]
+        output = features[0].new_empty(len(rois), channels, *bins)
+        if output.numel() == 0:
+            return output
+        for level, feature in enumerate(features):
+            on_level = _on_level(levels, level, len(rois))
+            grids = _place(rois[on_level], feature.shape, feature.dtype, scales[level], bins, sampling_ratio, aligned)
+            # Of all ways to turn NCHW into rows this was the fastest; it is free where the layout is right already.
+            rows = feature.detach().contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1)
+            rows = rows.reshape(-1, channels).contiguous()
+            for chunk in _chunks(grids):
+                pixels, weights = _entries(grids, chunk)
+                weights = weights.to(rows.dtype)
+                blocks = zip(
+                    on_level[chunk].split(_BLOCK),
+                    pixels.split(_BLOCK * num_bins),
+                    weights.split(_BLOCK * num_bins),
+                    strict=True,
+                )
+                for boxes, block_pixels, block_weights in blocks:
+                    pooled = F.embedding_bag(block_pixels, rows, mode="sum", per_sample_weights=block_weights)
+                    swapped = _swap_last(pooled.view(-1, num_bins, channels)).view(-1, channels, *bins)
+                    output.index_copy_(0, boxes, swapped.to(output.dtype))
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        rois, levels = ctx.saved_tensors
+        bins, scales, sampling_ratio, aligned = ctx.plan
+        grads: list[Tensor | None] = []
+        for level, (shape, dtype) in enumerate(ctx.features):
+            if not ctx.needs_input_grad[6 + level]:
+                grads.append(None)
+                continue
+            num_images, channels, height, width = shape
+            num_rows = num_images * height * width
+            total: Tensor | None = None
+            if grad.numel():
+                on_level = _on_level(levels, level, len(rois))
+                grids = _place(rois[on_level], shape, dtype, scales[level], bins, sampling_ratio, aligned)
+                for chunk in _chunks(grids):
+                    grad_rows = _gather_rows(grad, on_level[chunk], dtype)
+                    part = _multiply_transposed(*_entries(grids, chunk), grad_rows, num_rows)
+                    total = part if total is None else total.add_(part)
+            if total is None:
+                total = grad.new_zeros(num_rows, channels, dtype=dtype)
+            grads.append(total.view(num_images, height, width, channels).permute(0, 3, 1, 2))
+        return (None,) * 6 + tuple(grads)
+
+
+def _gather_rows(grad: Tensor, boxes: Tensor, dtype: torch.dtype) -> Tensor:
+    """Give ``grad[boxes]``, ``[K, C, P, Q]``, as rows ``[len(boxes) * P * Q, C]``."""
+    channels, num_bins = grad.shape[1], grad.shape[2] * grad.shape[3]
+    rows = grad.new_empty(len(boxes), num_bins, channels, dtype=dtype)
+    flat_grad = grad.flatten(2)
+    for start in range(0, len(boxes), _BLOCK):
+        block = flat_grad.index_select(0, boxes[start : start + _BLOCK])
+        rows[start : start + _BLOCK] = _swap_last(block)
+    return rows.view(-1, channels)
+
+
+def _multiply_transposed(pixels: Tensor, weights: Tensor, grad_rows: Tensor, num_rows: int) -> Tensor:
+    """Multiply ``M`` transposed, ``[num_rows, K * P * Q]``, with ``grad_rows``, ``[K * P * Q, C]``."""
+    # About 4 in 10 slots are unused. Dropping them pays here, before a sort; not in the forward, whose bags then all
+    # have the same length.
+    used = weights.view(-1).nonzero().view(-1)
+    row, order = pixels.view(-1).index_select(0, used).sort(stable=True)
+    used = used.index_select(0, order)
+    offsets = F.pad(torch.bincount(row, minlength=num_rows).cumsum(0), (1, 0))
+    return F.embedding_bag(
+        used.div(pixels.shape[1], rounding_mode="floor").to(pixels.dtype),
+        grad_rows,
+        offsets.to(pixels.dtype),
+        mode="sum",
+        per_sample_weights=weights.view(-1).index_select(0, used).to(grad_rows.dtype),
+        include_last_offset=True,
+    )
+
+
+def _swap_last(matrices: Tensor) -> Tensor:
+    """Transpose contiguous matrices ``[N, I, J]`` into contiguous ``[N, J, I]``.
+
+    A channel shuffle with ``I`` groups is this transposition of every pixel, and its channels-last kernel is blocked
+    and parallel: in float32 3 times faster than ``transpose(1, 2).contiguous()`` or a product with the identity, twice
+    as fast as a loop of 2-d transpositions; in bfloat16 as fast as the first.
+    """
+    count, rows, columns = matrices.shape
+    size = rows * columns
+    pixels = matrices.as_strided((1, size, count, 1), (count * size, 1, size, size))
+    return F.channel_shuffle(pixels, rows).permute(0, 2, 3, 1).view(count, columns, rows)
+
+
+def _on_level(levels: Tensor | None, level: int, num_boxes: int) -> Tensor:
+    """Give the indices of the boxes to pool from ``level``."""
+    return torch.arange(num_boxes) if levels is None else (levels == level).nonzero().view(-1)
+
+
+class _Axis(NamedTuple):
+    """Boxes along one axis of a feature map.
+
+    Attributes:
+        start: ``[K]``, where each box begins, in pixels of the feature map.
+        bin_size: ``[K]``, the extent of its bins; negative for a reversed box.
+        num_samples: ``[K]``, samples a bin, whole numbers.
+        num_bins: Bins a box.
+        size: Pixels of the feature map.
+    """
+
+    start: Tensor
+    bin_size: Tensor
+    num_samples: Tensor
+    num_bins: int
+    size: int
+
+
+class _Grids(NamedTuple):
+    """The sampling grids of boxes on a feature map; ``image`` int64 ``[K]``."""
+
+    image: Tensor
+    y: _Axis
+    x: _Axis
+
+
+def _place(
+    rois: Tensor,
+    shape: torch.Size,
+    dtype: torch.dtype,
+    scale: float,
+    bins: tuple[int, int],
+    sampling_ratio: int,
+    aligned: bool,
+) -> _Grids:
+    """Lay the boxes' grids on a feature map; every operation in torchvision's order, for equal rounding."""
+    corners = rois[:, 1:].detach().to(torch.float64 if dtype == torch.float64 else torch.float32)
+    corners = corners * scale - (0.5 if aligned else 0.0)
+    axes = []
+    for axis, (num_bins, size) in enumerate(zip(bins, shape[2:], strict=True)):
+        start, length = corners[:, 1 - axis], corners[:, 3 - axis] - corners[:, 1 - axis]
+        bin_size = (length if aligned else length.clamp(min=1.0)) / num_bins
+        num_samples = bin_size.ceil() if sampling_ratio <= 0 else torch.full_like(start, sampling_ratio)
+        axes.append(_Axis(start, bin_size, num_samples.clamp(min=0.0).nan_to_num(0.0), num_bins, size))
+    return _Grids(rois[:, 0].long(), axes[0], axes[1])
+
+
+def _chunks(grids: _Grids) -> Iterator[Tensor]:
+    """Split the boxes so that each part has at most ``_ENTRIES`` entries of ``M``, or is a single box."""
+    num_boxes = len(grids.image)
+    if num_boxes == 0:
+        return
+    y_slots, x_slots = ((2 * axis.num_samples).clamp(max=axis.size + 2) for axis in (grids.y, grids.x))
+    num_bins = grids.y.num_bins * grids.x.num_bins
+    if num_boxes * num_bins * float(y_slots.amax() * x_slots.amax()) <= _ENTRIES:
+        yield torch.arange(num_boxes)
+        return
+    order = (y_slots * x_slots).argsort(stable=True)  # like with like: a part is as wide as its widest box
+    part: list[int] = []
+    y_most = x_most = 0.0
+    for box, y_slot, x_slot in zip(order.tolist(), y_slots[order].tolist(), x_slots[order].tolist(), strict=True):
+        y_most, x_most = max(y_most, y_slot), max(x_most, x_slot)
+        if part and (len(part) + 1) * num_bins * y_most * x_most > _ENTRIES:
+            yield torch.tensor(part)
+            part, y_most, x_most = [], y_slot, x_slot
+        part.append(box)
+    yield torch.tensor(part)
+
+
+def _entries(grids: _Grids, boxes: Tensor) -> tuple[Tensor, Tensor]:
+    """Build the rows of ``M`` for ``boxes``: their pixels and weights, each ``[len(boxes) * P * Q, S_y * S_x]``."""
+    y, y_weight = _axis_entries(grids.y, boxes)
+    x, x_weight = _axis_entries(grids.x, boxes)
+    y = (y + (grids.image[boxes] * grids.y.size)[:, None, None]) * grids.x.size
+    shape = (y.shape[0] * y.shape[1] * x.shape[1], y.shape[2] * x.shape[2])
+    # embedding_bag reads half as much from int32, and sorting it takes half as long.
+    index_type = torch.int32 if (grids.image.amax() + 1) * grids.y.size * grids.x.size < 2**31 else torch.int64
+    y, x = y.to(index_type), x.to(index_type)
+    pixels = y[:, :, None, :, None] + x[:, None, :, None, :]
+    weights = y_weight[:, :, None, :, None] * x_weight[:, None, :, None, :]
+    return pixels.view(shape), weights.view(shape)
+
+
+def _axis_entries(axis: _Axis, boxes: Tensor) -> tuple[Tensor, Tensor]:
+    """Interpolate along one axis: which pixels each bin reads, and their share in the mean of its samples.
+
+    Pixels that several samples of a bin read are merged into one slot. Unused slots have weight 0.
+
+    Returns:
+        Pixels int64 and weights, each ``[len(boxes), num_bins, S]``.
+    """
+    start, bin_size, num_samples = (
+        tensor[boxes, None, None] for tensor in (axis.start, axis.bin_size, axis.num_samples)
+    )
+    most = int(num_samples.amax())
+    sample = torch.arange(most, dtype=start.dtype)
+    bin_index = torch.arange(axis.num_bins, dtype=start.dtype)[:, None]
+    position = start + bin_index * bin_size + (sample + 0.5) * bin_size / num_samples  # [k, num_bins, most]
+    used = (position >= -1.0) & (position <= axis.size) & (sample < num_samples)
+    share = used / num_samples.clamp(min=1.0)
+
+    position = position.clamp(0.0, axis.size - 1.0).nan_to_num(0.0)
+    low = position.floor()
+    to_high = (position - low) * share
+    to_low = share - to_high
+    low = low.long()
+
+    # Each sample reads the two pixels of the one before it, or one of them and a new one, or two new ones.
+    step = low.diff(dim=-1)
+    slot = F.pad(torch.where(step < 0, 2, step.clamp(max=2)).cumsum(-1), (1, 0))
+    num_slots = int(slot.max()) + 2 if most else 0
+    weight = share.new_zeros(*low.shape[:2], num_slots)
+    weight.scatter_add_(-1, slot, to_low).scatter_add_(-1, slot + 1, to_high)
+    pixel = low.new_zeros(*low.shape[:2], num_slots)
+    pixel.scatter_(-1, slot + 1, (low + 1).clamp(max=axis.size - 1)).scatter_(-1, slot, low)
+    return pixel, weight

@@ -1,0 +1,18 @@
+"""The precisions a detector computes in; its parameters and losses stay float32 in all of them."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+
+Precision = Literal["fp32", "bf16", "fp16"]
+
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def autocast(device: torch.device, precision: Precision) -> torch.autocast:
+    """Give the autocast context of a precision; for ``fp32`` one that switches autocast off."""
+    if precision == "fp32":
+        return torch.autocast(device.type, enabled=False)
+    return torch.autocast(device.type, _DTYPES[precision])

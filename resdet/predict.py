@@ -1,0 +1,230 @@
+"""Detections in image files: find them, run the model, draw the boxes, write them down."""
+
+from __future__ import annotations
+
+import colorsys
+import glob
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import nn
+from tqdm import tqdm
+
+from resdet.data.images import IMAGE_SUFFIXES, read_image
+from resdet.errors import DataError
+from resdet.evaluation.detect import Precision, inference
+from resdet.types import Category, Prediction
+
+
+def find_images(paths: Iterable[Path | str]) -> list[Path]:
+    """List image files.
+
+    Args:
+        paths: Files (taken as they are, whatever their suffix), folders (their image files by name; folders inside
+            them are left alone), and patterns such as ``photos/**/*.jpg`` for shells that do not expand them.
+
+    Returns:
+        Each file once, in the order of ``paths``.
+
+    Raises:
+        DataError: If one of ``paths`` does not exist, matches nothing or holds no image.
+    """
+    found: list[Path] = []
+    for path in map(Path, paths):
+        if path.is_dir():
+            files = sorted(file for file in path.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file())
+            if not files:
+                raise DataError(f"{path}: no images in this folder (looked for {', '.join(IMAGE_SUFFIXES)})")
+        elif path.is_file():
+            files = [path]
+        elif glob.has_magic(str(path)):
+            matches = map(Path, sorted(glob.glob(str(path), recursive=True)))
+            files = [file for file in matches if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file()]
+            if not files:
+                raise DataError(f"{path}: no image matches this pattern")
+        else:
+            raise DataError(f"{path}: no such file or folder")
+        found += files
+    if not found:
+        raise DataError("no images given: expected files, folders or patterns")
+    return list(dict.fromkeys(found))
+
+
+def predict(
+    model: nn.Module,
+    images: Sequence[Path | npt.NDArray[np.uint8]],
+    *,
+    batch_size: int = 1,
+    score_threshold: float = 0.0,
+    device: torch.device | None = None,
+    precision: Precision = "fp32",
+    progress: bool = False,
+) -> Iterator[tuple[Path | None, npt.NDArray[np.uint8], Prediction]]:
+    """Detect objects in images, giving each as soon as it is done.
+
+    Nothing is kept between batches, so any number of images can be gone through. While the iterator lives, the model
+    is in evaluation mode; when it ends or is closed, its training flags are restored.
+
+    Args:
+        model: A ``Detector`` or any torchvision ``FasterRCNN``.
+        images: Image files, or uint8 RGB arrays ``[H, W, 3]``. Files are read as training reads them: their stored
+            pixels, without EXIF orientation.
+        batch_size: Images per forward pass.
+        score_threshold: Detections below it are dropped, in [0, 1]. The model's own ``roi_heads.score_thresh`` (0.05
+            unless built otherwise) applies before.
+        device: Where to compute; the model is moved there and stays. None: where it is.
+        precision: fp32, or autocast to bf16 or fp16.
+        progress: Show a progress bar on standard error.
+
+    Yields:
+        The file (None for an array), the image as uint8 RGB ``[H, W, 3]``, and its detections, in the order given.
+
+    Raises:
+        DataError: If an image cannot be read, or an array is not uint8 ``[H, W, 3]``.
+        WeightsError: If the model computes NaN or infinity.
+    """
+    with (
+        inference(model, device=device, precision=precision) as run,
+        tqdm(total=len(images), unit="image", disable=not progress) as bar,
+    ):
+        for start in range(0, len(images), batch_size):
+            sources = images[start : start + batch_size]
+            paths = [None if isinstance(source, np.ndarray) else source for source in sources]
+            pixels = [_pixels(source, start + offset) for offset, source in enumerate(sources)]
+            where = ", ".join(str(path or f"images[{start + offset}]") for offset, path in enumerate(paths))
+            tensors = [torch.from_numpy(image.transpose(2, 0, 1).copy()) for image in pixels]
+            for path, image, prediction in zip(paths, pixels, run(tensors, where), strict=True):
+                bar.update()
+                yield path, image, above(prediction, score_threshold)
+
+
+def above(prediction: Prediction, score_threshold: float) -> Prediction:
+    """Give the detections whose score is at least ``score_threshold``."""
+    keep = prediction["scores"] >= score_threshold
+    return Prediction(
+        boxes=prediction["boxes"][keep], labels=prediction["labels"][keep], scores=prediction["scores"][keep]
+    )
+
+
+def draw(
+    image: npt.NDArray[np.uint8],
+    prediction: Prediction,
+    categories: Sequence[Category],
+    *,
+    score_threshold: float = 0.0,
+) -> npt.NDArray[np.uint8]:
+    """Draw boxes with class names and scores; a class has the same colour in every picture.
+
+    Lines and letters grow with the image. The best detections lie on top; a name stands above its box, or inside or
+    below it where that place is taken, and never outside the image.
+
+    Args:
+        image: uint8 RGB ``[H, W, 3]``; left as it is.
+        prediction: Boxes in pixels of ``image``.
+        categories: The model's classes; labels without one are written as numbers.
+        score_threshold: Detections below it are not drawn.
+
+    Returns:
+        uint8 RGB ``[H, W, 3]``.
+    """
+    height, width = image.shape[:2]
+    picture = Image.fromarray(image)
+    canvas = ImageDraw.Draw(picture)
+    line = max(1, round((height + width) / 500))
+    font = ImageFont.load_default(size=max(10, round((height + width) / 95)))
+    ascent, descent = font.getmetrics() if isinstance(font, ImageFont.FreeTypeFont) else (10, 2)
+    pad = max(1, line)
+    names = {category.label: category.name for category in categories}
+
+    shown = above(prediction, score_threshold)
+    best_first = torch.argsort(shown["scores"], descending=True, stable=True).tolist()
+    boxes, labels, scores = shown["boxes"].tolist(), shown["labels"].tolist(), shown["scores"].tolist()
+    for i in reversed(best_first):
+        x1, y1, x2, y2 = boxes[i]
+        # Pillow's corners are pixels, the last one included.
+        left, top = min(max(round(x1), 0), width - 1), min(max(round(y1), 0), height - 1)
+        right, bottom = min(max(round(x2) - 1, left), width - 1), min(max(round(y2) - 1, top), height - 1)
+        canvas.rectangle((left, top, right, bottom), outline=class_color(labels[i]), width=line)
+
+    plates: list[tuple[int, int, int, int]] = []
+    texts: list[str] = []
+    for i in best_first:
+        text = f"{names.get(labels[i], labels[i])} {scores[i]:.2f}"
+        text_width, text_height = round(canvas.textlength(text, font=font)) + 2 * pad, ascent + descent
+        left = max(min(round(boxes[i][0]), width - text_width), 0)
+        above_box, inside, below = round(boxes[i][1]) - text_height, round(boxes[i][1]), round(boxes[i][3])
+        tops = [top for top in (above_box, inside, below) if 0 <= top <= height - text_height] or [0]
+        places = [(left, top, left + text_width, top + text_height) for top in tops]
+        free = [place for place in places if not any(_overlap(place, plate) for plate in plates)]
+        plates.append((free or places)[0])
+        texts.append(text)
+    for i, plate, text in reversed(list(zip(best_first, plates, texts, strict=True))):
+        color = class_color(labels[i])
+        red, green, blue = color
+        ink = (0, 0, 0) if 299 * red + 587 * green + 114 * blue > 128_000 else (255, 255, 255)
+        left, top, right, bottom = plate
+        canvas.rectangle((left, top, right - 1, bottom - 1), fill=color)
+        canvas.text((left + pad, top), text, fill=ink, font=font)
+    return np.asarray(picture).copy()
+
+
+def class_color(label: int) -> tuple[int, int, int]:
+    """Give a label's colour, RGB in 0..255: hues a golden angle apart, so that neighbours differ most."""
+    hue = (label - 1) * 0.6180339887 % 1
+    lightness = (0.5, 0.65, 0.38)[(label - 1) // 8 % 3]
+    red, green, blue = colorsys.hls_to_rgb(hue, lightness, 0.9)
+    return round(255 * red), round(255 * green), round(255 * blue)
+
+
+def to_coco_json(
+    paths: Sequence[Path], predictions: Sequence[Prediction], categories: Sequence[Category]
+) -> list[dict[str, Any]]:
+    """Give detections in COCO's result format, ready for ``json.dump`` and for pycocotools' ``loadRes``.
+
+    ``image_id`` is the file's name as a number (``000000000139.jpg`` is 139, as COCO names its images) where all files
+    have such names and no two the same; otherwise files count from 1 in the order given, and ``file_name`` says which
+    is which.
+
+    Args:
+        paths: Image files.
+        predictions: Detections of each.
+        categories: The model's classes; without any, ``category_id`` is the label and ``category_name`` is left out.
+
+    Returns:
+        For each detection ``image_id``, ``file_name``, ``category_id``, ``category_name``, ``bbox`` (x, y, width,
+        height; pixels) and ``score``.
+    """
+    numbers = [int(path.stem) for path in paths if path.stem.isascii() and path.stem.isdecimal()]
+    image_ids = numbers if len(set(numbers)) == len(paths) else range(1, len(paths) + 1)
+    by_label = {category.label: category for category in categories}
+    entries: list[dict[str, Any]] = []
+    for image_id, path, prediction in zip(image_ids, paths, predictions, strict=True):
+        boxes_xywh = prediction["boxes"].double()
+        boxes_xywh = torch.cat([boxes_xywh[:, :2], boxes_xywh[:, 2:] - boxes_xywh[:, :2]], dim=1)
+        for bbox, label, score in zip(
+            boxes_xywh.tolist(), prediction["labels"].tolist(), prediction["scores"].tolist(), strict=True
+        ):
+            entry: dict[str, Any] = {"image_id": image_id, "file_name": path.name}
+            if categories:
+                entry |= {"category_id": by_label[label].category_id, "category_name": by_label[label].name}
+            else:
+                entry["category_id"] = label
+            entries.append(entry | {"bbox": bbox, "score": score})
+    return entries
+
+
+def _pixels(source: Path | npt.NDArray[np.uint8], index: int) -> npt.NDArray[np.uint8]:
+    if not isinstance(source, np.ndarray):
+        return read_image(source)
+    if source.dtype != np.uint8 or source.ndim != 3 or source.shape[2] != 3 or 0 in source.shape:
+        raise DataError(f"images[{index}]: expected uint8 RGB [H, W, 3], got {source.dtype} {list(source.shape)}")
+    return source
+
+
+def _overlap(one: tuple[int, int, int, int], other: tuple[int, int, int, int]) -> bool:
+    return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]

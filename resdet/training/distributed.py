@@ -1,0 +1,80 @@
+"""One process or many: torchrun's environment in, rank and device out. gloo on CPUs, NCCL on GPUs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from resdet.errors import UserError
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among those of the run.
+
+    Attributes:
+        rank: 0..world_size - 1; rank 0 writes.
+        world_size: Number of processes.
+        device: Where this process computes.
+    """
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the process that writes files and talks."""
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        """Wait until every process has come here."""
+        if self.world_size > 1:
+            dist.barrier()
+
+    def mean(self, value: Tensor) -> Tensor:
+        """Give the mean of ``value`` over all processes (on each of them)."""
+        if self.world_size > 1:
+            value = value.clone()
+            dist.all_reduce(value)
+            value /= self.world_size
+        return value
+
+
+def choose_device(name: Literal["auto", "cpu", "cuda"], local_rank: int = 0) -> torch.device:
+    """Give the device of that name.
+
+    Raises:
+        UserError: If it is ``cuda`` and there is no GPU for this process.
+    """
+    num_gpus = torch.cuda.device_count()
+    if name == "cpu" or (name == "auto" and num_gpus == 0):
+        return torch.device("cpu")
+    if local_rank >= num_gpus:
+        raise UserError(f"device cuda: process {local_rank} of this host needs a GPU of its own, found {num_gpus}")
+    return torch.device("cuda", local_rank)
+
+
+@contextmanager
+def processes(device: Literal["auto", "cpu", "cuda"]) -> Iterator[Processes]:
+    """Join the other processes that torchrun started (or be alone), and leave them at the end."""
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    rank = int(os.environ.get("RANK", "0"))
+    chosen = choose_device(device, int(os.environ.get("LOCAL_RANK", "0")))
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    if world_size == 1:
+        yield Processes(0, 1, chosen)
+        return
+    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    try:
+        yield Processes(rank, world_size, chosen)
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,105 @@
+"""What a run tells while it trains: metrics.jsonl, TensorBoard, a progress bar, and lines on the terminal."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+from typing_extensions import Self
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+logger = logging.getLogger(__name__)
+
+
+class RunLog:
+    """Writes a run's log files and shows its progress; on ranks other than 0 it does nothing.
+
+    Args:
+        output_dir: Folder of the run.
+        num_steps: Length of the run.
+        start_step: Steps done before this process began. What an interrupted run had logged after them is dropped
+            from metrics.jsonl (and hidden in TensorBoard), since it is about to happen again.
+        enabled: Whether this process is the one that writes.
+    """
+
+    def __init__(self, output_dir: Path, *, num_steps: int, start_step: int, enabled: bool) -> None:
+        self._path = output_dir / "metrics.jsonl"
+        self._enabled = enabled
+        self._board: SummaryWriter | None = None
+        self._bar: tqdm[None] | None = None
+        self._redirect = logging_redirect_tqdm(loggers=[logging.getLogger()])
+        if not enabled:
+            return
+        from torch.utils.tensorboard import SummaryWriter
+
+        output_dir.mkdir(parents=True, exist_ok=True)
+        kept = [line for line in self._lines() if json.loads(line)["step"] <= start_step]
+        self._path.write_text("".join(kept), encoding="utf-8")
+        purge_step = start_step + 1 if start_step else None
+        self._board = SummaryWriter(str(output_dir / "tensorboard"), purge_step=purge_step)  # type: ignore[no-untyped-call]
+        self._bar = tqdm(total=num_steps, initial=start_step, unit="step", dynamic_ncols=True, mininterval=1.0)
+
+    def __enter__(self) -> Self:
+        """Let log lines and the progress bar share the terminal."""
+        self._redirect.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close the files."""
+        if self._bar is not None:
+            self._bar.close()
+        if self._board is not None:
+            self._board.close()  # type: ignore[no-untyped-call]
+        self._redirect.__exit__(kind, error, trace)
+
+    def advance(self) -> None:
+        """Count one step on the progress bar."""
+        if self._bar is not None:
+            self._bar.update()
+
+    def losses(self, step: int, values: Mapping[str, float]) -> None:
+        """Log one interval of training: losses, rate, speed."""
+        self._write(step, values, "train")
+        if self._bar is not None:
+            self._bar.set_postfix(
+                loss=f"{values['loss']:.3f}", lr=f"{values['lr']:.2g}", images_per_s=f"{values['images_per_s']:.1f}"
+            )
+
+    def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Log one evaluation."""
+        self._write(step, metrics, "val")
+        if self._enabled:
+            logger.info("step %d: AP %.3f  AP50 %.3f  AP75 %.3f", step, metrics["AP"], metrics["AP50"], metrics["AP75"])
+
+    def pictures(self, step: int, names: Sequence[str], images: Sequence[npt.NDArray[np.uint8]]) -> None:
+        """Show drawn images (uint8 ``[H, W, 3]``) in TensorBoard."""
+        if self._board is not None:
+            for name, image in zip(names, images, strict=True):
+                self._board.add_image(f"detections/{name}", image, step, dataformats="HWC")  # type: ignore[no-untyped-call]
+
+    def _write(self, step: int, values: Mapping[str, float], group: str) -> None:
+        if self._board is None:
+            return
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+        for name, value in values.items():
+            self._board.add_scalar(f"{group}/{name}", value, step)  # type: ignore[no-untyped-call]
+
+    def _lines(self) -> list[str]:
+        if not self._path.exists():
+            return []
+        lines = self._path.read_text(encoding="utf-8").splitlines(keepends=True)
+        # A process killed while writing leaves half a line at the end.
+        return [line for line in lines if line.endswith("}\n")]

@@ -1,0 +1,105 @@
+"""The one statement of this package's box and label conventions.
+
+Legend: ``B`` images, ``N`` boxes, ``K`` foreground classes, ``H, W`` pixels.
+
+* A box is ``(x1, y1, x2, y2)``: absolute pixels of the image it travels with, continuous coordinates, so a pixel
+  in column ``c`` covers ``[c, c + 1]`` and a box's width is ``x2 - x1`` (no "+ 1"). Tensors are float32 ``[N, 4]``.
+  Anything else says so in its name (``boxes_xywh``).
+* A label is an int64 in ``1..K``; 0 is the background and never appears in a target or a prediction.
+  ``category_id`` names a dataset's own id and is used only at the border to files.
+* Sizes are ``(height, width)``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, TypedDict
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Category:
+    """One foreground class.
+
+    Attributes:
+        label: What the model is trained on, 1..K.
+        category_id: The id in the dataset's own files (COCO's 1..90 with gaps; equal to ``label`` for VOC).
+        name: The class name, unique in its dataset.
+    """
+
+    label: int
+    category_id: int
+    name: str
+
+
+class Target(TypedDict):
+    """Ground truth of one training image, as torchvision's detectors take it.
+
+    Attributes:
+        boxes: float32 ``[N, 4]``; ``[0, 4]`` for an image without objects.
+        labels: int64 ``[N]``, 1..K.
+        image_id: int64 ``[]``, the dataset's id of the image (for messages; models ignore it).
+    """
+
+    boxes: Tensor
+    labels: Tensor
+    image_id: Tensor
+
+
+class Prediction(TypedDict):
+    """Detections in one image, sorted by falling score, in pixels of the image as it was given.
+
+    Attributes:
+        boxes: float32 ``[N, 4]``.
+        labels: int64 ``[N]``, 1..K.
+        scores: float32 ``[N]``, in [0, 1].
+    """
+
+    boxes: Tensor
+    labels: Tensor
+    scores: Tensor
+
+
+@dataclass(frozen=True)
+class Detections:
+    """Detections of a whole dataset, one row each, images in any order.
+
+    Attributes:
+        image_index: int64 ``[D]``: row of the image in the dataset's annotation table.
+        boxes: float64 ``[D, 4]``, ``(x1, y1, x2, y2)``.
+        labels: int64 ``[D]``, 1..K.
+        scores: float64 ``[D]``.
+    """
+
+    image_index: npt.NDArray[np.int64]
+    boxes: npt.NDArray[np.float64]
+    labels: npt.NDArray[np.int64]
+    scores: npt.NDArray[np.float64]
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+    def of_image(self, index: int) -> Prediction:
+        """Give the detections in image ``index`` by falling score."""
+        rows = np.flatnonzero(self.image_index == index)
+        rows = rows[np.argsort(-self.scores[rows], kind="stable")]
+        return Prediction(
+            boxes=torch.from_numpy(self.boxes[rows].astype(np.float32)),
+            labels=torch.from_numpy(self.labels[rows]),
+            scores=torch.from_numpy(self.scores[rows].astype(np.float32)),
+        )
+
+
+def categories_to_plain(categories: Sequence[Category]) -> list[dict[str, Any]]:
+    """Give categories as plain values, the form in which checkpoints and exports carry them."""
+    return [{"label": c.label, "category_id": c.category_id, "name": c.name} for c in categories]
+
+
+def categories_from_plain(plain: Sequence[dict[str, Any]]) -> tuple[Category, ...]:
+    """Undo ``categories_to_plain``."""
+    return tuple(Category(int(c["label"]), int(c["category_id"]), str(c["name"])) for c in plain)

@@ -1,0 +1,275 @@
+import contextlib
+import io
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from resdet.data.annotations import AnnotationTable
+from resdet.data.coco import read_coco
+from resdet.errors import DataError
+from resdet.evaluation.coco import coco_metrics, detections_to_coco, read_coco_detections
+from resdet.types import Detections
+
+# COCO's own record of what these detections score (val2014_fake_eval_res.txt of cocodataset/cocoapi).
+PUBLISHED = (0.505, 0.697, 0.573, 0.586, 0.519, 0.501, 0.387, 0.594, 0.595, 0.640, 0.566, 0.564)
+NAMES = ["AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large"]
+NAMES += ["AR_1", "AR_10", "AR_100", "AR_small", "AR_medium", "AR_large"]
+# The same additions in the same order: equality to the last bits, not to rounding.
+EXACT = 1e-12
+
+
+def pycocotools_stats(ground_truth: dict, results: list[dict]) -> np.ndarray:
+    """The way of pycocotools' own demo: two COCO objects, evaluate, accumulate, summarize."""
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth = COCO()
+        truth.dataset = ground_truth
+        truth.createIndex()
+        if results:
+            found = truth.loadRes([dict(result) for result in results])
+        else:  # loadRes fails on an empty list
+            found = COCO()
+            found.dataset = {**ground_truth, "annotations": []}
+            found.createIndex()
+        evaluator = COCOeval(truth, found, "bbox")
+        evaluator.evaluate()
+        evaluator.accumulate()
+        evaluator.summarize()
+    return evaluator.stats
+
+
+def as_coco(table: AnnotationTable) -> dict:
+    ids = {category.label: category.category_id for category in table.categories}
+    image_ids = table.image_ids[table.image_of_box()]
+    return {
+        "images": [{"id": int(i)} for i in table.image_ids],
+        "categories": [{"id": c.category_id, "name": c.name} for c in table.categories],
+        "annotations": [
+            {
+                "id": row + 1,
+                "image_id": int(image_ids[row]),
+                "category_id": ids[int(table.labels[row])],
+                "bbox": table.boxes_xywh[row].tolist(),
+                "area": float(table.area[row]),
+                "iscrowd": int(table.crowd[row]),
+            }
+            for row in range(table.num_boxes)
+        ],
+    }
+
+
+def assert_same(table: AnnotationTable, detections: Detections, stats: np.ndarray) -> None:
+    metrics = coco_metrics(table, detections).as_dict()
+    assert list(metrics) == NAMES
+    np.testing.assert_allclose(list(metrics.values()), stats, rtol=0, atol=EXACT)
+
+
+@pytest.mark.parametrize("seed", range(50))
+def test_twelve_numbers_equal_pycocotools(case, seed):
+    table, detections = case(seed)
+    assert_same(table, detections, pycocotools_stats(as_coco(table), detections_to_coco(table, detections)))
+
+
+def test_cases_cover_what_they_claim(case):
+    cases = [case(seed) for seed in range(50)]
+    assert any(table.crowd.any() for table, _ in cases)
+    assert any((table.area < 1).any() for table, _ in cases)
+    assert any((np.diff(table.offsets) == 0).any() for table, _ in cases)
+    assert any(len(np.unique(found.scores)) < len(found) / 2 for _, found in cases)
+    assert any(np.bincount(found.image_index * 5 + found.labels).max() > 100 for _, found in cases)
+
+
+@pytest.mark.parametrize("perturb", ["score", "box", "crowd", "area"])
+def test_equality_notices_one_changed_value(case, perturb):
+    table, detections = case(3)
+    stats = pycocotools_stats(as_coco(table), detections_to_coco(table, detections))
+    if perturb == "score":
+        scores = detections.scores.copy()
+        scores[np.argmax(scores)] = 0
+        detections = replace(detections, scores=scores)
+    elif perturb == "box":
+        boxes_xywh = table.boxes_xywh.copy()
+        boxes_xywh[0, 0] += 500
+        table = replace(table, boxes_xywh=boxes_xywh)
+    elif perturb == "crowd":
+        crowd = table.crowd.copy()
+        crowd[0] = ~crowd[0]
+        table = replace(table, crowd=crowd)
+    else:
+        area = table.area.copy()
+        area[0] = 1e4 if area[0] < 1024 else 1
+        table = replace(table, area=area)
+    with pytest.raises(AssertionError):
+        assert_same(table, detections, stats)
+
+
+def test_fake_detections_of_cocoapi_score_as_published(assets):
+    folder = assets / "cocoapi_eval"
+    annotations = folder / "instances_val2014_100.json"
+    results = folder / "instances_val2014_fakebbox100_results.json"
+    table = read_coco(annotations)
+    detections = read_coco_detections(results, table)
+    metrics = coco_metrics(table, detections)
+    assert tuple(round(value, 3) for value in metrics.as_dict().values()) == PUBLISHED
+    # The results speak of 99 of the 100 images; the last one has no detections, and counts.
+    assert len(np.unique(detections.image_index)) == 99
+    assert table.num_images == 100
+    stats = pycocotools_stats(json.loads(annotations.read_text()), json.loads(results.read_text()))
+    assert_same(table, detections, stats)
+    assert sum(row.num_boxes for row in metrics.per_class) == int((~table.crowd).sum())
+    defined = [row.AP for row in metrics.per_class if row.num_boxes]
+    assert abs(metrics.AP - np.mean(defined)) < EXACT
+
+
+def test_per_class_rows_are_in_label_order_and_undefined_ones_stay_out(case):
+    table, detections = case(5)
+    metrics = coco_metrics(table, detections)
+    assert [row.name for row in metrics.per_class] == ["cat", "dog", "owl", "never there"]
+    assert metrics.per_class[3].num_boxes == 0
+    assert metrics.per_class[3].AP == metrics.per_class[3].AR_max == -1
+    assert abs(metrics.AP - np.mean([row.AP for row in metrics.per_class[:3]])) < EXACT
+    for row, category in zip(metrics.per_class[:3], table.categories, strict=False):
+        alone = table.select_classes([category.name])
+        mine = detections.labels == category.label
+        found = Detections(
+            detections.image_index[mine],
+            detections.boxes[mine],
+            np.ones(mine.sum(), np.int64),
+            detections.scores[mine],
+        )
+        assert abs(coco_metrics(alone, found).AP - row.AP) < EXACT
+
+
+def test_no_detections_score_zero_and_no_ground_truth_is_undefined(case, no_detections):
+    table, detections = case(5)
+    assert coco_metrics(table, no_detections).AP == 0
+    np.testing.assert_array_equal(
+        list(coco_metrics(table, no_detections).as_dict().values()), pycocotools_stats(as_coco(table), [])
+    )
+    empty = replace(table, offsets=np.zeros_like(table.offsets), boxes_xywh=np.zeros((0, 4)))
+    empty = replace(empty, **{name: getattr(table, name)[:0] for name in ("labels", "area", "crowd", "difficult")})
+    for found in (detections, no_detections):
+        assert set(coco_metrics(empty, found).as_dict().values()) == {-1.0}
+    nothing = empty.select_images(np.zeros(0, np.int64))
+    assert set(coco_metrics(nothing, no_detections).as_dict().values()) == {-1.0}
+
+
+def test_difficult_objects_neither_help_nor_hurt(case):
+    table, detections = case(2, integer=True)
+    assert table.difficult.any()
+    hard = np.flatnonzero(table.difficult)[:1]
+    x, y, w, h = table.boxes_xywh[hard[0]]
+    on_it = Detections(
+        table.image_of_box()[hard], np.array([[x, y, x + w, y + h]]), table.labels[hard], np.array([2.0])
+    )
+    both = Detections(*(np.concatenate([getattr(on_it, k), getattr(detections, k)]) for k in vars(on_it)))
+    # A sure detection of a difficult object would be a false positive at the very top if it counted.
+    missed = replace(table, difficult=np.zeros_like(table.difficult))
+    assert coco_metrics(table, both).AR_max == coco_metrics(table, detections).AR_max
+    assert sum(row.num_boxes for row in coco_metrics(table, both).per_class) == (~table.difficult).sum()
+    assert coco_metrics(missed, detections).AR_max != coco_metrics(table, detections).AR_max
+
+
+def test_annotation_id_zero_and_image_without_detections(case):
+    # pycocotools reads a match with annotation id 0 as no match (cocoapi issue 507 and others).
+    table, _ = case(5)
+    x, y, w, h = table.boxes_xywh.T
+    perfect = Detections(
+        table.image_of_box(), np.stack([x, y, x + w, y + h], axis=1), table.labels, np.ones(table.num_boxes)
+    )
+    counted = ~table.crowd & (w > 0)
+    table = replace(table, annotation_ids=np.arange(table.num_boxes))
+    assert counted.sum() == (~table.crowd).sum()
+    assert abs(coco_metrics(table, perfect).AP - 1) < EXACT
+    first = table.image_of_box() != table.image_of_box()[0]
+    fewer = Detections(*(getattr(perfect, name)[first] for name in vars(perfect)))
+    assert coco_metrics(table, fewer).AR_max < 1
+
+
+def test_limit_of_detections_can_be_raised(case):
+    table, detections = case(10)
+    usual, more = coco_metrics(table, detections), coco_metrics(table, detections, max_detections=1000)
+    assert "AR_1000" in more.as_dict()
+    assert "AR_100" not in more.as_dict()
+    assert more.AR_max >= usual.AR_max
+    assert more.AR_10 == usual.AR_10
+    with pytest.raises(ValueError, match="at least 10, got 5"):
+        coco_metrics(table, detections, max_detections=5)
+
+
+def test_nothing_is_printed(case, capsys):
+    coco_metrics(*case(1))
+    captured = capsys.readouterr()
+    assert captured.out == captured.err == ""
+
+
+def test_detections_survive_the_file(case, tmp_path: Path):
+    table, detections = case(7)
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps(detections_to_coco(table, detections)))
+    read = read_coco_detections(path, table)
+    np.testing.assert_array_equal(read.image_index, detections.image_index)
+    np.testing.assert_array_equal(read.labels, detections.labels)
+    np.testing.assert_array_equal(read.scores, detections.scores)
+    # x2 goes through x + (x2 - x), rounded twice in float64.
+    np.testing.assert_allclose(read.boxes, detections.boxes, rtol=0, atol=1e-12)
+
+
+GOOD = {"image_id": 5, "category_id": 7, "bbox": [1, 2, 3, 4], "score": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "is not JSON"),
+        ("{}", "expected a list of detections, got dict"),
+        (json.dumps([GOOD, {**GOOD, "image_id": 6}]), "entry 1: image_id 6 is not an image of case 1"),
+        (json.dumps([{**GOOD, "image_id": "5"}]), "entry 0: image_id '5' is not an image"),
+        (json.dumps([{**GOOD, "image_id": [5]}]), "is not an image"),
+        (json.dumps([{**GOOD, "category_id": 8}]), r"category_id 8 is not a category of case 1, .*\[3, 7, 12, 90\]"),
+        (json.dumps([{**GOOD, "category_id": True}]), "category_id True is not a category"),
+        (json.dumps([{**GOOD, "bbox": [1, 2, 3]}]), "entry 0: expected image_id, category_id, bbox"),
+        (json.dumps([{**GOOD, "score": None}]), "entry 0: expected image_id"),
+        (json.dumps([{**GOOD, "score": float("nan")}]), "must be finite"),
+        (json.dumps([1]), "entry 0: expected image_id"),
+    ],
+)
+def test_bad_result_files_say_what_is_wrong(case, tmp_path, content, message):
+    table, _ = case(1)
+    table = replace(table, image_ids=np.array([5, *range(100, 99 + table.num_images)]))
+    path = tmp_path / "results.json"
+    path.write_text(content)
+    with pytest.raises(DataError, match=message) as caught:
+        read_coco_detections(path, table)
+    assert str(path) in str(caught.value)
+
+
+def test_missing_result_file(case, tmp_path):
+    with pytest.raises(DataError, match=r"none\.json: cannot be read"):
+        read_coco_detections(tmp_path / "none.json", case(1)[0])
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("image_index", 99, "image_index must be in 0..3 for case 1, got 99 in row 2"),
+        ("image_index", -1, "image_index must be in 0..3"),
+        ("labels", 0, "labels must be in 1..4 for case 1, got 0 in row 2"),
+        ("labels", 5, "labels must be in 1..4"),
+        ("scores", np.nan, "must be finite, got .* with score nan in image_id="),
+        ("boxes", np.inf, "must be finite"),
+    ],
+)
+def test_impossible_detections_are_refused(case, field, value, message):
+    table, detections = case(1)
+    values = getattr(detections, field).copy()
+    values[2] = value
+    with pytest.raises(DataError, match=message):
+        coco_metrics(table, replace(detections, **{field: values}))
+    with pytest.raises(DataError, match="expected image_index"):
+        coco_metrics(table, replace(detections, scores=detections.scores[:-1]))

@@ -1,0 +1,267 @@
+import copy
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+from torchvision.models.detection import FasterRCNN
+from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
+
+from resdet.data.dataset import DetectionDataset
+from resdet.data.shapes import ShapesImages, shapes_table
+from resdet.errors import DataError, WeightsError
+from resdet.evaluation import detect, evaluate
+from resdet.evaluation.detect import inference
+from resdet.types import Category, Prediction
+
+NUM_IMAGES, IMAGE_SIZE, SEED = 7, 96, 3
+
+
+def shapes() -> DetectionDataset:
+    table = shapes_table(NUM_IMAGES, IMAGE_SIZE, SEED)
+    return DetectionDataset(table, ShapesImages(NUM_IMAGES, IMAGE_SIZE, SEED), training=False)
+
+
+def seed_everything() -> None:
+    torch.manual_seed(1)
+    np.random.seed(1)  # noqa: NPY002 - the global generator is what this is about
+    random.seed(1)
+
+
+def draw_random_numbers() -> tuple[float, float, float]:
+    return torch.rand(1).item(), np.random.rand(), random.random()  # noqa: NPY002
+
+
+class Oracle(nn.Module):
+    """Recognises each image of a dataset and answers with its ground truth, using up random numbers meanwhile."""
+
+    def __init__(self, dataset: DetectionDataset, categories: tuple[Category, ...] = ()) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+        self.dropout = nn.Dropout()
+        self.categories = categories
+        self.answers = {}
+        for index in range(len(dataset)):
+            rows = dataset.table.rows(index)
+            boxes = torch.from_numpy(dataset.table.boxes_in_image()[rows]).float()
+            labels = torch.from_numpy(dataset.table.labels[rows])
+            self.answers[dataset.image(index).tobytes()] = boxes, labels
+        self.calls: list[int] = []
+
+    def forward(self, images: list[Tensor]) -> list[Prediction]:
+        assert not self.training
+        assert not self.dropout.training
+        assert not torch.is_grad_enabled()
+        draw_random_numbers()
+        self.calls.append(len(images))
+        out = []
+        for image in images:
+            assert image.dtype == torch.float32
+            assert image.shape[0] == 3
+            pixels = (image * 255).round().byte().permute(1, 2, 0).numpy().tobytes()
+            boxes, labels = self.answers[pixels]
+            out.append(Prediction(boxes=boxes, labels=labels, scores=torch.linspace(0.9, 0.5, len(labels))))
+        return out
+
+
+def small_rcnn(num_classes: int = 4) -> FasterRCNN:
+    torch.manual_seed(0)
+    backbone = resnet_fpn_backbone(
+        backbone_name="resnet18", weights=None, norm_layer=nn.BatchNorm2d, trainable_layers=5
+    )
+    return FasterRCNN(
+        backbone, num_classes, min_size=64, max_size=96, rpn_post_nms_top_n_train=50, rpn_post_nms_top_n_test=20
+    )
+
+
+@pytest.mark.parametrize(("batch_size", "num_workers"), [(1, 0), (3, 0), (2, 2)])
+def test_ground_truth_as_answers_is_perfect(batch_size, num_workers):
+    dataset = shapes()
+    model = Oracle(dataset, dataset.categories)
+    result = evaluate(model, dataset, batch_size=batch_size, num_workers=num_workers)
+    assert sum(model.calls) == NUM_IMAGES
+    assert max(model.calls) == batch_size
+    for name in ("AP", "AP50", "AP75", "AR_100", "voc_AP50", "voc_AP50_11point"):
+        assert result.metrics[name] == pytest.approx(1, abs=1e-9), name
+    assert all(isinstance(value, float) for value in result.metrics.values())
+    assert [row.name for row in result.per_class] == [category.name for category in dataset.categories]
+    # Every box of every image, in the dataset's order.
+    np.testing.assert_array_equal(result.detections.image_index, dataset.table.image_of_box())
+    np.testing.assert_allclose(result.detections.boxes, dataset.table.boxes_in_image(), atol=1e-5)  # float32
+    np.testing.assert_array_equal(result.detections.labels, dataset.table.labels)
+
+
+def test_one_wrong_label_is_noticed():
+    dataset = shapes()
+    model = Oracle(dataset, dataset.categories)
+    key = dataset.image(0).tobytes()
+    boxes, labels = model.answers[key]
+    model.answers[key] = boxes, labels % 3 + 1
+    assert evaluate(model, dataset).metrics["AP"] < 0.999
+
+
+def test_classes_are_matched_by_name():
+    dataset = shapes()
+    names = [category.name for category in dataset.categories]
+    turned = dataset.table.select_classes(names[::-1])
+    other = DetectionDataset(turned, ShapesImages(NUM_IMAGES, IMAGE_SIZE, SEED), training=False)
+    model = Oracle(dataset, dataset.categories)
+    assert evaluate(model, other).metrics["AP"] == pytest.approx(1, abs=1e-9)
+    np.testing.assert_array_equal(evaluate(model, other).detections.labels, turned.labels)
+    # Without names, labels are taken as they are.
+    assert evaluate(Oracle(dataset), other).metrics["AP"] < 0.5
+
+
+def test_other_classes_are_an_error_that_names_them():
+    dataset = shapes()
+    first, *others = dataset.categories
+    model = Oracle(dataset, (replace(first, name="pentagon"), *others))
+    with pytest.raises(DataError, match=f"has '{first.name}'; only the model has 'pentagon'"):
+        evaluate(model, dataset)
+    assert model.calls == []
+    with pytest.raises(DataError, match=f"has '{first.name}'; only the model has none"):
+        evaluate(Oracle(dataset, tuple(others)), dataset)
+    with pytest.raises(DataError, match=r"the model has 91 classes, background included, and .* has 4"):
+        evaluate(small_rcnn(num_classes=91), dataset)
+
+
+def test_training_flags_and_random_states_are_restored():
+    dataset = shapes()
+    model = Oracle(dataset).train()
+    model.dropout.eval()
+    seed_everything()
+    expected = draw_random_numbers()
+    assert draw_random_numbers() != expected
+    seed_everything()
+    detect(model, dataset, num_workers=1)
+    assert draw_random_numbers() == expected
+    assert model.training
+    assert not model.dropout.training
+    with pytest.raises(ZeroDivisionError), inference(model):
+        raise ZeroDivisionError
+    assert model.training
+
+
+def losses_and_gradients(model: nn.Module, dataset: DetectionDataset) -> dict[str, Tensor]:
+    torch.manual_seed(7)
+    image, target = dataset[0]
+    losses = model([image.float() / 255], [target])
+    sum(losses.values()).backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return {**{name: value.detach() for name, value in losses.items()}, **gradients}
+
+
+def check_training_goes_on_as_if_nothing_had_been(model: nn.Module, dataset: DetectionDataset) -> None:
+    untouched = copy.deepcopy(model)
+    detect(model, dataset, batch_size=2)
+    seen, expected = losses_and_gradients(model, dataset), losses_and_gradients(untouched, dataset)
+    assert seen.keys() == expected.keys()
+    assert any(name.startswith("backbone") for name in seen)
+    for name, value in expected.items():
+        torch.testing.assert_close(seen[name], value, rtol=0, atol=0, msg=name)
+
+
+def test_training_after_an_evaluation_is_what_it_would_have_been():
+    check_training_goes_on_as_if_nothing_had_been(small_rcnn().train(), shapes())
+
+
+def test_training_our_detector_after_an_evaluation_is_what_it_would_have_been():
+    from resdet import fasterrcnn_resnet101_fpn
+
+    dataset = shapes()
+    torch.manual_seed(0)
+    model = fasterrcnn_resnet101_fpn(weights=None, weights_backbone=None, num_classes=4, trainable_backbone_layers=5)
+    model.transform.min_size, model.transform.max_size = (32,), 48
+    # Frozen norms on random weights let activations grow by stages; scaled down they stay finite.
+    with torch.no_grad():
+        for name, parameter in model.backbone.body.named_parameters():
+            if name.endswith("conv3.weight"):
+                parameter.mul_(0.1)
+    check_training_goes_on_as_if_nothing_had_been(model.train(), dataset)
+
+
+@pytest.mark.parametrize("name", ["backbone.body.layer3.0.conv1.weight", "roi_heads.box_predictor.cls_score.bias"])
+def test_nan_is_an_error_and_not_an_empty_answer(name):
+    dataset = shapes()
+    model = small_rcnn().eval()
+    # As torchvision has it: a diverged model finds nothing, and says nothing.
+    with torch.no_grad():
+        model.get_parameter(name).view(-1)[0] = torch.nan
+        assert all(len(output["scores"]) == 0 for output in model([torch.rand(3, 64, 64)]))
+    with pytest.raises(WeightsError, match=rf"NaN or infinity on image_id=\[\d+, \d+\] of .*its {name} is not finite"):
+        evaluate(model, dataset, batch_size=2)
+    assert not model.rpn.head._forward_hooks
+    assert not model.roi_heads.box_predictor._forward_hooks
+
+
+def test_nan_in_the_answer_is_an_error():
+    dataset = shapes()
+    model = Oracle(dataset)
+    key = dataset.image(4).tobytes()
+    model.answers[key] = model.answers[key][0] * torch.nan, model.answers[key][1]
+    with pytest.raises(WeightsError, match=rf"image_id=\[{dataset.table.image_ids[4]}\].*weights are finite"):
+        detect(model, dataset)
+
+
+def test_bf16_answers_are_close_to_fp32():
+    dataset = shapes()
+    model = small_rcnn()
+    model.roi_heads.score_thresh = 0.0
+    exact, rough = detect(model, dataset), detect(model, dataset, precision="bf16")
+    assert rough.boxes.dtype == rough.scores.dtype == np.float64
+    # bf16 keeps 8 bits: scores of a softmax over random weights move by about 1 %.
+    assert len(exact) > 0
+    np.testing.assert_allclose(np.sort(rough.scores)[-5:], np.sort(exact.scores)[-5:], rtol=0.1)
+    assert (np.sort(rough.scores)[-5:] != np.sort(exact.scores)[-5:]).any()
+
+
+def test_order_within_an_image_is_by_falling_score():
+    found = detect(small_rcnn(), shapes(), batch_size=3)
+    for index in range(NUM_IMAGES):
+        assert (np.diff(found.scores[found.image_index == index]) <= 0).all()
+
+
+def evaluate_as_one_of(rank: int, world_size: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
+    dataset = shapes()
+    model = Oracle(dataset, dataset.categories)
+    result = evaluate(model, dataset, batch_size=2, rank=rank, world_size=world_size)
+    torch.save(
+        {
+            "metrics": result.metrics,
+            "seen": sum(model.calls),
+            "image_index": torch.from_numpy(result.detections.image_index),
+            "boxes": torch.from_numpy(result.detections.boxes),
+        },
+        Path(folder, f"{rank}.pt"),
+    )
+    dist.destroy_process_group()
+
+
+def test_two_processes_share_the_images_and_agree_with_one(tmp_path):
+    mp.spawn(evaluate_as_one_of, args=(2, str(tmp_path)), nprocs=2)
+    dataset = shapes()
+    alone = evaluate(Oracle(dataset, dataset.categories), dataset)
+    ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    assert [rank["seen"] for rank in ranks] == [4, 3]
+    for rank in ranks:
+        assert rank["metrics"] == alone.metrics
+        np.testing.assert_array_equal(rank["image_index"].numpy(), alone.detections.image_index)
+        np.testing.assert_array_equal(rank["boxes"].numpy(), alone.detections.boxes)
+
+
+def test_progress_is_shown_only_when_asked(capsys):
+    dataset = shapes()
+    detect(Oracle(dataset), dataset)
+    captured = capsys.readouterr()
+    assert captured.out == captured.err == ""
+    detect(Oracle(dataset), dataset, progress=True)
+    captured = capsys.readouterr()
+    assert "7/7" in captured.err
+    assert captured.out == ""

@@ -1,0 +1,158 @@
+"""Configuration: what is accepted, what is refused, and what the refusal says."""
+
+import json
+from pathlib import Path
+
+import jsonschema
+import pytest
+import yaml
+
+from resdet.config import Config, config_from_plain, config_to_plain, config_to_yaml, json_schema, load_config, parse_config
+from resdet.errors import ConfigError
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+
+SMALL = """\
+data:
+  train: {format: shapes}
+  val: {format: shapes, seed: 1}
+train:
+  steps: 10
+output_dir: runs/x
+"""
+
+
+def problems(text: str, *overrides: str) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        parse_config(text, overrides, source="x.yaml")
+    return caught.value.problems
+
+
+def test_there_are_configs() -> None:
+    assert {path.name for path in CONFIGS} >= {
+        "quickstart.yaml",
+        "frcnn_r101.yaml",
+        "frcnn_r101_3x.yaml",
+        "frcnn_r101_voc.yaml",
+    }
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_shipped_config_loads_and_survives_a_round_trip(path: Path) -> None:
+    config = load_config(path)
+    assert parse_config(config_to_yaml(config)) == config
+    assert config_from_plain(config_to_plain(config), source="checkpoint") == config
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_shipped_config_satisfies_the_schema(path: Path) -> None:
+    schema = json.loads((ROOT / "configs" / "schema.json").read_text())
+    tree = json.loads(json.dumps(config_to_plain(load_config(path))))
+    jsonschema.validate(tree, schema)
+    tree["model"]["arhc"] = "resnet18"
+    with pytest.raises(jsonschema.ValidationError, match="arhc"):
+        jsonschema.validate(tree, schema)
+
+
+def test_schema_file_is_the_current_one() -> None:
+    written = (ROOT / "configs" / "schema.json").read_text()
+    assert written == json_schema(), "run: python -m resdet.config > configs/schema.json"
+
+
+def test_every_knob_is_documented() -> None:
+    def undocumented(schema: dict, where: str) -> list[str]:
+        return [
+            f"{where}.{name}"
+            for name, field in schema.get("properties", {}).items()
+            if not (field.get("description") or "$ref" in field)
+        ]
+
+    schema = Config.model_json_schema()
+    missing = undocumented(schema, "Config")
+    for name, definition in schema["$defs"].items():
+        missing += undocumented(definition, name)
+    assert missing == []
+
+
+def test_numbers_are_read_by_yaml_1_2() -> None:
+    assert yaml.safe_load("1e-4") == "1e-4"  # the trap this closes
+    config = parse_config(SMALL, ["optim.lr=1e-4", "optim.weight_decay=0", "seed=0x10"])
+    assert config.optim.lr == 1e-4
+    assert config.optim.weight_decay == 0.0
+    assert config.seed == 16
+
+
+def test_off_is_text_and_true_is_no_number() -> None:
+    assert parse_config(SMALL, ["resume=off"]).resume == "off"
+    (problem,) = problems(SMALL, "train.steps=true")
+    assert "train.steps: must be" in problem
+    assert "true (true/false)" in problem
+
+
+def test_key_written_twice_is_refused() -> None:
+    (problem,) = problems(SMALL + "seed: 1\nseed: 2\n")
+    assert problem == "x.yaml:8: seed: written twice; keep one"
+
+
+def test_aliases_are_refused() -> None:
+    (problem,) = problems("a: &a [1]\nb: *a\n")
+    assert "line 2: anchors and aliases (*a) are not read" in problem
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("optim.lrr=0.1", "command line (optim.lrr=0.1): optim.lrr: unknown key; did you mean lr?"),
+        ("trian.steps=3", "command line (trian.steps=3): trian: unknown key; did you mean train?"),
+        ("data.train.rooot=x", "data.train.rooot: unknown key"),
+        ("optim.lr=fast", 'optim.lr: must be number; got "fast" (text)'),
+        ("optim.lr=-1", "optim.lr: must be greater than 0; got -1 (whole number)"),
+        ("train.precision=fp8", "train.precision: must be 'fp32', 'bf16' or 'fp16'; got \"fp8\" (text)"),
+        ("data.val.format=yolo", 'data.val.format: must be one of coco, voc, shapes; got "yolo" (text)'),
+        ("data.val={format: coco, images: a}", "data.val.annotations: missing"),
+        ("train.epochs=3", "train: give exactly one of steps and epochs"),
+        ("train.accumulate=3", "train: batch_size (16) must be a multiple of accumulate (3)"),
+        ("optim.milestones=[0.9, 0.5]", "optim: milestones must rise, got [0.9, 0.5]"),
+        ("model.weights=null", "model: norm frozen on random weights"),
+        ("optim.lr", "command line (optim.lr): must be key=value"),
+        ("optim.lr=[1", "not YAML"),
+        ("model.trainable_layers=6", "model.trainable_layers: must be less than or equal to 5; got 6"),
+        ("model.norm=froozen", "model.norm: must be 'frozen', 'batch' or 'group'"),
+        ("optim.lr=.inf", "optim.lr: must be"),
+    ],
+)
+def test_mistake_is_told_with_place_and_rule(override: str, expected: str) -> None:
+    (problem,) = problems(SMALL, override)
+    assert expected in problem
+
+
+def test_all_mistakes_are_told_at_once_with_their_lines() -> None:
+    text = SMALL.replace("steps: 10", "steps: ten\n  batchsize: 4") + "optim:\n  lr: 0\n"
+    found = problems(text, "eval.batch_size=0")
+    assert sorted(problem.split(": ")[:2] for problem in found) == [
+        ["command line (eval.batch_size=0)", "eval.batch_size"],
+        ["x.yaml:5", "train.steps"],
+        ["x.yaml:6", "train.batchsize"],
+        ["x.yaml:9", "optim.lr"],
+    ]
+
+
+def test_override_replaces_a_section() -> None:
+    config = parse_config(SMALL, ["data.val={format: voc, root: here, split: [VOC2007/test, a/b/val]}"])
+    assert config.data.val.format == "voc"
+    assert config.data.val.root == Path("here")
+    assert config.data.val.split == ["VOC2007/test", "a/b/val"]
+
+
+def test_missing_file_names_its_neighbour() -> None:
+    with pytest.raises(ConfigError, match=r"no such file; did you mean .*quickstart\.yaml\?"):
+        load_config(ROOT / "configs" / "quikstart.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("", "must be a mapping"), ("- 1", "must be a mapping"), ("a: [", "not YAML"), ("a: b: c", "line 1, column 5: not YAML")],
+)
+def test_what_is_no_configuration_is_told(text: str, expected: str) -> None:
+    assert expected in problems(text)[0]

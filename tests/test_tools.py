@@ -1,0 +1,199 @@
+"""The tools as a user runs them: subprocesses, exit codes, output trees."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# A few steps of a small model: what is tested is the path, not the result.
+TINY = [
+    "data.train.num_images=24",
+    "data.val.num_images=5",
+    "data.train.image_size=64",
+    "data.val.image_size=64",
+    "model.min_size=64",
+    "model.out_channels=32",
+    "model.box_head_channels=32",
+    "train.batch_size=4",
+    "train.log_every=1",
+    "eval.num_pictures=2",
+]
+
+
+def run(tool: str, *arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(ROOT / "tools" / tool), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        check=False,
+    )
+
+
+def succeeds(tool: str, *arguments: object) -> str:
+    done = run(tool, *arguments)
+    assert done.returncode == 0, done.stderr
+    return done.stdout + done.stderr
+
+
+def train_tiny(output_dir: Path, *overrides: str) -> str:
+    return succeeds("train.py", "configs/quickstart.yaml", *TINY, f"output_dir={output_dir}", *overrides)
+
+
+def tree(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file() and "tfevents" not in path.name}
+
+
+def logged(folder: Path, key: str) -> list[float]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line[key] for line in lines if key in line]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of four steps."""
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    text = train_tiny(folder, "train.steps=4", "train.eval_every=2")
+    assert "learning rate" in text
+    return folder
+
+
+def test_train_leaves_its_tree(finished: Path) -> None:
+    assert tree(finished) == {
+        "config.yaml",
+        "metrics.jsonl",
+        "last.pt",
+        "best.pt",
+        "pictures/000000.png",
+        "pictures/000001.png",
+    }
+    assert list((finished / "tensorboard").glob("events.out.tfevents.*"))
+    assert len(logged(finished, "loss_rpn_box_reg")) == 4
+    assert len(logged(finished, "AP50")) == 2
+    payload = torch.load(finished / "best.pt", weights_only=True)
+    assert "training" not in payload
+    assert torch.load(finished / "last.pt", weights_only=True)["training"]["step"] == 4
+
+
+def test_resumed_run_equals_one_that_was_never_touched(finished: Path, tmp_path: Path) -> None:
+    """4 steps == 2, then 2 more: every weight bit for bit, and every logged loss."""
+    train_tiny(tmp_path / "run", "train.steps=4", "train.eval_every=2")  # a twin of `finished`
+    shutil.rmtree(tmp_path / "run")
+    train_tiny(tmp_path / "run", "train.steps=2", "optim.schedule=constant")
+    text = train_tiny(tmp_path / "run", "train.steps=4", "optim.schedule=constant", "resume=auto")
+    assert "at step 2" in text
+    train_tiny(tmp_path / "whole", "train.steps=4", "optim.schedule=constant")
+    whole = torch.load(tmp_path / "whole" / "last.pt", weights_only=True)["model"]
+    resumed = torch.load(tmp_path / "run" / "last.pt", weights_only=True)["model"]
+    assert whole.keys() == resumed.keys()
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert logged(tmp_path / "whole", "loss") == logged(tmp_path / "run", "loss")
+
+    other = torch.load(finished / "last.pt", weights_only=True)["model"]
+    assert not all(torch.equal(whole[name], other[name]) for name in whole), "the comparison cannot fail"
+
+
+def test_eval_writes_its_numbers(finished: Path, tmp_path: Path) -> None:
+    text = succeeds("eval.py", finished / "best.pt", "data.val.num_images=7", "--output", tmp_path / "eval")
+    assert "circle" in text
+    assert "AP50" in text
+    document = json.loads((tmp_path / "eval" / "metrics.json").read_text())
+    assert document["num_images"] == 7
+    assert set(document["per_class"]) >= {"circle", "square", "triangle"}
+    assert -1 <= document["metrics"]["AP"] <= 1
+    assert isinstance(json.loads((tmp_path / "eval" / "detections.json").read_text()), list)
+
+
+def test_predict_draws_and_lists(finished: Path, tmp_path: Path) -> None:
+    images = tmp_path / "images"
+    images.mkdir()
+    for name, size in (("7.png", (64, 48)), ("b.jpg", (50, 80))):
+        Image.new("RGB", size, (200, 30, 30)).save(images / name)
+    succeeds("predict.py", finished / "best.pt", images, "--output", tmp_path / "out", "--score", "0.0")
+    assert tree(tmp_path / "out") == {"detections.json", "7.png", "b.png"}
+    assert Image.open(tmp_path / "out" / "b.png").size == (50, 80)
+    found = json.loads((tmp_path / "out" / "detections.json").read_text())
+    for detection in found:
+        assert set(detection) >= {"image_id", "category_id", "bbox", "score", "file_name"}
+
+
+def test_export_gives_a_backbone_torchvision_loads(finished: Path, tmp_path: Path) -> None:
+    import torchvision
+    from safetensors.torch import load_file
+
+    succeeds("export.py", finished / "best.pt", "--what", "backbone", "--format", "safetensors", "--output", tmp_path / "b.safetensors")
+    body = torchvision.models.resnet18(weights=None)
+    missing, unexpected = body.load_state_dict(load_file(tmp_path / "b.safetensors"), strict=False)
+    assert (missing, unexpected) == (["fc.weight", "fc.bias"], [])
+
+
+@pytest.mark.parametrize("tool", ["train.py", "eval.py", "predict.py", "export.py"])
+def test_help_is_complete_and_quick(tool: str) -> None:
+    text = succeeds(tool, "--help")
+    assert "usage:" in text
+    assert "python tools/" in text
+
+
+@pytest.fixture(scope="module")
+def damaged(tmp_path_factory: pytest.TempPathFactory, finished: Path) -> Path:
+    """A folder of things that are wrong."""
+    folder = tmp_path_factory.mktemp("damaged")
+    (folder / "not.json").write_text("{oops")
+    empty = {"images": [], "annotations": [], "categories": []}
+    one = {
+        "images": [{"id": 5, "file_name": "gone.jpg", "width": 10, "height": 10}],
+        "annotations": [{"id": 1, "image_id": 5, "category_id": 1, "bbox": [0, 0, 5, 5]}],
+        "categories": [{"id": 1, "name": "cat"}],
+    }
+    (folder / "empty.json").write_text(json.dumps(empty))
+    (folder / "one.json").write_text(json.dumps(one))
+    whole = (finished / "best.pt").read_bytes()
+    (folder / "cut.pt").write_bytes(whole[: len(whole) // 2])
+    import torchvision
+
+    torch.save(torchvision.models.resnet34(weights=None).state_dict(), folder / "resnet34.pth")
+    return folder
+
+
+MISTAKES = {
+    "missing config": (["train.py", "configs/nothing.yaml"], "configs/nothing.yaml: 1 problem\n  no such file"),
+    "unknown key": (["train.py", "configs/quickstart.yaml", "optim.lrate=1"], "optim.lrate: unknown key"),
+    "wrong type": (["train.py", "configs/quickstart.yaml", "train.steps=many"], "train.steps: must be"),
+    "missing COCO": (["train.py", "configs/frcnn_r101.yaml", "model.weights=null", "model.norm=batch"], "cocodataset.org"),
+    "missing VOC": (["train.py", "configs/frcnn_r101_voc.yaml", "model.weights=null", "model.norm=batch"], "VOCtrainval_06-Nov-2007.tar"),
+    "not json": (["train.py", "configs/quickstart.yaml", "data.train={format: coco, images: DAMAGED, annotations: DAMAGED/not.json}"], "not.json"),
+    "image missing": (["train.py", "configs/quickstart.yaml", "data.train={format: coco, images: DAMAGED, annotations: DAMAGED/one.json}"], "gone.jpg"),
+    "class count": (["eval.py", "FINISHED/best.pt", "data.val.classes=[circle, square]"], "triangle"),
+    "corrupted checkpoint": (["eval.py", "DAMAGED/cut.pt"], "cut.pt"),
+    "corrupted checkpoint to predict": (["predict.py", "DAMAGED/cut.pt", "x.jpg"], "cut.pt"),
+    "weights of another architecture": (["train.py", "configs/quickstart.yaml", "model.weights=DAMAGED/resnet34.pth"], "resnet34"),
+    "run in the way": (["train.py", "configs/quickstart.yaml", "output_dir=FINISHED"], "already holds a run"),
+    "nothing to predict on": (["predict.py", "FINISHED/best.pt", "no_such_folder"], "no_such_folder"),
+    "no arguments": (["train.py"], "usage:"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistake_ends_with_exit_code_2_and_readable_lines(
+    mistake: str, finished: Path, damaged: Path, tmp_path: Path
+) -> None:
+    (tool, *arguments), expected = MISTAKES[mistake]
+    arguments = [a.replace("FINISHED", str(finished)).replace("DAMAGED", str(damaged)) for a in arguments]
+    if tool == "train.py" and mistake not in ("run in the way", "no arguments", "missing config"):
+        arguments.append(f"output_dir={tmp_path / 'run'}")
+    done = run(tool, *arguments)
+    assert done.returncode == 2, done.stderr
+    assert expected in done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.splitlines()) <= 12
+    assert not (tmp_path / "run" / "last.pt").exists()

@@ -1,0 +1,42 @@
+"""metrics.jsonl of a run that goes on after an interruption."""
+
+import json
+from pathlib import Path
+
+from resdet.training.runlog import RunLog
+
+VALUES = {"loss": 1.0, "lr": 0.1, "images_per_s": 3.0}
+
+
+def lines(folder: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_steps_that_will_happen_again_are_dropped(tmp_path: Path) -> None:
+    with RunLog(tmp_path, num_steps=4, start_step=0, enabled=True) as log:
+        for step in (1, 2, 3):
+            log.losses(step, VALUES)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "lo')  # killed while writing
+    with RunLog(tmp_path, num_steps=4, start_step=2, enabled=True) as log:
+        log.losses(3, {**VALUES, "loss": 2.0})
+    assert [(line["step"], line["loss"]) for line in lines(tmp_path)] == [(1, 1.0), (2, 1.0), (3, 2.0)]
+
+
+def test_other_ranks_write_nothing(tmp_path: Path) -> None:
+    with RunLog(tmp_path / "run", num_steps=1, start_step=0, enabled=False) as log:
+        log.losses(1, VALUES)
+        log.advance()
+    assert not (tmp_path / "run").exists()
+
+
+def test_tensorboard_holds_the_curves(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with RunLog(tmp_path, num_steps=2, start_step=0, enabled=True) as log:
+        log.losses(1, VALUES)
+        log.evaluation(2, {"AP": 0.25, "AP50": 0.5, "AP75": 0.2})
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(event.step, event.value) for event in events.Scalars("val/AP")] == [(2, 0.25)]
+    assert "train/loss" in events.Tags()["scalars"]

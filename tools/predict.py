@@ -1,0 +1,43 @@
+"""Detect objects on images: drawn pictures, and detections in COCO's result format.
+
+    python tools/predict.py runs/quickstart/best.pt photo.jpg folder/ --output out
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from resdet.cli import run_tool
+
+
+def main(arguments: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="best.pt or last.pt of a run")
+    parser.add_argument("images", nargs="+", metavar="IMAGE_OR_FOLDER", help="image files, folders, or glob patterns")
+    parser.add_argument("--output", type=Path, default=Path("predictions"), help="folder for the results")
+    parser.add_argument("--score", type=float, default=0.5, help="detections below it are not drawn (default 0.5)")
+    parser.add_argument("--batch-size", type=int, default=1, help="images per forward pass (default 1)")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    parser.add_argument("--precision", choices=["fp32", "bf16", "fp16"], default="fp32")
+    options = parser.parse_args(arguments)
+
+    import resdet
+    from resdet.predict import find_images, predict_files
+    from resdet.training.distributed import choose_device
+
+    model = resdet.load_detector(options.checkpoint).to(choose_device(options.device))
+    files = find_images(options.images)
+    num_detections = predict_files(
+        model,
+        files,
+        options.output,
+        score_threshold=options.score,
+        batch_size=options.batch_size,
+        precision=options.precision,
+    )
+    print(f"{len(files)} images, {num_detections} detections; drawn those of score >= {options.score:g}")
+    print(f"written: {options.output / 'detections.json'} and {options.output}/*.png")
+
+
+if __name__ == "__main__":
+    run_tool(main)
