@@ -43,7 +43,7 @@ def build_dataset(
         table = shapes_table(source.num_images, source.image_size, source.seed)
         if source.classes is not None:
             table = table.select_classes(source.classes)
-        return DetectionDataset(table, ShapesImages(source.num_images, source.image_size, source.seed), steps, training=training)
+        return DetectionDataset(table, ShapesImages(source.image_size, source.seed), steps, training=training)
     if isinstance(source, CocoSource):
         table = read_coco(source.annotations, classes=source.classes)
         root, use_difficult = source.images, False

@@ -4,15 +4,13 @@
 documentation and goes into the JSON Schema (``python -m resdet.config`` prints it; ``configs/schema.json`` is that
 output, and lets editors complete and check the YAML files).
 
-The YAML is read by YAML 1.2's core rules, because PyYAML's 1.1 rules read ``1e-4`` as a string and ``off`` as False;
-a key written twice is an error, and so are anchors and aliases, with which a few lines can expand to gigabytes.
+The YAML itself is read by ``resdet.yaml12``, strictly.
 """
 
 from __future__ import annotations
 
 import difflib
 import json
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args
@@ -23,6 +21,7 @@ from typing_extensions import Self
 
 from resdet.errors import ConfigError
 from resdet.models.detector import DetectorSpec
+from resdet.yaml12 import KeyPath, dotted, read_yaml
 
 _SECTION = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
@@ -262,8 +261,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 def parse_config(text: str, overrides: Sequence[str] = (), *, source: str = "<text>") -> Config:
     """Do as ``load_config``, with the YAML itself; ``source`` is what messages call it."""
     problems: list[str] = []
-    places: dict[tuple[str | int, ...], str] = {}
-    tree = _read_yaml(text, source, problems, places)
+    places: dict[KeyPath, str] = {}
+    tree = read_yaml(text, source, problems, places)
     if not isinstance(tree, dict):
         problems = problems or [f"must be a mapping of sections, got {_describe(tree)}"]
         raise ConfigError(source, problems)
@@ -302,79 +301,7 @@ def _missing_file(path: Path) -> str:
     return f"no such file{hint}"
 
 
-# YAML 1.2 core schema (https://yaml.org/spec/1.2.2, section 10.3.2), in PyYAML's composer.
-class _Yaml12Loader(yaml.SafeLoader):
-    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012 - PyYAML's own protocol
-
-
-_FLOAT = r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?"
-for _tag, _pattern, _first in (
-    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
-    ("null", r"~|null|Null|NULL|", "~nN"),
-    ("int", r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", "-+0123456789"),
-    ("float", _FLOAT + r"|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", "-+.0123456789"),
-):
-    _Yaml12Loader.add_implicit_resolver(  # type: ignore[no-untyped-call]
-        f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), [*_first] + ([""] if _tag == "null" else [])
-    )
-
-
-def _read_yaml(
-    text: str, source: str, problems: list[str], places: dict[tuple[str | int, ...], str]
-) -> Any:
-    """Read one YAML document; note every mistake in ``problems`` and every key's place in ``places``."""
-    try:
-        for event in yaml.parse(text, Loader=yaml.SafeLoader):
-            if isinstance(event, yaml.AliasEvent):
-                raise ConfigError(
-                    source, [f"line {event.start_mark.line + 1}: anchors and aliases (*{event.anchor}) are not read"]
-                )
-        node = yaml.compose(text, Loader=_Yaml12Loader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
-        raise ConfigError(source, [f"{where}not YAML: {getattr(error, 'problem', None) or error}"]) from None
-    return None if node is None else _construct(node, (), source, problems, places)
-
-
-def _construct(
-    node: yaml.Node,
-    path: tuple[str | int, ...],
-    source: str,
-    problems: list[str],
-    places: dict[tuple[str | int, ...], str],
-) -> Any:
-    line = f"{source}:{node.start_mark.line + 1}"
-    places.setdefault(path, line)
-    if isinstance(node, yaml.MappingNode):
-        mapping: dict[str, Any] = {}
-        for key_node, value_node in node.value:
-            key = str(key_node.value)
-            place = f"{source}:{key_node.start_mark.line + 1}"
-            if key in mapping:
-                problems.append(f"{place}: {_dotted((*path, key))}: written twice; keep one")
-            places[(*path, key)] = place
-            mapping[key] = _construct(value_node, (*path, key), source, problems, places)
-        return mapping
-    if isinstance(node, yaml.SequenceNode):
-        return [_construct(item, (*path, i), source, problems, places) for i, item in enumerate(node.value)]
-    kind, value = node.tag.rsplit(":", 1)[-1], str(node.value)
-    if kind == "null":
-        return None
-    if kind == "bool":
-        return value.lower() == "true"
-    if kind == "int":
-        return int(value, 0) if value[:2] in ("0x", "0o") else int(value)
-    if kind == "float":
-        return float(value.replace(".inf", "inf").replace(".nan", "nan").replace(".Inf", "inf").replace(".NaN", "nan"))
-    if kind != "str":
-        problems.append(f"{line}: {_dotted(path)}: tag {node.tag} is not read")
-    return value
-
-
-def _apply_override(
-    tree: dict[str, Any], override: str, problems: list[str], places: dict[tuple[str | int, ...], str]
-) -> None:
+def _apply_override(tree: dict[str, Any], override: str, problems: list[str], places: dict[KeyPath, str]) -> None:
     """Set one ``key=value`` in the tree; a mapping on the way that is missing or not a mapping is made anew."""
     place = f"command line ({override})"
     key, equals, text = override.partition("=")
@@ -383,7 +310,7 @@ def _apply_override(
         problems.append(f"{place}: must be key=value with a dotted key, as in optim.lr=0.01")
         return
     try:
-        value = _read_yaml(text, place, problems, {})
+        value = read_yaml(text, place, problems, {})
     except ConfigError as error:
         problems.extend(f"{place}: {problem}" for problem in error.problems)
         return
@@ -399,11 +326,14 @@ def _apply_override(
     places[prefix] = place
 
 
-def _explain(item: Any, tree: Any, places: Mapping[tuple[str | int, ...], str], source: str) -> str:
+def _explain(item: Any, tree: Any, places: Mapping[KeyPath, str], source: str) -> str:
     """Turn one of pydantic's errors into ``place: key: what must hold, what was got``."""
     path = _real_path(item["loc"], tree)
-    place = next((places[path[:n]] for n in range(len(path), -1, -1) if path[:n] in places), source)
-    where = f"{place}: {_dotted(path)}" if path else place
+    # A key's own place; that of something below it, if an override made both; or that of the section around it.
+    below = [place for known, place in places.items() if known[: len(path)] == path]
+    around = [places[path[:n]] for n in range(len(path), -1, -1) if path[:n] in places]
+    place = places.get(path) or (below + around + [source])[0]
+    where = f"{place}: {dotted(path)}" if path else place
     kind, context = item["type"], item.get("ctx", {})
     if kind == "extra_forbidden":
         known = _fields_at(path[:-1], tree)
@@ -421,7 +351,7 @@ def _explain(item: Any, tree: Any, places: Mapping[tuple[str | int, ...], str], 
     return f"{where}: must be {message}; got {_describe(item['input'])}"
 
 
-def _real_path(location: Sequence[str | int], tree: Any) -> tuple[str | int, ...]:
+def _real_path(location: KeyPath, tree: Any) -> KeyPath:
     """Drop from pydantic's location what is no key of the file: union tags and type names."""
     path: list[str | int] = []
     node = tree
@@ -431,30 +361,29 @@ def _real_path(location: Sequence[str | int], tree: Any) -> tuple[str | int, ...
             if part not in node and (part == node.get("format") or not is_last):
                 continue
             path.append(part)
-            node = node.get(part)  # type: ignore[arg-type]
+            node = node.get(part)
         elif isinstance(node, list) and isinstance(part, int):
             path.append(part)
             node = node[part] if part < len(node) else None
     return tuple(path)
 
 
-def _fields_at(path: Sequence[str | int], tree: Any) -> list[str]:
+def _fields_at(path: KeyPath, tree: Any) -> list[str]:
     """Name the keys that may stand in the section at ``path``."""
     model: Any = Config
     node = tree
     for part in path:
         annotation = model.model_fields[part].annotation
         node = node[part] if isinstance(node, dict) else None
-        members = [member for member in (annotation, *get_args(annotation)) if isinstance(member, type)]
-        members = [member for member in members if issubclass(member, BaseModel)]
+        members: list[type[BaseModel]] = [
+            member
+            for member in (annotation, *get_args(annotation))
+            if isinstance(member, type) and issubclass(member, BaseModel)
+        ]
         if len(members) > 1 and isinstance(node, dict):
             members = [m for m in members if node.get("format") in get_args(m.model_fields["format"].annotation)]
         model = members[0]
     return list(model.model_fields)
-
-
-def _dotted(path: Sequence[str | int]) -> str:
-    return ".".join(str(part) for part in path)
 
 
 def _describe(value: Any) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import colorsys
 import glob
+import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,8 @@ from tqdm import tqdm
 
 from resdet.data.images import IMAGE_SUFFIXES, read_image
 from resdet.errors import DataError
-from resdet.evaluation.detect import Precision, inference
+from resdet.evaluation.detect import inference, model_categories
+from resdet.precision import Precision
 from resdet.types import Category, Prediction
 
 
@@ -101,6 +103,56 @@ def predict(
             for path, image, prediction in zip(paths, pixels, run(tensors, where), strict=True):
                 bar.update()
                 yield path, image, above(prediction, score_threshold)
+
+
+def predict_files(
+    model: nn.Module,
+    files: Sequence[Path],
+    output_dir: Path,
+    *,
+    batch_size: int = 1,
+    score_threshold: float = 0.5,
+    device: torch.device | None = None,
+    precision: Precision = "fp32",
+) -> int:
+    """Detect objects in image files; write a drawn picture for each and ``detections.json`` for all.
+
+    The json holds every detection the model gives, in COCO's result format (``to_coco_json``); the pictures show those
+    above the threshold and are named as their files are, with a number where two would have the same name.
+
+    Args:
+        model: As for ``predict``, like the others.
+        files: Image files.
+        output_dir: Made if it is not there.
+        batch_size: Images per forward pass.
+        score_threshold: Detections below it are not drawn.
+        device: Where to compute.
+        precision: fp32, bf16 or fp16.
+
+    Returns:
+        The number of detections in the json.
+
+    Raises:
+        DataError: If an image cannot be read; what was drawn before it stays.
+        WeightsError: If the model computes NaN or infinity.
+    """
+    output_dir.mkdir(parents=True, exist_ok=True)
+    categories = model_categories(model)
+    taken: set[str] = set()
+    predictions = []
+    found = predict(model, files, batch_size=batch_size, device=device, precision=precision, progress=True)
+    for file, (_, image, prediction) in zip(files, found, strict=True):
+        predictions.append(prediction)
+        name, number = file.stem, 1
+        while name in taken:
+            number += 1
+            name = f"{file.stem}_{number}"
+        taken.add(name)
+        drawn = draw(image, prediction, categories, score_threshold=score_threshold)
+        Image.fromarray(drawn).save(output_dir / f"{name}.png")
+    entries = to_coco_json(files, predictions, categories)
+    (output_dir / "detections.json").write_text(json.dumps(entries) + "\n", encoding="utf-8")
+    return len(entries)
 
 
 def above(prediction: Prediction, score_threshold: float) -> Prediction:

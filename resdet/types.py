@@ -95,6 +95,15 @@ class Detections:
         )
 
 
+def target_to(target: Target, device: torch.device) -> Target:
+    """Give a target whose tensors are on ``device``."""
+    return Target(
+        boxes=target["boxes"].to(device, non_blocking=True),
+        labels=target["labels"].to(device, non_blocking=True),
+        image_id=target["image_id"].to(device, non_blocking=True),
+    )
+
+
 def categories_to_plain(categories: Sequence[Category]) -> list[dict[str, Any]]:
     """Give categories as plain values, the form in which checkpoints and exports carry them."""
     return [{"label": c.label, "category_id": c.category_id, "name": c.name} for c in categories]

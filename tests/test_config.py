@@ -7,7 +7,15 @@ import jsonschema
 import pytest
 import yaml
 
-from resdet.config import Config, config_from_plain, config_to_plain, config_to_yaml, json_schema, load_config, parse_config
+from resdet.config import (
+    Config,
+    config_from_plain,
+    config_to_plain,
+    config_to_yaml,
+    json_schema,
+    load_config,
+    parse_config,
+)
 from resdet.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -152,7 +160,12 @@ def test_missing_file_names_its_neighbour() -> None:
 
 @pytest.mark.parametrize(
     ("text", "expected"),
-    [("", "must be a mapping"), ("- 1", "must be a mapping"), ("a: [", "not YAML"), ("a: b: c", "line 1, column 5: not YAML")],
+    [
+        ("", "must be a mapping"),
+        ("- 1", "must be a mapping"),
+        ("a: [", "not YAML"),
+        ("a: b: c", "line 1, column 5: not YAML"),
+    ],
 )
 def test_what_is_no_configuration_is_told(text: str, expected: str) -> None:
     assert expected in problems(text)[0]

@@ -51,7 +51,9 @@ def train_tiny(output_dir: Path, *overrides: str) -> str:
 
 
 def tree(folder: Path) -> set[str]:
-    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file() and "tfevents" not in path.name}
+    return {
+        str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file() and "tfevents" not in path.name
+    }
 
 
 def logged(folder: Path, key: str) -> list[float]:
@@ -131,7 +133,16 @@ def test_export_gives_a_backbone_torchvision_loads(finished: Path, tmp_path: Pat
     import torchvision
     from safetensors.torch import load_file
 
-    succeeds("export.py", finished / "best.pt", "--what", "backbone", "--format", "safetensors", "--output", tmp_path / "b.safetensors")
+    succeeds(
+        "export.py",
+        finished / "best.pt",
+        "--what",
+        "backbone",
+        "--format",
+        "safetensors",
+        "--output",
+        tmp_path / "b.safetensors",
+    )
     body = torchvision.models.resnet18(weights=None)
     missing, unexpected = body.load_state_dict(load_file(tmp_path / "b.safetensors"), strict=False)
     assert (missing, unexpected) == (["fc.weight", "fc.bias"], [])
@@ -169,14 +180,37 @@ MISTAKES = {
     "missing config": (["train.py", "configs/nothing.yaml"], "configs/nothing.yaml: 1 problem\n  no such file"),
     "unknown key": (["train.py", "configs/quickstart.yaml", "optim.lrate=1"], "optim.lrate: unknown key"),
     "wrong type": (["train.py", "configs/quickstart.yaml", "train.steps=many"], "train.steps: must be"),
-    "missing COCO": (["train.py", "configs/frcnn_r101.yaml", "model.weights=null", "model.norm=batch"], "cocodataset.org"),
-    "missing VOC": (["train.py", "configs/frcnn_r101_voc.yaml", "model.weights=null", "model.norm=batch"], "VOCtrainval_06-Nov-2007.tar"),
-    "not json": (["train.py", "configs/quickstart.yaml", "data.train={format: coco, images: DAMAGED, annotations: DAMAGED/not.json}"], "not.json"),
-    "image missing": (["train.py", "configs/quickstart.yaml", "data.train={format: coco, images: DAMAGED, annotations: DAMAGED/one.json}"], "gone.jpg"),
+    "missing COCO": (
+        ["train.py", "configs/frcnn_r101.yaml", "model.weights=null", "model.norm=batch"],
+        "cocodataset.org",
+    ),
+    "missing VOC": (
+        ["train.py", "configs/frcnn_r101_voc.yaml", "model.weights=null", "model.norm=batch"],
+        "VOCtrainval_06-Nov-2007.tar",
+    ),
+    "not json": (
+        [
+            "train.py",
+            "configs/quickstart.yaml",
+            "data.train={format: coco, images: DAMAGED, annotations: DAMAGED/not.json}",
+        ],
+        "not.json",
+    ),
+    "image missing": (
+        [
+            "train.py",
+            "configs/quickstart.yaml",
+            "data.train={format: coco, images: DAMAGED, annotations: DAMAGED/one.json}",
+        ],
+        "gone.jpg",
+    ),
     "class count": (["eval.py", "FINISHED/best.pt", "data.val.classes=[circle, square]"], "triangle"),
     "corrupted checkpoint": (["eval.py", "DAMAGED/cut.pt"], "cut.pt"),
     "corrupted checkpoint to predict": (["predict.py", "DAMAGED/cut.pt", "x.jpg"], "cut.pt"),
-    "weights of another architecture": (["train.py", "configs/quickstart.yaml", "model.weights=DAMAGED/resnet34.pth"], "resnet34"),
+    "weights of another architecture": (
+        ["train.py", "configs/quickstart.yaml", "model.weights=DAMAGED/resnet34.pth"],
+        "resnet34",
+    ),
     "run in the way": (["train.py", "configs/quickstart.yaml", "output_dir=FINISHED"], "already holds a run"),
     "nothing to predict on": (["predict.py", "FINISHED/best.pt", "no_such_folder"], "no_such_folder"),
     "no arguments": (["train.py"], "usage:"),

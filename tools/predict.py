@@ -1,6 +1,6 @@
 """Detect objects on images: drawn pictures, and detections in COCO's result format.
 
-    python tools/predict.py runs/quickstart/best.pt photo.jpg folder/ --output out
+python tools/predict.py runs/quickstart/best.pt photo.jpg folder/ --output out
 """
 
 import argparse

@@ -1,8 +1,8 @@
 """Train a detector as a configuration says.
 
-    python tools/train.py configs/quickstart.yaml
-    python tools/train.py configs/frcnn_r101_voc.yaml data.train.root=/data/VOCdevkit train.batch_size=4
-    torchrun --nproc-per-node 8 tools/train.py configs/frcnn_r101.yaml
+python tools/train.py configs/quickstart.yaml
+python tools/train.py configs/frcnn_r101_voc.yaml data.train.root=/data/VOCdevkit train.batch_size=4
+torchrun --nproc-per-node 8 tools/train.py configs/frcnn_r101.yaml
 """
 
 import argparse

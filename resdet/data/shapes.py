@@ -88,10 +88,9 @@ def shapes_table(num_images: int, image_size: int, seed: int) -> AnnotationTable
 
 @dataclass(frozen=True)
 class ShapesImages:
-    """The pictures that belong to ``shapes_table`` of the same arguments.
+    """The pictures that belong to ``shapes_table`` of the same size and seed.
 
     Attributes:
-        num_images: At least 1.
         image_size: Height and width in pixels, at least 32.
         seed: At least 0.
 
@@ -99,17 +98,14 @@ class ShapesImages:
         DataError: If an attribute is out of its range.
     """
 
-    num_images: int
     image_size: int
     seed: int
 
     def __post_init__(self) -> None:
-        _check(self.num_images, self.image_size, self.seed)
+        _check(1, self.image_size, self.seed)
 
     def __call__(self, index: int) -> npt.NDArray[np.uint8]:
         """Draw picture ``index``, 0-based: uint8 RGB ``[image_size, image_size, 3]``."""
-        if not 0 <= index < self.num_images:
-            raise IndexError(f"index must be in 0..{self.num_images - 1}, got {index}")
         shapes, rng = _layout(self.seed, index, self.image_size)
         canvas = _background(rng, self.image_size)
         for shape in shapes:

@@ -174,7 +174,7 @@ def _read_list(folder: Path, list_name: str, annotations: dict[str, Path]) -> li
     path = folder / "ImageSets" / "Main" / f"{list_name}.txt"
     if not path.is_file():
         found = sorted(other.stem for other in path.parent.glob("*.txt"))
-        whole = [name for name in found if name.rsplit("_", 1)[0] not in VOC_CLASSES]
+        whole = [name for name in found if "_" not in name or name.rsplit("_", 1)[0] not in VOC_CLASSES]
         raise DataError(f"{path}: no such split; {path.parent} has {', '.join(whole) or 'none'}")
     stems = []
     for line in path.read_text(encoding="utf-8").splitlines():

@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,13 +19,11 @@ from resdet.data.annotations import AnnotationTable
 from resdet.errors import DataError, WeightsError
 from resdet.evaluation.coco import ClassMetrics, CocoMetrics, coco_metrics
 from resdet.evaluation.voc import VocMetrics, voc_metrics
+from resdet.precision import Precision, autocast
 from resdet.types import Category, Detections, Prediction
 
 if TYPE_CHECKING:
     from resdet.data.dataset import DetectionDataset
-
-Precision = Literal["fp32", "bf16", "fp16"]
-_AUTOCAST = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 Detect = Callable[[Sequence[Tensor], str], list[Prediction]]
 """Takes uint8 images ``[3, H, W]`` and what to call them in messages; gives their detections, on the CPU."""
@@ -196,7 +194,7 @@ def inference(
     def run(images: Sequence[Tensor], where: str) -> list[Prediction]:
         finite.clear()
         batch = [image.to(device, non_blocking=True).float() / 255 for image in images]
-        with torch.autocast(device.type, dtype=_AUTOCAST[precision], enabled=precision != "fp32"):
+        with autocast(device, precision):
             outputs = model(batch)
         finite.extend(torch.isfinite(output[key]).all() for output in outputs for key in ("boxes", "scores"))
         if finite and not torch.stack(finite).all():

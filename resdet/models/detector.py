@@ -65,8 +65,8 @@ class DetectorSpec(BaseModel):
     out_channels: PositiveInt = Field(default=256, description="Channels of every level of the feature pyramid.")
     fast: bool = Field(
         default=True,
-        description="Frozen norms folded into the convolutions, channels-last, RoIAlign on every core. Off: "
-        "torchvision's operations bit for bit. Parameters are the same.",
+        description="Frozen norms folded into the convolutions, channels-last, RoIAlign on every core, boxes in "
+        "float32 whatever the precision. Off: torchvision's operations bit for bit. Parameters are the same.",
     )
     min_size: PositiveInt | tuple[PositiveInt, ...] = Field(
         default=800,
@@ -170,8 +170,10 @@ class _Anchors(AnchorGenerator):  # type: ignore[misc]  # torchvision ships no t
     proposals and ground truth, which are brought to the anchors' type, with it.
     """
 
+    cell_anchors: list[Tensor]
+
     def set_cell_anchors(self, dtype: torch.dtype, device: torch.device) -> None:
-        self.cell_anchors = [anchors.to(_widened(dtype), device) for anchors in self.cell_anchors]
+        self.cell_anchors = [anchors.to(device, _widened(dtype)) for anchors in self.cell_anchors]
 
 
 class _RPNHead(RPNHead):  # type: ignore[misc]
@@ -209,8 +211,8 @@ class Detector(FasterRCNN):  # type: ignore[misc]
     In training mode ``model(images, targets)`` gives a dictionary of four losses, otherwise ``model(images)`` a list of
     ``resdet.types.Prediction``. Images are ``[3, H, W]`` in [0, 1], each of its own size.
 
-    It deviates from torchvision's where the forward runs in reduced precision: anchors, and what the heads put out, are
-    float32, and so are the boxes made of them. In float32 both compute the same.
+    With ``spec.fast`` it deviates from torchvision's where the forward runs in reduced precision: anchors, and what the
+    heads put out, are float32, and so are the boxes made of them. In float32 both compute the same.
 
     Args:
         spec: What the detector is.
@@ -226,20 +228,21 @@ class Detector(FasterRCNN):  # type: ignore[misc]
         self, spec: DetectorSpec, backbone: ResNetFPN, num_classes: int, categories: Sequence[Category] = ()
     ) -> None:
         _check_categories(categories, num_classes)
-        levels = len(spec.anchor_sizes)
-        anchors = _Anchors(tuple((size,) for size in spec.anchor_sizes), (spec.aspect_ratios,) * levels)
+        sizes = tuple((size,) for size in spec.anchor_sizes)
+        anchors = (_Anchors if spec.fast else AnchorGenerator)(sizes, (spec.aspect_ratios,) * len(sizes))
         check_anchors(backbone, anchors)
-        # The pyramid's coarsest level serves proposals only: level assignment ends at P5 (FPN paper, section 4.2).
-        roi_pool = (roi_align.MultiScaleRoIAlign if spec.fast else MultiScaleRoIAlign)(
-            featmap_names=backbone.level_names[: len(backbone.body.channels)], output_size=7, sampling_ratio=2
-        )
+        num_anchors = anchors.num_anchors_per_location()[0]
+        # The coarsest level serves proposals only: boxes are assigned to P2..P5 (FPN paper, equation 1).
+        pooled_levels = backbone.level_names[: len(backbone.body.channels)]
+        pool = roi_align.MultiScaleRoIAlign if spec.fast else MultiScaleRoIAlign
+        predictor = _Predictor if spec.fast else FastRCNNPredictor
         super().__init__(
             backbone,
             rpn_anchor_generator=anchors,
-            rpn_head=_RPNHead(backbone.out_channels, anchors.num_anchors_per_location()[0]),
-            box_roi_pool=roi_pool,
+            rpn_head=(_RPNHead if spec.fast else RPNHead)(backbone.out_channels, num_anchors),
+            box_roi_pool=pool(featmap_names=pooled_levels, output_size=7, sampling_ratio=2),
             box_head=TwoMLPHead(backbone.out_channels * 7 * 7, spec.box_head_channels),
-            box_predictor=_Predictor(spec.box_head_channels, num_classes),
+            box_predictor=predictor(spec.box_head_channels, num_classes),
             min_size=spec.min_size,
             max_size=spec.max_size,
             image_mean=list(spec.image_mean),

@@ -43,8 +43,8 @@ class FrozenBatchNorm2d(torchvision.ops.FrozenBatchNorm2d):  # type: ignore[misc
     """Batch normalisation with fixed statistics and fixed affine parameters, all four of them buffers.
 
     It computes what torchvision's class of this name computes, and can also give the convolution before it in folded
-    form (``fold``). Folded weights that are not being trained are kept, and folded anew as soon as one of the tensors they
-    come from is another tensor, has been written to, or changed dtype or device; ``train()``, ``eval()`` and any
+    form (``fold``). Folded weights that are not being trained are kept, and folded anew as soon as one of the tensors
+    they come from is another tensor, has been written to, or changed dtype or device; ``train()``, ``eval()`` and any
     ``.to()`` drop them in any case. A write that autograd cannot see (``weight.data.mul_(2)``, a numpy view) is
     followed only from the next ``train()``, ``eval()`` or ``load_state_dict`` on.
 
@@ -74,11 +74,12 @@ class FrozenBatchNorm2d(torchvision.ops.FrozenBatchNorm2d):  # type: ignore[misc
             it takes them and gradients are being recorded.
         """
         # A graph that is being captured must hold the arithmetic, not today's result of it.
-        if (
-            (torch.is_grad_enabled() and weight.requires_grad)
-            or torch.compiler.is_compiling()
-            or torch.jit.is_tracing()
-        ):
+        if torch.compiler.is_compiling() or is_tracing():
+            return self._fold(weight, dtype)
+        # Fused optimizers write without counting up the version, so the weight of a layer that was ever trained through
+        # is never kept. Detectors that only predict keep theirs, though their weights may take gradients.
+        self._trained |= weight.requires_grad and torch.is_grad_enabled()
+        if self._trained:
             return self._fold(weight, dtype)
         sources = (weight, self.weight, self.bias, self.running_mean, self.running_var)
         try:

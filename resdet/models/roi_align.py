@@ -15,6 +15,18 @@ cores; the backward is the same product with ``M`` transposed, for which its ent
 * The result is contiguous ``[K, C, P, Q]``, as torchvision's; the features' gradient comes in channels-last layout.
 * The same bits in every run and for any number of threads, forward and backward: every sum is taken by one thread in
   an order that depends on the boxes alone.
+
+Measured on 2 cores, 629 boxes on P2 of an 800 x 1216 image, 256 channels, float32, of which the sparse product takes
+12 ms forward and 14 ms backward (sort included). What did not pay:
+
+* ``torch.sparse`` CSR (MKL): 44 ms forward, 42 ms backward, and no bfloat16; multiplying with ``M.t()``: 106 ms.
+* ``embedding_bag``'s own backward: 102 ms. ``index_add_`` of weighted rows: 160 ms.
+* Gathering 16 rows a bin and a batched product: 180 ms. Crops of the boxes, padded to the largest, and two small
+  matrices a box, since bins are separable: 540 ms (boxes differ too much in size).
+* bfloat16 features turned into float32 rows, to keep float32 weights: 20 ms forward where bfloat16 takes 2. Rounded
+  weights raise the root mean square error from 0.0017 (the rounding of the result alone) to 0.0023.
+* Dropping the 4 in 10 weights that are zero in the forward: what the product saves, the compaction costs.
+* One product for all levels: their rows would have to be copied into one matrix.
 """
 
 from __future__ import annotations
@@ -25,6 +37,7 @@ from typing import Any, NamedTuple, Union
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.jit import is_scripting  # type: ignore[attr-defined]
 from torch.jit.annotations import BroadcastingList2
 from torch.nn import functional as F
 from torchvision import ops
@@ -72,7 +85,7 @@ def roi_align(
     Source: Mask R-CNN, section 3; torchvision's ``csrc/ops/cpu/roi_align_kernel.cpp``. Deviation: boxes may have
     another floating type than ``input``, so bfloat16 features go with float32 boxes.
     """
-    if not torch.jit.is_scripting():  # type: ignore[attr-defined]  # TorchScript drops this block, and no other form
+    if not is_scripting():  # noqa: SIM102 - TorchScript drops this block only if the condition stands alone
         if _runs_here([input]):
             check_roi_boxes_shape(boxes)
             rois = boxes if isinstance(boxes, Tensor) else convert_boxes_to_roi_format(boxes)
@@ -89,7 +102,7 @@ class MultiScaleRoIAlign(ops.MultiScaleRoIAlign):  # type: ignore[misc]
     """``torchvision.ops.MultiScaleRoIAlign`` on the CPU path of this module; constructor and results are the same.
 
     Each box is pooled from the level that its area picks (Feature Pyramid Networks, equation 1), each level with one
-    sparse product of its own: one product for all levels would need their rows copied into one matrix first.
+    sparse product of its own.
 
     Source: torchvision's ``ops/poolers.py``, whose own functions pick scales and levels here too.
     """
@@ -115,7 +128,7 @@ class MultiScaleRoIAlign(ops.MultiScaleRoIAlign):  # type: ignore[misc]
             self.scales, self.map_levels = _setup_scales(
                 features, image_shapes, self.canonical_scale, self.canonical_level
             )
-        if not torch.jit.is_scripting():  # type: ignore[attr-defined]
+        if not is_scripting():  # noqa: SIM102 - as above
             if _runs_here(features):
                 return self._forward_sparse(features, boxes)
         result: Tensor = _multiscale_roi_align(
@@ -182,15 +195,11 @@ class _SparseRoIAlign(torch.autograd.Function):
             for chunk in _chunks(grids):
                 pixels, weights = _entries(grids, chunk)
                 weights = weights.to(rows.dtype)
-                blocks = zip(
-                    on_level[chunk].split(_BLOCK),
-                    pixels.split(_BLOCK * num_bins),
-                    weights.split(_BLOCK * num_bins),
-                    strict=True,
-                )
-                for boxes, block_pixels, block_weights in blocks:
-                    pooled = F.embedding_bag(block_pixels, rows, mode="sum", per_sample_weights=block_weights)
+                for start in range(0, len(chunk), _BLOCK):
+                    block = slice(start * num_bins, (start + _BLOCK) * num_bins)
+                    pooled = F.embedding_bag(pixels[block], rows, mode="sum", per_sample_weights=weights[block])
                     swapped = _swap_last(pooled.view(-1, num_bins, channels)).view(-1, channels, *bins)
+                    boxes = on_level[chunk[start : start + _BLOCK]]
                     output.index_copy_(0, boxes, swapped.to(output.dtype))
         return output
 
@@ -233,8 +242,7 @@ def _gather_rows(grad: Tensor, boxes: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _multiply_transposed(pixels: Tensor, weights: Tensor, grad_rows: Tensor, num_rows: int) -> Tensor:
     """Multiply ``M`` transposed, ``[num_rows, K * P * Q]``, with ``grad_rows``, ``[K * P * Q, C]``."""
-    # About 4 in 10 slots are unused. Dropping them pays here, before a sort; not in the forward, whose bags then all
-    # have the same length.
+    # About 4 in 10 weights are zero. Dropping them pays here, ahead of the sort.
     used = weights.view(-1).nonzero().view(-1)
     row, order = pixels.view(-1).index_select(0, used).sort(stable=True)
     used = used.index_select(0, order)
@@ -310,7 +318,7 @@ def _place(
         start, length = corners[:, 1 - axis], corners[:, 3 - axis] - corners[:, 1 - axis]
         bin_size = (length if aligned else length.clamp(min=1.0)) / num_bins
         num_samples = bin_size.ceil() if sampling_ratio <= 0 else torch.full_like(start, sampling_ratio)
-        axes.append(_Axis(start, bin_size, num_samples.clamp(min=0.0).nan_to_num(0.0), num_bins, size))
+        axes.append(_Axis(start, bin_size, num_samples.clamp(min=0.0).nan_to_num(0.0, posinf=0.0), num_bins, size))
     return _Grids(rois[:, 0].long(), axes[0], axes[1])
 
 
@@ -319,7 +327,7 @@ def _chunks(grids: _Grids) -> Iterator[Tensor]:
     num_boxes = len(grids.image)
     if num_boxes == 0:
         return
-    y_slots, x_slots = ((2 * axis.num_samples).clamp(max=axis.size + 2) for axis in (grids.y, grids.x))
+    y_slots, x_slots = 2 * grids.y.num_samples, 2 * grids.x.num_samples  # each sample reads two pixels an axis
     num_bins = grids.y.num_bins * grids.x.num_bins
     if num_boxes * num_bins * float(y_slots.amax() * x_slots.amax()) <= _ENTRIES:
         yield torch.arange(num_boxes)
@@ -361,7 +369,7 @@ def _axis_entries(axis: _Axis, boxes: Tensor) -> tuple[Tensor, Tensor]:
     start, bin_size, num_samples = (
         tensor[boxes, None, None] for tensor in (axis.start, axis.bin_size, axis.num_samples)
     )
-    most = int(num_samples.amax())
+    most = max(int(num_samples.amax()), 1)
     sample = torch.arange(most, dtype=start.dtype)
     bin_index = torch.arange(axis.num_bins, dtype=start.dtype)[:, None]
     position = start + bin_index * bin_size + (sample + 0.5) * bin_size / num_samples  # [k, num_bins, most]
@@ -377,7 +385,7 @@ def _axis_entries(axis: _Axis, boxes: Tensor) -> tuple[Tensor, Tensor]:
     # Each sample reads the two pixels of the one before it, or one of them and a new one, or two new ones.
     step = low.diff(dim=-1)
     slot = F.pad(torch.where(step < 0, 2, step.clamp(max=2)).cumsum(-1), (1, 0))
-    num_slots = int(slot.max()) + 2 if most else 0
+    num_slots = int(slot.max()) + 2
     weight = share.new_zeros(*low.shape[:2], num_slots)
     weight.scatter_add_(-1, slot, to_low).scatter_add_(-1, slot + 1, to_high)
     pixel = low.new_zeros(*low.shape[:2], num_slots)

@@ -29,6 +29,7 @@ from resdet.training.checkpoint import TrainingState, load_training_state, save_
 from resdet.training.distributed import Processes, processes
 from resdet.training.optim import build_optimizer, lr_factor, scale_lr, set_lr
 from resdet.training.runlog import RunLog
+from resdet.types import target_to
 
 logger = logging.getLogger(__name__)
 
@@ -150,16 +151,16 @@ def train(config: Config) -> TrainResult:
                 data_s += time.perf_counter() - waiting
                 image_indices += indices
                 images = [image.to(team.device, non_blocking=True).float().div_(255) for image in images]
-                targets = [{k: v.to(team.device, non_blocking=True) for k, v in t.items()} for t in targets]
+                targets = [target_to(target, team.device) for target in targets]
 
                 is_last = micro == config.train.accumulate - 1
                 # Gradients travel between processes once per step, with the last micro-batch.
-                local = nullcontext() if is_last or parallel is model else parallel.no_sync()  # type: ignore[operator]
+                local = nullcontext() if is_last or parallel is model else parallel.no_sync()
                 with local:
                     with autocast(team.device, config.train.precision):
                         losses: dict[str, Tensor] = parallel(images, targets)
                     loss = torch.stack(list(losses.values())).sum() / config.train.accumulate
-                    scaler.scale(loss).backward()
+                    scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
                 for name, value in {"loss": loss * config.train.accumulate, **losses}.items():
                     step_losses[name] = step_losses.get(name, 0.0) + value.detach() / config.train.accumulate
 
@@ -312,9 +313,7 @@ def _non_finite(
 ) -> str:
     """Say which step broke, on which images, and what was kept."""
     values = ", ".join(f"{name} {value.item():.4g}" for name, value in losses.items())
-    images = ", ".join(
-        f"{dataset.table.image_ids[i]} ({dataset.table.file_names[i]})" for i in indices
-    )
+    images = ", ".join(f"{dataset.table.image_ids[i]} ({dataset.table.file_names[i]})" for i in indices)
     last = config.output_dir / "last.pt"
     kept = f"{last} is the last good checkpoint" if last.exists() else "no checkpoint had been written yet"
     return (

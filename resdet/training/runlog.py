@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
-from typing_extensions import Self
+from typing_extensions import Never, Self
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -36,7 +36,7 @@ class RunLog:
         self._path = output_dir / "metrics.jsonl"
         self._enabled = enabled
         self._board: SummaryWriter | None = None
-        self._bar: tqdm[None] | None = None
+        self._bar: tqdm[Never] | None = None
         self._redirect = logging_redirect_tqdm(loggers=[logging.getLogger()])
         if not enabled:
             return
@@ -46,7 +46,7 @@ class RunLog:
         kept = [line for line in self._lines() if json.loads(line)["step"] <= start_step]
         self._path.write_text("".join(kept), encoding="utf-8")
         purge_step = start_step + 1 if start_step else None
-        self._board = SummaryWriter(str(output_dir / "tensorboard"), purge_step=purge_step)  # type: ignore[no-untyped-call]
+        self._board = SummaryWriter(str(output_dir / "tensorboard"), purge_step=purge_step)
         self._bar = tqdm(total=num_steps, initial=start_step, unit="step", dynamic_ncols=True, mininterval=1.0)
 
     def __enter__(self) -> Self:
@@ -61,7 +61,7 @@ class RunLog:
         if self._bar is not None:
             self._bar.close()
         if self._board is not None:
-            self._board.close()  # type: ignore[no-untyped-call]
+            self._board.close()
         self._redirect.__exit__(kind, error, trace)
 
     def advance(self) -> None:
@@ -87,7 +87,7 @@ class RunLog:
         """Show drawn images (uint8 ``[H, W, 3]``) in TensorBoard."""
         if self._board is not None:
             for name, image in zip(names, images, strict=True):
-                self._board.add_image(f"detections/{name}", image, step, dataformats="HWC")  # type: ignore[no-untyped-call]
+                self._board.add_image(f"detections/{name}", image, step, dataformats="HWC")
 
     def _write(self, step: int, values: Mapping[str, float], group: str) -> None:
         if self._board is None:
@@ -95,7 +95,7 @@ class RunLog:
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
         for name, value in values.items():
-            self._board.add_scalar(f"{group}/{name}", value, step)  # type: ignore[no-untyped-call]
+            self._board.add_scalar(f"{group}/{name}", value, step)
 
     def _lines(self) -> list[str]:
         if not self._path.exists():

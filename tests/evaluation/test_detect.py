@@ -1,5 +1,6 @@
 import copy
 import random
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,7 +25,7 @@ NUM_IMAGES, IMAGE_SIZE, SEED = 7, 96, 3
 
 def shapes() -> DetectionDataset:
     table = shapes_table(NUM_IMAGES, IMAGE_SIZE, SEED)
-    return DetectionDataset(table, ShapesImages(NUM_IMAGES, IMAGE_SIZE, SEED), training=False)
+    return DetectionDataset(table, ShapesImages(image_size=IMAGE_SIZE, seed=SEED), training=False)
 
 
 def seed_everything() -> None:
@@ -109,7 +110,7 @@ def test_classes_are_matched_by_name():
     dataset = shapes()
     names = [category.name for category in dataset.categories]
     turned = dataset.table.select_classes(names[::-1])
-    other = DetectionDataset(turned, ShapesImages(NUM_IMAGES, IMAGE_SIZE, SEED), training=False)
+    other = DetectionDataset(turned, ShapesImages(image_size=IMAGE_SIZE, seed=SEED), training=False)
     model = Oracle(dataset, dataset.categories)
     assert evaluate(model, other).metrics["AP"] == pytest.approx(1, abs=1e-9)
     np.testing.assert_array_equal(evaluate(model, other).detections.labels, turned.labels)
@@ -227,7 +228,7 @@ def test_order_within_an_image_is_by_falling_score():
 
 
 def evaluate_as_one_of(rank: int, world_size: int, folder: str) -> None:
-    torch.set_num_threads(1)
+    torch.set_num_threads(1)  # a forked process has no OpenMP threads to wait for
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
     dataset = shapes()
     model = Oracle(dataset, dataset.categories)
@@ -244,8 +245,10 @@ def evaluate_as_one_of(rank: int, world_size: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="forks processes")
 def test_two_processes_share_the_images_and_agree_with_one(tmp_path):
-    mp.spawn(evaluate_as_one_of, args=(2, str(tmp_path)), nprocs=2)
+    # Forked: two fresh interpreters would spend ten seconds importing torch.
+    mp.start_processes(evaluate_as_one_of, args=(2, str(tmp_path)), nprocs=2, start_method="fork")
     dataset = shapes()
     alone = evaluate(Oracle(dataset, dataset.categories), dataset)
     ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
