@@ -188,6 +188,8 @@ class _SparseRoIAlign(torch.autograd.Function):
             return output
         for level, feature in enumerate(features):
             on_level = _on_level(levels, level, len(rois))
+            if len(on_level) == 0:
+                continue
             grids = _place(rois[on_level], feature.shape, feature.dtype, scales[level], bins, sampling_ratio, aligned)
             # Of all ways to turn NCHW into rows this was the fastest; it is free where the layout is right already.
             rows = feature.detach().contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+import torchvision
 from torch import nn
 
 from resdet.models.norm import calibrate_norm
@@ -21,12 +23,16 @@ def resnet18_file(assets: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     return path
 
 
-def randomise_norms(model: nn.Module, seed: int = 0) -> None:
+@pytest.fixture(scope="session")
+def randomise_norms() -> Callable[[nn.Module], None]:
     """Give frozen norms statistics that normalise, and affine parameters that are not the identity."""
-    generator = torch.Generator().manual_seed(seed)
-    calibrate_norm(model, [torch.randn(2, 3, 64, 64, generator=generator)])
-    for name, buffer in model.named_buffers():
-        if name.endswith(".weight"):
-            buffer.copy_(1 + 0.1 * torch.randn(buffer.shape, generator=generator))
-        elif name.endswith(".bias"):
-            buffer.copy_(0.1 * torch.randn(buffer.shape, generator=generator))
+
+    def randomise(model: nn.Module) -> None:
+        generator = torch.Generator().manual_seed(0)
+        calibrate_norm(model, [torch.randn(2, 3, 128, 128, generator=generator)])
+        for norm in model.modules():
+            if isinstance(norm, torchvision.ops.FrozenBatchNorm2d):
+                norm.weight.copy_(1 + 0.1 * torch.randn(norm.weight.shape, generator=generator))
+                norm.bias.copy_(0.1 * torch.randn(norm.bias.shape, generator=generator))
+
+    return randomise
