@@ -6,7 +6,6 @@ import json
 import os
 import uuid
 from collections.abc import Mapping
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+import resdet
 from resdet.errors import UserError, WeightsError
 from resdet.models.backbone import ResNetFPN, freeze_stages
 from resdet.models.resnet import ResNet
@@ -62,7 +62,7 @@ def export_backbone(model: nn.Module, path: str | os.PathLike[str], *, include_f
         {
             "format": BACKBONE_FORMAT,
             "backbone": json.dumps(description),
-            "resdet_version": metadata.version("resdet"),
+            "resdet_version": resdet.__version__,
         },
     )
     return Path(path)

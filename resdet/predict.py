@@ -117,8 +117,9 @@ def predict_files(
 ) -> int:
     """Detect objects in image files; write a drawn picture for each and ``detections.json`` for all.
 
-    The json holds every detection the model gives, in COCO's result format (``to_coco_json``); the pictures show those
-    above the threshold and are named as their files are, with a number where two would have the same name.
+    The json holds every detection the model gives, in COCO's result format (``to_coco_json``). The pictures show those
+    above the threshold, small images enlarged, and are named as their files are, with a number where two would have
+    the same name.
 
     Args:
         model: As for ``predict``, like the others.
@@ -148,7 +149,7 @@ def predict_files(
             number += 1
             name = f"{file.stem}_{number}"
         taken.add(name)
-        drawn = draw(image, prediction, categories, score_threshold=score_threshold)
+        drawn = draw(image, prediction, categories, score_threshold=score_threshold, scale=legible_scale(image))
         Image.fromarray(drawn).save(output_dir / f"{name}.png")
     entries = to_coco_json(files, predictions, categories)
     (output_dir / "detections.json").write_text(json.dumps(entries) + "\n", encoding="utf-8")
@@ -169,6 +170,7 @@ def draw(
     categories: Sequence[Category],
     *,
     score_threshold: float = 0.0,
+    scale: int = 1,
 ) -> npt.NDArray[np.uint8]:
     """Draw boxes with class names and scores; a class has the same colour in every picture.
 
@@ -180,10 +182,12 @@ def draw(
         prediction: Boxes in pixels of ``image``.
         categories: The model's classes; labels without one are written as numbers.
         score_threshold: Detections below it are not drawn.
+        scale: Whole factor by which the picture is larger than the image; ``legible_scale`` gives one.
 
     Returns:
-        uint8 RGB ``[H, W, 3]``.
+        uint8 RGB ``[scale * H, scale * W, 3]``.
     """
+    image = image.repeat(scale, axis=0).repeat(scale, axis=1)
     height, width = image.shape[:2]
     picture = Image.fromarray(image)
     canvas = ImageDraw.Draw(picture)
@@ -195,7 +199,7 @@ def draw(
 
     shown = above(prediction, score_threshold)
     best_first = torch.argsort(shown["scores"], descending=True, stable=True).tolist()
-    boxes, labels, scores = shown["boxes"].tolist(), shown["labels"].tolist(), shown["scores"].tolist()
+    boxes, labels, scores = (scale * shown["boxes"]).tolist(), shown["labels"].tolist(), shown["scores"].tolist()
     for i in reversed(best_first):
         x1, y1, x2, y2 = boxes[i]
         # Pillow's corners are pixels, the last one included.
@@ -223,6 +227,11 @@ def draw(
         canvas.rectangle((left, top, right - 1, bottom - 1), fill=color)
         canvas.text((left + pad, top), text, fill=ink, font=font)
     return np.asarray(picture).copy()
+
+
+def legible_scale(image: npt.NDArray[np.uint8]) -> int:
+    """Give a scale for ``draw`` at which names do not cover a small image: its shorter side comes to 320 px or more."""
+    return max(1, -(-320 // min(image.shape[:2])))
 
 
 def class_color(label: int) -> tuple[int, int, int]:

@@ -10,7 +10,7 @@ from torch import nn
 from resdet.data.shapes import ShapesImages, shapes_table
 from resdet.errors import DataError
 from resdet.evaluation.coco import read_coco_detections
-from resdet.predict import above, class_color, draw, find_images, predict, to_coco_json
+from resdet.predict import above, class_color, draw, find_images, legible_scale, predict, to_coco_json
 from resdet.types import Category, Prediction
 
 CATEGORIES = (Category(1, 7, "cat"), Category(2, 3, "dog"))
@@ -141,6 +141,16 @@ def test_drawing_marks_the_box_and_nothing_far_from_it():
     assert changed[:, 0].max() == 139
     assert changed[:, 1].min() == 100
     assert (drawn[85:135, 105:155] == 128).all()
+
+
+def test_small_images_are_enlarged_with_their_boxes():
+    image = np.full((100, 128, 3), 128, dtype=np.uint8)
+    assert legible_scale(image) == 4
+    assert legible_scale(np.zeros((320, 640, 3), dtype=np.uint8)) == 1
+    drawn = draw(image, prediction([[40, 50, 80, 90]], [1], [0.9]), CATEGORIES, scale=4)
+    assert drawn.shape == (400, 512, 3)
+    marked = np.argwhere((drawn[200:360] == np.array(class_color(1))).all(axis=2))
+    assert (marked[:, 1].min(), marked[:, 1].max()) == (160, 319)
 
 
 def test_nothing_below_the_threshold_is_drawn():

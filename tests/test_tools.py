@@ -123,7 +123,7 @@ def test_predict_draws_and_lists(finished: Path, tmp_path: Path) -> None:
         Image.new("RGB", size, (200, 30, 30)).save(images / name)
     succeeds("predict.py", finished / "best.pt", images, "--output", tmp_path / "out", "--score", "0.0")
     assert tree(tmp_path / "out") == {"detections.json", "7.png", "b.png"}
-    assert Image.open(tmp_path / "out" / "b.png").size == (50, 80)
+    assert Image.open(tmp_path / "out" / "b.png").size == (7 * 50, 7 * 80)
     found = json.loads((tmp_path / "out" / "detections.json").read_text())
     for detection in found:
         assert set(detection) >= {"image_id", "category_id", "bbox", "score", "file_name"}

@@ -170,10 +170,8 @@ class _Anchors(AnchorGenerator):  # type: ignore[misc]  # torchvision ships no t
     proposals and ground truth, which are brought to the anchors' type, with it.
     """
 
-    cell_anchors: list[Tensor]
-
     def set_cell_anchors(self, dtype: torch.dtype, device: torch.device) -> None:
-        self.cell_anchors = [anchors.to(device, _widened(dtype)) for anchors in self.cell_anchors]
+        self.cell_anchors = [anchors.to(device, _widened(dtype)) for anchors in self.cell_anchors]  # type: ignore[has-type]
 
 
 class _RPNHead(RPNHead):  # type: ignore[misc]

@@ -90,10 +90,10 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
         else:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        refused = re.search(r"GLOBAL (\S+)|global:? (\S+)", str(error))
+        refused = re.search(r"GLOBAL (\S+)|unrecognized (?:class|function) (.+)", str(error))
         if refused is None:
             raise WeightsError(f"{path}: is damaged or not a PyTorch file ({_first_line(error)})") from error
-        name = (refused[1] or refused[2]).strip("`")
+        name = refused[1] or refused[2]
         raise WeightsError(
             f"{path}: loading it would run code of its own ({name}), which is refused; "
             "save its state_dict() alone where the file comes from"

@@ -24,7 +24,7 @@ from resdet.errors import TrainingError, UserError
 from resdet.evaluation.detect import Evaluation, evaluate
 from resdet.models.detector import Detector
 from resdet.precision import autocast
-from resdet.predict import draw
+from resdet.predict import draw, legible_scale
 from resdet.training.checkpoint import TrainingState, load_training_state, save_checkpoint
 from resdet.training.distributed import Processes, processes
 from resdet.training.optim import build_optimizer, lr_factor, scale_lr, set_lr
@@ -329,7 +329,14 @@ def _draw_pictures(config: Config, evaluation: Evaluation, dataset: DetectionDat
     names, pictures = [], []
     for index in range(min(config.eval.num_pictures, dataset.table.num_images)):
         found = evaluation.detections.of_image(index)
-        picture = draw(dataset.image(index), found, dataset.categories, score_threshold=config.eval.picture_score)
+        image = dataset.image(index)
+        picture = draw(
+            image,
+            found,
+            dataset.categories,
+            score_threshold=config.eval.picture_score,
+            scale=legible_scale(image),
+        )
         names.append(Path(str(dataset.table.file_names[index])).stem)
         pictures.append(picture)
         Image.fromarray(picture).save(folder / f"{names[-1]}.png")

@@ -26,7 +26,7 @@ def reference(arch: str, norm: str, returned_layers: tuple[int, ...]) -> nn.Modu
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("norm", NORMS)
 def test_state_dict_has_torchvisions_names_order_and_shapes(arch: str, norm: str) -> None:
-    for returned_layers in [(1,), (1, 2), (2, 4), (1, 2, 3, 4)]:
+    for returned_layers in [(1, 2), (2, 4)]:
         with torch.device("meta"):
             ours = ResNet(arch, norm=norm, returned_layers=returned_layers)
             theirs = reference(arch, norm, returned_layers)
@@ -45,8 +45,10 @@ def test_state_dicts_are_exchangeable_both_ways(returned_layers: tuple[int, ...]
         ours.load_state_dict(longer)
 
 
-@pytest.mark.parametrize("arch", ["resnet34", "resnext50_32x4d", "wide_resnet50_2"])
-@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize(
+    ("arch", "norm"),
+    [("resnet34", "frozen"), ("resnext50_32x4d", "batch"), ("resnet50", "group"), ("wide_resnet50_2", "frozen")],
+)
 def test_plain_body_is_bit_equal_to_torchvision(arch: str, norm: str) -> None:
     torch.manual_seed(0)
     ours, theirs = ResNet(arch, norm=norm, fast=False).eval(), reference(arch, norm, (1, 2, 3, 4)).eval()
