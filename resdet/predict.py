@@ -5,6 +5,7 @@ from __future__ import annotations
 import colorsys
 import glob
 import json
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -231,7 +232,7 @@ def draw(
 
 def legible_scale(image: npt.NDArray[np.uint8]) -> int:
     """Give a scale for ``draw`` at which names do not cover a small image: its shorter side comes to 320 px or more."""
-    return max(1, -(-320 // min(image.shape[:2])))
+    return max(1, math.ceil(320 / min(image.shape[:2])))
 
 
 def class_color(label: int) -> tuple[int, int, int]:

@@ -15,12 +15,22 @@ from torch import nn
 from resdet.models.norm import calibrate_norm
 
 
+def make_weights(arch: str, assets: Path, folder: Path) -> Path:
+    path = folder / f"{arch}.pth"
+    subprocess.run([sys.executable, str(assets / "make_weights.py"), arch, str(path)], check=True)
+    return path
+
+
 @pytest.fixture(scope="session")
 def resnet18_file(assets: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Real ImageNet weights of a ResNet-18 as torchvision saves them."""
-    path = tmp_path_factory.mktemp("weights") / "resnet18.pth"
-    subprocess.run([sys.executable, str(assets / "make_weights.py"), "resnet18", str(path)], check=True)
-    return path
+    return make_weights("resnet18", assets, tmp_path_factory.mktemp("weights"))
+
+
+@pytest.fixture(scope="session")
+def resnet101_file(assets: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Real ImageNet features in a ResNet-101's shape, as torchvision saves them."""
+    return make_weights("resnet101", assets, tmp_path_factory.mktemp("weights"))
 
 
 @pytest.fixture(scope="session")

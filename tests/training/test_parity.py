@@ -66,7 +66,9 @@ def test_losses_equal_torchvisions_step_by_step(arch: str) -> None:
             assert torch.equal(found[step][name], value), f"step {step}, {name}"
             assert torch.isfinite(value)
     assert expected[0] != expected[4], "nothing was trained"
-    assert any(not torch.equal(a[name], b[name]) for a, b in zip(five_steps(perturbed), expected, strict=True) for name in a)
+    assert any(
+        not torch.equal(a[name], b[name]) for a, b in zip(five_steps(perturbed), expected, strict=True) for name in a
+    )
 
 
 @pytest.mark.parametrize("arch", ["resnet18"])
