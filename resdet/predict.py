@@ -232,7 +232,8 @@ def draw(
 
 def legible_scale(image: npt.NDArray[np.uint8]) -> int:
     """Give a scale for ``draw`` at which names do not cover a small image: its shorter side comes to 320 px or more."""
-    return max(1, math.ceil(320 / min(image.shape[:2])))
+    height, width = image.shape[:2]
+    return max(1, math.ceil(320 / min(height, width)))
 
 
 def class_color(label: int) -> tuple[int, int, int]:
