@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from resdet.data.voc import read_voc
     from resdet.errors import ConfigError, DataError, TrainingError, UserError, WeightsError
     from resdet.evaluation.detect import evaluate
-    from resdet.export import export_backbone, load_backbone
+    from resdet.export import export_backbone, export_detector, load_backbone
     from resdet.models.backbone import ResNetFPN, resnet_fpn
     from resdet.models.detector import Detector, DetectorSpec, build_detector, fasterrcnn_resnet101_fpn, load_detector
     from resdet.training.loop import train
@@ -42,6 +42,7 @@ _HOMES = {
     "build_detector": "resdet.models.detector",
     "evaluate": "resdet.evaluation.detect",
     "export_backbone": "resdet.export",
+    "export_detector": "resdet.export",
     "fasterrcnn_resnet101_fpn": "resdet.models.detector",
     "load_backbone": "resdet.export",
     "load_config": "resdet.config",
@@ -70,6 +71,7 @@ __all__ = [
     "build_detector",
     "evaluate",
     "export_backbone",
+    "export_detector",
     "fasterrcnn_resnet101_fpn",
     "load_backbone",
     "load_config",

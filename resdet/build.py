@@ -18,9 +18,17 @@ from resdet.data.images import FolderImages, check_files
 from resdet.data.shapes import ShapesImages, shapes_table
 from resdet.data.voc import read_voc
 from resdet.errors import UserError, WeightsError
-from resdet.models.detector import Detector, DetectorSpec, build_detector, load_detector_weights
+from resdet.models.detector import (
+    WEIGHTS_FACTS,
+    Detector,
+    DetectorSpec,
+    build_detector,
+    holds_detector,
+    load_detector_weights,
+    weights_settings,
+)
 from resdet.models.norm import calibrate_norm, has_fresh_frozen_norm
-from resdet.models.weights import locate, read_checkpoint, read_tensors
+from resdet.models.weights import locate, read_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -54,22 +62,29 @@ def build_dataset(
     return DetectionDataset(table, FolderImages(root, table), steps, training=training, use_difficult=use_difficult)
 
 
-def build_model(config: ModelConfig, train_set: DetectionDataset, *, weights_follow: bool) -> Detector:
+def build_model(config: ModelConfig, train_set: DetectionDataset, *, resume_from: Path | None) -> Detector:
     """Make the detector for a dataset's classes, with its first weights.
+
+    What the weights were trained under they bring along (``WEIGHTS_FIELDS``), as ``ModelConfig.weights`` says.
 
     Args:
         config: The configuration's ``model`` section.
         train_set: Gives the classes, and the images from which frozen norms are calibrated.
-        weights_follow: A checkpoint will be loaded over whatever the model holds, so none are fetched.
+        resume_from: The checkpoint that will be loaded over whatever the model holds; no first weights are fetched
+            then, and what they brought along is read from it. None for a run that begins.
 
     Raises:
         WeightsError: If the first weights are missing or do not fit.
-        UserError: If a norm is frozen on random weights and is not to be calibrated.
+        UserError: If the configuration contradicts the weights, or a norm is frozen on random weights and is not to be
+            calibrated.
     """
     spec = DetectorSpec.model_validate(config.model_dump(include=set(DetectorSpec.model_fields)))
-    file = None if config.weights is None or weights_follow else locate(config.weights, config.arch)
+    file = None if config.weights is None or resume_from is not None else locate(config.weights, config.arch)
+    source = resume_from or file
+    if source is not None:
+        spec = _settle(spec, source)
     # A whole detector's file brings its own backbone; anything else is the backbone's first weights.
-    whole = file is not None and any(name.startswith("roi_heads.") for name in read_tensors(file))
+    whole = file is not None and holds_detector(file)
     model = build_detector(
         spec,
         num_classes=train_set.table.num_classes,
@@ -79,7 +94,7 @@ def build_model(config: ModelConfig, train_set: DetectionDataset, *, weights_fol
     )
     if whole and file is not None:
         load_detector_weights(model, file)
-    if weights_follow or not has_fresh_frozen_norm(model):
+    if resume_from is not None or not has_fresh_frozen_norm(model):
         return model
     if config.calibration_images == 0:
         raise UserError(
@@ -90,6 +105,32 @@ def build_model(config: ModelConfig, train_set: DetectionDataset, *, weights_fol
     num_norms = calibrate_norm(model.backbone.body, _calibration_batches(model, train_set, num_images))
     logger.info("statistics of %d frozen norms calibrated from %d training images", num_norms, num_images)
     return model
+
+
+def _settle(spec: DetectorSpec, file: Path) -> DetectorSpec:
+    """Take over from the weights what the configuration leaves at its default."""
+    brought = weights_settings(file)
+    contradictions = []
+    taken: dict[str, Any] = {}
+    for name, value in brought.items():
+        stated, default = getattr(spec, name), DetectorSpec.model_fields[name].default
+        if stated == value:
+            continue
+        if stated == default:
+            taken[name] = value
+        elif name in WEIGHTS_FACTS:
+            contradictions.append(f"model.{name} is {stated}, the weights were trained with {value}")
+        else:
+            logger.info("model.%s is %s; the weights in %s were trained with %s", name, stated, file, value)
+    if contradictions:
+        raise UserError(
+            f"{file}: its weights mean nothing under other settings: {'; '.join(contradictions)}. "
+            "Leave these out of the configuration"
+        )
+    if taken:
+        values = ", ".join(f"{name}={value}" for name, value in taken.items())
+        logger.info("taken over from %s: %s", file, values)
+    return spec.model_copy(update=taken)
 
 
 def _calibration_batches(model: Detector, dataset: DetectionDataset, num_images: int) -> Iterator[Tensor]:

@@ -34,8 +34,13 @@ class ModelConfig(DetectorSpec):
     model_config = _SECTION
 
     weights: str | None = "IMAGENET1K_V1"
-    """First weights: a torchvision name (``IMAGENET1K_V1``), a file (.pth, .pt, .safetensors) or a URL, of a
-    classification ResNet, an exported backbone or a whole detector; null starts from random numbers."""
+    """First weights: a torchvision name (``IMAGENET1K_V1``), a file (.pth, .pt, .safetensors, .pkl) or a URL, of a
+    classification ResNet, an exported backbone or a whole detector, also of detectron2 or mmdetection; null starts from
+    random numbers. What weights were trained under they bring along, if the file tells, and it is logged: image_mean,
+    image_std, norm_eps and stride_in_1x1, without which they mean nothing, and of a whole detector its library's
+    resize, anchors, RoIAlign and rules for small boxes (detectron2's are not torchvision's). This holds for settings
+    left at their defaults. Another value stated here is an error for the first four, and wins for the rest. Everything
+    else is as stated here, and class-specific rows are kept only for the same classes."""
     trainable_layers: int = Field(3, ge=0, le=5)
     """How many stages of the body are trained, counted from the top: 3 trains C3-C5, 5 everything, 0 nothing."""
     calibration_images: int = Field(0, ge=0)

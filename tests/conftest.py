@@ -1,8 +1,18 @@
 """Fixtures shared by several test files."""
 
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+import torchvision
+from torch import nn
+
+from resdet.models.norm import calibrate_norm
 
 ASSETS = Path(__file__).resolve().parents[2] / "shared" / "assets"
 
@@ -13,3 +23,36 @@ def assets() -> Path:
     if not ASSETS.is_dir():
         pytest.skip(f"needs the real data of {ASSETS}, which is not part of the project")
     return ASSETS
+
+
+def make_weights(arch: str, assets: Path, folder: Path) -> Path:
+    path = folder / f"{arch}.pth"
+    subprocess.run([sys.executable, str(assets / "make_weights.py"), arch, str(path)], check=True)
+    return path
+
+
+@pytest.fixture(scope="session")
+def resnet18_file(assets: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Real ImageNet weights of a ResNet-18 as torchvision saves them."""
+    return make_weights("resnet18", assets, tmp_path_factory.mktemp("weights"))
+
+
+@pytest.fixture(scope="session")
+def resnet101_file(assets: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Real ImageNet features in a ResNet-101's shape, as torchvision saves them."""
+    return make_weights("resnet101", assets, tmp_path_factory.mktemp("weights"))
+
+
+@pytest.fixture(scope="session")
+def randomise_norms() -> Callable[[nn.Module], None]:
+    """Give frozen norms statistics that normalise, and affine parameters that are not the identity."""
+
+    def randomise(model: nn.Module) -> None:
+        generator = torch.Generator().manual_seed(0)
+        calibrate_norm(model, [torch.randn(2, 3, 128, 128, generator=generator)])
+        for norm in model.modules():
+            if isinstance(norm, torchvision.ops.FrozenBatchNorm2d):
+                norm.weight.copy_(1 + 0.1 * torch.randn(norm.weight.shape, generator=generator))
+                norm.bias.copy_(0.1 * torch.randn(norm.bias.shape, generator=generator))
+
+    return randomise

@@ -86,6 +86,7 @@ def resnet_fpn(
     out_channels: int = 256,
     extra_blocks: ExtraBlocks = "pool",
     fast: bool = True,
+    stride_in_1x1: bool = False,
 ) -> ResNetFPN:
     """Build a backbone that plugs into torchvision's FasterRCNN, MaskRCNN, RetinaNet and FCOS.
 
@@ -100,6 +101,8 @@ def resnet_fpn(
         out_channels: Channels of every pyramid level.
         extra_blocks: ``"pool"`` adds P6 by subsampling, ``"p6p7"`` adds P6 and P7 by convolutions.
         fast: Run channels-last with frozen norms folded into the convolutions; off, exactly torchvision's operations.
+        stride_in_1x1: Whether bottlenecks stride in their first 1x1 convolution, as MSRA's weights need it, and not in
+            the 3x3, as torchvision's do.
 
     Raises:
         UserError: If an argument is out of its range.
@@ -107,7 +110,9 @@ def resnet_fpn(
 
     Source: ``torchvision.models.detection.backbone_utils.resnet_fpn_backbone``, the same counting of trainable layers.
     """
-    body = ResNet(arch, norm=norm, norm_eps=norm_eps, returned_layers=returned_layers, fast=fast)
+    body = ResNet(
+        arch, norm=norm, norm_eps=norm_eps, returned_layers=returned_layers, fast=fast, stride_in_1x1=stride_in_1x1
+    )
     freeze_stages(body, trainable_layers)
     backbone = ResNetFPN(body, out_channels=out_channels, extra_blocks=extra_blocks)
     load_backbone_weights(body, weights, arch)

@@ -5,25 +5,32 @@ Legend: ``B`` images, ``N`` boxes, ``K`` foreground classes, ``C, H, W`` channel
 
 from __future__ import annotations
 
+import json
 import logging
 import os
+import re
 from collections.abc import Sequence
-from typing import Annotated, Any
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator, model_validator
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from torchvision.models.detection import FasterRCNN
-from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection import FasterRCNN, FasterRCNN_ResNet50_FPN_Weights
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.models.detection.rpn import RPNHead
-from torchvision.ops import MultiScaleRoIAlign
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 from resdet.errors import UserError, WeightsError
 from resdet.models import roi_align
 from resdet.models.backbone import ResNetFPN, check_anchors, resnet_fpn
+from resdet.models.convert import FACTS_ENTRY, Converted, to_torchvision
 from resdet.models.norm import NormName
+from resdet.models.rcnn import Anchors, BoxHeads, BoxPredictor, ProposalHead, ProposalNetwork
 from resdet.models.resnet import ARCHS, find_arch
+from resdet.models.transform import PilTransform
 from resdet.models.weights import LoadReport, WeightsSource, fetch, name_some, read_checkpoint, tensors_in
 from resdet.types import Category, categories_from_plain, categories_to_plain
 
@@ -33,6 +40,9 @@ CHECKPOINT_FORMAT = "resdet-detector-1"
 
 _PREDICTOR = "roi_heads.box_predictor."
 _CLASS_SCORES = f"{_PREDICTOR}cls_score.weight"
+_STEM = "backbone.body.conv1.weight"
+# What convert calls files whose names are those of torchvision's models.
+_OWN_LAYOUT = ("torchvision", "timm")
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
@@ -134,6 +144,49 @@ class DetectorSpec(BaseModel):
     )
     box_positive_fraction: Fraction = Field(default=0.25, description="Share of positives among them, at most.")
 
+    # Where libraries differ, so that weights keep the meaning they were trained to have. torchvision's way by default;
+    # that of others is CONVENTIONS.
+    stride_in_1x1: bool = Field(
+        default=False,
+        description="Bottlenecks stride in their first 1x1 convolution, as MSRA's ImageNet weights and what was "
+        "trained from them need it, and not in the 3x3.",
+    )
+    resize: Literal["torch", "pil"] = Field(
+        default="torch",
+        description="How images are scaled: torch interpolates normalised float pixels without antialiasing; pil is "
+        "Pillow's antialiased bilinear filter on 8-bit pixels, which no whole exported detector can hold.",
+    )
+    anchor_rounding: bool = Field(default=True, description="Round the corners of anchors to whole pixels.")
+    anchor_stride: Literal["measured", "nominal"] = Field(
+        default="measured",
+        description="Distance between anchors: measured is the padded image's size over the level's, rounded down (61 "
+        "and not 64 pixels on P6 of an image 800 pixels high); nominal is 4, 8, 16, 32, 64.",
+    )
+    rpn_rank_by: Literal["probability", "logit"] = Field(
+        default="probability",
+        description="What proposals are ranked by in non-maximum suppression. Probabilities near 1 tie in float32.",
+    )
+    rpn_min_size: float = Field(
+        default=1e-3,
+        ge=0,
+        description="Proposals with a side below this, in pixels of the scaled image, are dropped; 0 drops those "
+        "without extent.",
+    )
+    roi_sampling_ratio: int = Field(
+        default=2,
+        ge=0,
+        description="Samples that RoIAlign takes of a bin along each axis; 0 takes one for each pixel of the level.",
+    )
+    roi_aligned: bool = Field(
+        default=False, description="RoIAlign shifts boxes by half a pixel of the level, which puts bins where they are."
+    )
+    box_min_size: float = Field(
+        default=1e-2,
+        ge=0,
+        description="Detections with a side below this, in pixels of the scaled image, are dropped before non-maximum "
+        "suppression; 0 drops those without extent, after it.",
+    )
+
     @field_validator("arch")
     @classmethod
     def _arch_is_known(cls, arch: str) -> str:
@@ -163,44 +216,54 @@ class DetectorSpec(BaseModel):
         return self
 
 
-class _Anchors(AnchorGenerator):  # type: ignore[misc]  # torchvision ships no types, here and below
-    """Anchors in float32 at least.
+_MMDETECTION: dict[str, Any] = {
+    "anchor_rounding": False,
+    "anchor_stride": "nominal",
+    "rpn_post_nms_top_n_train": 1000,
+    "rpn_min_size": 0.0,
+    "roi_sampling_ratio": 0,
+    "roi_aligned": True,
+    "box_min_size": 0.0,
+}
 
-    torchvision makes them in the features' type. In bfloat16 a coordinate of 800 is then known to 4 pixels, and
-    proposals and ground truth, which are brought to the anchors' type, with it.
-    """
+CONVENTIONS: dict[str, dict[str, Any]] = {
+    "detectron2": _MMDETECTION | {"resize": "pil", "rpn_rank_by": "logit"},
+    "mmdetection": _MMDETECTION,
+    "mmdetection-caffe": _MMDETECTION,
+}
+"""How other libraries run a Faster R-CNN with FPN, where that is not torchvision's way: fields of ``DetectorSpec``.
 
-    def set_cell_anchors(self, dtype: torch.dtype, device: torch.device) -> None:
-        self.cell_anchors = [anchors.to(device, _widened(dtype)) for anchors in self.cell_anchors]  # type: ignore[has-type]
+Proved on recorded outputs for detectron2, read in the sources for mmdetection (whose cv2 resize, in 8 bits without
+antialiasing, is taken for torchvision's). The statistics of pixels and where a bottleneck strides are not here: they
+differ from file to file, and ``resdet.models.convert`` tells them. Left as torchvision's: the losses of box regression
+(smooth L1 with its knee at 1/9 where these have L1), and the level of a box whose side is within a millionth of the
+border between two.
 
+Source: detectron2's ``config/defaults.py`` and ``configs/Base-RCNN-FPN.yaml``; ``modeling/anchor_generator.py``,
+``modeling/proposal_generator/proposal_utils.py``, ``modeling/roi_heads/fast_rcnn.py``, ``modeling/postprocessing.py``.
+mmdetection's ``configs/_base_/models/faster-rcnn_r50_fpn.py`` and ``models/dense_heads/rpn_head.py``.
+"""
 
-class _RPNHead(RPNHead):  # type: ignore[misc]
-    """torchvision's head, its outputs in float32 at least, so that boxes are decoded in it."""
+WEIGHTS_FACTS = ("norm_eps", "image_mean", "image_std", "stride_in_1x1")
+"""Fields of ``DetectorSpec`` without which weights mean nothing."""
 
-    def forward(self, x: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        logits: list[Tensor] = []
-        deltas: list[Tensor] = []
-        for feature in x:
-            hidden = self.conv(feature)
-            logit, delta = self.cls_logits(hidden), self.bbox_pred(hidden)
-            logits.append(logit.to(_widened(logit.dtype)))
-            deltas.append(delta.to(_widened(delta.dtype)))
-        return logits, deltas
+WEIGHTS_FIELDS = (
+    *WEIGHTS_FACTS,
+    "resize",
+    "anchor_rounding",
+    "anchor_stride",
+    "rpn_rank_by",
+    "rpn_min_size",
+    "roi_sampling_ratio",
+    "roi_aligned",
+    "box_min_size",
+)
+"""These, and fields to which weights can be trained anew, but with which they are best as they are."""
 
-
-class _Predictor(FastRCNNPredictor):  # type: ignore[misc]
-    """torchvision's predictor, its outputs in float32 at least, so that boxes are decoded in it."""
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        x = x.flatten(start_dim=1)
-        scores, deltas = self.cls_score(x), self.bbox_pred(x)
-        return scores.to(_widened(scores.dtype)), deltas.to(_widened(deltas.dtype))
-
-
-def _widened(dtype: torch.dtype) -> torch.dtype:
-    if dtype == torch.float64:
-        return torch.float64
-    return torch.float32
+# Parts of other libraries' detectors that change what they answer: one that torchvision's Faster R-CNN lacks is fatal.
+_ESSENTIAL = re.compile(
+    r"(module\.)?(backbone|neck|rpn_head|rpn\.head|proposal_generator\.rpn_head|roi_heads?\.(box|bbox_head))"
+)
 
 
 class Detector(FasterRCNN):  # type: ignore[misc]
@@ -227,42 +290,55 @@ class Detector(FasterRCNN):  # type: ignore[misc]
     ) -> None:
         _check_categories(categories, num_classes)
         sizes = tuple((size,) for size in spec.anchor_sizes)
-        anchors = (_Anchors if spec.fast else AnchorGenerator)(sizes, (spec.aspect_ratios,) * len(sizes))
+        anchors = Anchors(
+            sizes,
+            (spec.aspect_ratios,) * len(sizes),
+            rounded=spec.anchor_rounding,
+            strides=backbone.strides if spec.anchor_stride == "nominal" else (),
+            widened=spec.fast,
+        )
         check_anchors(backbone, anchors)
         num_anchors = anchors.num_anchors_per_location()[0]
-        # The coarsest level serves proposals only: boxes are assigned to P2..P5 (FPN paper, equation 1).
-        pooled_levels = backbone.level_names[: len(backbone.body.channels)]
-        pool = roi_align.MultiScaleRoIAlign if spec.fast else MultiScaleRoIAlign
-        predictor = _Predictor if spec.fast else FastRCNNPredictor
-        super().__init__(
-            backbone,
-            rpn_anchor_generator=anchors,
-            rpn_head=(_RPNHead if spec.fast else RPNHead)(backbone.out_channels, num_anchors),
-            box_roi_pool=pool(featmap_names=pooled_levels, output_size=7, sampling_ratio=2),
-            box_head=TwoMLPHead(backbone.out_channels * 7 * 7, spec.box_head_channels),
-            box_predictor=predictor(spec.box_head_channels, num_classes),
-            min_size=spec.min_size,
-            max_size=spec.max_size,
-            image_mean=list(spec.image_mean),
-            image_std=list(spec.image_std),
-            rpn_pre_nms_top_n_train=spec.rpn_pre_nms_top_n_train,
-            rpn_pre_nms_top_n_test=spec.rpn_pre_nms_top_n_test,
-            rpn_post_nms_top_n_train=spec.rpn_post_nms_top_n_train,
-            rpn_post_nms_top_n_test=spec.rpn_post_nms_top_n_test,
-            rpn_nms_thresh=spec.rpn_nms_thresh,
-            rpn_fg_iou_thresh=spec.rpn_fg_iou_thresh,
-            rpn_bg_iou_thresh=spec.rpn_bg_iou_thresh,
-            rpn_batch_size_per_image=spec.rpn_batch_size_per_image,
-            rpn_positive_fraction=spec.rpn_positive_fraction,
-            rpn_score_thresh=spec.rpn_score_thresh,
-            box_score_thresh=spec.box_score_thresh,
-            box_nms_thresh=spec.box_nms_thresh,
-            box_detections_per_img=spec.box_detections_per_img,
-            box_fg_iou_thresh=spec.box_fg_iou_thresh,
-            box_bg_iou_thresh=spec.box_bg_iou_thresh,
-            box_batch_size_per_image=spec.box_batch_size_per_image,
-            box_positive_fraction=spec.box_positive_fraction,
+        rpn = ProposalNetwork(
+            anchors,
+            (ProposalHead if spec.fast else RPNHead)(backbone.out_channels, num_anchors),
+            fg_iou_thresh=spec.rpn_fg_iou_thresh,
+            bg_iou_thresh=spec.rpn_bg_iou_thresh,
+            batch_size_per_image=spec.rpn_batch_size_per_image,
+            positive_fraction=spec.rpn_positive_fraction,
+            pre_nms_top_n={"training": spec.rpn_pre_nms_top_n_train, "testing": spec.rpn_pre_nms_top_n_test},
+            post_nms_top_n={"training": spec.rpn_post_nms_top_n_train, "testing": spec.rpn_post_nms_top_n_test},
+            nms_thresh=spec.rpn_nms_thresh,
+            score_thresh=spec.rpn_score_thresh,
+            min_size=spec.rpn_min_size,
+            rank_by_logit=spec.rpn_rank_by == "logit",
         )
+        pool = roi_align.MultiScaleRoIAlign(
+            # The coarsest level serves proposals only: boxes are assigned to P2..P5 (FPN paper, equation 1).
+            featmap_names=backbone.level_names[: len(backbone.body.channels)],
+            output_size=7,
+            sampling_ratio=spec.roi_sampling_ratio,
+            aligned=spec.roi_aligned,
+            fast=spec.fast,
+        )
+        roi_heads = BoxHeads(
+            pool,
+            TwoMLPHead(backbone.out_channels * 7 * 7, spec.box_head_channels),
+            (BoxPredictor if spec.fast else FastRCNNPredictor)(spec.box_head_channels, num_classes),
+            fg_iou_thresh=spec.box_fg_iou_thresh,
+            bg_iou_thresh=spec.box_bg_iou_thresh,
+            batch_size_per_image=spec.box_batch_size_per_image,
+            positive_fraction=spec.box_positive_fraction,
+            score_thresh=spec.box_score_thresh,
+            nms_thresh=spec.box_nms_thresh,
+            detections_per_img=spec.box_detections_per_img,
+            min_size=spec.box_min_size,
+        )
+        transform = (PilTransform if spec.resize == "pil" else GeneralizedRCNNTransform)(
+            spec.min_size, spec.max_size, list(spec.image_mean), list(spec.image_std)
+        )
+        # FasterRCNN's own constructor only makes these parts, and has no argument for half of what they are told.
+        GeneralizedRCNN.__init__(self, backbone, rpn, roi_heads, transform)
         self.spec = spec
         self.categories = tuple(categories)
 
@@ -297,6 +373,7 @@ def build_detector(
         trainable_layers=trainable_layers,
         out_channels=spec.out_channels,
         fast=spec.fast,
+        stride_in_1x1=spec.stride_in_1x1,
     )
     return Detector(spec, backbone, num_classes, categories)
 
@@ -312,8 +389,9 @@ def fasterrcnn_resnet101_fpn(
     """Build Faster R-CNN on a ResNet-101 with FPN, by torchvision's convention for its builders.
 
     Args:
-        weights: A whole detector's weights: a file or URL of a checkpoint of ours, or of a state dict of torchvision's
-            FasterRCNN of this shape. ``weights_backbone`` is ignored then.
+        weights: A whole detector's weights: a file or URL of a checkpoint of ours, of a state dict of torchvision's
+            FasterRCNN of this shape, or of another library's Faster R-CNN (see ``load_detector``).
+            ``weights_backbone`` is ignored then.
         num_classes: The background counts. By default what ``weights`` has, or else 91 (COCO).
         weights_backbone: First weights of the body: None (random), a torchvision weight name or enum, a file or a URL.
         trainable_backbone_layers: How many stages of the body take gradients, 0 to 5; see ``resnet_fpn``.
@@ -332,13 +410,11 @@ def fasterrcnn_resnet101_fpn(
             weights_backbone=weights_backbone,
             trainable_layers=trainable_backbone_layers,
         )
-    path = fetch(os.fspath(weights)) if "://" in os.fspath(weights) else os.fspath(weights)
-    content = read_checkpoint(path)
-    tensors = _detector_tensors(content, path)
+    path = fetch(os.fspath(weights)) if "://" in os.fspath(weights) else Path(weights)
+    carried, categories, tensors = _read_detector(path)
     found = len(tensors[_CLASS_SCORES])
     if num_classes not in (None, found):
         raise WeightsError(f"{path}: was made for {found} classes (background included), num_classes is {num_classes}")
-    carried, categories = _description(content, path)
     if spec is None:
         spec = carried or DetectorSpec()
     model = build_detector(spec, num_classes=found, trainable_layers=trainable_backbone_layers, categories=categories)
@@ -362,23 +438,26 @@ def checkpoint_payload(model: Detector) -> dict[str, Any]:
 
 
 def load_detector(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> Detector:
-    """Build the detector that a checkpoint holds, in evaluation mode.
+    """Build the detector that a file holds, in evaluation mode.
 
     Args:
-        path: A file with the entries of ``checkpoint_payload``.
+        path: A file with the entries of ``checkpoint_payload``, or the Faster R-CNN of another library that
+            ``resdet.models.convert`` reads, such as ``model_final_f6e8b1.pkl`` of detectron2's model zoo. Such a model
+            is run as its library runs it (``CONVENTIONS``), and saved by us it stays so. If it has 80 classes and
+            names none, they are taken to be COCO's.
         device: Where to put the model.
 
     Raises:
-        WeightsError: If the file is missing, damaged, no checkpoint of a detector, or contradicts itself.
+        WeightsError: If the file is missing, damaged, no checkpoint of a detector, or contradicts itself; or holds
+            another kind of detector.
     """
-    content = read_checkpoint(path)
-    spec, categories = _description(content, path)
+    spec, categories, tensors = _read_detector(path)
     if spec is None:
+        content = read_checkpoint(path)
         raise WeightsError(
             f"{os.fspath(path)}: is not a detector checkpoint: its 'format' must be {CHECKPOINT_FORMAT!r}, got "
             f"{content.get('format')!r} (keys: {name_some(content) or 'none'})"
         )
-    tensors = _detector_tensors(content, path)
     try:
         model = build_detector(spec, num_classes=len(tensors[_CLASS_SCORES]), categories=categories)
     except UserError as error:
@@ -395,7 +474,9 @@ def load_detector_weights(model: Detector, path: str | os.PathLike[str]) -> Load
 
     Args:
         model: Changed in place.
-        path: A checkpoint of ours, or a state dict of torchvision's FasterRCNN of this shape.
+        path: A checkpoint of ours, a state dict of torchvision's FasterRCNN of this shape, or another library's
+            Faster R-CNN, as for ``load_detector``. Its spec is not taken over: ``weights_settings`` gives what of it
+            ``model`` should have been built with.
 
     Returns:
         What was loaded and what was not; it is also logged.
@@ -403,9 +484,7 @@ def load_detector_weights(model: Detector, path: str | os.PathLike[str]) -> Load
     Raises:
         WeightsError: If the file cannot be read, or anything else in it does not fit the model.
     """
-    content = read_checkpoint(path)
-    tensors = _detector_tensors(content, path)
-    _, categories = _description(content, path)
+    _, categories, tensors = _read_detector(path)
     own = model.state_dict()
     names, own_names = [c.name for c in categories], [c.name for c in model.categories]
     same_classes = len(tensors[_CLASS_SCORES]) == len(own[_CLASS_SCORES]) and (
@@ -418,6 +497,55 @@ def load_detector_weights(model: Detector, path: str | os.PathLike[str]) -> Load
     return report
 
 
+def holds_detector(path: str | os.PathLike[str]) -> bool:
+    """Tell a whole detector's file, of ours, torchvision's or another library's, from a backbone's.
+
+    Raises:
+        WeightsError: If the file cannot be read.
+    """
+    content = read_checkpoint(path)
+    if any(name.startswith("roi_heads.") for name in tensors_in(content, os.fspath(path))):
+        return True
+    try:
+        return to_torchvision(content).kind == "detector"
+    except WeightsError:  # nothing that is known: whoever loads it says what is wrong with it
+        return False
+
+
+def weights_settings(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Give the fields of a ``DetectorSpec`` under which a file's weights were trained, as far as it tells.
+
+    Args:
+        path: A checkpoint of ours or another library's Faster R-CNN (all ``WEIGHTS_FIELDS``), another library's or an
+            exported backbone (some of ``norm_eps``, ``image_mean``, ``image_std``, ``stride_in_1x1``), or torchvision's
+            weights of any kind, which tell nothing.
+
+    Raises:
+        WeightsError: If the file cannot be read.
+    """
+    if Path(path).suffix == ".safetensors":
+        description = _exported_description(path)
+        settings = {name: description[name] for name in WEIGHTS_FIELDS if name in description}
+        if settings:
+            return {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
+    content = read_checkpoint(path)
+    if content.get("format") == CHECKPOINT_FORMAT:
+        spec, _ = _description(content, path)
+        return {name: getattr(spec, name) for name in WEIGHTS_FIELDS}
+    try:
+        converted = to_torchvision(content)
+    except WeightsError:  # an exported backbone, a stranger's network: whoever loads it says what is wrong with it
+        return {}
+    own_layout = converted.facts["format"] in _OWN_LAYOUT
+    if own_layout and not hasattr(content, FACTS_ENTRY):  # which resdet.convert wrote
+        return {}
+    if converted.kind == "detector" and not own_layout:
+        spec = _imported_spec(converted, path)
+        return {name: getattr(spec, name) for name in WEIGHTS_FIELDS}
+    settings = _facts_as_fields(converted)
+    return {name: settings[name] for name in WEIGHTS_FIELDS if name in settings}
+
+
 def _check_categories(categories: Sequence[Category], num_classes: int) -> None:
     if num_classes < 2:
         raise UserError(f"num_classes counts the background, so it must be at least 2; got {num_classes}")
@@ -428,12 +556,101 @@ def _check_categories(categories: Sequence[Category], num_classes: int) -> None:
         )
 
 
-def _description(
-    content: dict[str, Any], path: str | os.PathLike[str]
-) -> tuple[DetectorSpec | None, tuple[Category, ...]]:
-    """Read spec and categories; (None, ()) from a file that is no checkpoint of ours."""
-    if content.get("format") != CHECKPOINT_FORMAT:
-        return None, ()
+def _read_detector(
+    path: str | os.PathLike[str],
+) -> tuple[DetectorSpec | None, tuple[Category, ...], dict[str, Tensor]]:
+    """Read a whole detector under torchvision's names, and its spec and classes; a bare state dict has neither."""
+    content = read_checkpoint(path)
+    if content.get("format") == CHECKPOINT_FORMAT:
+        spec, categories = _description(content, path)
+        return spec, categories, _detector_tensors(tensors_in(content, os.fspath(path)), path)
+    tensors = tensors_in(content, os.fspath(path))
+    if _CLASS_SCORES in tensors and _STEM in tensors:
+        return None, (), tensors
+    try:
+        converted = to_torchvision(content)
+    except WeightsError as error:
+        raise WeightsError(f"{os.fspath(path)}: is not a detector that can be read: {error}") from error
+    tensors = _detector_tensors(converted.tensors, path)
+    essential = [
+        name for name in converted.left_over if _ESSENTIAL.match(name) and not name.endswith("num_batches_tracked")
+    ]
+    if essential:
+        raise WeightsError(
+            f"{os.fspath(path)}: is not the Faster R-CNN with FPN that this detector can be: it also has "
+            f"{name_some(essential)}"
+        )
+    spec = _imported_spec(converted, path)
+    categories = _imported_categories(len(tensors[_CLASS_SCORES]))
+    logger.info(
+        "%s: %s of %s, %d classes (%s); left over: %s",
+        os.fspath(path),
+        spec.arch,
+        converted.facts["format"],
+        len(tensors[_CLASS_SCORES]) - 1,
+        "taken to be COCO's" if categories else "their names are not known",
+        name_some(converted.left_over) or "none",
+    )
+    return spec, categories, tensors
+
+
+def _imported_spec(converted: Converted, path: str | os.PathLike[str]) -> DetectorSpec:
+    """Describe another library's detector, as that library runs it."""
+    library, tensors = converted.facts["format"], converted.tensors
+    if converted.facts["arch"] is None:
+        raise WeightsError(f"{os.fspath(path)}: its body is none of {', '.join(ARCHS)}")
+    if library not in CONVENTIONS:
+        logger.warning(
+            "%s: detectors of %s measure boxes one pixel larger and are run only nearly as they were trained: expect "
+            "to lose some AP, or fine-tune",
+            os.fspath(path),
+            library,
+        )
+    try:
+        return DetectorSpec(
+            arch=converted.facts["arch"],
+            out_channels=len(tensors["backbone.fpn.inner_blocks.0.0.weight"]),
+            box_head_channels=len(tensors["roi_heads.box_head.fc6.weight"]),
+            **_facts_as_fields(converted),
+            **CONVENTIONS.get(library, {}),
+        )
+    except KeyError as error:
+        raise WeightsError(
+            f"{os.fspath(path)}: is not a Faster R-CNN with FPN and two fully connected layers: it has no {error}"
+        ) from error
+
+
+def _exported_description(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read what ``resdet.export`` wrote beside a backbone's tensors; nothing from another safetensors file."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            description = json.loads((file.metadata() or {}).get("backbone", "{}"))
+    except (SafetensorError, OSError, ValueError):  # whoever loads the file says what is wrong with it
+        return {}
+    return description if isinstance(description, dict) else {}
+
+
+def _facts_as_fields(converted: Converted) -> dict[str, Any]:
+    facts = converted.facts
+    return {
+        "norm_eps": facts["norm_eps"],
+        "image_mean": tuple(facts["image_mean"]),
+        "image_std": tuple(facts["image_std"]),
+        "stride_in_1x1": facts["stride_in_1x1"],
+    }
+
+
+def _imported_categories(num_classes: int) -> tuple[Category, ...]:
+    """Give COCO's 80 classes by rising id, the order in which every library numbers them; none for another number."""
+    by_id = FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]
+    known = [(number, name) for number, name in enumerate(by_id) if name not in ("__background__", "N/A")]
+    if num_classes != len(known) + 1:
+        return ()
+    return tuple(Category(label, number, name) for label, (number, name) in enumerate(known, 1))
+
+
+def _description(content: dict[str, Any], path: str | os.PathLike[str]) -> tuple[DetectorSpec, tuple[Category, ...]]:
+    """Read spec and categories of a checkpoint of ours."""
     try:
         return DetectorSpec.model_validate(content["spec"]), categories_from_plain(content["categories"])
     except ValidationError as error:
@@ -446,8 +663,7 @@ def _description(
         raise WeightsError(f"{os.fspath(path)}: has no readable spec and categories ({error!r})") from error
 
 
-def _detector_tensors(content: dict[str, Any], path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    tensors = tensors_in(content, os.fspath(path))
+def _detector_tensors(tensors: dict[str, Tensor], path: str | os.PathLike[str]) -> dict[str, Tensor]:
     if _CLASS_SCORES not in tensors:
         raise WeightsError(
             f"{os.fspath(path)}: is not a detector: it has no {_CLASS_SCORES!r}; its tensors are {name_some(tensors)}"

@@ -6,7 +6,8 @@ Legend: ``B`` images, ``C`` channels, ``H, W`` pixels. Stage ``k`` (``layer{k}``
 Source: He et al., "Deep Residual Learning for Image Recognition" (arXiv:1512.03385), table 1; Xie et al., "Aggregated
 Residual Transformations" (arXiv:1611.05431); Zagoruyko & Komodakis, "Wide Residual Networks" (arXiv:1605.07146).
 Layout, names and initialisation are those of ``torchvision/models/resnet.py``, including its one deviation from the
-first paper: a bottleneck strides in its 3x3 convolution, not in the first 1x1 (ResNet "v1.5").
+first paper: a bottleneck strides in its 3x3 convolution, not in the first 1x1 (ResNet "v1.5"). ``stride_in_1x1`` is the
+paper's way, that of the weights MSRA published and of the detectors that were trained from them.
 """
 
 from __future__ import annotations
@@ -130,11 +131,12 @@ class Bottleneck(nn.Module):
     Args:
         in_channels: Channels of the input.
         channels: A quarter of the output's channels.
-        stride: Of the 3x3 convolution.
+        stride: Of the 3x3 convolution, or of the first 1x1.
         groups: Of the 3x3 convolution.
         width: Channels of the 3x3 convolution.
         norm: Makes the norm for a number of channels.
         fast: Whether to fold frozen norms into the convolutions.
+        stride_in_1x1: Whether the first 1x1 convolution strides.
     """
 
     expansion: ClassVar[int] = 4
@@ -148,13 +150,15 @@ class Bottleneck(nn.Module):
         width: int,
         norm: Callable[[int], nn.Module],
         fast: bool,
+        stride_in_1x1: bool = False,
     ) -> None:
         super().__init__()
         self.fast = fast
         out_channels = channels * self.expansion
-        self.conv1 = nn.Conv2d(in_channels, width, 1, bias=False)
+        stride_1x1, stride_3x3 = (stride, 1) if stride_in_1x1 else (1, stride)
+        self.conv1 = nn.Conv2d(in_channels, width, 1, stride_1x1, bias=False)
         self.bn1 = norm(width)
-        self.conv2 = nn.Conv2d(width, width, 3, stride, padding=1, groups=groups, bias=False)
+        self.conv2 = nn.Conv2d(width, width, 3, stride_3x3, padding=1, groups=groups, bias=False)
         self.bn2 = norm(width)
         self.conv3 = nn.Conv2d(width, out_channels, 1, bias=False)
         self.bn3 = norm(out_channels)
@@ -193,14 +197,16 @@ class ResNet(nn.Module):
         returned_layers: Stages to return, rising, each in 1..4.
         fast: Run channels-last with frozen norms folded into the convolutions. Off, every operation and its order is
             torchvision's, bit for bit.
+        stride_in_1x1: Whether bottlenecks stride in their first 1x1 convolution and not in the 3x3. Parameters are the
+            same, but each is trained for one of the two; basic blocks know no such choice.
 
     Attributes:
         channels: Channels of each returned feature map.
         strides: Stride of each returned feature map, in input pixels.
 
     Raises:
-        UserError: If there is no such arch or norm, or ``returned_layers`` is empty, repeats a stage, or is not rising
-            in 1..4.
+        UserError: If there is no such arch or norm, ``returned_layers`` is empty, repeats a stage, or is not rising
+            in 1..4, or ``stride_in_1x1`` is asked of basic blocks.
     """
 
     def __init__(
@@ -211,9 +217,14 @@ class ResNet(nn.Module):
         norm_eps: float = 1e-5,
         returned_layers: Sequence[int] = (1, 2, 3, 4),
         fast: bool = True,
+        stride_in_1x1: bool = False,
     ) -> None:
         super().__init__()
         shape = find_arch(arch)
+        if stride_in_1x1 and shape.block == "basic":
+            raise UserError(
+                f"stride_in_1x1 is for bottlenecks; the blocks of {arch} have no 1x1 convolution to stride in"
+            )
         make_norm = norm_layer(norm, norm_eps)
         stages = tuple(returned_layers)
         if not stages or not set(stages) <= {1, 2, 3, 4} or list(stages) != sorted(set(stages)):
@@ -223,6 +234,7 @@ class ResNet(nn.Module):
         self.norm_eps = norm_eps
         self.returned_layers = stages
         self.fast = fast
+        self.stride_in_1x1 = stride_in_1x1
         self.return_layers = {f"layer{stage}": str(level) for level, stage in enumerate(stages)}
 
         self.conv1 = nn.Conv2d(3, 64, 7, stride=2, padding=3, bias=False)
@@ -235,7 +247,7 @@ class ResNet(nn.Module):
             blocks: list[nn.Module] = []
             for index in range(shape.depths[stage - 1]):
                 stride = 2 if stage > 1 and index == 0 else 1
-                block = _make_block(shape, in_channels, 32 * 2**stage, stride, make_norm, fast)
+                block = _make_block(shape, in_channels, 32 * 2**stage, stride, make_norm, fast, stride_in_1x1)
                 in_channels = 32 * 2**stage * block.expansion
                 blocks.append(block)
             self.add_module(f"layer{stage}", nn.Sequential(*blocks))
@@ -271,9 +283,15 @@ class ResNet(nn.Module):
 
 
 def _make_block(
-    shape: ResNetArch, in_channels: int, channels: int, stride: int, norm: Callable[[int], nn.Module], fast: bool
+    shape: ResNetArch,
+    in_channels: int,
+    channels: int,
+    stride: int,
+    norm: Callable[[int], nn.Module],
+    fast: bool,
+    stride_in_1x1: bool,
 ) -> BasicBlock | Bottleneck:
     if shape.block == "basic":
         return BasicBlock(in_channels, channels, stride, norm, fast)
     width = channels * shape.width_per_group // 64 * shape.groups
-    return Bottleneck(in_channels, channels, stride, shape.groups, width, norm, fast)
+    return Bottleneck(in_channels, channels, stride, shape.groups, width, norm, fast, stride_in_1x1)

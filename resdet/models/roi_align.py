@@ -32,9 +32,10 @@ Measured on 2 cores, 629 boxes on P2 of an 800 x 1216 image, 256 channels, float
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple, Union
+from typing import Any, NamedTuple, Optional, Union
 
 import torch
+import torchvision
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.jit import is_scripting  # type: ignore[attr-defined]
@@ -42,7 +43,13 @@ from torch.jit.annotations import BroadcastingList2
 from torch.nn import functional as F
 from torchvision import ops
 from torchvision.ops._utils import check_roi_boxes_shape, convert_boxes_to_roi_format
-from torchvision.ops.poolers import _filter_input, _multiscale_roi_align, _setup_scales
+from torchvision.ops.poolers import (
+    LevelMapper,
+    _filter_input,
+    _multiscale_roi_align,
+    _onnx_merge_levels,
+    _setup_scales,
+)
 
 from resdet.errors import UserError
 
@@ -99,13 +106,43 @@ def roi_align(
 
 
 class MultiScaleRoIAlign(ops.MultiScaleRoIAlign):  # type: ignore[misc]
-    """``torchvision.ops.MultiScaleRoIAlign`` on the CPU path of this module; constructor and results are the same.
+    """``torchvision.ops.MultiScaleRoIAlign`` on the CPU path of this module, with the choice of aligned boxes.
 
     Each box is pooled from the level that its area picks (Feature Pyramid Networks, equation 1), each level with one
     sparse product of its own.
 
+    Args:
+        featmap_names: Levels to pool from, finest first.
+        output_size: Bins ``(P, Q)``, or one number for both.
+        sampling_ratio: Samples a bin along each axis; if not positive, ``ceil(box size / bins)`` for each box.
+        canonical_scale: Side in pixels of a box that is pooled from ``canonical_level``.
+        canonical_level: See ``canonical_scale``.
+        aligned: As in ``roi_align``; torchvision's class has no such choice and does not align.
+        fast: Whether to use the CPU path of this module. Off, it is torchvision's kernel everywhere.
+
     Source: torchvision's ``ops/poolers.py``, whose own functions pick scales and levels here too.
     """
+
+    def __init__(
+        self,
+        featmap_names: list[str],
+        output_size: int | tuple[int, int] | list[int],
+        sampling_ratio: int,
+        *,
+        canonical_scale: int = 224,
+        canonical_level: int = 4,
+        aligned: bool = False,
+        fast: bool = True,
+    ) -> None:
+        super().__init__(
+            featmap_names,
+            output_size,
+            sampling_ratio,
+            canonical_scale=canonical_scale,
+            canonical_level=canonical_level,
+        )
+        self.aligned = aligned
+        self.fast = fast
 
     def forward(
         self,
@@ -129,8 +166,10 @@ class MultiScaleRoIAlign(ops.MultiScaleRoIAlign):  # type: ignore[misc]
                 features, image_shapes, self.canonical_scale, self.canonical_level
             )
         if not is_scripting():  # noqa: SIM102 - as above
-            if _runs_here(features):
+            if self.fast and _runs_here(features):
                 return self._forward_sparse(features, boxes)
+        if self.aligned:
+            return _pool_aligned(features, boxes, self.output_size, self.sampling_ratio, self.scales, self.map_levels)
         result: Tensor = _multiscale_roi_align(
             features, boxes, self.output_size, self.sampling_ratio, self.scales, self.map_levels
         )
@@ -141,9 +180,36 @@ class MultiScaleRoIAlign(ops.MultiScaleRoIAlign):  # type: ignore[misc]
         rois = convert_boxes_to_roi_format(boxes)
         levels = self.map_levels(boxes) if len(features) > 1 else None
         pooled: Tensor = _SparseRoIAlign.apply(
-            rois, levels, self.output_size, tuple(self.scales), self.sampling_ratio, False, *features
+            rois, levels, self.output_size, tuple(self.scales), self.sampling_ratio, self.aligned, *features
         )
         return pooled
+
+
+def _pool_aligned(
+    features: list[Tensor],
+    boxes: list[Tensor],
+    output_size: tuple[int, int],
+    sampling_ratio: int,
+    scales: Optional[list[float]],  # noqa: UP045 - TorchScript reads this signature
+    mapper: Optional[LevelMapper],  # noqa: UP045
+) -> Tensor:
+    """Do as torchvision's ``_multiscale_roi_align``, which this follows line by line, with aligned boxes."""
+    if scales is None or mapper is None:
+        raise ValueError("scales and mapper should not be None")
+    rois: Tensor = convert_boxes_to_roi_format(boxes)
+    levels: Tensor = mapper(boxes) if len(features) > 1 else torch.zeros_like(rois[:, 0], dtype=torch.int64)
+    output = features[0].new_zeros([len(rois), features[0].shape[1], output_size[0], output_size[1]])
+    per_level: list[Tensor] = []
+    for level, (feature, scale) in enumerate(zip(features, scales)):  # noqa: B905 - TorchScript knows no strict
+        on_level = torch.where(levels == level)[0]
+        pooled = ops.roi_align(feature, rois[on_level], output_size, scale, sampling_ratio, True)
+        if torchvision._is_tracing():
+            per_level.append(pooled.to(output.dtype))
+        else:
+            output[on_level] = pooled.to(output.dtype)
+    if torchvision._is_tracing():
+        output = _onnx_merge_levels(levels, per_level)
+    return output
 
 
 def _runs_here(features: list[Tensor]) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import logging
 import os
 import pickle
@@ -10,6 +11,8 @@ import re
 import sys
 import urllib.request
 import uuid
+import zipfile
+from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,11 +21,12 @@ from urllib.parse import urlparse
 
 import torch
 import torchvision
-from safetensors.torch import load_file
+from safetensors import safe_open
 from torch import Tensor
 from torchvision.models import WeightsEnum
 
 from resdet.errors import WeightsError
+from resdet.models.pickles import read_pickle
 from resdet.models.resnet import ARCHS, ResNet
 
 logger = logging.getLogger(__name__)
@@ -73,10 +77,12 @@ def name_some(names: Iterable[str], limit: int = 4) -> str:
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read a ``.pth``, ``.pt`` or ``.safetensors`` file onto the CPU, without running any code it may hold.
+    """Read a ``.pth``, ``.pt``, ``.safetensors`` or ``.pkl`` file onto the CPU, without running any code it may hold.
 
     Returns:
-        The file's dictionary as it is, with string keys.
+        The file's dictionary as it is, with string keys. The numpy arrays of a ``.pkl`` (detectron2's model zoo, MSRA's
+        networks) become tensors. What ``resdet.convert`` wrote into the metadata of a ``.safetensors`` file is an
+        attribute of the dictionary.
 
     Raises:
         WeightsError: If the file is missing, damaged, holds anything but tensors and plain values, or no dictionary.
@@ -86,9 +92,13 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise WeightsError(f"{path}: {'is a directory, not a file' if path.is_dir() else 'there is no such file'}")
     try:
         if path.suffix == ".safetensors":
-            content: Any = load_file(path)
+            content: Any = _load_safetensors(path)
+        elif path.suffix == ".pkl" and not zipfile.is_zipfile(path):
+            content = read_pickle(path)
         else:
             content = torch.load(path, map_location="cpu", weights_only=True)
+    except WeightsError:
+        raise
     except pickle.UnpicklingError as error:
         refused = re.search(r"GLOBAL (\S+)|unrecognized (?:class|function) (.+)", str(error))
         if refused is None:
@@ -96,7 +106,11 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
         name = refused[1] or refused[2]
         raise WeightsError(
             f"{path}: loading it would run code of its own ({name}), which is refused; "
-            "save its state_dict() alone where the file comes from"
+            + (
+                "mmdetection's tools/model_converters/publish_model.py takes it away"
+                if name.startswith(("mmengine.", "mmcv."))
+                else "save its state_dict() alone where the file comes from"
+            )
         ) from error
     except Exception as error:  # a damaged file fails in the unzipping, the unpickling or anything they call
         raise WeightsError(
@@ -105,6 +119,15 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise WeightsError(f"{path}: must hold a dictionary of named tensors, got {type(content).__name__}")
     return content
+
+
+def _load_safetensors(path: Path) -> dict[str, Tensor]:
+    with safe_open(path, framework="pt") as file:
+        about = file.metadata() or {}
+        tensors = OrderedDict((name, file.get_tensor(name)) for name in file.keys())  # noqa: SIM118  # not a mapping
+    if "resdet_facts" in about:
+        setattr(tensors, "resdet_facts", json.loads(about["resdet_facts"]))  # noqa: B010  # torch.save's files too
+    return tensors
 
 
 def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
@@ -213,7 +236,9 @@ def load_backbone_weights(body: ResNet, source: WeightsSource, arch: str) -> Loa
 
     Accepted are a ResNet's state dict as torchvision saves it (its ``fc`` and ``num_batches_tracked`` are left over), a
     detector's or backbone's (``backbone.body.``, ``body.``), each also inside ``"state_dict"`` or ``"model"`` and with
-    ``"module."`` before its names.
+    ``"module."`` before its names; and those of other libraries (MSRA's ``R-101.pkl``) that ``resdet.models.convert``
+    reads, if the body strides where theirs does. Such weights may want pixels of another mean and scale: the log says
+    which, and ``weights_settings`` gives them to whoever builds a detector.
 
     Args:
         body: Changed in place, unless an error is raised.
@@ -228,8 +253,12 @@ def load_backbone_weights(body: ResNet, source: WeightsSource, arch: str) -> Loa
     if source is None:
         return LoadReport()
     path = locate(source, arch)
-    tensors = read_tensors(path)
-    prefix = next((p for p in _BODY_PREFIXES if f"{p}conv1.weight" in tensors), None)
+    content = read_checkpoint(path)
+    tensors = tensors_in(content, str(path))
+    prefix = _body_prefix(tensors)
+    if prefix is None:
+        tensors = _converted(content, path, body)
+        prefix = _body_prefix(tensors)
     if prefix is None:
         raise WeightsError(
             f"{path}: has no 'conv1.weight', so it holds no ResNet; its tensors are {name_some(tensors)}"
@@ -266,6 +295,35 @@ def load_backbone_weights(body: ResNet, source: WeightsSource, arch: str) -> Loa
     report = LoadReport(str(path), loaded, left_over)
     logger.info("%s: %s", arch, report)
     return report
+
+
+def _body_prefix(tensors: Mapping[str, Tensor]) -> str | None:
+    return next((prefix for prefix in _BODY_PREFIXES if f"{prefix}conv1.weight" in tensors), None)
+
+
+def _converted(content: Mapping[str, Any], path: Path, body: ResNet) -> dict[str, Tensor]:
+    """Give another library's tensors under torchvision's names, if the body computes what they were trained for."""
+    from resdet.models.convert import to_torchvision
+
+    try:
+        converted = to_torchvision(content)
+    except WeightsError as error:
+        raise WeightsError(f"{path}: holds no ResNet that is known here: {error}") from error
+    facts = converted.facts
+    if facts["stride_in_1x1"] != body.stride_in_1x1:
+        where = "first 1x1" if facts["stride_in_1x1"] else "3x3"
+        raise WeightsError(
+            f"{path}: its bottlenecks stride in the {where} convolution: build the body with "
+            f"stride_in_1x1={facts['stride_in_1x1']}"
+        )
+    logger.info(
+        "%s: converted from %s; made for pixels of mean %s and standard deviation %s",
+        path,
+        facts["format"],
+        [round(value, 4) for value in facts["image_mean"]],
+        [round(value, 4) for value in facts["image_std"]],
+    )
+    return converted.tensors
 
 
 def _fitting_archs(given: Mapping[str, Tensor]) -> list[str]:

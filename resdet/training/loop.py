@@ -71,7 +71,7 @@ def train(config: Config) -> TrainResult:
         train_set = build_dataset(config.data.train, training=True, augment=config.augment)
         val_set = build_dataset(config.data.val, training=False)
         torch.manual_seed(config.seed)
-        model = build_model(config.model, train_set, weights_follow=resume_from is not None).to(team.device)
+        model = build_model(config.model, train_set, resume_from=resume_from).to(team.device)
 
         batch_size, num_images = config.train.batch_size, train_set.table.num_images
         num_steps = config.train.steps or math.ceil((config.train.epochs or 0) * num_images / batch_size)

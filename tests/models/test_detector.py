@@ -16,6 +16,7 @@ from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 
 from resdet.errors import UserError, WeightsError
 from resdet.models.detector import (
+    WEIGHTS_FIELDS,
     Detector,
     DetectorSpec,
     build_detector,
@@ -179,6 +180,17 @@ def test_checkpoint_rebuilds_the_detector(trio: tuple[Detector, Detector, Faster
         assert all(torch.equal(ours[name], reference[name]) for name in ("boxes", "labels", "scores"))
     payload = checkpoint_payload(fast)
     json.dumps({name: value for name, value in payload.items() if name != "model"})  # plain values
+
+
+def test_checkpoint_from_before_the_conventions_loads(
+    trio: tuple[Detector, Detector, FasterRCNN], tmp_path: Path
+) -> None:
+    """Fields that a checkpoint's spec does not name have torchvision's values, which is how it was trained."""
+    payload = checkpoint_payload(trio[1])
+    young = [name for name in WEIGHTS_FIELDS if name not in ("norm_eps", "image_mean", "image_std")]
+    payload["spec"] = {name: value for name, value in payload["spec"].items() if name not in young}
+    torch.save(payload, tmp_path / "old.pt")
+    assert load_detector(tmp_path / "old.pt").spec == trio[1].spec
 
 
 def test_unfit_checkpoints_are_refused(trio: tuple[Detector, Detector, FasterRCNN], tmp_path: Path) -> None:

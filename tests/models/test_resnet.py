@@ -62,6 +62,26 @@ def test_plain_body_is_bit_equal_to_torchvision(arch: str, norm: str) -> None:
         assert not torch.equal(ours(images)["1"], theirs(images)["1"])
 
 
+@pytest.mark.parametrize("fast", [False, True])
+def test_stride_in_1x1_is_torchvisions_with_the_strides_moved(fast: bool) -> None:
+    """The parameters are those of the other way, so only running it tells the two apart."""
+    torch.manual_seed(0)
+    ours = ResNet("resnet50", norm="frozen", fast=fast, stride_in_1x1=True).eval()
+    theirs = reference("resnet50", "frozen", (1, 2, 3, 4)).eval()
+    theirs.load_state_dict(ours.state_dict())
+    images = torch.randn(1, 3, 65, 47)
+    with torch.no_grad():
+        unmoved = theirs(images)
+        for stage in (theirs.layer2, theirs.layer3, theirs.layer4):
+            stage[0].conv1.stride, stage[0].conv2.stride = (2, 2), (1, 1)
+        for (name, level), expected in zip(ours(images).items(), theirs(images).values(), strict=True):
+            scale = expected.std()
+            assert level.shape == expected.shape == unmoved[name].shape
+            # Plain, the operations are the same; folded, sums round otherwise.
+            assert (level - expected).abs().max() <= (1e-4 * scale if fast else 0)
+            assert name == "0" or (level - unmoved[name]).abs().max() > 0.1 * scale
+
+
 @pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
 def test_channels_and_strides_are_those_of_the_features(arch: str) -> None:
     body = ResNet(arch, returned_layers=(2, 4))
@@ -84,6 +104,7 @@ def test_convolutions_start_as_in_torchvision() -> None:
     [
         ({"arch": "resnet110"}, "did you mean 'resnet101'"),
         ({"arch": "vgg"}, "known are resnet18"),
+        ({"arch": "resnet18", "stride_in_1x1": True}, "blocks of resnet18 have no 1x1 convolution"),
         ({"arch": "resnet18", "norm": "sync"}, "norm must be one of frozen, batch, group, got 'sync'"),
         ({"arch": "resnet18", "returned_layers": ()}, r"got \[\]"),
         ({"arch": "resnet18", "returned_layers": (1, 1)}, r"got \[1, 1\]"),

@@ -1,0 +1,306 @@
+"""The parts of torchvision's Faster R-CNN, told what torchvision's cannot be told: anchors, proposals, box heads.
+
+With the arguments at torchvision's values each computes what its base class computes, by the same operations in the
+same order. All of them can be scripted where the base class can.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
+from torchvision.models.detection.image_list import ImageList
+from torchvision.models.detection.roi_heads import RoIHeads
+from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
+from torchvision.ops import MultiScaleRoIAlign, batched_nms, clip_boxes_to_image, remove_small_boxes
+
+# remove_small_boxes keeps a side that equals its threshold, so 0 would keep boxes without extent.
+_LEAST_SIDE = torch.finfo(torch.float32).tiny
+
+
+class Anchors(AnchorGenerator):  # type: ignore[misc]  # torchvision ships no types, here and below
+    """torchvision's anchors, with a choice of rounding, of their distances and of their type.
+
+    Args:
+        sizes: For each level the sides of its square anchors, in pixels.
+        aspect_ratios: For each level the ratios of height to width.
+        rounded: Whether corners are rounded to whole pixels.
+        strides: Distance of the anchors of each level, in pixels; empty to measure it as torchvision does: the padded
+            image's size over the level's, rounded down. The two differ where the level's size was rounded up: an image
+            800 pixels high has 13 rows of P6, which are 64 pixels apart, and 800 // 13 is 61.
+        widened: Whether anchors are in float32 at least. torchvision makes them in the features' type. In bfloat16 a
+            coordinate of 800 is then known to 4 pixels, and proposals and ground truth, which are brought to the
+            anchors' type, with it.
+    """
+
+    def __init__(
+        self,
+        sizes: tuple[tuple[int, ...], ...],
+        aspect_ratios: tuple[tuple[float, ...], ...],
+        *,
+        rounded: bool,
+        strides: Sequence[int],
+        widened: bool,
+    ) -> None:
+        super().__init__(sizes, aspect_ratios)
+        self.strides = list(strides) or [0] * len(sizes)  # TorchScript cannot type an empty list
+        self.widened = widened
+        if not rounded:
+            levels = zip(sizes, aspect_ratios, strict=True)
+            self.cell_anchors = [_exact_anchors(level_sizes, ratios) for level_sizes, ratios in levels]
+
+    def set_cell_anchors(self, dtype: torch.dtype, device: torch.device) -> None:
+        """Bring the anchors of one place to a device and type."""
+        if self.widened:
+            dtype = _widened(dtype)
+        self.cell_anchors = [anchors.to(device, dtype) for anchors in self.cell_anchors]
+
+    def forward(self, image_list: ImageList, feature_maps: list[Tensor]) -> list[Tensor]:
+        """Give the anchors of each image, ``[N, 4]``, the finest level's first."""
+        grid_sizes = [feature.shape[-2:] for feature in feature_maps]
+        image_size = image_list.tensors.shape[-2:]
+        dtype, device = feature_maps[0].dtype, feature_maps[0].device
+        strides: list[list[Tensor]] = []
+        for grid, stride in zip(grid_sizes, self.strides):  # noqa: B905 - TorchScript knows no strict
+            steps: list[Tensor] = []
+            for axis in range(2):
+                step = torch.empty((), dtype=torch.int64, device=device)
+                steps.append(step.fill_(stride if stride > 0 else image_size[axis] // grid[axis]))
+            strides.append(steps)
+        self.set_cell_anchors(dtype, device)
+        anchors = torch.cat(self.grid_anchors(grid_sizes, strides))
+        return [anchors for _ in image_list.image_sizes]
+
+
+def _exact_anchors(sizes: Sequence[int], aspect_ratios: Sequence[float]) -> Tensor:
+    """Give float32 ``[len(sizes) * len(aspect_ratios), 4]`` around 0, in torchvision's order, computed in float64."""
+    ratios = torch.tensor(aspect_ratios, dtype=torch.float64)[:, None]
+    widths = (torch.tensor(sizes, dtype=torch.float64).square() / ratios).sqrt()
+    heights = ratios * widths
+    corners = torch.stack([-widths.flatten(), -heights.flatten(), widths.flatten(), heights.flatten()], dim=1)
+    return (corners / 2).float()
+
+
+class ProposalHead(RPNHead):  # type: ignore[misc]
+    """torchvision's head, its outputs in float32 at least, so that boxes are decoded in it."""
+
+    def forward(self, x: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Give objectness ``[B, A, H, W]`` and deltas ``[B, 4 * A, H, W]`` for each level."""
+        logits: list[Tensor] = []
+        deltas: list[Tensor] = []
+        for feature in x:
+            hidden = self.conv(feature)
+            logit, delta = self.cls_logits(hidden), self.bbox_pred(hidden)
+            logits.append(logit.to(_widened(logit.dtype)))
+            deltas.append(delta.to(_widened(delta.dtype)))
+        return logits, deltas
+
+
+class ProposalNetwork(RegionProposalNetwork):  # type: ignore[misc]
+    """torchvision's region proposal network, with a choice of the least side and of the ranking.
+
+    Args:
+        anchors: As for torchvision's, like all that follow but the last two.
+        head: Its head.
+        fg_iou_thresh: IoU from which an anchor is a positive.
+        bg_iou_thresh: IoU below which it is a negative.
+        batch_size_per_image: Anchors the loss is taken over.
+        positive_fraction: Share of positives among them.
+        pre_nms_top_n: Proposals of a level that enter non-maximum suppression, "training" and "testing".
+        post_nms_top_n: Proposals of an image that are kept.
+        nms_thresh: IoU above which the weaker of two is dropped.
+        score_thresh: Probability below which a proposal is dropped.
+        min_size: Proposals with a side below it are dropped, in pixels; 0 drops those without extent.
+        rank_by_logit: Rank proposals by their logits. Probabilities, by which torchvision does, tie near 1: in float32
+            two logits of 10 are the same up to a difference of 0.001.
+    """
+
+    def __init__(
+        self,
+        anchors: AnchorGenerator,
+        head: RPNHead,
+        *,
+        fg_iou_thresh: float,
+        bg_iou_thresh: float,
+        batch_size_per_image: int,
+        positive_fraction: float,
+        pre_nms_top_n: dict[str, int],
+        post_nms_top_n: dict[str, int],
+        nms_thresh: float,
+        score_thresh: float,
+        min_size: float,
+        rank_by_logit: bool,
+    ) -> None:
+        super().__init__(
+            anchors,
+            head,
+            fg_iou_thresh,
+            bg_iou_thresh,
+            batch_size_per_image,
+            positive_fraction,
+            pre_nms_top_n,
+            post_nms_top_n,
+            nms_thresh,
+            score_thresh,
+        )
+        self.min_size = max(min_size, _LEAST_SIDE)
+        self.rank_by_logit = rank_by_logit
+
+    def filter_proposals(
+        self,
+        proposals: Tensor,
+        objectness: Tensor,
+        image_shapes: list[tuple[int, int]],
+        num_anchors_per_level: list[int],
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Choose the proposals of each image.
+
+        Args:
+            proposals: ``[B, N, 4]``, of all levels.
+            objectness: Their logits, in any shape.
+            image_shapes: ``(height, width)`` of each image, to which its proposals are clipped.
+            num_anchors_per_level: How ``N`` divides.
+
+        Returns:
+            For each image boxes ``[M, 4]`` and probabilities ``[M]``, best first.
+        """
+        num_images = proposals.shape[0]
+        objectness = objectness.detach().reshape(num_images, -1)
+        levels = torch.cat(
+            [
+                torch.full((count,), level, dtype=torch.int64, device=proposals.device)
+                for level, count in enumerate(num_anchors_per_level)
+            ]
+        )
+        levels = levels.reshape(1, -1).expand_as(objectness)
+        best = self._get_top_n_idx(objectness, num_anchors_per_level)
+        image = torch.arange(num_images, device=proposals.device)[:, None]
+        objectness, levels, proposals = objectness[image, best], levels[image, best], proposals[image, best]
+        probabilities = torch.sigmoid(objectness)
+        ranks = objectness if self.rank_by_logit else probabilities
+
+        final_boxes: list[Tensor] = []
+        final_scores: list[Tensor] = []
+        for boxes, scores, rank, level, shape in zip(proposals, probabilities, ranks, levels, image_shapes):  # noqa: B905
+            boxes = clip_boxes_to_image(boxes, shape)
+            keep = remove_small_boxes(boxes, self.min_size)
+            boxes, scores, rank, level = boxes[keep], scores[keep], rank[keep], level[keep]
+            keep = torch.where(scores >= self.score_thresh)[0]
+            boxes, scores, rank, level = boxes[keep], scores[keep], rank[keep], level[keep]
+            keep = batched_nms(boxes, rank, level, self.nms_thresh)[: self.post_nms_top_n()]
+            final_boxes.append(boxes[keep])
+            final_scores.append(scores[keep])
+        return final_boxes, final_scores
+
+
+class BoxPredictor(FastRCNNPredictor):  # type: ignore[misc]
+    """torchvision's predictor, its outputs in float32 at least, so that boxes are decoded in it."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Give class scores ``[N, K + 1]`` and deltas ``[N, 4 * (K + 1)]`` for vectors ``[N, C]``."""
+        x = x.flatten(start_dim=1)
+        scores, deltas = self.cls_score(x), self.bbox_pred(x)
+        return scores.to(_widened(scores.dtype)), deltas.to(_widened(deltas.dtype))
+
+
+class BoxHeads(RoIHeads):  # type: ignore[misc]
+    """torchvision's box heads, with a choice of the least side.
+
+    Args:
+        pool: As for torchvision's, like all that follow but the last.
+        head: Turns pooled features into vectors.
+        predictor: Turns vectors into class scores and boxes.
+        fg_iou_thresh: IoU from which a proposal is a positive.
+        bg_iou_thresh: IoU below which it is a negative.
+        batch_size_per_image: Proposals trained on.
+        positive_fraction: Share of positives among them.
+        score_thresh: Detections that do not exceed it are dropped.
+        nms_thresh: IoU above which the weaker of two detections of a class is dropped.
+        detections_per_img: Detections of an image that are kept.
+        min_size: Detections with a side below it are dropped before non-maximum suppression, in pixels; with 0 those
+            without extent are dropped at the end, where they have taken the places of others, as in detectron2.
+    """
+
+    def __init__(
+        self,
+        pool: MultiScaleRoIAlign,
+        head: nn.Module,
+        predictor: nn.Module,
+        *,
+        fg_iou_thresh: float,
+        bg_iou_thresh: float,
+        batch_size_per_image: int,
+        positive_fraction: float,
+        score_thresh: float,
+        nms_thresh: float,
+        detections_per_img: int,
+        min_size: float,
+    ) -> None:
+        super().__init__(
+            pool,
+            head,
+            predictor,
+            fg_iou_thresh,
+            bg_iou_thresh,
+            batch_size_per_image,
+            positive_fraction,
+            None,
+            score_thresh,
+            nms_thresh,
+            detections_per_img,
+        )
+        self.min_size = min_size
+        self.least_side = _LEAST_SIDE
+
+    def postprocess_detections(
+        self,
+        class_logits: Tensor,
+        box_regression: Tensor,
+        proposals: list[Tensor],
+        image_shapes: list[tuple[int, int]],
+    ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """Choose the detections of each image.
+
+        Args:
+            class_logits: ``[N, K + 1]``, proposals of all images.
+            box_regression: ``[N, 4 * (K + 1)]``.
+            proposals: ``[M, 4]`` of each image.
+            image_shapes: ``(height, width)`` of each image, to which its detections are clipped.
+
+        Returns:
+            Boxes, scores and labels, each with one tensor an image, best first.
+        """
+        num_classes = class_logits.shape[-1]
+        counts = [boxes.shape[0] for boxes in proposals]
+        decoded = torch.split(self.box_coder.decode(box_regression, proposals), counts)
+        probabilities = torch.split(torch.softmax(class_logits, -1), counts)
+
+        all_boxes: list[Tensor] = []
+        all_scores: list[Tensor] = []
+        all_labels: list[Tensor] = []
+        for boxes, scores, shape in zip(decoded, probabilities, image_shapes):  # noqa: B905
+            labels = torch.arange(num_classes, device=class_logits.device).view(1, -1).expand_as(scores)
+            boxes = clip_boxes_to_image(boxes, shape)[:, 1:].reshape(-1, 4)
+            scores, labels = scores[:, 1:].reshape(-1), labels[:, 1:].reshape(-1)
+            keep = torch.where(scores > self.score_thresh)[0]
+            boxes, scores, labels = boxes[keep], scores[keep], labels[keep]
+            keep = remove_small_boxes(boxes, self.min_size)
+            boxes, scores, labels = boxes[keep], scores[keep], labels[keep]
+            keep = batched_nms(boxes, scores, labels, self.nms_thresh)[: self.detections_per_img]
+            boxes, scores, labels = boxes[keep], scores[keep], labels[keep]
+            if self.min_size == 0:
+                keep = remove_small_boxes(boxes, self.least_side)
+                boxes, scores, labels = boxes[keep], scores[keep], labels[keep]
+            all_boxes.append(boxes)
+            all_scores.append(scores)
+            all_labels.append(labels)
+        return all_boxes, all_scores, all_labels
+
+
+def _widened(dtype: torch.dtype) -> torch.dtype:
+    if dtype == torch.float64:
+        return torch.float64
+    return torch.float32
