@@ -135,9 +135,10 @@ def test_other_ways_to_compute_train_too(setting: str, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_two_processes_train_one_model(tmp_path: Path) -> None:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    settings = ["configs/quickstart.yaml", *TINY, "train.steps=3", f"output_dir={tmp_path / 'run'}"]
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "tools/train.py"]
-        + ["configs/quickstart.yaml", *TINY, "train.steps=3", f"output_dir={tmp_path / 'run'}"],
+        [*torchrun, "tools/train.py", *settings],
         capture_output=True,
         text=True,
         timeout=300,
