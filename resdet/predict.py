@@ -232,8 +232,8 @@ def draw(
 
 def legible_scale(image: npt.NDArray[np.uint8]) -> int:
     """Give a scale for ``draw`` at which names do not cover a small image: its shorter side comes to 320 px or more."""
-    height, width = image.shape[:2]
-    return max(1, math.ceil(320 / min(height, width)))
+    shorter = int(min(image.shape[:2]))
+    return max(1, math.ceil(320 / shorter))
 
 
 def class_color(label: int) -> tuple[int, int, int]:

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -76,8 +75,8 @@ def test_train_leaves_its_tree(finished: Path) -> None:
         "metrics.jsonl",
         "last.pt",
         "best.pt",
-        "pictures/000000.png",
-        "pictures/000001.png",
+        "pictures/shapes_1_000000.png",
+        "pictures/shapes_1_000001.png",
     }
     assert list((finished / "tensorboard").glob("events.out.tfevents.*"))
     assert len(logged(finished, "loss_rpn_box_reg")) == 4
@@ -89,8 +88,6 @@ def test_train_leaves_its_tree(finished: Path) -> None:
 
 def test_resumed_run_equals_one_that_was_never_touched(finished: Path, tmp_path: Path) -> None:
     """4 steps == 2, then 2 more: every weight bit for bit, and every logged loss."""
-    train_tiny(tmp_path / "run", "train.steps=4", "train.eval_every=2")  # a twin of `finished`
-    shutil.rmtree(tmp_path / "run")
     train_tiny(tmp_path / "run", "train.steps=2", "optim.schedule=constant")
     text = train_tiny(tmp_path / "run", "train.steps=4", "optim.schedule=constant", "resume=auto")
     assert "at step 2" in text
@@ -103,6 +100,59 @@ def test_resumed_run_equals_one_that_was_never_touched(finished: Path, tmp_path:
 
     other = torch.load(finished / "last.pt", weights_only=True)["model"]
     assert not all(torch.equal(whole[name], other[name]) for name in whole), "the comparison cannot fail"
+
+
+def test_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path: Path) -> None:
+    done = run(
+        "train.py",
+        "configs/quickstart.yaml",
+        *TINY,
+        f"output_dir={tmp_path}",
+        "train.steps=20",
+        "train.save_every=1",
+        "optim.lr=1e30",
+        "optim.schedule=constant",
+        "optim.warmup_steps=0",
+        "optim.clip_grad_norm=null",
+    )
+    assert done.returncode == 2, done.stderr
+    told = done.stderr[done.stderr.index("loss is not finite at step ") :]
+    step = int(told.split()[6].rstrip(","))
+    assert "learning rate 1e+30" in told
+    assert told.count("shapes_0_") == 4, "the images of the batch"
+    saved = torch.load(tmp_path / "last.pt", weights_only=True)
+    assert saved["training"]["step"] == step - 1
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("setting", ["train.precision=fp16", "train.accumulate=2", "loader.num_workers=2"])
+def test_other_ways_to_compute_train_too(setting: str, tmp_path: Path) -> None:
+    train_tiny(tmp_path, "train.steps=2", setting)
+    losses = logged(tmp_path, "loss")
+    assert len(losses) == 2
+    assert all(0 < loss < 10 for loss in losses)
+
+
+@pytest.mark.slow
+def test_two_processes_train_one_model(tmp_path: Path) -> None:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    settings = ["configs/quickstart.yaml", *TINY, "train.steps=3", f"output_dir={tmp_path / 'run'}"]
+    done = subprocess.run(
+        [*torchrun, "tools/train.py", *settings],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "3 steps of 4 images (2 at a time in each process)" in done.stderr
+    assert len(logged(tmp_path / "run", "loss")) == 3
+    # Five images over two processes: what both found together is what one process finds with the same weights.
+    succeeds("eval.py", tmp_path / "run" / "last.pt", "eval.precision=bf16")
+    alone = json.loads((tmp_path / "run" / "eval" / "metrics.json").read_text())["metrics"]
+    assert logged(tmp_path / "run", "AP")[-1] == pytest.approx(alone["AP"], abs=1e-6)
 
 
 def test_eval_writes_its_numbers(finished: Path, tmp_path: Path) -> None:

@@ -86,7 +86,7 @@ def evaluate(
         DataError: If model and dataset do not have the same classes.
         WeightsError: If the model answers with NaN or infinity.
     """
-    labels = _labels_in_dataset(model, dataset.table)
+    labels = match_labels(model, dataset.table)
     found = detect(
         model,
         dataset,
@@ -229,8 +229,14 @@ def model_categories(model: nn.Module) -> tuple[Category, ...]:
     return tuple(categories)
 
 
-def _labels_in_dataset(model: nn.Module, table: AnnotationTable) -> npt.NDArray[np.int64] | None:
-    """Give the dataset's label for each of the model's, int64 ``[K + 1]``, or None where they are the same."""
+def match_labels(model: nn.Module, table: AnnotationTable) -> npt.NDArray[np.int64] | None:
+    """Give the dataset's label for each of the model's, int64 ``[K + 1]``, or None where they are the same.
+
+    Classes are matched by name; a model that knows no names (torchvision's own) by their number.
+
+    Raises:
+        DataError: If model and dataset do not have the same classes.
+    """
     ours, theirs = model_categories(model), table.categories
     if not ours:
         predictor = getattr(getattr(model, "roi_heads", None), "box_predictor", None)

@@ -10,7 +10,7 @@ from typing import Literal
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from resdet.errors import UserError
 
@@ -38,6 +38,12 @@ class Processes:
         """Wait until every process has come here."""
         if self.world_size > 1:
             dist.barrier()
+
+    def share_buffers(self, model: nn.Module) -> None:
+        """Give every process the main one's buffers: each trains its own statistics of ``norm: batch``."""
+        if self.world_size > 1:
+            for buffer in model.buffers():
+                dist.broadcast(buffer, src=0)
 
     def mean(self, value: Tensor) -> Tensor:
         """Give the mean of ``value`` over all processes (on each of them)."""

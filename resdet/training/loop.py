@@ -21,7 +21,7 @@ from resdet.config import Config, config_to_plain, config_to_yaml
 from resdet.data.dataset import DetectionDataset
 from resdet.data.loader import train_loader
 from resdet.errors import TrainingError, UserError
-from resdet.evaluation.detect import Evaluation, evaluate
+from resdet.evaluation.detect import Evaluation, evaluate, match_labels
 from resdet.models.detector import Detector
 from resdet.precision import autocast
 from resdet.predict import draw, legible_scale
@@ -72,6 +72,7 @@ def train(config: Config) -> TrainResult:
         val_set = build_dataset(config.data.val, training=False)
         torch.manual_seed(config.seed)
         model = build_model(config.model, train_set, resume_from=resume_from).to(team.device)
+        match_labels(model, val_set.table)  # other classes in data.val are told now, not at the first evaluation
 
         batch_size, num_images = config.train.batch_size, train_set.table.num_images
         num_steps = config.train.steps or math.ceil((config.train.epochs or 0) * num_images / batch_size)
@@ -201,6 +202,7 @@ def train(config: Config) -> TrainResult:
             is_due = config.train.eval_every is not None and done % config.train.eval_every == 0
             if is_due or is_end:
                 paused = time.perf_counter()
+                team.share_buffers(model)
                 evaluation = evaluate(
                     model,
                     val_set,
