@@ -15,7 +15,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from resdet.errors import UserError, WeightsError
-from resdet.export import _written_whole
+from resdet.files import written_whole
 from resdet.models.convert import (
     FACTS_ENTRY,
     Converted,
@@ -86,7 +86,7 @@ def convert_file(
     except WeightsError as error:
         raise WeightsError(f"{source}: {error}") from error
     facts = facts_to_carry(target_format, read.facts)
-    with _written_whole(output) as beside:
+    with written_whole(output) as beside:
         if output.suffix == ".safetensors":
             tensors = {name: tensor.clone() for name, tensor in written.tensors.items()}
             beside.write_bytes(save(tensors, {FACTS_ENTRY: json.dumps(facts)}))

@@ -38,7 +38,6 @@ import logging
 import math
 import os
 import time
-import uuid
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -57,6 +56,7 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 import resdet
 from resdet.errors import UserError, WeightsError
+from resdet.files import written_whole
 from resdet.models.backbone import ResNetFPN, freeze_stages
 from resdet.models.detector import Detector
 from resdet.models.norm import FrozenBatchNorm2d, is_scripting
@@ -179,12 +179,12 @@ def export_backbone(
     description = _describe(exported)
     reference = _frozen_copy(exported)
     runner = _folded_copy(exported)
-    about: dict[str, Any] = {"what": "backbone" if include_fpn else "body", "format": format, **description}
     if isinstance(model, Detector):
-        about |= {"image_mean": model.spec.image_mean, "image_std": model.spec.image_std}
+        description |= {"image_mean": model.spec.image_mean, "image_std": model.spec.image_std}
+    about: dict[str, Any] = {"what": "backbone" if include_fpn else "body", "format": format, **description}
     output_names = _output_names(exported)
 
-    with _written_whole(Path(path)) as beside:
+    with written_whole(Path(path)) as beside:
         if format == "safetensors":
             metadata = {
                 "format": BACKBONE_FORMAT,
@@ -279,7 +279,7 @@ def export_detector(
         found: Prediction = reference([image.float() / 255])[0]
         return found
 
-    with _written_whole(Path(path)) as beside:
+    with written_whole(Path(path)) as beside:
         if format == "torchscript":
             _script(runner, beside)
         else:
@@ -705,20 +705,5 @@ def _write_beside(report: ExportReport, about: dict[str, Any]) -> None:
     checked = {name: value for name, value in asdict(report).items() if name not in ("path", "what", "format")}
     versions = {"resdet": resdet.__version__, "torch": torch.__version__}
     text = json.dumps({**about, "checked": checked, "versions": versions}, indent=2, default=str)
-    with _written_whole(report.path.with_name(f"{report.path.name}.json")) as beside:
+    with written_whole(report.path.with_name(f"{report.path.name}.json")) as beside:
         beside.write_text(text + "\n", encoding="utf-8")
-
-
-@contextlib.contextmanager
-def _written_whole(path: Path) -> Iterator[Path]:
-    """Give a name beside ``path`` to write to, which becomes ``path`` at the end, or is removed if anything fails."""
-    if not path.parent.is_dir():
-        raise UserError(f"{path}: its directory does not exist")
-    beside = path.with_name(f".{uuid.uuid4().hex}.{path.name}")  # suffixes mean something to torch.export
-    try:
-        yield beside
-        with beside.open("rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)

@@ -35,7 +35,7 @@ WeightsSource: TypeAlias = str | os.PathLike[str] | WeightsEnum | None
 
 # A file name that ends so carries the first digits of its SHA-256; torch.hub's convention.
 _HASH_IN_NAME = re.compile(r"-([a-f0-9]{8,})\.")
-_WRAPPERS = ("state_dict", "model")
+_WRAPPERS = ("state_dict", "model", "blobs")
 _BODY_PREFIXES = ("backbone.body.", "body.", "")
 
 
@@ -256,13 +256,10 @@ def load_backbone_weights(body: ResNet, source: WeightsSource, arch: str) -> Loa
     content = read_checkpoint(path)
     tensors = tensors_in(content, str(path))
     prefix = _body_prefix(tensors)
-    if prefix is None:
+    if prefix is None or _carries_facts(content):
         tensors = _converted(content, path, body)
         prefix = _body_prefix(tensors)
-    if prefix is None:
-        raise WeightsError(
-            f"{path}: has no 'conv1.weight', so it holds no ResNet; its tensors are {name_some(tensors)}"
-        )
+        assert prefix is not None, "conversion gives torchvision's names"
     given = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
     expected = body.state_dict()
@@ -299,6 +296,13 @@ def load_backbone_weights(body: ResNet, source: WeightsSource, arch: str) -> Loa
 
 def _body_prefix(tensors: Mapping[str, Tensor]) -> str | None:
     return next((prefix for prefix in _BODY_PREFIXES if f"{prefix}conv1.weight" in tensors), None)
+
+
+def _carries_facts(content: Mapping[str, Any]) -> bool:
+    """Whether the file was converted by us: then names alone may not show what the tensors are (BGR stems)."""
+    from resdet.models.convert import FACTS_ENTRY
+
+    return FACTS_ENTRY in content or hasattr(content, FACTS_ENTRY)
 
 
 def _converted(content: Mapping[str, Any], path: Path, body: ResNet) -> dict[str, Tensor]:

@@ -6,7 +6,6 @@ alone; ``last.pt`` carries the training state too. Both open with ``resdet.load_
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 
 from resdet.errors import WeightsError
+from resdet.files import written_whole
 from resdet.models.detector import Detector, checkpoint_payload
 from resdet.models.weights import read_checkpoint
 
@@ -43,7 +43,7 @@ def save_checkpoint(path: Path, model: Detector, *, config: dict[str, Any], trai
     """Write a checkpoint so that the path holds the old file or the whole new one, whatever happens meanwhile.
 
     Args:
-        path: Where; a temporary file is written beside it, flushed to disk, and renamed.
+        path: Where.
         model: The detector.
         config: The run's configuration as plain values: tools/eval.py finds its data there.
         training: What a resumed run needs; None for a detector alone.
@@ -57,15 +57,8 @@ def save_checkpoint(path: Path, model: Detector, *, config: dict[str, Any], trai
             "optimizer": training.optimizer,
             "scaler": training.scaler,
         }
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            torch.save(payload, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with written_whole(path) as beside:
+        torch.save(payload, beside)
 
 
 def load_training_state(path: Path, model: Detector) -> TrainingState:

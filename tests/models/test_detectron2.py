@@ -294,9 +294,7 @@ def test_a_resumed_run_has_them_too(small: Path, tmp_path: Path) -> None:
 def test_a_contradicting_configuration_is_refused_or_wins(small: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"model.image_std is \(0.5, 0.5, 0.5\), the weights were trained with \(0.003"):
         build_model(section(small, image_std=[0.5, 0.5, 0.5]), shapes(), resume_from=None)
-    assert (
-        build_model(section(small, roi_sampling_ratio=4), shapes(), resume_from=None).spec.roi_sampling_ratio == 4
-    )
+    assert build_model(section(small, roi_sampling_ratio=4), shapes(), resume_from=None).spec.roi_sampling_ratio == 4
     torchvisions = tmp_path / "own.pth"
     torch.save(load_detector(small).state_dict(), torchvisions)
     assert weights_settings(torchvisions) == {}

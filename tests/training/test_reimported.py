@@ -16,11 +16,15 @@ SMALL = ["model.arch=resnet18", "model.out_channels=64", "model.box_head_channel
 
 
 def fine_tune(weights: Path, bccd: Path, output_dir: Path) -> tuple[list[float], dict[str, torch.Tensor]]:
-    places = [f"data.{part}.{key}" for part in ("train", "val") for key in ("root", "split")]
-    overrides = [f"{place}={value}" for place, value in zip(places, (bccd, "train", bccd, "val"), strict=True)]
-    settings = ["model.min_size=96", "model.max_size=128", "train.precision=fp32", "train.batch_size=2", "train.steps=3"]
-    settings += ["train.log_every=1", "loader.num_workers=0", "eval.num_pictures=0", f"output_dir={output_dir}"]
-    train(load_config(ROOT / "configs" / "frcnn_r101_voc.yaml", [*SMALL, *overrides, *settings, f"model.weights={weights}"]))
+    overrides = [
+        *SMALL,
+        f"model.weights={weights}",
+        *(f"data.{part}.{key}" for part in ("train", "val") for key in (f"root={bccd}", f"split={part}")),
+        *("model.min_size=96", "model.max_size=128", "loader.num_workers=0", "eval.num_pictures=0"),
+        *("train.precision=fp32", "train.batch_size=2", "train.steps=3", "train.log_every=1"),
+        f"output_dir={output_dir}",
+    ]
+    train(load_config(ROOT / "configs" / "frcnn_r101_voc.yaml", overrides))
     lines = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
     state = torch.load(output_dir / "last.pt", weights_only=True)["model"]
     return [line["loss"] for line in lines if "loss" in line], state

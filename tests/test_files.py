@@ -1,0 +1,28 @@
+"""A file is there whole, or as it was."""
+
+from pathlib import Path
+
+import pytest
+
+from resdet.errors import UserError
+from resdet.files import written_whole
+
+
+def test_a_failure_leaves_the_old_file_and_nothing_beside_it(tmp_path: Path) -> None:
+    path = tmp_path / "file.pt"
+    with written_whole(path) as beside:
+        beside.write_text("old")
+        assert not path.exists()
+    with pytest.raises(RuntimeError, match="disk"), written_whole(path) as beside:
+        beside.write_text("half of the new")
+        raise RuntimeError("disk full")
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+    with written_whole(path) as beside:
+        beside.write_text("new")
+    assert path.read_text() == "new"
+
+
+def test_missing_directory_is_told(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="its directory does not exist"), written_whole(tmp_path / "no" / "file"):
+        pass
