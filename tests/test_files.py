@@ -8,14 +8,19 @@ from resdet.errors import UserError
 from resdet.files import written_whole
 
 
+def fail_half_way(path: Path) -> None:
+    with written_whole(path) as beside:
+        beside.write_text("half of the new")
+        raise OSError("disk full")
+
+
 def test_a_failure_leaves_the_old_file_and_nothing_beside_it(tmp_path: Path) -> None:
     path = tmp_path / "file.pt"
     with written_whole(path) as beside:
         beside.write_text("old")
         assert not path.exists()
-    with pytest.raises(RuntimeError, match="disk"), written_whole(path) as beside:
-        beside.write_text("half of the new")
-        raise RuntimeError("disk full")
+    with pytest.raises(OSError, match="disk full"):
+        fail_half_way(path)
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
     with written_whole(path) as beside:
