@@ -19,10 +19,6 @@ Every file is loaded again and compared with the model at two sizes before it ge
 (``ExportReport``) and written beside it as ``<file>.json``, with what a reader of the file needs: inputs, outputs, the
 classes. A file that computes something else is not left behind.
 
-The size an image is scaled to is computed in float64, as in Python. torchvision's own scripted and traced transforms
-compute the scale in float32, and where a side should come out whole it often comes out a pixel smaller, and the boxes
-with it (of 40,000 random sizes at min_size 800 or 416, scripted 48 % differ from Python, traced 13 %).
-
 Files are float32. onnxruntime's CPU provider has no bfloat16 convolution. Its int8 (static, weights per channel, ranges
 from 12 images) moved the pyramid of a trained ResNet-101 by a fifth of its norm, bfloat16 in torch by a twentieth: what
 is to run in bfloat16 runs in torch, under autocast.
@@ -30,45 +26,53 @@ is to run in bfloat16 runs in torch, under autocast.
 
 from __future__ import annotations
 
-import contextlib
-import copy
-import importlib
 import json
 import logging
 import math
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
-from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 import resdet
 from resdet.errors import UserError, WeightsError
 from resdet.files import written_whole
+from resdet.graphs import (
+    BackboneGraph,
+    DetectorGraph,
+    OneImage,
+    backbone_to_onnx,
+    detection_runner,
+    detector_to_onnx,
+    exported_program,
+    feature_runner,
+    folded_copy,
+    frozen_copy,
+    output_names,
+    write_torchscript,
+)
 from resdet.models.backbone import ResNetFPN, freeze_stages
 from resdet.models.detector import Detector
-from resdet.models.norm import FrozenBatchNorm2d, is_scripting
-from resdet.models.resnet import BasicBlock, Bottleneck, Projection, ResNet
+from resdet.models.resnet import ResNet
 from resdet.types import Prediction, categories_to_plain
 
 logger = logging.getLogger(__name__)
 
 BACKBONE_FORMAT = "resdet-backbone-1"
 
-BackboneFormat = Literal["safetensors", "torchscript", "export", "onnx"]
-DetectorFormat = Literal["torchscript", "onnx"]
+BackboneFormat = Literal["safetensors"] | BackboneGraph
+DetectorFormat = DetectorGraph
 BACKBONE_FORMATS: tuple[BackboneFormat, ...] = ("safetensors", "torchscript", "export", "onnx")
 DETECTOR_FORMATS: tuple[DetectorFormat, ...] = ("torchscript", "onnx")
 
@@ -83,12 +87,7 @@ UNMATCHED_TOLERANCE = 0.01
 
 _FORGIVEN = 4  # detections of an image; without a limit a model of equal scores would match anything
 
-_Module = TypeVar("_Module", bound=nn.Module)
-
-_ONNX_OPSET = 20  # the highest that the TorchScript-based exporter writes, and the default of the other one
-_ONNX_PACKAGES = ("onnx", "onnxruntime", "onnxscript")
 _CHECK_SIZES = ((224, 320), (321, 225))
-_TRACED_SIZE = (128, 160)
 
 
 class ExportError(UserError):
@@ -177,12 +176,12 @@ def export_backbone(
         raise UserError("timm's names are for the body as safetensors: timm has no pyramid, and other formats no names")
     exported = backbone if include_fpn or isinstance(backbone, ResNet) else backbone.body
     description = _describe(exported)
-    reference = _frozen_copy(exported)
-    runner = _folded_copy(exported)
+    reference = frozen_copy(exported)
+    runner = folded_copy(exported)
     if isinstance(model, Detector):
         description |= {"image_mean": model.spec.image_mean, "image_std": model.spec.image_std}
     about: dict[str, Any] = {"what": "backbone" if include_fpn else "body", "format": format, **description}
-    output_names = _output_names(exported)
+    map_names = output_names(exported)
 
     with written_whole(Path(path)) as beside:
         if format == "safetensors":
@@ -194,16 +193,16 @@ def export_backbone(
             tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in exported.state_dict().items()}
             beside.write_bytes(save(tensors, metadata))
         elif format == "torchscript":
-            _script(runner, beside)
+            write_torchscript(runner, beside)
         elif format == "export":
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # it takes channels-last weights for parts of larger tensors
-                torch.export.save(_program(runner), beside)
+                torch.export.save(exported_program(runner), beside)
         else:
-            _backbone_to_onnx(runner, beside, output_names)
-            about["outputs"] = output_names
+            backbone_to_onnx(runner, beside, map_names)
+            about["outputs"] = map_names
         body = exported.body if isinstance(exported, ResNetFPN) else exported
-        run = _feature_runner(beside, format, fast=body.fast)
+        run = _rebuilt(beside, fast=body.fast) if format == "safetensors" else feature_runner(beside, format)
         generator = torch.Generator().manual_seed(0)
         batches = [torch.randn(1 + i, 3, *size, generator=generator) for i, size in enumerate(_CHECK_SIZES)]
         tolerance = 0.0 if format == "safetensors" else FEATURE_TOLERANCE
@@ -272,8 +271,8 @@ def export_detector(
         if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3 or 0 in picture.shape:
             raise UserError(f"images[{index}]: expected uint8 RGB [H, W, 3], got {picture.dtype} {list(picture.shape)}")
     tensors = [torch.from_numpy(picture.transpose(2, 0, 1).copy()) for picture in pictures]
-    reference = _frozen_copy(model)
-    runner = _OneImage(_folded_copy(model)).eval()
+    reference = frozen_copy(model)
+    runner = OneImage(folded_copy(model)).eval()
 
     def detect(image: Tensor) -> Prediction:
         found: Prediction = reference([image.float() / 255])[0]
@@ -281,10 +280,10 @@ def export_detector(
 
     with written_whole(Path(path)) as beside:
         if format == "torchscript":
-            _script(runner, beside)
+            write_torchscript(runner, beside)
         else:
-            _detector_to_onnx(runner, beside, tensors[0])
-        run = _detection_runner(beside, format)
+            detector_to_onnx(runner, beside, tensors[0])
+        run = detection_runner(beside, format)
         with torch.no_grad():
             pairs = [(run(image), detect(image)) for image in tensors]
             num_detections = sum(len(expected["scores"]) for _, expected in pairs)
@@ -371,76 +370,6 @@ def load_backbone(path: str | os.PathLike[str], *, trainable_layers: int = 3, fa
     return backbone
 
 
-def _as_sizes(height_width: Tensor) -> tuple[int, int]:
-    """Turn int64 ``[2]`` into two sizes; a tracer's sizes are tensors themselves."""
-    if is_scripting():
-        return int(height_width[0]), int(height_width[1])
-    return _traced_sizes(height_width)
-
-
-@torch.jit.unused
-def _traced_sizes(height_width: Tensor) -> tuple[int, int]:
-    height, width = height_width
-    return cast(int, height), cast(int, width)
-
-
-def scaled_size(image_hw: Tensor, min_size: float, max_size: float) -> Tensor:
-    """Give the size that ``GeneralizedRCNNTransform`` scales an image to, equal to Python's to the last pixel.
-
-    Args:
-        image_hw: int64 ``[2]``.
-        min_size: Length of the shorter side.
-        max_size: The longer side is at most this.
-
-    Returns:
-        int64 ``[2]``.
-    """
-    sides = image_hw.to(torch.float64)
-    # A number over a tensor is the tensor's reciprocal times the number, which rounds twice.
-    limits = torch.tensor([min_size, max_size], dtype=torch.float64)
-    scale = (limits / torch.stack([sides.min(), sides.max()])).min()
-    return torch.floor(sides * scale).to(torch.int64)
-
-
-class _OneImage(nn.Module):
-    """A detector as a function of one uint8 image, in the operations that TorchScript and ONNX hold.
-
-    Source: ``GeneralizedRCNN.forward`` and ``GeneralizedRCNNTransform`` of torchvision. Deviation: the scaled size is
-    computed in float64, as Python computes it there.
-    """
-
-    def __init__(self, model: Detector) -> None:
-        super().__init__()
-        transform = model.transform
-        self.backbone = model.backbone
-        self.rpn = model.rpn
-        self.roi_heads = model.roi_heads
-        self.min_size = float(transform.min_size[-1])
-        self.max_size = float(transform.max_size)
-        self.size_divisible = int(transform.size_divisible)
-        self.image_mean = list(transform.image_mean)
-        self.image_std = list(transform.image_std)
-
-    def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Detect objects in one image, uint8 ``[3, H, W]``."""
-        image_hw = torch._shape_as_tensor(image)[1:]  # a tensor, so that a tracer follows what is computed from it
-        scaled_hw = scaled_size(image_hw, self.min_size, self.max_size)
-        padded_hw = scaled_hw + torch.remainder(-scaled_hw, self.size_divisible)
-        height, width = _as_sizes(scaled_hw)
-        padded_height, padded_width = _as_sizes(padded_hw)
-        mean, std = torch.tensor(self.image_mean).view(3, 1, 1), torch.tensor(self.image_std).view(3, 1, 1)
-        pixels = (image.to(torch.float32) / 255 - mean) / std
-        pixels = F.interpolate(pixels[None], size=[height, width], mode="bilinear", align_corners=False)
-        images = ImageList(F.pad(pixels, [0, padded_width - width, 0, padded_height - height]), [(height, width)])
-
-        features = self.backbone(images.tensors)
-        proposals, _ = self.rpn(images, features)
-        detections, _ = self.roi_heads(features, proposals, images.image_sizes)
-        ratio = image_hw.to(torch.float32) / scaled_hw.to(torch.float32)
-        boxes = detections[0]["boxes"] * torch.stack([ratio[1], ratio[0], ratio[1], ratio[0]])
-        return boxes, detections[0]["labels"], detections[0]["scores"]
-
-
 def _describe(exported: ResNet | ResNetFPN) -> dict[str, Any]:
     """Give what ``load_backbone`` builds it from."""
     body = exported.body if isinstance(exported, ResNetFPN) else exported
@@ -456,159 +385,10 @@ def _describe(exported: ResNet | ResNetFPN) -> dict[str, Any]:
     return description
 
 
-def _output_names(exported: ResNet | ResNetFPN) -> list[str]:
-    """Name the maps by their strides: ``C2`` or ``P2`` for 4, and so on."""
-    letter = "P" if isinstance(exported, ResNetFPN) else "C"
-    return [f"{letter}{stride.bit_length() - 1}" for stride in exported.strides]
-
-
-def _frozen_copy(module: _Module) -> _Module:
-    """Give a copy in evaluation mode and float32 on the CPU, without gradients."""
-    return copy.deepcopy(module).to("cpu", torch.float32).eval().requires_grad_(False)
-
-
-def _folded_copy(module: _Module) -> _Module:
-    """Give such a copy with its frozen norms folded into the convolutions before them."""
-    module = _frozen_copy(module)
-    for owner in module.modules():
-        if isinstance(owner, Projection):
-            pairs = [("0", "1")]
-        elif isinstance(owner, ResNet | BasicBlock | Bottleneck):
-            pairs = [(f"conv{i}", f"bn{i}") for i in (1, 2, 3) if hasattr(owner, f"conv{i}")]
-        else:
-            continue
-        for conv_name, norm_name in pairs:
-            conv, norm = getattr(owner, conv_name), getattr(owner, norm_name)
-            if isinstance(norm, FrozenBatchNorm2d):
-                weight, bias = norm.fold(conv.weight, torch.float32)
-                conv.weight = nn.Parameter(weight, requires_grad=False)
-                conv.bias = nn.Parameter(bias, requires_grad=False)
-                setattr(owner, norm_name, nn.Identity())
-    return module
-
-
-def _script(module: nn.Module, path: Path) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # TorchScript's own deprecation, here and below
-        torch.jit.script(module).save(str(path))  # type: ignore[no-untyped-call]
-
-
-def _load_script(path: Path) -> Any:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return torch.jit.load(str(path))  # type: ignore[no-untyped-call]
-
-
-def _program(module: nn.Module) -> torch.export.ExportedProgram:
-    auto = torch.export.Dim.AUTO
-    images = torch.zeros(2, 3, *_TRACED_SIZE)
-    with torch.no_grad():
-        return torch.export.export(module, (images,), dynamic_shapes=({0: auto, 2: auto, 3: auto},), strict=False)
-
-
-def _backbone_to_onnx(module: nn.Module, path: Path, output_names: Sequence[str]) -> None:
-    _onnx("onnx", "onnxscript", "onnxruntime")
-    auto = torch.export.Dim.AUTO
-    with _quiet_exporter():
-        program = torch.onnx.export(
-            module,
-            (torch.zeros(2, 3, *_TRACED_SIZE),),
-            dynamo=True,
-            dynamic_shapes=({0: auto, 2: auto, 3: auto},),
-            input_names=["images"],
-            output_names=list(output_names),
-            verbose=False,
-        )
-        assert program is not None
-        program.save(str(path), external_data=False)
-
-
-def _detector_to_onnx(module: nn.Module, path: Path, image: Tensor) -> None:
-    _onnx("onnx", "onnxruntime")
-    with _quiet_exporter(), torch.no_grad():
-        # torch.export, and with it the newer exporter, stops at suppression: how many boxes remain depends on the data.
-        torch.onnx.export(
-            module,
-            (image,),
-            str(path),
-            dynamo=False,
-            opset_version=_ONNX_OPSET,
-            input_names=["image"],
-            output_names=["boxes", "labels", "scores"],
-            dynamic_axes={
-                "image": {1: "height", 2: "width"},
-                "boxes": {0: "detections"},
-                "labels": {0: "detections"},
-                "scores": {0: "detections"},
-            },
-        )
-
-
-@contextlib.contextmanager
-def _quiet_exporter() -> Iterator[None]:
-    """Silence what exporters say of torchvision's code; whether they were right is measured afterwards."""
-    exporter = logging.getLogger("torch.onnx")
-    level = exporter.level
-    exporter.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        exporter.setLevel(level)
-
-
-def _onnx(*packages: str) -> None:
-    for package in packages:
-        try:
-            importlib.import_module(package)
-        except ImportError as error:
-            raise UserError(
-                f"the onnx format needs {', '.join(_ONNX_PACKAGES)}, and {package} is not installed: "
-                f"pip install {' '.join(_ONNX_PACKAGES)}"
-            ) from error
-
-
-def _session(path: Path) -> Any:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()  # as many as the model it is compared with
-    options.log_severity_level = 3
-    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-
-
-def _feature_runner(path: Path, format: BackboneFormat, fast: bool) -> Callable[[Tensor], list[Tensor]]:
-    """Load an exported backbone as a function from images to its maps."""
-    if format == "onnx":
-        session = _session(path)
-        return lambda images: [torch.from_numpy(a) for a in session.run(None, {"images": images.numpy()})]
-    module: Callable[[Tensor], dict[str, Tensor]]
-    if format == "safetensors":
-        module = load_backbone(path, fast=fast).eval()
-    elif format == "torchscript":
-        module = _load_script(path)
-    else:
-        module = torch.export.load(path).module()
-    return lambda images: list(module(images).values())
-
-
-def _detection_runner(path: Path, format: DetectorFormat) -> Callable[[Tensor], Prediction]:
-    if format == "onnx":
-        session = _session(path)
-
-        def run(image: Tensor) -> Prediction:
-            boxes, labels, scores = map(torch.from_numpy, session.run(None, {"image": image.numpy()}))
-            return Prediction(boxes=boxes, labels=labels, scores=scores)
-
-        return run
-    module = _load_script(path)
-
-    def run_script(image: Tensor) -> Prediction:
-        boxes, labels, scores = module(image)
-        return Prediction(boxes=boxes, labels=labels, scores=scores)
-
-    return run_script
+def _rebuilt(path: Path, *, fast: bool) -> Callable[[Tensor], list[Tensor]]:
+    """Load an exported state dict as a function from images to its maps."""
+    backbone = load_backbone(path, fast=fast).eval()
+    return lambda images: list(backbone(images).values())
 
 
 def _feature_difference(maps: Sequence[Tensor], expected: Sequence[Tensor]) -> float:

@@ -228,7 +228,7 @@ def test_norms_are_folded_and_the_report_is_kept(tmp_path: Path) -> None:
 def test_a_file_that_computes_something_else_is_not_left_behind(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folded_copy = resdet.export._folded_copy
+    folded_copy = resdet.export.folded_copy
 
     def wrong(module: nn.Module) -> nn.Module:
         folded = folded_copy(module)
@@ -237,7 +237,7 @@ def test_a_file_that_computes_something_else_is_not_left_behind(
         return folded
 
     (tmp_path / "b.pt").write_text("what was there before")
-    monkeypatch.setattr("resdet.export._folded_copy", wrong)
+    monkeypatch.setattr("resdet.export.folded_copy", wrong)
     with pytest.raises(ExportError, match=r"b\.pt: not written, .* features .* \(at most 0.0005\)"):
         export_backbone(calibrated(), tmp_path / "b.pt", format="torchscript")
     assert names_in(tmp_path) == ["b.pt"]

@@ -23,7 +23,8 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 import resdet.export
 from resdet.data.images import read_image
 from resdet.errors import UserError
-from resdet.export import BOX_TOLERANCE, SCORE_TOLERANCE, ExportError, compare_detections, export_detector, scaled_size
+from resdet.export import BOX_TOLERANCE, SCORE_TOLERANCE, ExportError, compare_detections, export_detector
+from resdet.graphs import graph_scaled_size
 from resdet.models.detector import Detector, DetectorSpec, build_detector, checkpoint_payload
 from resdet.models.norm import calibrate_norm
 from resdet.types import Prediction
@@ -146,11 +147,11 @@ def test_scaled_size_is_pythons_to_the_pixel() -> None:
     for height, width in generator.integers(20, 1500, (2000, 2)).tolist():
         scale = min(800 / min(height, width), 1333 / max(height, width))
         expected = [math.floor(height * scale), math.floor(width * scale)]
-        assert scaled_size(torch.tensor([height, width]), 800.0, 1333.0).tolist() == expected
+        assert graph_scaled_size(torch.tensor([height, width]), 800.0, 1333.0).tolist() == expected
     for height, width in ((224, 320), (29, 50), (58, 31), (333, 250), (111, 93), (97, 400)):
         image = torch.zeros(1, height, width)
         size = list(transform.resize(image)[0].shape[1:])
-        assert scaled_size(torch.tensor([height, width]), 800.0, 1333.0).tolist() == size
+        assert graph_scaled_size(torch.tensor([height, width]), 800.0, 1333.0).tolist() == size
         differ += list(scripted.resize(image)[0].shape[1:]) != size
     assert differ > 0
 
@@ -225,14 +226,14 @@ def test_compare_detections() -> None:
 
 
 def test_a_file_that_detects_something_else_is_not_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folded_copy = resdet.export._folded_copy
+    folded_copy = resdet.export.folded_copy
 
     def wrong(module: nn.Module) -> nn.Module:
         folded = folded_copy(module)
         folded.transform.image_mean[0] += 0.05  # type: ignore[union-attr, operator, index]
         return folded
 
-    monkeypatch.setattr("resdet.export._folded_copy", wrong)
+    monkeypatch.setattr("resdet.export.folded_copy", wrong)
     with pytest.raises(ExportError, match=r"not written, because .* unmatched .* \(at most 0.01\)"):
         export_detector(small_detector(), tmp_path / "d", format="torchscript")
     assert list(tmp_path.iterdir()) == []

@@ -25,7 +25,7 @@ from resdet.data.dataset import DetectionDataset
 from resdet.data.images import read_image
 from resdet.data.shapes import ShapesImages, shapes_table
 from resdet.errors import UserError, WeightsError
-from resdet.evaluation.detect import _labels_in_dataset
+from resdet.evaluation.detect import match_labels
 from resdet.models.convert import from_torchvision
 from resdet.models.detector import (
     CONVENTIONS,
@@ -181,11 +181,11 @@ def test_its_classes_are_cocos_and_found_by_name(model: Detector, assets: Path) 
     listed = json.loads(path.read_text())["categories"]
     assert [(c.category_id, c.name) for c in model.categories] == [(c["id"], c["name"]) for c in listed]
     assert [c.label for c in model.categories] == list(range(1, 81))
-    assert _labels_in_dataset(model, read_coco(path)) is None  # every label means the same in both
+    assert match_labels(model, read_coco(path)) is None  # every label means the same in both
     first, second = model.categories[:2]
     swapped = type("Model", (torch.nn.Module,), {})()
     swapped.categories = (Category(1, 2, second.name), Category(2, 1, first.name), *model.categories[2:])
-    labels = _labels_in_dataset(swapped, read_coco(path))
+    labels = match_labels(swapped, read_coco(path))
     assert labels is not None
     assert labels[:4].tolist() == [0, 2, 1, 3]
 

@@ -30,7 +30,14 @@ def fine_tune(weights: Path, bccd: Path, output_dir: Path) -> tuple[list[float],
     return [line["loss"] for line in lines if "loss" in line], state
 
 
-@pytest.mark.parametrize("there", ["detectron2", "mmdetection", "maskrcnn-benchmark"])
+@pytest.mark.parametrize(
+    "there",
+    [
+        "detectron2",
+        pytest.param("mmdetection", marks=pytest.mark.slow),
+        pytest.param("maskrcnn-benchmark", marks=pytest.mark.slow),
+    ],
+)
 def test_training_goes_on_as_if_it_had_never_left(
     there: str, assets: Path, resnet18_file: Path, tmp_path: Path
 ) -> None:
