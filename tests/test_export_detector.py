@@ -190,7 +190,7 @@ def compare_on_real_images(folder: Path, model: Detector, assets: Path, format: 
         print(f"{format} {size}: {found} detections, {seconds[0] / seconds[1]:.2f} times the speed")  # noqa: T201
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", [pytest.param("torchscript", marks=pytest.mark.slow), "onnx"])
 def test_real_images(tmp_path: Path, real_detector: Detector, assets: Path, format: str) -> None:
     compare_on_real_images(tmp_path, real_detector, assets, format, count=1)
 
@@ -267,6 +267,7 @@ def run_tool(*arguments: object) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 def test_the_tool(tmp_path: Path) -> None:
     checkpoint = tmp_path / "best.pt"
     torch.save(checkpoint_payload(small_detector()), checkpoint)

@@ -7,12 +7,14 @@ identity. Each test ends with a twin: one value of the other model is changed, a
 from __future__ import annotations
 
 import copy
+import re
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 import torchvision
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -22,6 +24,7 @@ from torchvision.ops import FrozenBatchNorm2d
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
 from resdet.export import export_backbone
+from resdet.models.convert import from_torchvision
 from resdet.models.resnet import ResNet
 
 ARCHS = ["resnet18", "resnet101"]
@@ -116,6 +119,49 @@ DETECTORS: dict[str, tuple[type[nn.Module], list[int]]] = {
     "RetinaNet": (torchvision.models.detection.RetinaNet, [2, 3, 4]),
     "FCOS": (torchvision.models.detection.FCOS, [2, 3, 4]),
 }
+
+
+def detectron2_stages(tensors: Mapping[str, Tensor]) -> Callable[[Tensor], Mapping[str, Tensor]]:
+    """detectron2's ResNet, written down again by its parameters' names: ``modeling/backbone/resnet.py``, BGR images."""
+
+    def conv(x: Tensor, name: str, stride: int = 1, padding: int = 0) -> Tensor:
+        x = F.conv2d(x, tensors[f"{name}.weight"], stride=stride, padding=padding)
+        mean, var, weight, bias = (
+            tensors[f"{name}.norm.{n}"] for n in ("running_mean", "running_var", "weight", "bias")
+        )
+        return F.batch_norm(x, *statistics, eps=1e-5)
+
+    def run(rgb: Tensor) -> Mapping[str, Tensor]:
+        x = F.max_pool2d(F.relu(conv(rgb.flip(1), "stem.conv1", 2, 3)), 3, 2, 1)
+        maps = OrderedDict()
+        for stage in (2, 3, 4, 5):
+            for block in range(sum(1 for name in tensors if re.fullmatch(rf"res{stage}\.\d+\.conv1\.weight", name))):
+                name, stride = f"res{stage}.{block}", 2 if stage > 2 and block == 0 else 1
+                if f"{name}.conv3.weight" in tensors:
+                    y = F.relu(conv(F.relu(conv(x, f"{name}.conv1")), f"{name}.conv2", stride, 1))
+                    y = conv(y, f"{name}.conv3")
+                else:
+                    y = conv(F.relu(conv(x, f"{name}.conv1", stride, 1)), f"{name}.conv2", 1, 1)
+                if f"{name}.shortcut.weight" in tensors:
+                    x = conv(x, f"{name}.shortcut", stride)
+                x = F.relu(x + y)
+            maps[str(stage - 2)] = x
+        return maps
+
+    return run
+
+
+def test_detectron2s_names(body: Body) -> None:
+    """Under detectron2's names and in its channel order the tensors compute the same C2-C5 (stride in the 3x3)."""
+    ours, tensors = body
+    theirs = {
+        name.removeprefix("backbone.bottom_up."): tensor.double()
+        for name, tensor in from_torchvision(tensors, "detectron2").items()
+    }
+    assert difference(ours, detectron2_stages(theirs), torch.float64) <= TOLERANCE
+    change = next(name for name in theirs if name.startswith("res5.1.conv2.norm.running_var"))
+    theirs[change][0] *= 100
+    assert difference(ours, detectron2_stages(theirs), torch.float64) > 1e-6
 
 
 @pytest.mark.parametrize("name", DETECTORS)

@@ -125,7 +125,10 @@ def test_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoin
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("setting", ["train.precision=fp16", "train.accumulate=2", "loader.num_workers=2"])
+@pytest.mark.parametrize(
+    "setting",
+    [pytest.param("train.precision=fp16", marks=pytest.mark.slow), "train.accumulate=2", "loader.num_workers=2"],
+)
 def test_other_ways_to_compute_train_too(setting: str, tmp_path: Path) -> None:
     train_tiny(tmp_path, "train.steps=2", setting)
     losses = logged(tmp_path, "loss")
