@@ -126,9 +126,7 @@ def detectron2_stages(tensors: Mapping[str, Tensor]) -> Callable[[Tensor], Mappi
 
     def conv(x: Tensor, name: str, stride: int = 1, padding: int = 0) -> Tensor:
         x = F.conv2d(x, tensors[f"{name}.weight"], stride=stride, padding=padding)
-        mean, var, weight, bias = (
-            tensors[f"{name}.norm.{n}"] for n in ("running_mean", "running_var", "weight", "bias")
-        )
+        statistics = [tensors[f"{name}.norm.{n}"] for n in ("running_mean", "running_var", "weight", "bias")]
         return F.batch_norm(x, *statistics, eps=1e-5)
 
     def run(rgb: Tensor) -> Mapping[str, Tensor]:
