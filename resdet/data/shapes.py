@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from resdet.data.annotations import AnnotationTable
+from resdet.data.annotations import AnnotationTable, FileNames
 from resdet.errors import DataError
 from resdet.types import Category
 
@@ -74,7 +74,7 @@ def shapes_table(num_images: int, image_size: int, seed: int) -> AnnotationTable
         name=f"shapes(seed={seed})",
         categories=tuple(Category(label, label, name) for label, name in enumerate(SHAPE_CLASSES, start=1)),
         image_ids=np.arange(1, num_images + 1, dtype=np.int64),
-        file_names=np.array([f"shapes_{seed}_{index:06d}.png" for index in range(num_images)], dtype=np.str_),
+        file_names=FileNames([f"shapes_{seed}_{index:06d}.png" for index in range(num_images)]),
         sizes=np.full((num_images, 2), image_size, dtype=np.int32),
         offsets=np.concatenate([[0], np.cumsum([len(image) for image in shapes])]).astype(np.int64),
         boxes_xywh=boxes_xywh,

@@ -1,7 +1,15 @@
+import copy
+import multiprocessing
+import os
+import pickle
+from pathlib import Path
+
 import numpy as np
 import pytest
+from torch.utils.data import DataLoader
 
-from resdet.data.annotations import MIN_TRAINABLE_SIDE, AnnotationTable
+from resdet.data import mapped
+from resdet.data.annotations import MIN_TRAINABLE_SIDE, AnnotationTable, FileNames
 from resdet.errors import DataError
 from resdet.types import Category
 
@@ -78,3 +86,163 @@ def test_selected_classes_are_relabelled_in_the_given_order():
 def test_unknown_or_repeated_classes_are_refused(names):
     with pytest.raises(DataError, match="classes must name each class once"):
         table([[(0, 0, 1, 1)]]).select_classes(names)
+
+
+def random_table(num_images, seed=0):
+    """Some images without boxes, some boxes outside their image, thin or not finite."""
+    rng = np.random.default_rng(seed)
+    values = [0, 0.05, 1, 70, np.nan, np.inf]
+    images = []
+    for _ in range(num_images):
+        boxes = rng.uniform(-10, 60, size=(rng.integers(0, 6), 4)).round(2)
+        odd = rng.random(boxes.shape) < 0.05
+        boxes[odd] = rng.choice(values, size=int(odd.sum()))
+        images.append(boxes.tolist())
+    num_boxes = sum(map(len, images))
+    flags = {name: rng.random(num_boxes) < 0.2 for name in ("crowd", "difficult")}
+    return table(images, labels=rng.integers(1, 4, size=num_boxes), **flags)
+
+
+def test_one_image_at_a_time_gives_the_rows_of_the_whole():
+    whole = random_table(200)
+    boxes, sound = (np.concatenate(parts) for parts in zip(*map(whole.boxes_of, range(200)), strict=True))
+    assert boxes.dtype == np.float32
+    assert np.array_equal(boxes, whole.boxes_in_image().astype(np.float32), equal_nan=True)
+    assert np.array_equal(sound & ~whole.crowd, whole.trainable(use_difficult=True))
+    assert not sound.all()
+
+
+def test_images_in_a_row_are_views(contents):
+    whole = random_table(50)
+    part = whole.select_images(np.arange(10, 30))
+    for name in ("image_ids", "sizes", "boxes_xywh", "labels", "area", "crowd", "difficult", "annotation_ids"):
+        assert np.shares_memory(getattr(part, name), getattr(whole, name))
+    assert part.offsets[0] == 0
+    # The same images in two runs are gathered: the same table, in memory of its own.
+    gathered = whole.select_images(np.r_[20:30, 10:20]).select_images(np.r_[10:20, 0:10])
+    assert not np.shares_memory(gathered.boxes_xywh, whole.boxes_xywh)
+    assert contents(gathered) == contents(part)
+    assert np.shares_memory(gathered.file_names.to_arrays()[0], whole.file_names.to_arrays()[0])
+
+
+def test_no_images_and_images_counted_from_the_end_can_be_selected():
+    whole = random_table(10)
+    assert whole.select_images(np.zeros(0, dtype=np.int64)).num_images == 0
+    assert whole.select_images(np.array([-2, -1, 0])).image_ids.tolist() == [108, 109, 100]
+
+
+def test_a_class_filter_shares_the_images_and_a_mere_change_of_order_the_boxes():
+    whole = random_table(50)
+    part = whole.select_classes(["dog"])
+    for name in ("image_ids", "sizes"):
+        assert getattr(part, name) is getattr(whole, name)
+    assert part.file_names is whole.file_names
+    turned = whole.select_classes(["dog", "bird", "cat"])
+    for name in ("boxes_xywh", "area", "crowd", "difficult", "annotation_ids"):
+        assert getattr(turned, name) is getattr(whole, name)
+
+
+def test_file_names_are_texts_without_an_object_each():
+    names = ["a.jpg", "", "\u00fcber/\u6f22.png", "b.jpg", "half \udcff"]
+    stored = FileNames(names)
+    assert (len(stored), stored.tolist(), list(stored)) == (5, names, names)
+    assert (stored[2], stored[-1], stored[np.int64(0)]) == (names[2], names[-1], "a.jpg")
+    assert stored[1:4].tolist() == names[1:4]
+    assert stored[np.array([3, 0])][1:].tolist() == ["a.jpg"]
+    assert stored[np.array([True, False, False, False, True])].tolist() == [names[0], names[4]]
+    assert "b.jpg" in stored
+    assert FileNames([]).tolist() == []
+    with pytest.raises(IndexError):
+        stored[5]
+
+
+def test_ordinary_pickles_and_copies_hold_the_arrays(contents):
+    whole = random_table(3000)
+    for again in (pickle.loads(pickle.dumps(whole)), copy.deepcopy(whole)):
+        assert contents(again) == contents(whole)
+        assert mapped.mapped_file_of(again.boxes_xywh) is None
+        again.boxes_xywh[0] = 1
+
+
+@pytest.fixture
+def spawning(monkeypatch):
+    """As while a process is being spawned."""
+    monkeypatch.setattr(mapped, "get_spawning_popen", lambda: object())
+
+
+@pytest.mark.parametrize("has_memfd", [True, False])
+def test_sent_to_spawned_workers_it_is_moved_once_and_only_named(spawning, contents, monkeypatch, has_memfd):
+    if not has_memfd:  # as on other systems
+        monkeypatch.delattr(os, "memfd_create")
+    whole = random_table(3000)
+    expected = contents(whole)
+    first, second = pickle.dumps(whole), pickle.dumps(whole)
+    assert len(first) < 10_000 < whole.boxes_xywh.nbytes
+    assert contents(whole) == expected
+    received = [pickle.loads(sent) for sent in (first, second)]
+    for again in received:
+        assert contents(again) == expected
+    ids = {mapped.mapped_file_of(each.boxes_xywh).file_id for each in (whole, *received)}
+    assert len(ids) == 1
+    path = Path(mapped.mapped_file_of(whole.boxes_xywh).path)
+    assert path.exists()
+    del whole
+    assert not path.exists()
+    assert contents(received[0]) == expected
+
+
+def test_what_is_moved_is_still_whole_in_ordinary_pickles(contents):
+    whole = random_table(3000)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mapped, "get_spawning_popen", lambda: object())
+        pickle.dumps(whole)
+    assert mapped.mapped_file_of(whole.boxes_xywh) is not None
+    pickled = pickle.dumps(whole)
+    expected = contents(whole)
+    del whole
+    assert contents(pickle.loads(pickled)) == expected
+
+
+def test_small_tables_are_sent_as_they_are(spawning, contents):
+    whole = random_table(5)
+    assert contents(pickle.loads(pickle.dumps(whole))) == contents(whole)
+    assert mapped.mapped_file_of(whole.boxes_xywh) is None
+
+
+class Items:
+    """What a data loader's worker is given."""
+
+    def __init__(self, whole):
+        self.table = whole
+
+    def __len__(self):
+        return self.table.num_images
+
+    def __getitem__(self, index):
+        boxes, _ = self.table.boxes_of(index)
+        file = mapped.mapped_file_of(self.table.boxes_xywh)
+        return index, float(np.nansum(boxes)), self.table.file_names[index], file and file.file_id
+
+
+def as_it_is(items):
+    return items
+
+
+@pytest.mark.parametrize("start_method", ["fork", "spawn", pytest.param("forkserver", marks=pytest.mark.slow)])
+def test_workers_see_the_same_table_however_they_are_started(start_method):
+    if start_method not in multiprocessing.get_all_start_methods():
+        pytest.skip(f"this system cannot {start_method}")
+    whole = random_table(3000)
+    expected = [Items(whole)[index][:3] for index in range(3000)]
+    loader = DataLoader(
+        Items(whole),
+        batch_size=500,
+        num_workers=2 if start_method == "fork" else 1,
+        collate_fn=as_it_is,
+        multiprocessing_context=start_method,
+    )
+    items = [item for batch in loader for item in batch]
+    assert [item[:3] for item in items] == expected
+    files = {item[3] for item in items}
+    ours = mapped.mapped_file_of(whole.boxes_xywh)
+    assert files == ({None} if start_method == "fork" else {ours.file_id})

@@ -1,9 +1,14 @@
 import copy
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
+from resdet.benchmarks.coco_json import write_coco_json
+from resdet.data import coco
 from resdet.data.coco import read_coco
 from resdet.errors import DataError
 from resdet.types import Category
@@ -60,7 +65,9 @@ def test_real_coco_gives_the_numbers_of_pycocotools(assets, part):
 def test_one_changed_digit_is_noticed_by_the_comparison(assets):
     path = assets / "tiny_coco" / "annotations" / "instances_val2017.json"
     table = read_coco(path)
-    table.boxes_xywh[17, 2] = np.nextafter(table.boxes_xywh[17, 2], 1e9)
+    boxes_xywh = table.boxes_xywh.copy()
+    boxes_xywh[17, 2] = np.nextafter(boxes_xywh[17, 2], 1e9)
+    table = replace(table, boxes_xywh=boxes_xywh)
     with pytest.raises(AssertionError):
         assert_same_as_pycocotools(table, path)
 
@@ -84,10 +91,9 @@ def test_missing_area_and_crowd_have_defaults_and_degenerate_boxes_stay(tmp_path
 
 
 def test_no_python_object_per_box(tmp_path):
-    table = read_coco(write(tmp_path, small()))
-    arrays = [value for value in vars(table).values() if isinstance(value, np.ndarray)]
-    assert len(arrays) == 10
-    assert all(array.dtype != object for array in arrays)
+    arrays = read_coco(write(tmp_path, small())).to_arrays()
+    assert len(arrays) == 12
+    assert all(array.dtype.kind in "iufb" for array in arrays.values())
 
 
 def test_without_any_annotation_the_images_remain(tmp_path):
@@ -187,3 +193,105 @@ def test_a_missing_file_says_how_to_get_coco(tmp_path):
         read_coco(tmp_path / "instances_val2017.json")
     with pytest.raises(DataError, match="got a folder"):
         read_coco(tmp_path)
+
+
+def test_several_problems_are_counted_and_the_first_is_named(tmp_path):
+    data = small()
+    data["annotations"][0]["image_id"] = "x"
+    data["images"][2]["width"] = -1
+    message = r"image 5: width must be .* got -1 \(and 1 more: tools/check_data.py lists them\)$"
+    with pytest.raises(DataError, match=message):
+        read_coco(write(tmp_path, data))
+
+
+def both_ways(path):
+    """What typed decoding gives (None where it will not decide) and what the rules give (an error or a table)."""
+    plain = coco._read_plain(path.read_bytes())
+    try:
+        by_rules = coco._to_table(coco._read_any(path), path)
+    except DataError as error:
+        by_rules = error
+    return None if plain is None else coco._to_table(plain, path), by_rules
+
+
+def test_a_sound_file_of_any_size_is_decoded_by_types_and_means_the_same(tmp_path, contents):
+    path = tmp_path / "instances.json"
+    write_coco_json(path, num_images=300, num_boxes=2000, seed=1)
+    plain, by_rules = both_ways(path)
+    assert plain.num_boxes == 2000
+    assert contents(plain) == contents(by_rules)
+    assert_same_as_pycocotools(plain, path)
+
+
+numbers = st.one_of(
+    st.integers(-5, 5),
+    st.integers(-(2**70), 2**70),
+    st.floats(),
+    st.floats(-100, 100),
+    st.sampled_from([640.0, 1e22, 5e-324, 2.0**53, 0.1 + 0.2, -0.0]),
+)
+odd = st.one_of(numbers, st.none(), st.booleans(), st.text(max_size=3), st.just([]), st.just({"a": [1]}))
+changes = st.lists(
+    st.tuples(
+        st.sampled_from(["images", "annotations", "categories"]),
+        st.integers(0, 2),
+        st.sampled_from(["id", "image_id", "category_id", "bbox", "area", "iscrowd", "height", "file_name", "name"]),
+        st.one_of(odd, st.lists(numbers, min_size=4, max_size=4), st.just(KeyError)),
+    ),
+    max_size=2,
+)
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(changes)
+def test_odd_values_never_mean_something_else_to_typed_decoding(tmp_path, contents, changes):
+    data = small()
+    for section, position, key, value in changes:
+        record = data[section][position % len(data[section])]
+        if value is KeyError:
+            record.pop(key, None)
+        else:
+            record[key] = value
+    plain, by_rules = both_ways(write(tmp_path, data))
+    if plain is not None:
+        assert not isinstance(by_rules, DataError), by_rules
+        assert contents(plain) == contents(by_rules)
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.tuples(st.integers(0, 2000), st.integers(0, 3), st.binary(max_size=3)), min_size=1, max_size=2))
+def test_odd_bytes_never_mean_something_else_to_typed_decoding(tmp_path, contents, cuts):
+    data = small()
+    data["info"] = {"note": "not read", "by": ["\u00e9\ud83d\ude00", 1.5e3, True, None]}
+    for record in data["annotations"]:
+        record["segmentation"] = [[1, 2.5, 3e2, -4]]
+    text = json.dumps(data).encode()
+    for start, length, inserted in cuts:
+        text = text[: start % len(text)] + inserted + text[start % len(text) + length :]
+    path = tmp_path / "instances.json"
+    path.write_bytes(text)
+    plain, by_rules = both_ways(path)
+    if plain is not None:
+        assert not isinstance(by_rules, DataError), by_rules
+        assert contents(plain) == contents(by_rules)
+
+
+@pytest.mark.parametrize("where", ["info", "file_name"])
+def test_text_that_is_not_utf8_is_refused_even_where_it_is_not_used(tmp_path, where):
+    data = small()
+    data["info"] = "#"
+    data["images"][0]["file_name"] = "@.jpg"
+    mark = {"info": b"#", "file_name": b"@"}[where]
+    path = tmp_path / "instances.json"
+    path.write_bytes(json.dumps(data).encode().replace(mark, b"\xff"))
+    with pytest.raises(DataError, match=r"not a json file.*can't decode byte 0xff"):
+        read_coco(path)
+
+
+def test_other_alphabets_are_read(tmp_path):
+    data = small()
+    data["images"][0]["file_name"] = "\u00fcn\u6f22.jpg"
+    path = tmp_path / "instances.json"
+    path.write_text(json.dumps(data, ensure_ascii=False), encoding="utf-8")
+    plain, _ = both_ways(path)
+    assert plain.file_names.tolist() == ["\u00fcn\u6f22.jpg", "sub/a.jpg", "empty.jpg"]
