@@ -24,6 +24,10 @@ class DataError(UserError):
     """A dataset, an annotation file or an image is missing, unreadable or contradicts itself."""
 
 
+class UnreadableImageError(DataError):
+    """An image file is missing, empty, cut short, or holds no pixels that can be read."""
+
+
 class WeightsError(UserError):
     """Weights or a checkpoint are missing, damaged, or made for another model."""
 

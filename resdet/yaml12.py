@@ -1,8 +1,8 @@
 """YAML by YAML 1.2's core rules, with the place of every key: what configuration files are written in.
 
 PyYAML alone follows YAML 1.1, which reads ``1e-4`` as a string and ``off`` as False, and keeps the last of two equal
-keys without a word. Here a key written twice is an error, and so are anchors and aliases, with which a few lines can
-expand to gigabytes.
+keys without a word. Here a key written twice is an error. So are aliases, with which a few lines can expand to
+gigabytes, tags (``!!python/object``), and documents of a size or depth that no configuration has.
 """
 
 from __future__ import annotations
@@ -14,13 +14,44 @@ import yaml
 
 from resdet.errors import ConfigError
 
+MAX_CHARACTERS = 100_000
+"""Of a document; configurations have some 5 000, and PyYAML can take a second for every 30 000."""
+
+MAX_DEPTH = 50
+"""Of lists and mappings in each other."""
+
+_MAX_DIGITS = 100
+
 KeyPath = tuple[str | int, ...]
 """The keys and list positions that lead to a value."""
+
+
+class _Refused(yaml.MarkedYAMLError):
+    """YAML, but of a kind that is not read."""
 
 
 # YAML 1.2 core schema (https://yaml.org/spec/1.2.2, section 10.3.2), in PyYAML's composer.
 class _Yaml12Loader(yaml.SafeLoader):
     yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012 - PyYAML's own protocol
+    depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        """Refuse what could expand, recurse or name types, before it is built."""
+        event = self.peek_event()  # type: ignore[no-untyped-call]
+        tag = getattr(event, "tag", None)
+        what = ""
+        if isinstance(event, yaml.AliasEvent):
+            what = f"anchors and aliases (*{event.anchor}) are not read"
+        elif tag is not None:
+            what = f"tags ({tag}) are not read"
+        elif isinstance(event, yaml.CollectionStartEvent) and self.depth == MAX_DEPTH:
+            what = f"refused: lists and mappings nested more than {MAX_DEPTH} deep"
+        if what:
+            raise _Refused(problem=what, problem_mark=event.start_mark)
+        self.depth += 1
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
 
 
 _FLOAT = r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?"
@@ -45,18 +76,26 @@ def read_yaml(text: str, source: str, problems: list[str], places: dict[KeyPath,
         places: The place of every key, ``source:line``, is added here.
 
     Raises:
-        ConfigError: If it is no YAML document, or uses aliases.
+        ConfigError: If it is no YAML document, is larger than ``MAX_CHARACTERS`` or deeper than ``MAX_DEPTH``, or uses
+            aliases or tags.
     """
+    if len(text) > MAX_CHARACTERS:
+        raise ConfigError(source, [f"refused: at most {MAX_CHARACTERS} characters are read, got {len(text)}"])
     try:
-        for event in yaml.parse(text, Loader=yaml.SafeLoader):
-            if isinstance(event, yaml.AliasEvent):
-                line = event.start_mark.line + 1 if event.start_mark else 0
-                raise ConfigError(source, [f"line {line}: anchors and aliases (*{event.anchor}) are not read"])
         node = yaml.compose(text, Loader=_Yaml12Loader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
-        raise ConfigError(source, [f"{where}not YAML: {getattr(error, 'problem', None) or error}"]) from None
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        character = f"{ord(text[error.position]):04X}"
+        raise ConfigError(source, [f"line {line}: not YAML: the character U+{character} may not stand here"]) from None
+    except yaml.MarkedYAMLError as error:
+        line, column = (error.problem_mark.line + 1, error.problem_mark.column + 1) if error.problem_mark else (1, 1)
+        if isinstance(error, _Refused):
+            problem = f"line {line}: {error.problem}"
+        elif error.problem == "but found another document":
+            problem = f"line {line}: one document is read, and '---' begins another"
+        else:
+            problem = f"line {line}, column {column}: not YAML: {error.problem}"
+        raise ConfigError(source, [problem]) from None
     return None if node is None else _construct(node, (), source, problems, places)
 
 
@@ -72,8 +111,12 @@ def _construct(
     if isinstance(node, yaml.MappingNode):
         mapping: dict[str, Any] = {}
         for key_node, value_node in node.value:
-            key = str(key_node.value)
             place = f"{source}:{key_node.start_mark.line + 1}"
+            if not isinstance(key_node, yaml.ScalarNode):
+                where = f" of {dotted(path)}" if path else ""
+                problems.append(f"{place}: a key{where} must be a text, got a list or mapping")
+                continue
+            key = str(key_node.value)
             if key in mapping:
                 problems.append(f"{place}: {dotted((*path, key))}: written twice; keep one")
             places[(*path, key)] = place
@@ -81,17 +124,19 @@ def _construct(
         return mapping
     if isinstance(node, yaml.SequenceNode):
         return [_construct(item, (*path, i), source, problems, places) for i, item in enumerate(node.value)]
+    # Tags are the resolver's own by now: written ones have been refused.
     kind, value = node.tag.rsplit(":", 1)[-1], str(node.value)
     if kind == "null":
         return None
     if kind == "bool":
         return value.lower() == "true"
+    if kind in ("int", "float") and len(value) > _MAX_DIGITS:
+        problems.append(f"{line}: {dotted(path)}: a number has at most {_MAX_DIGITS} digits, got {len(value)}")
+        return 0
     if kind == "int":
         return int(value, 0) if value[:2] in ("0x", "0o") else int(value)
     if kind == "float":
         return float(value.replace(".inf", "inf").replace(".nan", "nan").replace(".Inf", "inf").replace(".NaN", "nan"))
-    if kind != "str":
-        problems.append(f"{line}: {dotted(path)}: tag {node.tag} is not read")
     return value
 
 

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import codecs
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
 
-from resdet.data.annotations import AnnotationTable
+from resdet.data.annotations import AnnotationTable, FileNames
 from resdet.data.images import IMAGE_SUFFIXES, read_size
 from resdet.errors import DataError
 from resdet.types import Category
@@ -21,6 +22,14 @@ VOC_CLASSES = (
     "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
 )  # fmt: skip
 """The 20 classes of VOC 2007 to 2012 in the order of the development kit."""
+
+MAX_XML_BYTES = 8 * 2**20
+"""Annotations of one image are refused above this size; 8 MiB hold 25 000 objects."""
+
+# What writers of XML declare, by the names of Python's codecs. Others are left out for what decoding them can cost.
+_ENCODINGS = ("utf-8", "ascii", "iso8859", "cp", "mac-", "koi8", "gb", "big5", "shift_jis", "euc_")
+_MAX_CORNER = 2.0**31
+"""Pixels. Far outside any image, and far below where differences and products of corners overflow."""
 
 VOC_LAYOUT = "Annotations/*.xml, ImageSets/Main/<split>.txt and JPEGImages/*"
 HOW_TO_GET_VOC = (
@@ -39,6 +48,7 @@ class _Columns:
     counts: list[int] = field(default_factory=list)
     corners: list[tuple[float, float, float, float]] = field(default_factory=list)
     names: list[str] = field(default_factory=list)
+    names_left_out: set[str] = field(default_factory=set)
     difficult: list[bool] = field(default_factory=list)
     degenerate: list[str] = field(default_factory=list)
     zero_based: list[str] = field(default_factory=list)
@@ -55,7 +65,12 @@ def read_voc(root: Path, split: str | Sequence[str], *, classes: Sequence[str] |
     alphabetical order. Names are taken from all of a folder's annotations, not from the split alone: ``train`` and
     ``val``, read one after the other, agree on their labels.
 
-    Boxes without extent (``xmax <= xmin`` or ``ymax <= ymin``) are left out, and the table's notes name their images.
+    Boxes without extent (``xmax <= xmin`` or ``ymax <= ymin``) are left out, and the table's notes count them and name
+    their images. Every other ``<object>`` is in the table, or the file is refused.
+
+    Files may be in any encoding that they declare or begin with the mark of, UTF-8 otherwise. Document types and
+    entities are refused, so an annotation cannot expand or reach for other files. A width or height that is 0 or
+    missing is read from the image.
 
     Args:
         root: The folder with Annotations, ImageSets and JPEGImages, or a folder above several such (VOCdevkit). The
@@ -93,17 +108,20 @@ def read_voc(root: Path, split: str | Sequence[str], *, classes: Sequence[str] |
                 raise DataError(f"{root}: image {file_name} is listed twice, in {listed[file_name]} and {one_split}")
             listed[file_name] = one_split
             if stem not in annotations:
-                raise DataError(f"{folder / 'Annotations' / stem}.xml: no such annotation, but {one_split} lists it")
+                raise DataError(
+                    f"{folder / 'Annotations'}: no annotation {f'{stem}.xml'[:100]!r}, but {one_split} lists it"
+                    + _hint_at_name(stem, annotations)
+                )
             columns.file_names.append(file_name)
-            objects = _parse(annotations[stem])
-            _read_objects(objects, annotations[stem], root / file_name, columns)
+            _read_objects(_parse(annotations[stem]), annotations[stem], root / file_name, columns)
         if folder not in names_of_folder:
             inside = set(stems)
             outside = (path for stem, path in annotations.items() if stem not in inside)
             names_of_folder[folder] = {
-                _text(item, "name", path) for path in outside for item in _parse(path).iterfind("object")
+                _class_name(item, path) for path in outside for item in _objects(_parse(path), path)
             }
-    names = set(columns.names).union(*names_of_folder.values())
+    # A class of which this split has only boxes without extent is a class all the same: the other splits have it.
+    names = set(columns.names).union(columns.names_left_out, *names_of_folder.values())
     table = _to_table(columns, names, f"{root} ({', '.join(splits)})")
     return table if classes is None else table.select_classes(list(classes))
 
@@ -120,7 +138,7 @@ def _to_table(columns: _Columns, names: set[str], name: str) -> AnnotationTable:
         name=name,
         categories=tuple(Category(label, label, class_name) for class_name, label in label_of.items()),
         image_ids=np.arange(1, len(columns.file_names) + 1, dtype=np.int64),
-        file_names=np.array(columns.file_names, dtype=np.str_),
+        file_names=FileNames(columns.file_names),
         sizes=np.array(columns.sizes, dtype=np.int32).reshape(-1, 2),
         offsets=np.concatenate([[0], np.cumsum(columns.counts)]).astype(np.int64),
         boxes_xywh=boxes_xywh,
@@ -176,8 +194,12 @@ def _read_list(folder: Path, list_name: str, annotations: dict[str, Path]) -> li
         found = sorted(other.stem for other in path.parent.glob("*.txt"))
         whole = [name for name in found if "_" not in name or name.rsplit("_", 1)[0] not in VOC_CLASSES]
         raise DataError(f"{path}: no such split; {path.parent} has {', '.join(whole) or 'none'}")
+    try:
+        text = _decode(path.read_bytes())
+    except (OSError, ValueError, LookupError) as error:
+        raise DataError(f"{path}: cannot be read as text: {error}") from error
     stems = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in text.splitlines():
         stem = line.strip()
         # "000012  1" in the lists of one class; a name may itself end in " 1", so the whole line is tried first.
         if stem not in annotations:
@@ -189,66 +211,135 @@ def _read_list(folder: Path, list_name: str, annotations: dict[str, Path]) -> li
     return stems
 
 
+def _hint_at_name(stem: str, annotations: Collection[str]) -> str:
+    bare = Path(stem.replace("\\", "/").split()[0])
+    if bare.stem in annotations or bare.name in annotations:
+        return "; lists give names without folder and suffix, one a line"
+    return ""
+
+
+def _decode(data: bytes) -> str:
+    """Decode by the byte order mark, else by XML's declaration, else as UTF-8.
+
+    What is checked for entities is then the very text that the parser sees.
+    """
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return data.decode("utf-16")
+    declared = re.match(rb"""\s*<\?xml[^>]{,200}?encoding\s*=\s*["']([A-Za-z0-9._-]{1,40})["']""", data)
+    encoding = "utf-8-sig"
+    # A declaration readable byte by byte cannot stand in UTF-16: some writers declare it and save as UTF-8.
+    if declared and not declared[1].lower().startswith((b"utf-16", b"utf16")):
+        encoding = declared[1].decode()
+        name = codecs.lookup(encoding).name
+        if not name.startswith(_ENCODINGS):
+            raise LookupError(f"encoding {encoding} is not among those read; save it as UTF-8")
+    return data.decode(encoding)
+
+
 def _parse(path: Path) -> ElementTree.Element:
     try:
-        data = path.read_bytes()
+        if not path.is_file():
+            raise DataError(f"{path}: not a file")
+        size = path.stat().st_size
+        if size > MAX_XML_BYTES:
+            raise DataError(f"{path}: refused: an annotation may have at most {MAX_XML_BYTES} bytes, got {size}")
+        text = _decode(path.read_bytes())
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from error
-    # An annotation needs no document type, and the entities it could define can grow without bound. In UTF-16, the
-    # one wide encoding that the parser knows, the search would miss them; nobody writes VOC files in it.
-    if b"<!DOCTYPE" in data or b"<!ENTITY" in data or b"\0" in data:
-        raise DataError(f"{path}: refused: an annotation must be plain XML without DOCTYPE or ENTITY, in UTF-8")
+    except (UnicodeError, LookupError) as error:
+        raise DataError(f"{path}: cannot be read as text: {error}") from error
+    if not text.strip():
+        raise DataError(f"{path}: the file is empty")
+    # Entities can grow without bound and name other files; an annotation needs none.
+    for declaration in ("<!DOCTYPE", "<!ENTITY"):
+        if declaration in text:
+            raise DataError(f"{path}: refused: an annotation must be plain XML without {declaration}")
     try:
-        element = ElementTree.fromstring(data)
-    except (ElementTree.ParseError, ValueError, LookupError) as error:
-        what = "the file is empty" if not data.strip() else f"not well-formed XML: {error}"
-        raise DataError(f"{path}: {what}") from error
+        element = ElementTree.fromstring(text)
+    except (ElementTree.ParseError, ValueError) as error:
+        raise DataError(f"{path}: not well-formed XML: {error}") from error
     if element.tag != "annotation":
-        raise DataError(f"{path}: the outermost element must be <annotation>, got <{element.tag}>")
+        raise DataError(f"{path}: the outermost element must be <annotation>, got <{element.tag[:80]}>")
     return element
 
 
+def _objects(annotation: ElementTree.Element, path: Path) -> list[ElementTree.Element]:
+    objects = annotation.findall("object")
+    num_inside = sum(1 for _ in annotation.iter("object"))
+    if num_inside != len(objects):
+        raise DataError(
+            f"{path}: every <object> must stand directly in <annotation>, but {num_inside - len(objects)} of "
+            f"{num_inside} do not"
+        )
+    return objects
+
+
+def _child(item: ElementTree.Element, tag: str, path: Path) -> ElementTree.Element | None:
+    found = item.findall(tag)
+    if len(found) > 1:
+        raise DataError(f"{path}: <{item.tag}> must have one <{tag}>, got {len(found)}")
+    return found[0] if found else None
+
+
 def _text(item: ElementTree.Element, tag: str, path: Path) -> str:
-    text = (item.findtext(tag) or "").strip()
-    if not text:
-        raise DataError(f"{path}: <{item.tag}> has no <{tag}>")
-    return text
+    """Give the text in an item's element ``tag``, "" where either is missing."""
+    child = _child(item, tag, path)
+    if child is not None and len(child):
+        raise DataError(f"{path}: <{tag}> must hold text alone, got <{child[0].tag[:80]}> in it")
+    return ((child.text if child is not None else None) or "").strip()
+
+
+def _class_name(item: ElementTree.Element, path: Path) -> str:
+    name = _text(item, "name", path)
+    if not name:
+        raise DataError(f"{path}: <object> has no <name>")
+    if len(name.splitlines()) > 1 or len(name) > 200:
+        shown = repr(name) if len(name) <= 80 else f"{name[:77]!r}... ({len(name)} characters)"
+        raise DataError(f"{path}: <name> must be one line of at most 200 characters, got {shown}")
+    return name
 
 
 def _number(item: ElementTree.Element, tag: str, path: Path) -> float:
     text = _text(item, tag, path)
+    if not text:
+        raise DataError(f"{path}: <{item.tag}> has no <{tag}>")
     try:
-        number = float(text)
+        # Python alone would read "1_0" too.
+        number = math.nan if "_" in text else float(text)
     except ValueError:
         number = math.nan
-    if not math.isfinite(number):
-        raise DataError(f"{path}: <{tag}> must be a finite number, got {text!r}")
+    if not abs(number) <= _MAX_CORNER:
+        raise DataError(f"{path}: <{tag}> must be a number of pixels up to 2**31, got {text[:80]!r}")
     return number
 
 
-def _read_objects(annotation: ElementTree.Element, path: Path, image_path: Path, columns: _Columns) -> None:
-    size = annotation.find("size")
-    if size is None or not (size.findtext("width") or "").strip() or not (size.findtext("height") or "").strip():
-        height, width = read_size(image_path)
-    else:
-        height, width = (int(_number(size, tag, path)) for tag in ("height", "width"))
-        # Some tools leave zeros where they did not open the image.
-        if height < 1 or width < 1:
-            height, width = read_size(image_path)
-    columns.sizes.append((height, width))
+def _read_size(annotation: ElementTree.Element, path: Path, image_path: Path) -> tuple[int, int]:
+    size = _child(annotation, "size", path)
+    if size is None or not _text(size, "width", path) or not _text(size, "height", path):
+        return read_size(image_path)
+    height, width = (_number(size, tag, path) for tag in ("height", "width"))
+    for tag, side in (("height", height), ("width", width)):
+        if side != int(side) or not 0 <= side < 2**31:
+            raise DataError(f"{path}: <{tag}> must be a whole number of pixels, got {_text(size, tag, path)[:80]!r}")
+    # Some tools leave zeros where they did not open the image.
+    return (int(height), int(width)) if height and width else read_size(image_path)
 
+
+def _read_objects(annotation: ElementTree.Element, path: Path, image_path: Path, columns: _Columns) -> None:
+    columns.sizes.append(_read_size(annotation, path, image_path))
     num_kept = 0
-    for item in annotation.iterfind("object"):
-        name = _text(item, "name", path)
-        box = item.find("bndbox")
+    for item in _objects(annotation, path):
+        name = _class_name(item, path)
+        box = _child(item, "bndbox", path)
         if box is None:
             raise DataError(f"{path}: the object {name!r} has no <bndbox>")
         xmin, ymin, xmax, ymax = (_number(box, tag, path) for tag in ("xmin", "ymin", "xmax", "ymax"))
-        difficult = (item.findtext("difficult") or "0").strip()
+        difficult = _text(item, "difficult", path) or "0"
         if difficult not in ("0", "1"):
-            raise DataError(f"{path}: <difficult> must be 0 or 1, got {difficult!r}")
+            raise DataError(f"{path}: <difficult> must be 0 or 1, got {difficult[:80]!r}")
         if xmax <= xmin or ymax <= ymin:
             columns.degenerate.append(path.stem)
+            columns.names_left_out.add(name)
             continue
         if xmin < 1 or ymin < 1:
             columns.zero_based.append(path.stem)
