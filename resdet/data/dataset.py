@@ -13,14 +13,26 @@ from torch.utils.data import Dataset
 from resdet.data.annotations import MIN_TRAINABLE_SIDE, AnnotationTable
 from resdet.data.augment import Augment
 from resdet.data.images import Images
-from resdet.errors import DataError
+from resdet.data.sample import Sample
+from resdet.errors import DataError, UnreadableImageError
 from resdet.types import Category, Target
 
 logger = logging.getLogger(__name__)
 
+MAX_SUBSTITUTES = 100
+"""Unreadable images in a row after which it is the folder that is broken, not the images."""
+
 
 class DetectionDataset(Dataset[tuple[Tensor, Target]]):
     """Images and targets of an annotation table.
+
+    It holds no copy of the table's columns: boxes are computed from the table's rows whenever an image is asked for
+    (some tens of microseconds), so worker processes share the table and nothing else grows with it.
+
+    With ``skip_unreadable``, an image that cannot be read is replaced by another one: images drawn from the whole
+    table by ``numpy.random.default_rng([seed, index])`` are tried until one can be read. So the substitute depends on
+    the key and the files alone, not on workers or on what was read before. The process that meets an unreadable image
+    first logs it (WARNING) with the number found so far, once over all its worker processes; ``unreadable`` lists them.
 
     Args:
         table: Images and boxes.
@@ -30,6 +42,8 @@ class DetectionDataset(Dataset[tuple[Tensor, Target]]):
             ``AnnotationTable.trainable``, which in evaluation serve a validation loss. Evaluation itself reads
             ``table``, where all boxes are.
         use_difficult: Whether VOC's difficult objects are among the targets.
+        skip_unreadable: Whether images that cannot be read are replaced by others; only with ``training``, because a
+            metric over other images is another metric.
 
     Raises:
         DataError: If the table has no images, or nothing to train on.
@@ -43,26 +57,33 @@ class DetectionDataset(Dataset[tuple[Tensor, Target]]):
         *,
         training: bool,
         use_difficult: bool = False,
+        skip_unreadable: bool = False,
     ) -> None:
         assert training or augment is None, "evaluation sees images as they are"
+        assert training or not skip_unreadable, "evaluation sees every image"
         if table.num_images == 0:
             raise DataError(f"{table.name}: has no images")
         self.table = table
         self._images = images
         self._augment = augment
-        self._keep = table.trainable(use_difficult=use_difficult)
-        self._boxes = table.boxes_in_image().astype(np.float32)
+        self._use_difficult = use_difficult
+        self._unreadable: Tensor | None = None
+        if skip_unreadable:
+            # One byte for each image, set by whoever cannot read it: workers write into the memory of this process.
+            self._unreadable = torch.zeros(table.num_images, dtype=torch.bool)
+            self._unreadable.share_memory_()  # type: ignore[no-untyped-call]
         for note in table.notes:
             logger.info("%s: %s", table.name, note)
         if training:
-            if not self._keep.any():
-                raise DataError(f"{table.name}: none of its {table.num_boxes} boxes can be trained on")
-            self._say_what_is_left_out(use_difficult)
+            self._say_what_is_left_out()
 
-    def _say_what_is_left_out(self, use_difficult: bool) -> None:
+    def _say_what_is_left_out(self) -> None:
+        trained = self.trained
+        if not trained.any():
+            raise DataError(f"{self.table.name}: none of its {self.table.num_boxes} boxes can be trained on")
         crowd = self.table.crowd
-        difficult = self.table.difficult & ~crowd & (not use_difficult)
-        thin = ~self._keep & ~crowd & ~difficult
+        difficult = self.table.difficult & ~crowd & (not self._use_difficult)
+        thin = ~trained & ~crowd & ~difficult
         reasons = {
             "crowd regions": crowd,
             "difficult": difficult,
@@ -73,7 +94,7 @@ class DetectionDataset(Dataset[tuple[Tensor, Target]]):
             "%s: %d images, training on %d of %d boxes%s",
             self.table.name,
             self.table.num_images,
-            int(self._keep.sum()),
+            int(trained.sum()),
             self.table.num_boxes,
             f" (left out: {', '.join(parts)})" if parts else "",
         )
@@ -83,6 +104,18 @@ class DetectionDataset(Dataset[tuple[Tensor, Target]]):
         """The foreground classes in label order."""
         return self.table.categories
 
+    @property
+    def unreadable(self) -> npt.NDArray[np.int64]:
+        """Table rows of the images found unreadable so far, by this process or its workers, int64 ``[U]``, rising."""
+        if self._unreadable is None:
+            return np.zeros(0, dtype=np.int64)
+        return np.flatnonzero(self._unreadable.numpy())
+
+    @property
+    def trained(self) -> npt.NDArray[np.bool_]:
+        """Which boxes of the table are among the targets, bool ``[N]``; computed anew each time."""
+        return self.table.trainable(use_difficult=self._use_difficult)
+
     def __len__(self) -> int:
         return self.table.num_images
 
@@ -90,37 +123,124 @@ class DetectionDataset(Dataset[tuple[Tensor, Target]]):
         """Give image ``index`` as it is stored, uint8 RGB ``[H, W, 3]``.
 
         Raises:
-            DataError: If it cannot be read.
+            DataError: If it cannot be read; with ``skip_unreadable`` too.
         """
         return self._images(index)
 
-    def __getitem__(self, key: int | tuple[int, int]) -> tuple[Tensor, Target]:
-        """Give an image and its target.
+    def stored(self, key: int | tuple[int, int]) -> Sample:
+        """Give an image with all its boxes before augmentation, or with ``skip_unreadable`` a substitute.
+
+        Boxes are clipped to the image. Crowd regions and difficult objects are among them; boxes that are not finite
+        or thinner than ``MIN_TRAINABLE_SIDE`` inside the image are not.
+
+        Args:
+            key: As for ``__getitem__``; the seed draws substitutes.
+
+        Raises:
+            DataError: If the image cannot be read and is not to be replaced, or ``MAX_SUBSTITUTES`` in a row cannot.
+        """
+        index, seed = key if isinstance(key, tuple) else (key, key)
+        if self._unreadable is None:
+            return self._read(index)
+        candidates, asked = np.random.default_rng([seed, index]), index
+        for _ in range(MAX_SUBSTITUTES):
+            try:
+                return self._read(index)
+            except UnreadableImageError as error:
+                self._note_unreadable(index, error)
+                last = error
+            index = int(candidates.integers(len(self)))
+        raise DataError(
+            f"{self.table.name}: no image can be read in place of image {self.table.image_ids[asked]}: "
+            f"{MAX_SUBSTITUTES} in a row are unreadable, the last because {last}"
+        )
+
+    def sample(self, key: int | tuple[int, int]) -> Sample:
+        """Give an image with all its boxes as training sees it, after augmentation.
+
+        Crowd regions and difficult objects, which training leaves out of its targets, have gone through the same steps
+        and are marked; ``target_of`` leaves them out.
 
         Args:
             key: Index of the image, or ``(index, seed)`` as ``TrainBatches`` gives it. The seed alone decides the
                 augmentation, so it does not depend on which worker comes to do it; a bare index is its own seed.
 
         Returns:
-            uint8 ``[3, H, W]`` (values 0..255, RGB) and the target, boxes in pixels of that image.
+            The image and its boxes, float32.
 
         Raises:
             DataError: If the image cannot be read or augmented; the message names it.
         """
-        index, seed = key if isinstance(key, tuple) else (key, key)
-        image = self.image(index)
-        rows = self.table.rows(index)
-        keep = self._keep[rows]
-        boxes, labels = self._boxes[rows][keep], self.table.labels[rows][keep]
-        if self._augment is not None:
-            try:
-                image, boxes, kept = self._augment(image, boxes, labels, seed=seed)
-            except DataError as error:
-                raise DataError(f"image {self.table.image_ids[index]}: {error}") from error
-            labels = labels[kept]
-        target = Target(
-            boxes=torch.from_numpy(boxes),
-            labels=torch.from_numpy(labels),
-            image_id=torch.tensor(int(self.table.image_ids[index])),
+        key = key if isinstance(key, tuple) else (key, key)
+        sample = self.stored(key)
+        if self._augment is None:
+            return sample
+        try:
+            return self._augment(sample, seed=key[1], partner=self._partner)
+        except UnreadableImageError:
+            raise
+        except DataError as error:
+            raise DataError(f"image {sample.image_id}: {error}") from error
+
+    def learned(self, sample: Sample) -> npt.NDArray[np.bool_]:
+        """Say which boxes of a sample are trained on, bool ``[N]``: no crowd regions, difficult ones only if used."""
+        return ~(sample.crowd if self._use_difficult else sample.crowd | sample.difficult)
+
+    def target_of(self, sample: Sample) -> Target:
+        """Give what training learns from a sample."""
+        keep = self.learned(sample)
+        return Target(
+            boxes=torch.from_numpy(sample.boxes[keep].astype(np.float32, copy=False)),
+            labels=torch.from_numpy(sample.labels[keep]),
+            image_id=torch.tensor(sample.image_id),
         )
-        return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))), target
+
+    def __getitem__(self, key: int | tuple[int, int]) -> tuple[Tensor, Target]:
+        """Give an image and its target.
+
+        Args:
+            key: As for ``sample``.
+
+        Returns:
+            uint8 ``[3, H, W]`` (values 0..255, RGB) and the target, boxes in pixels of that image. Where an unreadable
+            image was replaced, ``image_id`` is that of its substitute.
+
+        Raises:
+            DataError: If the image cannot be read or augmented; the message names it.
+        """
+        sample = self.sample(key)
+        return torch.from_numpy(np.ascontiguousarray(sample.image.transpose(2, 0, 1))), self.target_of(sample)
+
+    def _partner(self, number: int) -> Sample:
+        """Give another image for augmentation that mixes several, the same one for the same number."""
+        return self.stored((number % len(self), number))
+
+    def _read(self, index: int) -> Sample:
+        table, rows = self.table, self.table.rows(index)
+        image = self._images(index)
+        boxes, sound = table.boxes_of(index)
+        sample = Sample(
+            image=image,
+            image_id=int(table.image_ids[index]),
+            boxes=boxes,
+            labels=table.labels[rows].copy(),
+            crowd=table.crowd[rows].copy(),
+            difficult=table.difficult[rows].copy(),
+            annotation_ids=table.annotation_ids[rows].copy(),
+            visible=np.ones(len(boxes)),
+        )
+        return sample if sound.all() else sample.select(sound)
+
+    def _note_unreadable(self, index: int, error: UnreadableImageError) -> None:
+        assert self._unreadable is not None
+        if self._unreadable[index]:
+            return
+        # Two workers that meet the same file at the same moment may both say so; it is counted once.
+        self._unreadable[index] = True
+        logger.warning(
+            "%s; skipped: another image takes its place (%d of the %d images of %s unreadable so far)",
+            error,
+            len(self.unreadable),
+            len(self),
+            self.table.name,
+        )

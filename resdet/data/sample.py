@@ -1,0 +1,110 @@
+"""An image with its boxes and all that belongs to each box, on its way from the table to the target."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image and its boxes. All fields but ``image`` and ``image_id`` are columns: one row for each box.
+
+    Crowd regions and difficult objects are boxes like any other here; who makes a target leaves them out.
+
+    Attributes:
+        image: uint8 RGB ``[H, W, 3]``.
+        image_id: The dataset's id of the image; of several put together, of the first.
+        boxes: float32 or float64 ``[N, 4]``, ``(x1, y1, x2, y2)`` inside the image.
+        labels: int64 ``[N]``, 1..K.
+        crowd: bool ``[N]``, COCO's ``iscrowd``.
+        difficult: bool ``[N]``, VOC's ``difficult``.
+        annotation_ids: int64 ``[N]``: whose box it is; one annotation may come twice where images are put together.
+        visible: float64 ``[N]``, share of the box's area that augmentation has left, in [0, 1].
+    """
+
+    image: npt.NDArray[np.uint8]
+    image_id: int
+    boxes: npt.NDArray[Any]
+    labels: npt.NDArray[np.int64]
+    crowd: npt.NDArray[np.bool_]
+    difficult: npt.NDArray[np.bool_]
+    annotation_ids: npt.NDArray[np.int64]
+    visible: npt.NDArray[np.float64]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def select(self, rows: npt.NDArray[np.int64] | npt.NDArray[np.bool_]) -> Sample:
+        """Give the sample with some of its boxes, by row number or mask."""
+        return replace(self, **{name: getattr(self, name)[rows] for name in _COLUMNS})
+
+    def moved(self, image: npt.NDArray[np.uint8], boxes: npt.NDArray[np.float64]) -> Sample:
+        """Give the sample with another image and with its boxes where they have come to lie in it.
+
+        Args:
+            image: uint8 RGB ``[H', W', 3]``.
+            boxes: ``[N, 4]``, in pixels of ``image``, as they would be if it went on beyond its borders. They are
+                clipped to it, and ``visible`` is multiplied by the share of each that is left.
+        """
+        height, width = image.shape[:2]
+        clipped = np.clip(boxes, 0, [width, height, width, height])
+        whole, inside = _area(boxes), _area(clipped)
+        share = np.divide(inside, whole, out=np.zeros_like(inside), where=whole > 0)
+        return replace(self, image=image, boxes=clipped, visible=self.visible * share)
+
+
+def _area(boxes: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    area: npt.NDArray[np.float64] = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+    return area
+
+
+_NO_THICKNESS = 1e-6
+"""Pixels."""
+
+_COLUMNS = [field.name for field in fields(Sample) if field.name not in ("image", "image_id")]
+
+
+def joined(samples: Sequence[Sample]) -> Sample:
+    """Give the first sample's image with the boxes of all samples, in their order."""
+    columns: dict[str, Any] = {name: np.concatenate([getattr(sample, name) for sample in samples]) for name in _COLUMNS}
+    return replace(samples[0], **columns)
+
+
+def uncovered(
+    boxes: npt.NDArray[np.float64], covers: npt.NDArray[np.float64]
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Take from boxes what lies under rectangles.
+
+    Args:
+        boxes: ``[N, 4]``, each with an area.
+        covers: ``[R, 4]``.
+
+    Returns:
+        The boxes shrunk to what surrounds the rest of each, ``[N, 4]``, and the share of its area that the rest is,
+        ``[N]``. Boxes that no rectangle meets are the same numbers; those wholly covered too, with share 0.
+    """
+    left, share = boxes.copy(), np.ones(len(boxes))
+    if len(covers) == 0:
+        return left, share
+    starts, ends = np.maximum(covers[:, None, :2], boxes[:, :2]), np.minimum(covers[:, None, 2:], boxes[:, 2:])
+    meets = np.all(starts < ends, axis=2)
+    for i in np.flatnonzero(np.any(meets, axis=0)):
+        box, over = boxes[i], covers[meets[:, i]]
+        # The rectangles' edges cut the box into a grid of cells, each wholly covered or wholly free.
+        x = np.unique(np.clip(np.append(over[:, [0, 2]], box[[0, 2]]), box[0], box[2]))
+        y = np.unique(np.clip(np.append(over[:, [1, 3]], box[[1, 3]]), box[1], box[3]))
+        by_x = (over[:, None, 0] <= x[:-1]) & (x[1:] <= over[:, None, 2])
+        by_y = (over[:, None, 1] <= y[:-1]) & (y[1:] <= over[:, None, 3])
+        covered = np.any(by_y[:, :, None] & by_x[:, None, :], axis=0)
+        # Edges that are one but for round-off leave cells of no thickness, which are nothing to see.
+        free = ~covered & (np.diff(y) > _NO_THICKNESS)[:, None] & (np.diff(x) > _NO_THICKNESS)
+        columns, rows = np.flatnonzero(free.any(axis=0)), np.flatnonzero(free.any(axis=1))
+        share[i] = (np.outer(np.diff(y), np.diff(x)) * free).sum() / ((x[-1] - x[0]) * (y[-1] - y[0]))
+        if len(rows):
+            left[i] = x[columns[0]], y[rows[0]], x[columns[-1] + 1], y[rows[-1] + 1]
+    return left, share
