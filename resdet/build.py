@@ -8,16 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import Tensor
 
 from resdet.config import CocoSource, Config, ModelConfig, ShapesSource, Source, config_from_plain
-from resdet.data.augment import build_augment
+from resdet.data.augment import MIN_VISIBILITY, build_augment
+from resdet.data.browse import write_browse_page
+from resdet.data.check import DataSplit, coco_split, table_split, voc_split
 from resdet.data.coco import read_coco
+from resdet.data.coverage import AnchorLayout
 from resdet.data.dataset import DetectionDataset
 from resdet.data.images import FolderImages, check_files
 from resdet.data.shapes import ShapesImages, shapes_table
 from resdet.data.voc import read_voc
-from resdet.errors import UserError, WeightsError
+from resdet.errors import DataError, UserError, WeightsError
 from resdet.models.detector import (
     WEIGHTS_FACTS,
     Detector,
@@ -28,25 +32,32 @@ from resdet.models.detector import (
     weights_settings,
 )
 from resdet.models.norm import calibrate_norm, has_fresh_frozen_norm
+from resdet.models.rcnn import Anchors
 from resdet.models.weights import locate, read_checkpoint
 
 logger = logging.getLogger(__name__)
 
 
 def build_dataset(
-    source: Source, *, training: bool, augment: Sequence[dict[str, dict[str, Any]]] = ()
+    source: Source,
+    *,
+    training: bool,
+    augment: Sequence[dict[str, dict[str, Any]]] = (),
+    min_visibility: float = MIN_VISIBILITY,
 ) -> DetectionDataset:
     """Read a dataset's annotations and make sure that its images are there.
 
     Args:
         source: One of the configuration's ``data`` sections.
         training: Whether it is trained on; only then is it augmented.
-        augment: albumentations transforms by name, as the configuration states them.
+        augment: Steps by name, as the configuration states them.
+        min_visibility: Share of a box's area below which augmentation drops it.
 
     Raises:
-        DataError: If anything of it is missing or damaged.
+        DataError: If anything of it is missing or damaged. Missing images of a source to train on whose ``unreadable``
+            is ``skip`` are logged instead.
     """
-    steps = build_augment(list(augment)) if augment and training else None
+    steps = build_augment(list(augment), min_visibility=min_visibility) if augment and training else None
     if isinstance(source, ShapesSource):
         table = shapes_table(source.num_images, source.image_size, source.seed)
         if source.classes is not None:
@@ -58,8 +69,78 @@ def build_dataset(
     else:
         table = read_voc(source.root, source.split, classes=source.classes)
         root, use_difficult = source.root, source.use_difficult
-    check_files(root, table)
-    return DetectionDataset(table, FolderImages(root, table), steps, training=training, use_difficult=use_difficult)
+    images, skip = FolderImages(root, table), training and source.unreadable == "skip"
+    try:
+        check_files(root, table)
+    except DataError as error:
+        if not skip or not root.is_dir():
+            raise
+        logger.warning("%s; other images will take their places (unreadable: skip)", error)
+    return DetectionDataset(table, images, steps, training=training, use_difficult=use_difficult, skip_unreadable=skip)
+
+
+def build_browse_page(config: Config, path: Path, *, num_images: int) -> None:
+    """Write the page of the first images that a run of this configuration trains on (``write_browse_page``).
+
+    Args:
+        config: A run's configuration.
+        path: The page; its folder must exist.
+        num_images: How many images to show, >= 1.
+
+    Raises:
+        DataError: If anything of the training data is missing or damaged.
+        UserError: If the page cannot be written.
+    """
+    loader, resize = config.loader, config.model.min_size
+    steps = (
+        yaml.safe_dump(config.augment, default_flow_style=None, sort_keys=False, width=1000) if config.augment else ""
+    )
+    sides = f"{resize}" if isinstance(resize, int) else f"one of {', '.join(map(str, resize))}"
+    write_browse_page(
+        path,
+        build_dataset(config.data.train, training=True, augment=config.augment, min_visibility=config.min_visibility),
+        num_images=num_images,
+        batch_size=config.train.batch_size,
+        sampling=loader.sampling,
+        repeat_threshold=loader.repeat_threshold,
+        seed=config.seed,
+        facts=[
+            ("augmentation", steps.strip() or "none"),
+            ("order", f"{loader.sampling} sampling, batches of {config.train.batch_size}, seed {config.seed}"),
+            ("afterwards", f"the detector resizes: short side {sides}, long side at most {config.model.max_size} px"),
+        ],
+    )
+
+
+def build_split(source: Source, name: str) -> DataSplit:
+    """Read a dataset to check it: whatever is damaged in it becomes a problem of the split.
+
+    Args:
+        source: One of the configuration's ``data`` sections.
+        name: ``"train"`` or ``"val"``.
+
+    Raises:
+        DataError: If a file or folder that the configuration names is not there.
+    """
+    if isinstance(source, ShapesSource):
+        return table_split(name, shapes_table(source.num_images, source.image_size, source.seed), source.classes)
+    if isinstance(source, CocoSource):
+        return coco_split(name, source.images, source.annotations, source.classes)
+    return voc_split(name, source.root, source.split, source.classes)
+
+
+def anchor_layout(config: ModelConfig) -> AnchorLayout:
+    """Say where the detector of a configuration puts its anchors; what its first weights may bring is not looked at."""
+    sizes = tuple((size,) for size in config.anchor_sizes)
+    ratios = (config.aspect_ratios,) * len(sizes)
+    anchors = Anchors(sizes, ratios, rounded=config.anchor_rounding, strides=(), widened=True)
+    return AnchorLayout(
+        cell_anchors=tuple(cells.double().numpy() for cells in anchors.cell_anchors),
+        nominal=config.anchor_stride == "nominal",
+        min_sizes=(config.min_size,) if isinstance(config.min_size, int) else config.min_size,
+        max_size=config.max_size,
+        sides_rounded=config.resize == "pil",
+    )
 
 
 def build_model(config: ModelConfig, train_set: DetectionDataset, *, resume_from: Path | None) -> Detector:
@@ -139,7 +220,7 @@ def _calibration_batches(model: Detector, dataset: DetectionDataset, num_images:
     model.transform.eval()
     for start in range(0, num_images, 16):
         indices = range(start, min(start + 16, num_images))
-        images = [torch.from_numpy(dataset.image(i)).permute(2, 0, 1).float() / 255 for i in indices]
+        images = [torch.from_numpy(dataset.stored(i).image).permute(2, 0, 1).float() / 255 for i in indices]
         yield model.transform(images)[0].tensors
     model.transform.train(training)
 

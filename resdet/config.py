@@ -68,6 +68,9 @@ class CocoSource(BaseModel):
     """Folder of the images; ``file_name`` in the json is relative to it."""
     annotations: Path
     """The json, e.g. ``annotations/instances_train2017.json``."""
+    unreadable: Literal["error", "skip"] = "error"
+    """What an image does that is missing or cannot be read: error ends the run; skip, for data.train alone, puts
+    another image, drawn by the seed, in its place, and logs each such image once with their number so far."""
     classes: list[str] | None = None
     """Names of the classes to use, in label order; null uses all."""
 
@@ -87,6 +90,8 @@ class VocSource(BaseModel):
     """Names of the classes to use, in label order; null uses VOC's 20, or whatever the annotations hold."""
     use_difficult: bool = False
     """Train on objects marked difficult too. Evaluation always ignores them, as VOC does."""
+    unreadable: Literal["error", "skip"] = "error"
+    """As for coco: error ends the run, skip puts another training image in the place of one that cannot be read."""
 
 
 class ShapesSource(BaseModel):
@@ -119,6 +124,15 @@ class DataConfig(BaseModel):
     val: Source
     """What it is judged on, during training and by tools/eval.py."""
 
+    @model_validator(mode="after")
+    def _every_image_is_judged(self) -> Self:
+        if not isinstance(self.val, ShapesSource) and self.val.unreadable == "skip":
+            raise ValueError(
+                "val.unreadable must be error: a metric over fewer images is not that of the dataset. Take images that "
+                "cannot be read out of the annotations (tools/check_data.py --fix writes such a copy)"
+            )
+        return self
+
 
 class LoaderConfig(BaseModel):
     """How images reach the model."""
@@ -127,6 +141,13 @@ class LoaderConfig(BaseModel):
 
     num_workers: int = Field(2, ge=0)
     """Processes that read and augment images beside each training process; 0 does it in the training process."""
+    sampling: Literal["uniform", "repeat_factor", "class_balanced"] = "uniform"
+    """uniform draws each training image once per epoch; repeat_factor draws images of rare classes more often (Gupta et
+    al. 2019, LVIS); class_balanced draws every class equally often and for each an image that has it (Shen et al.
+    2016): images without boxes are then never drawn. ``train.epochs`` counts as many draws as there are images."""
+    repeat_threshold: float = Field(0.001, gt=0, le=1)
+    """repeat_factor: a class in less than this share of the images is rare; an image with a class in a quarter of it is
+    drawn twice as often. COCO has no class below 0.001."""
 
 
 class OptimConfig(BaseModel):
@@ -225,7 +246,14 @@ class Config(BaseModel):
     data: DataConfig
     """Training and validation data."""
     augment: list[dict[str, dict[str, Any]]] = [{"HorizontalFlip": {"p": 0.5}}]
-    """albumentations transforms, applied in this order to training images: ``- HorizontalFlip: {p: 0.5}``."""
+    """Steps applied in this order to training images: ``- HorizontalFlip: {p: 0.5}``. Any transform of albumentations
+    by its name (ColorJitter for colours, GaussianBlur, CoarseDropout for cutout, ...), and LargeScaleJitter, Mosaic and
+    CopyPaste (``resdet/data/augment_steps.py`` documents their parameters); images that the last two mix in go through
+    the steps before them. The length of the short side is not set here: ``model.min_size`` draws one of several for
+    each training image, and the detector scales whatever comes out of these steps to it."""
+    min_visibility: float = Field(0.1, ge=0, le=1)
+    """A box is dropped when steps of ``augment`` leave less than this share of its area: cut off by the border of the
+    image or covered by holes and pasted objects."""
     loader: LoaderConfig = LoaderConfig()
     """Reading of images."""
     optim: OptimConfig = OptimConfig()

@@ -1,4 +1,4 @@
-"""Which images make a batch, and the worker processes that read them."""
+"""Batches of images and targets, and the worker processes that read them."""
 
 from __future__ import annotations
 
@@ -6,8 +6,12 @@ import logging
 import multiprocessing
 import os
 import shutil
+import signal
 import sys
+import threading
+import time
 from collections.abc import Iterator, Sequence
+from types import FrameType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,7 +21,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from resdet.data.dataset import DetectionDataset
-from resdet.errors import UserError
+from resdet.data.sampling import REPEAT_THRESHOLD, Sampling, TrainBatches, image_order
+from resdet.errors import DataError, UserError
 from resdet.types import Target
 
 logger = logging.getLogger(__name__)
@@ -25,8 +30,9 @@ logger = logging.getLogger(__name__)
 PREFETCHED_BATCHES = 2
 """Batches that each worker prepares ahead (the DataLoader's own default)."""
 
-_CHUNK = 1 << 17
-"""Stream positions laid out at a time; bounds memory for large datasets and Python's overhead for tiny ones."""
+
+class WorkerError(DataError, RuntimeError):
+    """A process that reads images has died. Also a RuntimeError, which is what torch raises then."""
 
 
 class Batch(NamedTuple):
@@ -43,131 +49,14 @@ class Batch(NamedTuple):
     indices: list[int]
 
 
-class TrainBatches(Sampler[list[tuple[int, int]]]):
-    """The endless sequence of training batches, as lists of ``(image index, seed of its augmentation)``.
-
-    The stream is one shuffled epoch after another. Landscape and portrait images are collected apart, so that little
-    of a batch is padding; a global batch is emitted when one of the two has enough for it, and what is left over
-    waits, over the end of the epoch too. No image is skipped: after any number of epochs' worth of batches each image
-    has been drawn once per epoch, except those still waiting, of which there are fewer than ``2 * batch_size``.
-
-    A global batch is cut into ``num_micro_batches * world_size`` equal slices. Images and seeds of a global batch are
-    the same however it is cut, so a run on one process and one on eight see the same data.
-
-    Everything is a function of ``seed`` and the number of batches emitted: resuming lays the skipped batches out
-    again as plain index arithmetic (90 000 batches of 16 images in a fraction of a second).
-
-    Args:
-        sizes: ``(height, width)`` of each image, ``[I, 2]``.
-        batch_size: Images of a global batch: of one optimizer step, over all processes and micro-batches.
-        rank: This process's number.
-        world_size: Number of processes.
-        num_micro_batches: Parts in which a process takes its share, one forward and backward pass each.
-        seed: Decides order and augmentation.
-        start_batch: Global batches to skip: those that an interrupted run has already done.
-
-    Raises:
-        UserError: If ``batch_size`` cannot be divided by ``world_size * num_micro_batches``.
-
-    Source: aspect-ratio grouping of torchvision's references/detection/group_by_aspect_ratio.py. Deviations: that
-    sampler repeats images to complete the last batches of an epoch; a group of fewer images than a batch is not kept
-    apart here, as its batches would hold the same image several times.
-    """
-
-    def __init__(
-        self,
-        sizes: npt.NDArray[np.integer],
-        batch_size: int,
-        *,
-        rank: int = 0,
-        world_size: int = 1,
-        num_micro_batches: int = 1,
-        seed: int = 0,
-        start_batch: int = 0,
-    ) -> None:
-        assert len(sizes) > 0
-        assert 0 <= rank < world_size
-        assert start_batch >= 0
-        if batch_size < 1 or num_micro_batches < 1 or batch_size % (world_size * num_micro_batches):
-            raise UserError(
-                "batch_size must be a multiple of the number of processes times the number of micro-batches, "
-                f"got {batch_size} for {world_size} x {num_micro_batches}"
-            )
-        portrait = sizes[:, 0] > sizes[:, 1]
-        if min(int(portrait.sum()), int((~portrait).sum())) < batch_size:
-            portrait = np.zeros(len(sizes), dtype=np.bool_)
-        self._portrait = portrait
-        self._batch_size = batch_size
-        self._rank = rank
-        self._world_size = world_size
-        self._num_micro_batches = num_micro_batches
-        self._seed = seed
-        self._start_batch = start_batch
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        """Give this process's micro-batches, ``num_micro_batches`` for each global batch."""
-        size = self._batch_size // (self._world_size * self._num_micro_batches)
-        for images, seeds in self._global_batches():
-            for part in range(self._num_micro_batches):
-                start = (self._rank * self._num_micro_batches + part) * size
-                rows = slice(start, start + size)
-                yield list(zip(images[rows].tolist(), seeds[rows].tolist(), strict=True))
-
-    def _global_batches(self) -> Iterator[tuple[npt.NDArray[np.int64], npt.NDArray[np.uint64]]]:
-        num_images = len(self._portrait)
-        num_epochs = max(1, _CHUNK // num_images)
-        to_skip = self._start_batch
-        # Stream positions and images that wait in either group.
-        waiting = [(np.zeros(0, dtype=np.uint64), np.zeros(0, dtype=np.int64)) for _ in range(2)]
-        position = 0
-        while True:
-            positions = np.arange(position, position + num_epochs * num_images, dtype=np.uint64)
-            position += len(positions)
-            # Sorting by a hash of the position shuffles each epoch without a generator's state to carry along.
-            keys = _hash(positions, self._seed, stream=0).reshape(num_epochs, num_images)
-            images = np.argsort(keys, axis=1, kind="stable").reshape(-1)
-            portrait = self._portrait[images]
-            batches_of_positions, batches_of_images = [], []
-            for group, member in enumerate((~portrait, portrait)):
-                all_positions = np.concatenate([waiting[group][0], positions[member]])
-                all_images = np.concatenate([waiting[group][1], images[member]])
-                full = len(all_images) // self._batch_size * self._batch_size
-                waiting[group] = (all_positions[full:], all_images[full:])
-                batches_of_positions.append(all_positions[:full].reshape(-1, self._batch_size))
-                batches_of_images.append(all_images[:full].reshape(-1, self._batch_size))
-            ready_positions = np.concatenate(batches_of_positions)
-            ready_images = np.concatenate(batches_of_images)
-            if to_skip >= len(ready_positions):
-                to_skip -= len(ready_positions)
-                continue
-            # A batch is ready when its last image comes along.
-            for batch in np.argsort(ready_positions[:, -1])[to_skip:]:
-                yield ready_images[batch], _hash(ready_positions[batch], self._seed, stream=1) >> np.uint64(1)
-            to_skip = 0
-
-
-def _hash(values: npt.NDArray[np.uint64], seed: int, *, stream: int) -> npt.NDArray[np.uint64]:
-    """Give uniform 64-bit numbers, a fixed function of ``(seed, stream, value)``, the same in every version of NumPy.
-
-    Source: the finaliser of SplitMix64 (Steele, Lea, Flood 2014, figure 16), over the value and over the seed.
-    """
-
-    def mix(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-        x = x + np.uint64(0x9E3779B97F4A7C15)
-        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return x ^ (x >> np.uint64(31))
-
-    key = mix(mix(np.array([seed % 2**64], dtype=np.uint64)) ^ np.uint64(stream))
-    return mix(mix(values) ^ key)
-
-
 def train_loader(
     dataset: DetectionDataset,
     *,
     batch_size: int,
     num_micro_batches: int = 1,
     num_workers: int = 0,
+    sampling: Sampling = "uniform",
+    repeat_threshold: float = REPEAT_THRESHOLD,
     seed: int = 0,
     rank: int = 0,
     world_size: int = 1,
@@ -180,6 +69,8 @@ def train_loader(
         batch_size: Images of an optimizer step, over all processes and micro-batches.
         num_micro_batches: Batches in which this process takes its share of a step.
         num_workers: Processes that read and augment images; 0 does it in this one. Batches do not depend on it.
+        sampling: Which images are drawn how often, as ``image_order`` takes it.
+        repeat_threshold: Share of images below which ``repeat_factor`` repeats a class's images.
         seed: Decides order and augmentation.
         rank: This process's number.
         world_size: Number of processes.
@@ -188,18 +79,19 @@ def train_loader(
     Raises:
         UserError: If ``batch_size`` cannot be cut evenly.
         DataError: While iterating, if an image cannot be read or augmented.
+        WorkerError: While iterating, or in whatever the main thread does meanwhile, if a worker dies.
     """
     keys = TrainBatches(
         dataset.table.sizes,
         batch_size,
+        order=image_order(sampling, dataset.table, dataset.trained, repeat_threshold=repeat_threshold),
         rank=rank,
         world_size=world_size,
         num_micro_batches=num_micro_batches,
         seed=seed,
         start_batch=start_batch,
     )
-    size = batch_size // (world_size * num_micro_batches)
-    return _load(dataset, keys, num_workers=num_workers, micro_batch_size=size)
+    return _load(dataset, keys, num_workers=num_workers)
 
 
 def eval_loader(
@@ -219,12 +111,13 @@ def eval_loader(
 
     Raises:
         DataError: While iterating, if an image cannot be read.
+        WorkerError: While iterating, or in whatever the main thread does meanwhile, if a worker dies.
     """
     assert batch_size > 0
     assert 0 <= rank < world_size
     share = range(rank, len(dataset), world_size)
     keys = [[(index, 0) for index in share[i : i + batch_size]] for i in range(0, len(share), batch_size)]
-    return _load(dataset, keys, num_workers=min(num_workers, len(keys)), micro_batch_size=batch_size)
+    return _load(dataset, keys, num_workers=min(num_workers, len(keys)))
 
 
 class _Packed(NamedTuple):
@@ -245,18 +138,19 @@ class _Packed(NamedTuple):
 class _PackedBatches(Dataset[_Packed | UserError]):
     """Reads a batch in a worker, mistakes of the user included: torch would bury their message in a traceback."""
 
-    def __init__(self, dataset: DetectionDataset, *, shared: bool) -> None:
+    def __init__(self, dataset: DetectionDataset, *, num_workers: int) -> None:
         self._dataset = dataset
-        self._shared = shared
+        self._num_workers = num_workers
 
     def __getitems__(self, keys: Sequence[tuple[int, int]]) -> _Packed | UserError:
         try:
-            items = [self._dataset[key] for key in keys]
+            items = [self._item(key) for key in keys]
         except UserError as error:
             return error
+        num_bytes = sum(image.numel() for image, _ in items)
         pixels = torch.cat([image.reshape(-1) for image, _ in items])
         return _Packed(
-            pixels=pixels if self._shared else pixels.numpy(),
+            pixels=pixels if _fits_in_shared_memory(num_bytes, self._num_workers) else pixels.numpy(),
             shapes=[tuple(image.shape) for image, _ in items],
             boxes=[target["boxes"].numpy() for _, target in items],
             labels=[target["labels"].numpy() for _, target in items],
@@ -264,34 +158,83 @@ class _PackedBatches(Dataset[_Packed | UserError]):
             indices=[index for index, _ in keys],
         )
 
+    def _item(self, key: tuple[int, int]) -> tuple[Tensor, Target]:
+        try:
+            return self._dataset[key]
+        except UserError:
+            raise
+        except Exception as error:
+            table, (index, seed) = self._dataset.table, key
+            raise RuntimeError(
+                f"image {table.image_ids[index]} ({table.file_names[index]}) of {table.name}, augmentation seed "
+                f"{seed}: {type(error).__name__}: {error}"
+            ) from error
+
 
 def _load(
     dataset: DetectionDataset,
     keys: Sampler[list[tuple[int, int]]] | list[list[tuple[int, int]]],
     *,
     num_workers: int,
-    micro_batch_size: int,
 ) -> Iterator[Batch]:
-    shared = True
-    if num_workers:
-        largest = 3 * int(dataset.table.sizes.astype(np.int64).prod(axis=1).max()) * micro_batch_size
-        shared = _fits_in_shared_memory(largest * num_workers * (PREFETCHED_BATCHES + 1))
     loader = DataLoader(
-        _PackedBatches(dataset, shared=shared),
+        _PackedBatches(dataset, num_workers=num_workers),
         batch_sampler=keys,
         num_workers=num_workers,
         collate_fn=_as_it_is,
         pin_memory=torch.cuda.is_available(),
         prefetch_factor=PREFETCHED_BATCHES if num_workers else None,
         worker_init_fn=_start_worker if num_workers else None,
-        # Forked workers share the annotation table's memory; other ways of starting would copy it to each.
-        multiprocessing_context=multiprocessing.get_context("fork")
-        if num_workers and sys.platform == "linux"
-        else None,
+        multiprocessing_context=_start_method() if num_workers else None,
         # Starting an iterator draws a number, which must not come from the stream that training depends on.
         generator=torch.Generator(),
     )
-    return (_unpack(packed) for packed in loader)
+    batches = iter(loader)  # workers start now, not at the first batch
+    if num_workers:
+        _explain_dead_workers()
+    return _unpacked(batches, num_workers)
+
+
+def _unpacked(packed_batches: Iterator[_Packed | UserError], num_workers: int) -> Iterator[Batch]:
+    """Give batches as they come; when this iterator is dropped, the workers go with it."""
+    warned = False
+    while True:
+        try:
+            packed = next(packed_batches)
+        except StopIteration:
+            return
+        except RuntimeError as error:
+            # torch wraps what its own handler has raised into a vaguer error.
+            known = error.__cause__ if isinstance(error.__cause__, WorkerError) else error
+            raise _explained(known) from known.__cause__
+        except (EOFError, OSError) as error:
+            if num_workers == 0:
+                raise
+            # A worker died while handing a batch over. Its signal arrives any moment, with the reason, and raises here.
+            time.sleep(1)
+            raise WorkerError(f"a process that reads images died while handing over a batch: {error!r}") from error
+        if isinstance(packed, UserError):
+            raise packed
+        if num_workers and not warned and not isinstance(packed.pixels, Tensor):
+            warned = True
+            logger.warning(
+                "/dev/shm has %d MB free, too few for %d workers: images come through pipes, which is slower "
+                "(docker run --shm-size, or fewer workers)",
+                shutil.disk_usage("/dev/shm").free >> 20,
+                num_workers,
+            )
+        yield _unpack(packed)
+
+
+def _start_method() -> str | None:
+    """Say how workers start.
+
+    Forked, they are there at once and share what this process has imported; started anew, each imports torch and
+    albumentations for seconds and holds them in memory of its own. They never touch CUDA, which a fork would break.
+    Where forking is unsafe (macOS) or unknown (Windows), Python's own default is taken; the annotation table is shared
+    either way.
+    """
+    return "fork" if sys.platform == "linux" else None
 
 
 def _as_it_is(packed: Any) -> Any:
@@ -303,27 +246,71 @@ def _start_worker(worker_id: int) -> None:
 
     # torch does the same for itself. The number of workers says how many cores are used, not OpenCV's thread pool.
     cv2.setNumThreads(0)
+    # Ctrl-C reaches the whole terminal; the training process answers it and ends its workers.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_leave_with_parent, daemon=True).start()
 
 
-def _fits_in_shared_memory(num_bytes: int) -> bool:
-    """Say whether prefetched pixels fit into /dev/shm; containers often have 64 MB, and exceeding it kills a worker."""
-    if not os.path.isdir("/dev/shm"):
+def _leave_with_parent() -> None:
+    """End this worker when its parent has died, however it died.
+
+    torch's own watch is over once a worker writes into a pipe that nobody empties any more: siblings keep it open.
+    """
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _fits_in_shared_memory(num_bytes: int, num_workers: int) -> bool:
+    """Say whether to send a batch through /dev/shm, of which containers often have 64 MB: exceeding it kills a worker.
+
+    Other workers, of other processes too, may be about to write as much at this moment, hence the factor.
+    """
+    if num_workers == 0 or not os.path.isdir("/dev/shm"):
         return True
-    free = shutil.disk_usage("/dev/shm").free
-    if num_bytes <= free:
-        return True
-    logger.warning(
-        "/dev/shm has %d MB free, prefetched images may need %d MB: sending them through pipes, which is slower "
-        "(docker run --shm-size, or fewer workers)",
-        free >> 20,
-        num_bytes >> 20,
-    )
-    return False
+    return 4 * num_workers * num_bytes <= shutil.disk_usage("/dev/shm").free
 
 
-def _unpack(packed: _Packed | UserError) -> Batch:
-    if isinstance(packed, UserError):
-        raise packed
+class _DeadWorkerHandler:
+    """Says in our words what torch's handler of SIGCHLD finds out, which it raises wherever the main thread is."""
+
+    def __init__(self, handler: Any) -> None:
+        self._handler = handler
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        try:
+            self._handler(number, frame)
+        except RuntimeError as error:
+            raise _explained(error) from error.__cause__
+
+
+def _explain_dead_workers() -> None:
+    if sys.platform == "win32" or threading.current_thread() is not threading.main_thread():
+        return
+    handler = signal.getsignal(signal.SIGCHLD)
+    if callable(handler) and not isinstance(handler, _DeadWorkerHandler):
+        signal.signal(signal.SIGCHLD, _DeadWorkerHandler(handler))
+
+
+def _explained(error: RuntimeError) -> RuntimeError:
+    """Give a dead worker's error with its likely cause; any other as it is."""
+    what = " ".join(str(error).split())
+    if isinstance(error, WorkerError) or not what.startswith("DataLoader worker"):
+        return error
+    if "Bus error" in what:
+        why = "shared memory (/dev/shm) is full: docker run --shm-size, or fewer loader.num_workers"
+    elif "Killed" in what or "pid(s)" in what:
+        why = (
+            "most often the kernel ends a process so when memory runs out (dmesg or the container's events tell): "
+            "fewer loader.num_workers or a smaller train.batch_size need less"
+        )
+    else:
+        why = "loader.num_workers=0 reads images in the training process and shows where it happens"
+    return WorkerError(f"a process that reads images died: {what.rstrip('. ')}; {why}")
+
+
+def _unpack(packed: _Packed) -> Batch:
     pixels = packed.pixels if isinstance(packed.pixels, Tensor) else torch.from_numpy(packed.pixels)
     lengths = [int(np.prod(shape)) for shape in packed.shapes]
     parts = torch.split(pixels, lengths)

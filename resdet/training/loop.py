@@ -68,7 +68,9 @@ def train(config: Config) -> TrainResult:
         resume_from = _checkpoint_to_resume(config, team)
         micro_batch_size = _micro_batch_size(config, team.world_size)
 
-        train_set = build_dataset(config.data.train, training=True, augment=config.augment)
+        train_set = build_dataset(
+            config.data.train, training=True, augment=config.augment, min_visibility=config.min_visibility
+        )
         val_set = build_dataset(config.data.val, training=False)
         torch.manual_seed(config.seed)
         model = build_model(config.model, train_set, resume_from=resume_from).to(team.device)
@@ -101,6 +103,8 @@ def train(config: Config) -> TrainResult:
             batch_size=batch_size,
             num_micro_batches=config.train.accumulate,
             num_workers=config.loader.num_workers,
+            sampling=config.loader.sampling,
+            repeat_threshold=config.loader.repeat_threshold,
             seed=config.seed,
             rank=team.rank,
             world_size=team.world_size,

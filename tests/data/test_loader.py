@@ -1,8 +1,10 @@
 import itertools
+import multiprocessing
+import os
+import signal
 import subprocess
 import sys
 import time
-from collections import Counter
 
 import numpy as np
 import pytest
@@ -11,110 +13,16 @@ import torch
 from resdet.data import loader
 from resdet.data.augment import build_augment
 from resdet.data.dataset import DetectionDataset
-from resdet.data.loader import TrainBatches, eval_loader, train_loader
+from resdet.data.loader import WorkerError, eval_loader, train_loader
+from resdet.data.sampling import TrainBatches, image_order
 from resdet.data.shapes import ShapesImages, shapes_table
-from resdet.errors import DataError, UserError
+from resdet.errors import DataError
 
-# A third portrait, sizes as in COCO.
-SIZES = np.array([(640, 480) if i % 3 == 0 else (480, 640) for i in range(100)])
-PINNED = [(79, 4967302838313901235), (43, 2779043681976988642), (31, 4677062646242300233), (50, 6036632939799842505)]
+linux_only = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
 
 def take(batches, count):
     return list(itertools.islice(batches, count))
-
-
-def global_batches(count, *, batch_size=8, world_size=1, num_micro_batches=1, **options):
-    """Global batches put together again from the shares of all processes, in the order of the slices."""
-    cut = {"world_size": world_size, "num_micro_batches": num_micro_batches}
-    shares = [
-        take(iter(TrainBatches(SIZES, batch_size, rank=rank, **cut, **options)), count * num_micro_batches)
-        for rank in range(world_size)
-    ]
-    return [
-        [
-            item
-            for share in shares
-            for part in share[i * num_micro_batches : (i + 1) * num_micro_batches]
-            for item in part
-        ]
-        for i in range(count)
-    ]
-
-
-@pytest.mark.parametrize(("world_size", "num_micro_batches"), [(2, 1), (1, 2), (2, 2), (8, 1), (1, 8), (2, 4)])
-def test_images_and_seeds_do_not_depend_on_how_a_batch_is_cut(world_size, num_micro_batches):
-    cut = global_batches(60, world_size=world_size, num_micro_batches=num_micro_batches)
-    assert cut == global_batches(60)
-
-
-def test_another_seed_gives_another_order():
-    assert global_batches(10, seed=1) != global_batches(10, seed=0)
-
-
-@pytest.mark.parametrize("start", [1, 11, 12, 13, 200, 2000])
-@pytest.mark.parametrize("chunk", [1, 250, 1 << 17])
-def test_resuming_gives_the_tail(monkeypatch, start, chunk):
-    whole = global_batches(start + 20)
-    monkeypatch.setattr(loader, "_CHUNK", chunk)
-    assert global_batches(20, start_batch=start) == whole[start:]
-
-
-def test_every_image_is_drawn_once_per_epoch():
-    batch_size, epochs = 8, 10
-    batches = global_batches(epochs * len(SIZES) // batch_size, batch_size=batch_size)
-    counts = Counter(index for batch in batches for index, _ in batch)
-    assert set(counts) == set(range(len(SIZES)))
-    # Images that wait for their batch may be behind, those of the epoch begun to make up for them ahead.
-    assert set(counts.values()) <= {epochs - 1, epochs, epochs + 1}
-    assert sum(abs(count - epochs) for count in counts.values()) <= 2 * 2 * batch_size
-    seeds = [seed for batch in batches for _, seed in batch]
-    assert len(set(seeds)) == len(seeds)
-    assert 0 <= min(seeds) <= max(seeds) < 2**63
-
-
-def test_epochs_are_shuffled_differently():
-    first, second = global_batches(12)[:12], global_batches(24)[12:]
-    assert [index for batch in first for index, _ in batch] != [index for batch in second for index, _ in batch]
-
-
-def test_portrait_and_landscape_do_not_mix():
-    for batch in global_batches(100):
-        portrait = {bool(SIZES[index, 0] > SIZES[index, 1]) for index, _ in batch}
-        assert len(portrait) == 1
-
-
-def test_a_group_smaller_than_a_batch_is_not_kept_apart():
-    sizes = np.array([(640, 480)] * 3 + [(480, 640)] * 50)
-    batches = take(iter(TrainBatches(sizes, 8)), 7)
-    counts = Counter(index for batch in batches for index, _ in batch)
-    assert max(counts.values()) <= 2
-    assert {0, 1, 2} <= set(counts)
-
-
-def test_fewer_images_than_a_batch():
-    batches = take(iter(TrainBatches(SIZES[:3], 8)), 30)
-    counts = Counter(index for batch in batches for index, _ in batch)
-    assert sorted(counts.values()) == [80, 80, 80]
-
-
-@pytest.mark.parametrize(("num_images", "limit_s"), [(117_266, 5.0), (10, 5.0)])
-def test_resuming_late_is_quick(num_images, limit_s):
-    """0.15 s and 0.02 s on one core; the limits are for a loaded machine."""
-    sizes = np.tile(SIZES, (num_images // len(SIZES) + 1, 1))[:num_images]
-    start = time.perf_counter()
-    next(iter(TrainBatches(sizes, 16, start_batch=90_000)))
-    assert time.perf_counter() - start < limit_s
-
-
-def test_the_order_is_pinned():
-    """A run must resume into the same data with later versions of this package, NumPy and torch."""
-    assert take(iter(TrainBatches(SIZES, 4, seed=0)), 1)[0] == PINNED
-
-
-def test_a_batch_that_cannot_be_cut_is_refused():
-    with pytest.raises(UserError, match=r"batch_size must be a multiple of .* got 6 for 2 x 2"):
-        TrainBatches(SIZES, 6, world_size=2, num_micro_batches=2)
 
 
 def shapes_dataset(num_images=12, *, images=None, augment=None, training=True):
@@ -143,6 +51,17 @@ def test_batches_do_not_depend_on_workers():
     assert [as_plain(batch) for batch in take(other, 5)] != expected[:5]
 
 
+@pytest.mark.parametrize("name", ["repeat_factor", "class_balanced"])
+def test_images_are_drawn_as_the_sampling_says(name):
+    dataset = shapes_dataset()
+    batches = train_loader(dataset, batch_size=4, sampling=name, repeat_threshold=1.0, seed=2, start_batch=3)
+    order = image_order(name, dataset.table, dataset.trained, repeat_threshold=1.0)
+    expected = take(iter(TrainBatches(dataset.table.sizes, 4, order=order, seed=2, start_batch=3)), 5)
+    assert [batch.indices for batch in take(batches, 5)] == [[index for index, _ in batch] for batch in expected]
+    uniform = take(train_loader(dataset, batch_size=4, seed=2, start_batch=3), 5)
+    assert [batch.indices for batch in uniform] != [[index for index, _ in batch] for batch in expected]
+
+
 def test_a_batch_holds_uint8_images_and_targets_of_the_table():
     dataset = shapes_dataset()
     batch = next(train_loader(dataset, batch_size=4, num_workers=1))
@@ -162,7 +81,8 @@ def test_reading_does_not_disturb_the_random_stream_of_training():
 
 
 @pytest.mark.parametrize(
-    ("num_images", "world_size", "batch_size"), [(7, 1, 3), (7, 2, 2), (7, 3, 1), (2, 3, 4), (1, 1, 1)]
+    ("num_images", "world_size", "batch_size"),
+    [(7, 1, 3), (7, 2, 2), (7, 3, 1), (13, 4, 2), (2, 3, 4), (3, 8, 2), (1, 1, 1)],
 )
 def test_every_image_is_evaluated_once_over_all_processes(num_images, world_size, batch_size):
     dataset = shapes_dataset(num_images, training=False)
@@ -215,10 +135,13 @@ def test_a_worker_uses_one_core():
 def test_small_shared_memory_is_worked_around(monkeypatch, caplog):
     dataset = shapes_dataset()
     expected = [as_plain(batch) for batch in take(train_loader(dataset, batch_size=4, num_workers=1), 3)]
-    monkeypatch.setattr(loader, "_fits_in_shared_memory", lambda num_bytes: False)
+    monkeypatch.setattr(loader, "_start_method", lambda: "fork")  # workers are to see the next line
+    monkeypatch.setattr(loader, "_fits_in_shared_memory", lambda num_bytes, num_workers: False)
     assert [as_plain(batch) for batch in take(train_loader(dataset, batch_size=4, num_workers=1), 3)] == expected
+    assert len([message for message in caplog.messages if "images come through pipes" in message]) == 1
     monkeypatch.undo()
-    assert not loader._fits_in_shared_memory(1 << 60) or sys.platform != "linux"
+    assert loader._fits_in_shared_memory(1 << 60, num_workers=0)
+    assert not loader._fits_in_shared_memory(1 << 60, num_workers=1) or sys.platform != "linux"
 
 
 def test_many_prefetched_images_take_few_file_descriptors():
@@ -237,3 +160,117 @@ def test_many_prefetched_images_take_few_file_descriptors():
         pytest.skip("file descriptors carry shared memory on Linux only")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    "method",
+    ["spawn", pytest.param("forkserver", marks=pytest.mark.slow)],
+)
+def test_workers_may_start_in_any_way(monkeypatch, method):
+    if method not in multiprocessing.get_all_start_methods():
+        pytest.skip(f"no {method} on this platform")
+    dataset = shapes_dataset(augment=build_augment([{"HorizontalFlip": {"p": 0.5}}]))
+    expected = [as_plain(batch) for batch in take(train_loader(dataset, batch_size=4), 3)]
+    monkeypatch.setattr(loader, "_start_method", lambda: method)
+    assert [as_plain(batch) for batch in take(train_loader(dataset, batch_size=4, num_workers=1), 3)] == expected
+
+
+class Signals:
+    """Its worker dies over image 2; over others it is quick."""
+
+    def __init__(self, number):
+        self.number = number
+
+    def __call__(self, index):
+        if index == 2:
+            os.kill(os.getpid(), self.number)
+        return np.zeros((64, 64, 3), dtype=np.uint8)
+
+
+@linux_only
+@pytest.mark.parametrize(
+    ("number", "message"),
+    [
+        (signal.SIGKILL, r"killed by signal: Killed; .*when memory runs out .* fewer loader\.num_workers"),
+        (signal.SIGBUS, r"killed by signal: Bus error.*; shared memory \(/dev/shm\) is full: docker run --shm-size"),
+        (signal.SIGSEGV, r"killed by signal: Segmentation fault; loader\.num_workers=0 "),
+    ],
+)
+def test_a_killed_worker_is_explained(number, message):
+    dataset = shapes_dataset(5, images=Signals(number), training=False)
+    with pytest.raises(WorkerError, match="^a process that reads images died: .*" + message) as caught:
+        list(eval_loader(dataset, batch_size=1, num_workers=1))
+    assert "\n" not in str(caught.value)
+
+
+@linux_only
+def test_a_worker_killed_while_the_model_computes_is_explained():
+    batches = train_loader(shapes_dataset(), batch_size=2, num_workers=1)
+    next(batches)
+    (worker,) = multiprocessing.active_children()
+    with pytest.raises(WorkerError, match="killed by signal: Killed"):  # noqa: PT012 - the signal takes a moment
+        os.kill(worker.pid, signal.SIGKILL)
+        time.sleep(30)
+    del batches
+    assert multiprocessing.active_children() == []
+
+
+class Faulty:
+    def __call__(self, index):
+        raise KeyError("a fault of ours")
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_fault_of_ours_names_the_image(num_workers):
+    dataset = shapes_dataset(5, images=Faulty(), training=False)
+    with pytest.raises(RuntimeError, match=r"image 1 \(shapes_0_000000\.png\) .* seed 0: KeyError: 'a fault of ours'"):
+        list(eval_loader(dataset, batch_size=1, num_workers=num_workers))
+
+
+@linux_only
+@pytest.mark.parametrize("fits", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["pipes", "shared-memory"])
+def test_workers_end_with_their_parent(fits):
+    """Through pipes, a worker whose parent is gone would wait for ever for somebody to take its batch."""
+    code = (
+        "import multiprocessing, os, signal, time\n"
+        "from resdet.data import loader\n"
+        "from resdet.data.dataset import DetectionDataset\n"
+        "from resdet.data.shapes import ShapesImages, shapes_table\n"
+        f"loader._fits_in_shared_memory = lambda num_bytes, num_workers: {fits}\n"
+        "dataset = DetectionDataset(shapes_table(8, 256, 0), ShapesImages(256, 0), training=True)\n"
+        "batches = loader.train_loader(dataset, batch_size=8, num_workers=2)\n"
+        "next(batches)\n"
+        "time.sleep(1)\n"
+        "print(*[child.pid for child in multiprocessing.active_children()], flush=True)\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == -signal.SIGKILL
+    workers = [int(pid) for pid in done.stdout.split()]
+    assert len(workers) == 2
+    deadline = time.monotonic() + 30
+    while any(_runs(pid) for pid in workers) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not any(_runs(pid) for pid in workers)
+
+
+def _runs(pid):
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@linux_only
+def test_nothing_is_left_when_an_iterator_is_dropped():
+    dataset = shapes_dataset()
+    next(train_loader(dataset, batch_size=2, num_workers=2))  # what is opened once and for all
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(3):
+        batches = train_loader(dataset, batch_size=2, num_workers=2)
+        next(batches)
+        del batches
+        list(eval_loader(shapes_dataset(3, training=False), batch_size=1, num_workers=1))
+    assert multiprocessing.active_children() == []
+    assert len(os.listdir("/proc/self/fd")) <= before
