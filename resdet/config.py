@@ -127,6 +127,8 @@ class LoaderConfig(BaseModel):
 
     num_workers: int = Field(2, ge=0)
     """Processes that read and augment images beside each training process; 0 does it in the training process."""
+    stall_seconds: float = Field(60.0, gt=0)
+    """Waiting longer than this for a batch is told in the log, again after each such time."""
 
 
 class OptimConfig(BaseModel):
@@ -190,6 +192,16 @@ class TrainConfig(BaseModel):
     """Steps between evaluations on ``data.val``; null evaluates only after the last step."""
     save_every: int | None = Field(None, ge=1)
     """Steps between writings of last.pt; null writes it with each evaluation."""
+    patience: int | None = Field(None, ge=1)
+    """Stop early after this many evaluations in a row without a new best ``eval.best_metric``; null never does."""
+    ema_decay: float | None = Field(None, gt=0, lt=1)
+    """Keep an exponential moving average of the weights (0.999, say), evaluate it, and make best.pt of it; null does
+    not. last.pt holds both."""
+    deterministic: bool = False
+    """On GPUs, use only algorithms that give the same bits every time: slower, and RoIAlign by torchvision's Python
+    code. CPUs give the same bits without it, for the same number of threads."""
+    retry_out_of_memory: bool = False
+    """When memory does not suffice, compute micro-batches in halves from then on (one process only)."""
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:
@@ -213,6 +225,8 @@ class EvalConfig(BaseModel):
     """Pictures of detections on the first images of ``data.val``, written to output_dir/pictures and TensorBoard."""
     picture_score: float = Field(0.5, ge=0, le=1)
     """Detections below this score are not drawn."""
+    best_metric: Literal["AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large", "AR_100", "voc_AP50"] = "AP"
+    """The number whose highest value makes an evaluation the best: it decides best.pt and ``train.patience``."""
 
 
 class Config(BaseModel):

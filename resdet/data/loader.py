@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import multiprocessing
 import os
@@ -41,6 +42,14 @@ class Batch(NamedTuple):
     images: list[Tensor]
     targets: list[Target]
     indices: list[int]
+
+    def cut(self, num_pieces: int) -> list[Batch]:
+        """Give the batch in ``num_pieces`` parts of nearly equal size, or fewer if it has fewer images."""
+        bounds = np.linspace(0, len(self.images), min(num_pieces, len(self.images)) + 1).astype(int).tolist()
+        return [
+            Batch(self.images[start:end], self.targets[start:end], self.indices[start:end])
+            for start, end in itertools.pairwise(bounds)
+        ]
 
 
 class TrainBatches(Sampler[list[tuple[int, int]]]):

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from resdet.errors import UserError
+
+_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True)
@@ -34,10 +36,23 @@ class Processes:
         """Whether this is the process that writes files and talks."""
         return self.rank == 0
 
-    def barrier(self) -> None:
-        """Wait until every process has come here."""
+    def on_main(self, work: Callable[[], _Result]) -> _Result:
+        """Do ``work`` in the main process, and give every process its result, or raise its ``UserError`` in each.
+
+        The others wait. The result must pickle.
+        """
+        answer: list[Any] = [None, None]
+        if self.is_main:
+            try:
+                answer[0] = work()
+            except UserError as error:
+                answer[1] = error
         if self.world_size > 1:
-            dist.barrier()
+            dist.broadcast_object_list(answer, src=0)
+        if answer[1] is not None:
+            raise answer[1]
+        result: _Result = answer[0]
+        return result
 
     def share_buffers(self, model: nn.Module) -> None:
         """Give every process the main one's buffers: each trains its own statistics of ``norm: batch``."""
