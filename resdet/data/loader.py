@@ -37,17 +37,19 @@ class Batch(NamedTuple):
         images: uint8 ``[3, H, W]`` each, of different sizes.
         targets: One for each image.
         indices: Rows of the images in the annotation table.
+        seeds: What is drawn at random for each image is decided by it.
     """
 
     images: list[Tensor]
     targets: list[Target]
     indices: list[int]
+    seeds: list[int]
 
     def cut(self, num_pieces: int) -> list[Batch]:
         """Give the batch in ``num_pieces`` parts of nearly equal size, or fewer if it has fewer images."""
         bounds = np.linspace(0, len(self.images), min(num_pieces, len(self.images)) + 1).astype(int).tolist()
         return [
-            Batch(self.images[start:end], self.targets[start:end], self.indices[start:end])
+            Batch(self.images[start:end], self.targets[start:end], self.indices[start:end], self.seeds[start:end])
             for start, end in itertools.pairwise(bounds)
         ]
 
@@ -249,6 +251,7 @@ class _Packed(NamedTuple):
     labels: list[npt.NDArray[np.int64]]
     image_ids: list[int]
     indices: list[int]
+    seeds: list[int]
 
 
 class _PackedBatches(Dataset[_Packed | UserError]):
@@ -271,6 +274,7 @@ class _PackedBatches(Dataset[_Packed | UserError]):
             labels=[target["labels"].numpy() for _, target in items],
             image_ids=[int(target["image_id"]) for _, target in items],
             indices=[index for index, _ in keys],
+            seeds=[seed for _, seed in keys],
         )
 
 
@@ -341,4 +345,4 @@ def _unpack(packed: _Packed | UserError) -> Batch:
         Target(boxes=torch.from_numpy(boxes), labels=torch.from_numpy(labels), image_id=torch.tensor(image_id))
         for boxes, labels, image_id in zip(packed.boxes, packed.labels, packed.image_ids, strict=True)
     ]
-    return Batch(images, targets, packed.indices)
+    return Batch(images, targets, packed.indices, packed.seeds)

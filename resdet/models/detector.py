@@ -21,7 +21,6 @@ from torchvision.models.detection import FasterRCNN, FasterRCNN_ResNet50_FPN_Wei
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.models.detection.rpn import RPNHead
-from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 from resdet.errors import UserError, WeightsError
 from resdet.models import roi_align
@@ -30,6 +29,7 @@ from resdet.models.convert import FACTS_ENTRY, Converted, to_torchvision
 from resdet.models.norm import NormName
 from resdet.models.rcnn import Anchors, BoxHeads, BoxPredictor, ProposalHead, ProposalNetwork
 from resdet.models.resnet import ARCHS, find_arch
+from resdet.models.sampling import SeededTransform
 from resdet.models.transform import PilTransform
 from resdet.models.weights import LoadReport, WeightsSource, fetch, name_some, read_checkpoint, tensors_in
 from resdet.types import Category, categories_from_plain, categories_to_plain
@@ -334,13 +334,30 @@ class Detector(FasterRCNN):  # type: ignore[misc]
             detections_per_img=spec.box_detections_per_img,
             min_size=spec.box_min_size,
         )
-        transform = (PilTransform if spec.resize == "pil" else GeneralizedRCNNTransform)(
+        transform = (PilTransform if spec.resize == "pil" else SeededTransform)(
             spec.min_size, spec.max_size, list(spec.image_mean), list(spec.image_std)
         )
         # FasterRCNN's own constructor only makes these parts, and has no argument for half of what they are told.
         GeneralizedRCNN.__init__(self, backbone, rpn, roi_heads, transform)
         self.spec = spec
         self.categories = tuple(categories)
+
+    def training_counts(self) -> dict[str, Tensor]:
+        """Give what the last forward pass in training counted, means over its images, scalars on their device.
+
+        Returns:
+            ``rpn_positives`` and ``box_positives``: anchors and proposals that the losses took for objects.
+            ``num_objects``: objects in the targets. ``num_found``: those of them that a proposal overlaps with an IoU
+            of 0.5 or more; ``num_found / num_objects`` is the proposals' recall.
+        """
+        found = torch.stack(self.roi_heads.num_found).float()
+        rpn, box = self.rpn.fg_bg_sampler.num_positives, self.roi_heads.fg_bg_sampler.num_positives
+        return {
+            "rpn_positives": found.new_tensor(sum(rpn) / len(rpn)),
+            "box_positives": found.new_tensor(sum(box) / len(box)),
+            "num_objects": found.new_tensor(self.roi_heads.num_objects / len(box)),
+            "num_found": found.mean(),
+        }
 
 
 def build_detector(

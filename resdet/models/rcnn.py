@@ -15,10 +15,16 @@ from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
-from torchvision.ops import MultiScaleRoIAlign, batched_nms, clip_boxes_to_image, remove_small_boxes
+from torchvision.ops import MultiScaleRoIAlign, batched_nms, box_iou, clip_boxes_to_image, remove_small_boxes
+
+from resdet.models.norm import is_scripting
+from resdet.models.sampling import Sampler
 
 # remove_small_boxes keeps a side that equals its threshold, so 0 would keep boxes without extent.
 _LEAST_SIDE = torch.finfo(torch.float32).tiny
+
+FOUND_IOU = 0.5
+"""IoU from which a proposal has found an object, where training counts that."""
 
 
 class Anchors(AnchorGenerator):  # type: ignore[misc]  # torchvision ships no types, here and below
@@ -146,6 +152,7 @@ class ProposalNetwork(RegionProposalNetwork):  # type: ignore[misc]
             nms_thresh,
             score_thresh,
         )
+        self.fg_bg_sampler = Sampler(batch_size_per_image, positive_fraction)
         self.min_size = max(min_size, _LEAST_SIDE)
         self.rank_by_logit = rank_by_logit
 
@@ -252,8 +259,27 @@ class BoxHeads(RoIHeads):  # type: ignore[misc]
             nms_thresh,
             detections_per_img,
         )
+        self.fg_bg_sampler = Sampler(batch_size_per_image, positive_fraction)
         self.min_size = min_size
         self.least_side = _LEAST_SIDE
+        self.num_found: list[Tensor] = []
+        self.num_objects = 0
+
+    def add_gt_proposals(self, proposals: list[Tensor], gt_boxes: list[Tensor]) -> list[Tensor]:
+        """Give the proposals with the objects themselves behind them; before that, count what they found alone."""
+        if not is_scripting():
+            self._count_found(proposals, gt_boxes)
+        return [torch.cat((boxes, objects)) for boxes, objects in zip(proposals, gt_boxes)]  # noqa: B905
+
+    @torch.jit.unused
+    @torch.no_grad()
+    def _count_found(self, proposals: list[Tensor], gt_boxes: list[Tensor]) -> None:
+        self.num_objects = sum(len(objects) for objects in gt_boxes)
+        ious = [box_iou(objects, boxes) for boxes, objects in zip(proposals, gt_boxes, strict=True)]
+        self.num_found = [
+            (iou.max(dim=1).values >= FOUND_IOU).sum() if iou.numel() else iou.new_zeros((), dtype=torch.int64)
+            for iou in ious
+        ]
 
     def postprocess_detections(
         self,

@@ -98,7 +98,7 @@ def _broken_step(moment: Moment, model: Detector, micro_batches: Sequence[Batch]
         "moment": asdict(moment),
         "trained": [name for name, parameter in model.named_parameters() if parameter.requires_grad],
         "batches": [
-            {"images": list(batch.images), "targets": [dict(target) for target in batch.targets]}
+            {"images": batch.images, "targets": [dict(target) for target in batch.targets], "seeds": batch.seeds}
             for batch in micro_batches
         ],
     }
@@ -143,11 +143,12 @@ def repeat_step(path: Path, *, device: torch.device | None = None) -> tuple[Dete
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in payload["trained"])
     micro_batches = [
-        Batch(batch["images"], batch["targets"], [0] * len(batch["images"])) for batch in payload["batches"]
+        Batch(batch["images"], batch["targets"], [0] * len(batch["images"]), batch["seeds"])
+        for batch in payload["batches"]
     ]
     torch.manual_seed(moment.random_seed)
     scaler = torch.amp.GradScaler(device.type, enabled=False)
-    return model, accumulate_gradients(model, micro_batches, moment.num_pieces, scaler, moment.precision, device)
+    return model, accumulate_gradients(model, model, micro_batches, moment.num_pieces, scaler, moment.precision, device)
 
 
 def after_out_of_memory(error: RuntimeError, num_pieces: int, *, micro_batch_size: int, may_retry: bool) -> int:

@@ -208,7 +208,7 @@ def train(config: Config) -> TrainResult:
                 gamma=config.optim.gamma,
             )
             set_lr(optimizer, lr * factor)
-            # Every random number of a step follows from (seed, step, rank) or from an image's own seed: a resumed run
+            # Every random number of a step follows from (seed, step, rank), or from its image's seed: a resumed run
             # repeats it without saved random states, and nothing drawn between steps (evaluation) can change it.
             random_seed = _step_seed(config.seed, step, team.rank)
             torch.manual_seed(random_seed)
@@ -220,7 +220,7 @@ def train(config: Config) -> TrainResult:
             while True:
                 try:
                     values = accumulate_gradients(
-                        parallel, micro_batches, num_pieces, scaler, config.train.precision, team.device
+                        model, parallel, micro_batches, num_pieces, scaler, config.train.precision, team.device
                     )
                     break
                 except (torch.OutOfMemoryError, RuntimeError) as error:
@@ -262,10 +262,14 @@ def train(config: Config) -> TrainResult:
             if step % config.train.log_every == 0 or step == num_steps:
                 elapsed = time.perf_counter() - logged_at
                 means = team.mean(torch.stack(list(sums.values())) / log_steps).tolist()
+                train_values = dict(zip(sums, means, strict=True))
+                num_objects, num_found = train_values.pop("num_objects"), train_values.pop("num_found")
                 log.losses(
                     step,
                     {
-                        **dict(zip(sums, means, strict=True)),
+                        **train_values,
+                        # Of no objects none is missed.
+                        "proposal_recall": num_found / num_objects if num_objects else 1.0,
                         "lr": lr * factor,
                         "epoch": step * batch_size / num_images,
                         "images_per_s": log_steps * batch_size / elapsed,

@@ -10,11 +10,14 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from resdet.data.loader import Batch
+from resdet.models.detector import Detector
+from resdet.models.sampling import image_seeds
 from resdet.precision import Precision, autocast
 from resdet.types import target_to
 
 
 def accumulate_gradients(
+    model: Detector,
     parallel: nn.Module,
     micro_batches: Sequence[Batch],
     num_pieces: int,
@@ -25,7 +28,8 @@ def accumulate_gradients(
     """Add up a step's gradients.
 
     Args:
-        parallel: The model, wrapped or not.
+        model: The detector.
+        parallel: The same, or its wrapper for several processes.
         micro_batches: What this process has to do for the step.
         num_pieces: Parts in which each micro-batch is computed, one after the other.
         scaler: Scales the loss for fp16.
@@ -45,11 +49,11 @@ def accumulate_gradients(
         # Gradients travel between processes once per step, with the last piece.
         is_last = number == len(pieces) - 1
         with parallel.no_sync() if isinstance(parallel, DistributedDataParallel) and not is_last else nullcontext():
-            with autocast(device, precision):
+            with autocast(device, precision), image_seeds(model, piece.seeds):
                 losses: dict[str, Tensor] = parallel(images, targets)
             loss = torch.stack(list(losses.values())).sum()
             scaler.scale(loss * share).backward()  # type: ignore[no-untyped-call]
-        for name, value in {"loss": loss, **losses}.items():
+        for name, value in {"loss": loss, **losses, **model.training_counts()}.items():
             part = value.detach() * share
             values[name] = values[name] + part if name in values else part
     return values

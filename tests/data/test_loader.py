@@ -147,7 +147,7 @@ def test_a_batch_holds_uint8_images_and_targets_of_the_table():
     dataset = shapes_dataset()
     batch = next(train_loader(dataset, batch_size=4, num_workers=1))
     assert len(batch.images) == len(batch.targets) == len(batch.indices) == 4
-    for image, target, index in zip(*batch, strict=True):
+    for image, target, index in zip(batch.images, batch.targets, batch.indices, strict=True):
         expected_image, expected = dataset[index]
         assert torch.equal(image, expected_image)
         assert set(target) == set(expected)
