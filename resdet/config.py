@@ -46,6 +46,9 @@ class ModelConfig(DetectorSpec):
     calibration_images: int = Field(0, ge=0)
     """Training images from which a frozen norm takes its statistics when ``weights`` is null. A frozen norm on
     random weights normalises nothing and the losses diverge, so 0 refuses to train such a model."""
+    class_balance_beta: float | None = Field(None, ge=0, lt=1)
+    """Weigh classes in the loss of the scores by their effective number of boxes in the training data (Cui et al. 2019,
+    who take 0.99 to 0.9999); null weighs all alike. It fills ``class_weights``."""
 
     @model_validator(mode="after")
     def _frozen_norm_needs_statistics(self) -> Self:
@@ -54,6 +57,12 @@ class ModelConfig(DetectorSpec):
                 "norm frozen on random weights normalises nothing and diverges: give weights, set "
                 "calibration_images (64, say), or train the norm (norm: batch or group)"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _one_source_of_class_weights(self) -> Self:
+        if self.class_weights is not None and self.class_balance_beta is not None:
+            raise ValueError("give class_weights or class_balance_beta, which makes them from the data, not both")
         return self
 
 

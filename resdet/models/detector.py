@@ -26,6 +26,7 @@ from resdet.errors import UserError, WeightsError
 from resdet.models import roi_align
 from resdet.models.backbone import ResNetFPN, check_anchors, resnet_fpn
 from resdet.models.convert import FACTS_ENTRY, Converted, to_torchvision
+from resdet.models.losses import BoxLoss, ClassLoss
 from resdet.models.norm import NormName
 from resdet.models.rcnn import Anchors, BoxHeads, BoxPredictor, ProposalHead, ProposalNetwork
 from resdet.models.resnet import ARCHS, find_arch
@@ -143,6 +144,21 @@ class DetectorSpec(BaseModel):
         default=512, description="Proposals of each image that the box head is trained on."
     )
     box_positive_fraction: Fraction = Field(default=0.25, description="Share of positives among them, at most.")
+    class_loss: ClassLoss = Field(
+        default="cross_entropy",
+        description="How the box head's scores are judged in training: cross_entropy, or focal (Lin et al. 2017), "
+        "which lowers the weight of what is already right.",
+    )
+    box_loss: BoxLoss = Field(
+        default="smooth_l1",
+        description="How its boxes are judged: smooth_l1 on the regressed deltas, or giou (Rezatofighi et al. 2019) on "
+        "the boxes they make.",
+    )
+    class_weights: tuple[Positive, ...] | None = Field(
+        default=None,
+        description="Weights of the background and of each class in the loss of the scores; null weighs all alike. "
+        "class_balance_beta makes them from the training data.",
+    )
 
     # Where libraries differ, so that weights keep the meaning they were trained to have. torchvision's way by default;
     # that of others is CONVENTIONS.
@@ -289,6 +305,11 @@ class Detector(FasterRCNN):  # type: ignore[misc]
         self, spec: DetectorSpec, backbone: ResNetFPN, num_classes: int, categories: Sequence[Category] = ()
     ) -> None:
         _check_categories(categories, num_classes)
+        if spec.class_weights is not None and len(spec.class_weights) != num_classes:
+            raise UserError(
+                f"class_weights: must be one for each of the {num_classes} classes, background included, got "
+                f"{len(spec.class_weights)}"
+            )
         sizes = tuple((size,) for size in spec.anchor_sizes)
         anchors = Anchors(
             sizes,
@@ -333,6 +354,9 @@ class Detector(FasterRCNN):  # type: ignore[misc]
             nms_thresh=spec.box_nms_thresh,
             detections_per_img=spec.box_detections_per_img,
             min_size=spec.box_min_size,
+            class_loss=spec.class_loss,
+            box_loss=spec.box_loss,
+            class_weights=spec.class_weights,
         )
         transform = (PilTransform if spec.resize == "pil" else SeededTransform)(
             spec.min_size, spec.max_size, list(spec.image_mean), list(spec.image_std)
