@@ -28,7 +28,8 @@ def run_tool(main: Callable[[Sequence[str]], int | None]) -> None:
         print(f"{os.path.basename(sys.argv[0])}: {error}", file=sys.stderr)  # noqa: T201 - the tools' own output
         code = 2
     except Interrupted as interruption:
-        print(f"{os.path.basename(sys.argv[0])}: {interruption}", file=sys.stderr)  # noqa: T201
+        if os.environ.get("RANK", "0") == "0":  # of all processes of a run one is enough
+            print(f"{os.path.basename(sys.argv[0])}: {interruption}", file=sys.stderr)  # noqa: T201
         code = interruption.exit_code
     except KeyboardInterrupt:
         code = 130

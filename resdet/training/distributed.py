@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from resdet.errors import UserError
+from resdet.errors import TrainingError, UserError
 
 _Result = TypeVar("_Result")
 
@@ -85,7 +85,11 @@ def choose_device(name: Literal["auto", "cpu", "cuda"], local_rank: int = 0) -> 
 
 @contextmanager
 def processes(device: Literal["auto", "cpu", "cuda"]) -> Iterator[Processes]:
-    """Join the other processes that torchrun started (or be alone), and leave them at the end."""
+    """Join the other processes that torchrun started (or be alone), and leave them at the end.
+
+    Raises:
+        TrainingError: If one of the others dies meanwhile.
+    """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     rank = int(os.environ.get("RANK", "0"))
     chosen = choose_device(device, int(os.environ.get("LOCAL_RANK", "0")))
@@ -97,5 +101,18 @@ def processes(device: Literal["auto", "cpu", "cuda"]) -> Iterator[Processes]:
     dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
     try:
         yield Processes(rank, world_size, chosen)
+    except RuntimeError as error:
+        # gloo has no type of its own for it.
+        if not isinstance(error, dist.DistError) and "gloo/transport" not in str(error):
+            raise
+        raise TrainingError(
+            f"process {rank}: another process of this run died or cannot be reached any more ({_first_line(error)}); "
+            "what it said stands above. torchrun --max-restarts 3 starts all of them again, and resume=auto goes on"
+        ) from error
     finally:
         dist.destroy_process_group()
+
+
+def _first_line(error: Exception) -> str:
+    # What follows gloo's first sentence is advice to programmers.
+    return str(error).splitlines()[0].split(". ")[0]

@@ -6,6 +6,7 @@ import logging
 import math
 import signal
 import time
+import warnings
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -124,7 +125,10 @@ def train(config: Config) -> TrainResult:
             world_size=team.world_size,
             start_batch=state.step,
         )
-        parallel = DistributedDataParallel(model, broadcast_buffers=False) if team.world_size > 1 else model
+        with warnings.catch_warnings():
+            # torch 2.15 calls broadcast_buffers by a new name, which earlier ones do not know.
+            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+            parallel = DistributedDataParallel(model, broadcast_buffers=False) if team.world_size > 1 else model
         trained = [p for group in optimizer.param_groups for p in group["params"]]
 
         log = stack.enter_context(

@@ -70,6 +70,8 @@ def test_a_process_that_dies_is_restarted_and_the_run_ends_right(rank: int, on_o
     _, told = agent.communicate(timeout=300)
     assert agent.returncode == 0, told
     assert "resumed from" in told
+    assert "another process of this run died or cannot be reached any more" in told
+    assert "Traceback" not in told
     assert differences(on_one_host / "last.pt", folder / "last.pt") == []
     assert logged(folder, "loss") == logged(on_one_host, "loss")
 
