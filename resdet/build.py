@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
 from torch import Tensor
@@ -31,6 +32,7 @@ from resdet.models.detector import (
     load_detector_weights,
     weights_settings,
 )
+from resdet.models.losses import class_balanced_weights
 from resdet.models.norm import calibrate_norm, has_fresh_frozen_norm
 from resdet.models.rcnn import Anchors
 from resdet.models.weights import locate, read_checkpoint
@@ -164,6 +166,12 @@ def build_model(config: ModelConfig, train_set: DetectionDataset, *, resume_from
     source = resume_from or file
     if source is not None:
         spec = _settle(spec, source)
+    if config.class_balance_beta is not None:
+        labels = train_set.table.labels[train_set.table.trainable()]
+        num_boxes = np.bincount(labels, minlength=train_set.table.num_classes)[1:].tolist()
+        weights = tuple(class_balanced_weights(num_boxes, config.class_balance_beta))
+        spec = spec.model_copy(update={"class_weights": weights})
+        logger.info("weights of the classes: %s", ", ".join(f"{weight:.3g}" for weight in weights))
     # A whole detector's file brings its own backbone; anything else is the backbone's first weights.
     whole = file is not None and holds_detector(file)
     model = build_detector(

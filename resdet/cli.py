@@ -1,4 +1,7 @@
-"""What all tools share: exit codes and logging. 0 done, 2 a user's mistake in readable lines, 1 a fault of ours."""
+"""What all tools share: exit codes and logging. 0 done, 2 a user's mistake in readable lines, 1 a fault of ours.
+
+A run that a signal stopped in good order ends with 128 + the signal's number.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from resdet.errors import UserError
+from resdet.errors import Interrupted, UserError
 
 
 def run_tool(main: Callable[[Sequence[str]], int | None]) -> None:
@@ -24,6 +27,10 @@ def run_tool(main: Callable[[Sequence[str]], int | None]) -> None:
     except UserError as error:
         print(f"{os.path.basename(sys.argv[0])}: {error}", file=sys.stderr)  # noqa: T201 - the tools' own output
         code = 2
+    except Interrupted as interruption:
+        if os.environ.get("RANK", "0") == "0":  # of all processes of a run one is enough
+            print(f"{os.path.basename(sys.argv[0])}: {interruption}", file=sys.stderr)  # noqa: T201
+        code = interruption.exit_code
     except KeyboardInterrupt:
         code = 130
     except BrokenPipeError:

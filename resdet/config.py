@@ -46,6 +46,9 @@ class ModelConfig(DetectorSpec):
     calibration_images: int = Field(0, ge=0)
     """Training images from which a frozen norm takes its statistics when ``weights`` is null. A frozen norm on
     random weights normalises nothing and the losses diverge, so 0 refuses to train such a model."""
+    class_balance_beta: float | None = Field(None, ge=0, lt=1)
+    """Weigh classes in the loss of the scores by their effective number of boxes in the training data (Cui et al. 2019,
+    who take 0.99 to 0.9999); null weighs all alike. It fills ``class_weights``."""
 
     @model_validator(mode="after")
     def _frozen_norm_needs_statistics(self) -> Self:
@@ -54,6 +57,12 @@ class ModelConfig(DetectorSpec):
                 "norm frozen on random weights normalises nothing and diverges: give weights, set "
                 "calibration_images (64, say), or train the norm (norm: batch or group)"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _one_source_of_class_weights(self) -> Self:
+        if self.class_weights is not None and self.class_balance_beta is not None:
+            raise ValueError("give class_weights or class_balance_beta, which makes them from the data, not both")
         return self
 
 
@@ -148,6 +157,8 @@ class LoaderConfig(BaseModel):
     repeat_threshold: float = Field(0.001, gt=0, le=1)
     """repeat_factor: a class in less than this share of the images is rare; an image with a class in a quarter of it is
     drawn twice as often. COCO has no class below 0.001."""
+    stall_seconds: float = Field(60.0, gt=0)
+    """Waiting longer than this for a batch is told in the log, again after each such time."""
 
 
 class OptimConfig(BaseModel):
@@ -211,6 +222,16 @@ class TrainConfig(BaseModel):
     """Steps between evaluations on ``data.val``; null evaluates only after the last step."""
     save_every: int | None = Field(None, ge=1)
     """Steps between writings of last.pt; null writes it with each evaluation."""
+    patience: int | None = Field(None, ge=1)
+    """Stop early after this many evaluations in a row without a new best ``eval.best_metric``; null never does."""
+    ema_decay: float | None = Field(None, gt=0, lt=1)
+    """Keep an exponential moving average of the weights (0.999, say), evaluate it, and make best.pt of it; null does
+    not. last.pt holds both."""
+    deterministic: bool = False
+    """On GPUs, use only algorithms that give the same bits every time: slower, and RoIAlign by torchvision's Python
+    code. CPUs give the same bits without it, for the same number of threads."""
+    retry_out_of_memory: bool = False
+    """When memory does not suffice, compute micro-batches in halves from then on (one process only)."""
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:
@@ -234,6 +255,8 @@ class EvalConfig(BaseModel):
     """Pictures of detections on the first images of ``data.val``, written to output_dir/pictures and TensorBoard."""
     picture_score: float = Field(0.5, ge=0, le=1)
     """Detections below this score are not drawn."""
+    best_metric: Literal["AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large", "AR_100", "voc_AP50"] = "AP"
+    """The number whose highest value makes an evaluation the best: it decides best.pt and ``train.patience``."""
 
 
 class Config(BaseModel):

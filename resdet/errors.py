@@ -34,3 +34,15 @@ class WeightsError(UserError):
 
 class TrainingError(UserError):
     """Training cannot go on with these settings (a non-finite loss, a rate too high)."""
+
+
+class Interrupted(Exception):  # noqa: N818 - not an error: what was asked for was done
+    """A run stopped because it was told to, with everything it had done on the disk.
+
+    Attributes:
+        exit_code: 128 + the signal's number, as shells give it (143 for SIGTERM, 130 for SIGINT).
+    """
+
+    def __init__(self, message: str, signal_number: int) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + signal_number

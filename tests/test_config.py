@@ -43,6 +43,8 @@ def test_there_are_configs() -> None:
         "frcnn_r101.yaml",
         "frcnn_r101_3x.yaml",
         "frcnn_r101_voc.yaml",
+        "frcnn_r101_lsj.yaml",
+        "frcnn_r101_adamw.yaml",
     }
 
 

@@ -74,7 +74,9 @@ def test_train_leaves_its_tree(finished: Path) -> None:
         "config.yaml",
         "metrics.jsonl",
         "last.pt",
+        "previous.pt",
         "best.pt",
+        ".lock",
         "pictures/shapes_1_000000.png",
         "pictures/shapes_1_000001.png",
     }
@@ -120,8 +122,10 @@ def test_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoin
     step = int(told.split()[6].rstrip(","))
     assert "learning rate 1e+30" in told
     assert told.count("shapes_0_") == 4, "the images of the batch"
+    assert "largest layers: " in told
     saved = torch.load(tmp_path / "last.pt", weights_only=True)
     assert saved["training"]["step"] == step - 1
+    assert (tmp_path / f"broken_step_{step}.pt").exists()
     assert "Traceback" not in done.stderr
 
 

@@ -19,9 +19,11 @@ def main(arguments: Sequence[str]) -> None:
 
     import resdet
 
-    result = resdet.train(resdet.load_config(options.config, options.overrides))
+    config = resdet.load_config(options.config, options.overrides)
+    result = resdet.train(config)
     numbers = "  ".join(f"{name} {result.metrics[name]:.3f}" for name in ("AP", "AP50", "AP75"))
-    print(f"{numbers}  (best AP {result.best_ap:.3f}) after {result.steps} steps, {result.seconds:.0f} s")
+    metric = config.eval.best_metric
+    print(f"{numbers}  (best {metric} {result.best:.3f}) after {result.steps} steps, {result.seconds:.0f} s")
     print(f"run: {result.output_dir}  best detector: {result.output_dir / 'best.pt'}")
 
 

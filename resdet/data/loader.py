@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import multiprocessing
 import os
@@ -42,11 +43,21 @@ class Batch(NamedTuple):
         images: uint8 ``[3, H, W]`` each, of different sizes.
         targets: One for each image.
         indices: Rows of the images in the annotation table.
+        seeds: What is drawn at random for each image is decided by it.
     """
 
     images: list[Tensor]
     targets: list[Target]
     indices: list[int]
+    seeds: list[int]
+
+    def cut(self, num_pieces: int) -> list[Batch]:
+        """Give the batch in ``num_pieces`` parts of nearly equal size, or fewer if it has fewer images."""
+        bounds = np.linspace(0, len(self.images), min(num_pieces, len(self.images)) + 1).astype(int).tolist()
+        return [
+            Batch(self.images[start:end], self.targets[start:end], self.indices[start:end], self.seeds[start:end])
+            for start, end in itertools.pairwise(bounds)
+        ]
 
 
 def train_loader(
@@ -133,6 +144,7 @@ class _Packed(NamedTuple):
     labels: list[npt.NDArray[np.int64]]
     image_ids: list[int]
     indices: list[int]
+    seeds: list[int]
 
 
 class _PackedBatches(Dataset[_Packed | UserError]):
@@ -156,6 +168,7 @@ class _PackedBatches(Dataset[_Packed | UserError]):
             labels=[target["labels"].numpy() for _, target in items],
             image_ids=[int(target["image_id"]) for _, target in items],
             indices=[index for index, _ in keys],
+            seeds=[seed for _, seed in keys],
         )
 
     def _item(self, key: tuple[int, int]) -> tuple[Tensor, Target]:
@@ -210,8 +223,12 @@ def _unpacked(packed_batches: Iterator[_Packed | UserError], num_workers: int) -
         except (EOFError, OSError) as error:
             if num_workers == 0:
                 raise
-            # A worker died while handing a batch over. Its signal arrives any moment, with the reason, and raises here.
+            # A worker died while handing a batch over. Its signal arrives any moment, with the reason, and raises here;
+            # unless it came while Python was in a destructor, from which nothing is raised.
             time.sleep(1)
+            handler = signal.getsignal(signal.SIGCHLD) if sys.platform != "win32" else None
+            if isinstance(handler, _DeadWorkerHandler) and handler.found is not None:
+                raise handler.found from error
             raise WorkerError(f"a process that reads images died while handing over a batch: {error!r}") from error
         if isinstance(packed, UserError):
             raise packed
@@ -273,23 +290,31 @@ def _fits_in_shared_memory(num_bytes: int, num_workers: int) -> bool:
 
 
 class _DeadWorkerHandler:
-    """Says in our words what torch's handler of SIGCHLD finds out, which it raises wherever the main thread is."""
+    """Says in our words what torch's handler of SIGCHLD finds out, which it raises wherever the main thread is.
+
+    Attributes:
+        found: What was raised last.
+    """
 
     def __init__(self, handler: Any) -> None:
         self._handler = handler
+        self.found: RuntimeError | None = None
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         try:
             self._handler(number, frame)
         except RuntimeError as error:
-            raise _explained(error) from error.__cause__
+            self.found = _explained(error)
+            raise self.found from error.__cause__
 
 
 def _explain_dead_workers() -> None:
     if sys.platform == "win32" or threading.current_thread() is not threading.main_thread():
         return
     handler = signal.getsignal(signal.SIGCHLD)
-    if callable(handler) and not isinstance(handler, _DeadWorkerHandler):
+    if isinstance(handler, _DeadWorkerHandler):
+        handler.found = None  # what befell the workers of an earlier loader
+    elif callable(handler):
         signal.signal(signal.SIGCHLD, _DeadWorkerHandler(handler))
 
 
@@ -319,4 +344,4 @@ def _unpack(packed: _Packed) -> Batch:
         Target(boxes=torch.from_numpy(boxes), labels=torch.from_numpy(labels), image_id=torch.tensor(image_id))
         for boxes, labels, image_id in zip(packed.boxes, packed.labels, packed.image_ids, strict=True)
     ]
-    return Batch(images, targets, packed.indices)
+    return Batch(images, targets, packed.indices, packed.seeds)

@@ -146,10 +146,11 @@ def detect(
         with tqdm(
             total=len(range(rank, len(image_ids), world_size)), unit="image", disable=not progress or rank > 0
         ) as bar:
-            for images, _, indices in loader:
-                predictions += run(images, f"image_id={image_ids[indices].tolist()} of {dataset.table.name}")
-                seen += indices
-                bar.update(len(indices))
+            for batch in loader:
+                where = f"image_id={image_ids[batch.indices].tolist()} of {dataset.table.name}"
+                predictions += run(batch.images, where)
+                seen += batch.indices
+                bar.update(len(batch.indices))
     parts = [_rows(seen, predictions)]
     shares = [seen]
     if world_size > 1:

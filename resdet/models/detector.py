@@ -21,15 +21,16 @@ from torchvision.models.detection import FasterRCNN, FasterRCNN_ResNet50_FPN_Wei
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.models.detection.rpn import RPNHead
-from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 from resdet.errors import UserError, WeightsError
 from resdet.models import roi_align
 from resdet.models.backbone import ResNetFPN, check_anchors, resnet_fpn
 from resdet.models.convert import FACTS_ENTRY, Converted, to_torchvision
+from resdet.models.losses import BoxLoss, ClassLoss
 from resdet.models.norm import NormName
 from resdet.models.rcnn import Anchors, BoxHeads, BoxPredictor, ProposalHead, ProposalNetwork
 from resdet.models.resnet import ARCHS, find_arch
+from resdet.models.sampling import SeededTransform
 from resdet.models.transform import PilTransform
 from resdet.models.weights import LoadReport, WeightsSource, fetch, name_some, read_checkpoint, tensors_in
 from resdet.types import Category, categories_from_plain, categories_to_plain
@@ -143,6 +144,21 @@ class DetectorSpec(BaseModel):
         default=512, description="Proposals of each image that the box head is trained on."
     )
     box_positive_fraction: Fraction = Field(default=0.25, description="Share of positives among them, at most.")
+    class_loss: ClassLoss = Field(
+        default="cross_entropy",
+        description="How the box head's scores are judged in training: cross_entropy, or focal (Lin et al. 2017), "
+        "which lowers the weight of what is already right.",
+    )
+    box_loss: BoxLoss = Field(
+        default="smooth_l1",
+        description="How its boxes are judged: smooth_l1 on the regressed deltas, or giou (Rezatofighi et al. 2019) on "
+        "the boxes they make.",
+    )
+    class_weights: tuple[Positive, ...] | None = Field(
+        default=None,
+        description="Weights of the background and of each class in the loss of the scores; null weighs all alike. "
+        "class_balance_beta makes them from the training data.",
+    )
 
     # Where libraries differ, so that weights keep the meaning they were trained to have. torchvision's way by default;
     # that of others is CONVENTIONS.
@@ -289,6 +305,11 @@ class Detector(FasterRCNN):  # type: ignore[misc]
         self, spec: DetectorSpec, backbone: ResNetFPN, num_classes: int, categories: Sequence[Category] = ()
     ) -> None:
         _check_categories(categories, num_classes)
+        if spec.class_weights is not None and len(spec.class_weights) != num_classes:
+            raise UserError(
+                f"class_weights: must be one for each of the {num_classes} classes, background included, got "
+                f"{len(spec.class_weights)}"
+            )
         sizes = tuple((size,) for size in spec.anchor_sizes)
         anchors = Anchors(
             sizes,
@@ -333,14 +354,34 @@ class Detector(FasterRCNN):  # type: ignore[misc]
             nms_thresh=spec.box_nms_thresh,
             detections_per_img=spec.box_detections_per_img,
             min_size=spec.box_min_size,
+            class_loss=spec.class_loss,
+            box_loss=spec.box_loss,
+            class_weights=spec.class_weights,
         )
-        transform = (PilTransform if spec.resize == "pil" else GeneralizedRCNNTransform)(
+        transform = (PilTransform if spec.resize == "pil" else SeededTransform)(
             spec.min_size, spec.max_size, list(spec.image_mean), list(spec.image_std)
         )
         # FasterRCNN's own constructor only makes these parts, and has no argument for half of what they are told.
         GeneralizedRCNN.__init__(self, backbone, rpn, roi_heads, transform)
         self.spec = spec
         self.categories = tuple(categories)
+
+    def training_counts(self) -> dict[str, Tensor]:
+        """Give what the last forward pass in training counted, means over its images, scalars on their device.
+
+        Returns:
+            ``rpn_positives`` and ``box_positives``: anchors and proposals that the losses took for objects.
+            ``num_objects``: objects in the targets. ``num_found``: those of them that a proposal overlaps with an IoU
+            of 0.5 or more; ``num_found / num_objects`` is the proposals' recall.
+        """
+        found = torch.stack(self.roi_heads.num_found).float()
+        rpn, box = self.rpn.fg_bg_sampler.num_positives, self.roi_heads.fg_bg_sampler.num_positives
+        return {
+            "rpn_positives": found.new_tensor(sum(rpn) / len(rpn)),
+            "box_positives": found.new_tensor(sum(box) / len(box)),
+            "num_objects": found.new_tensor(self.roi_heads.num_objects / len(box)),
+            "num_found": found.mean(),
+        }
 
 
 def build_detector(

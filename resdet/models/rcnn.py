@@ -15,10 +15,17 @@ from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
-from torchvision.ops import MultiScaleRoIAlign, batched_nms, clip_boxes_to_image, remove_small_boxes
+from torchvision.ops import MultiScaleRoIAlign, batched_nms, box_iou, clip_boxes_to_image, remove_small_boxes
+
+from resdet.models.losses import BoxLoss, ClassLoss, box_head_losses
+from resdet.models.norm import is_scripting
+from resdet.models.sampling import Sampler
 
 # remove_small_boxes keeps a side that equals its threshold, so 0 would keep boxes without extent.
 _LEAST_SIDE = torch.finfo(torch.float32).tiny
+
+FOUND_IOU = 0.5
+"""IoU from which a proposal has found an object, where training counts that."""
 
 
 class Anchors(AnchorGenerator):  # type: ignore[misc]  # torchvision ships no types, here and below
@@ -146,6 +153,7 @@ class ProposalNetwork(RegionProposalNetwork):  # type: ignore[misc]
             nms_thresh,
             score_thresh,
         )
+        self.fg_bg_sampler = Sampler(batch_size_per_image, positive_fraction)
         self.min_size = max(min_size, _LEAST_SIDE)
         self.rank_by_logit = rank_by_logit
 
@@ -207,10 +215,10 @@ class BoxPredictor(FastRCNNPredictor):  # type: ignore[misc]
 
 
 class BoxHeads(RoIHeads):  # type: ignore[misc]
-    """torchvision's box heads, with a choice of the least side.
+    """torchvision's box heads, with a choice of the losses and of the least side.
 
     Args:
-        pool: As for torchvision's, like all that follow but the last.
+        pool: As for torchvision's, like all that follow but the last four.
         head: Turns pooled features into vectors.
         predictor: Turns vectors into class scores and boxes.
         fg_iou_thresh: IoU from which a proposal is a positive.
@@ -222,6 +230,9 @@ class BoxHeads(RoIHeads):  # type: ignore[misc]
         detections_per_img: Detections of an image that are kept.
         min_size: Detections with a side below it are dropped before non-maximum suppression, in pixels; with 0 those
             without extent are dropped at the end, where they have taken the places of others, as in detectron2.
+        class_loss: How scores are judged in training; see ``resdet.models.losses``.
+        box_loss: How boxes are judged.
+        class_weights: ``K + 1`` weights of the classes in the loss of the scores, or None for torchvision's.
     """
 
     def __init__(
@@ -238,6 +249,9 @@ class BoxHeads(RoIHeads):  # type: ignore[misc]
         nms_thresh: float,
         detections_per_img: int,
         min_size: float,
+        class_loss: ClassLoss,
+        box_loss: BoxLoss,
+        class_weights: Sequence[float] | None,
     ) -> None:
         super().__init__(
             pool,
@@ -252,8 +266,88 @@ class BoxHeads(RoIHeads):  # type: ignore[misc]
             nms_thresh,
             detections_per_img,
         )
+        self.fg_bg_sampler = Sampler(batch_size_per_image, positive_fraction)
         self.min_size = min_size
         self.least_side = _LEAST_SIDE
+        self.num_found: list[Tensor] = []
+        self.num_objects = 0
+        self.class_loss, self.box_loss = class_loss, box_loss
+        self.class_weights = None if class_weights is None else torch.tensor(class_weights)
+
+    def forward(
+        self,
+        features: dict[str, Tensor],
+        proposals: list[Tensor],
+        image_shapes: list[tuple[int, int]],
+        targets: list[dict[str, Tensor]] | None = None,
+    ) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
+        """Give detections, or in training the losses.
+
+        Args:
+            features: Levels of the pyramid by name.
+            proposals: ``[M, 4]`` for each image.
+            image_shapes: ``(height, width)`` of each image.
+            targets: Boxes and labels of each image, in training.
+
+        Returns:
+            For each image ``boxes``, ``labels`` and ``scores``, best first (none in training); and ``loss_classifier``
+            and ``loss_box_reg`` (in training only).
+        """
+        if is_scripting() or not self.training:
+            return self._detect(features, proposals, image_shapes)
+        return self._train(features, proposals, image_shapes, targets)
+
+    def _detect(
+        self, features: dict[str, Tensor], proposals: list[Tensor], image_shapes: list[tuple[int, int]]
+    ) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
+        vectors = self.box_head(self.box_roi_pool(features, proposals, image_shapes))
+        class_logits, box_regression = self.box_predictor(vectors)
+        boxes, scores, labels = self.postprocess_detections(class_logits, box_regression, proposals, image_shapes)
+        detections: list[dict[str, Tensor]] = []
+        for image in range(len(boxes)):
+            detections.append({"boxes": boxes[image], "labels": labels[image], "scores": scores[image]})
+        losses: dict[str, Tensor] = {}
+        return detections, losses
+
+    @torch.jit.unused
+    def _train(
+        self,
+        features: dict[str, Tensor],
+        proposals: list[Tensor],
+        image_shapes: list[tuple[int, int]],
+        targets: list[dict[str, Tensor]] | None,
+    ) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
+        proposals, _, labels, regression_targets = self.select_training_samples(proposals, targets)
+        vectors = self.box_head(self.box_roi_pool(features, proposals, image_shapes))
+        class_logits, box_regression = self.box_predictor(vectors)
+        scores_loss, boxes_loss = box_head_losses(
+            class_logits,
+            box_regression,
+            labels,
+            regression_targets,
+            proposals,
+            self.box_coder,
+            class_loss=self.class_loss,
+            box_loss=self.box_loss,
+            class_weights=self.class_weights,
+        )
+        return [], {"loss_classifier": scores_loss, "loss_box_reg": boxes_loss}
+
+    def add_gt_proposals(self, proposals: list[Tensor], gt_boxes: list[Tensor]) -> list[Tensor]:
+        """Give the proposals with the objects themselves behind them; before that, count what they found alone."""
+        if not is_scripting():
+            self._count_found(proposals, gt_boxes)
+        return [torch.cat((boxes, objects)) for boxes, objects in zip(proposals, gt_boxes)]  # noqa: B905
+
+    @torch.jit.unused
+    @torch.no_grad()
+    def _count_found(self, proposals: list[Tensor], gt_boxes: list[Tensor]) -> None:
+        self.num_objects = sum(len(objects) for objects in gt_boxes)
+        ious = [box_iou(objects, boxes) for boxes, objects in zip(proposals, gt_boxes, strict=True)]
+        self.num_found = [
+            (iou.max(dim=1).values >= FOUND_IOU).sum() if iou.numel() else iou.new_zeros((), dtype=torch.int64)
+            for iou in ious
+        ]
 
     def postprocess_detections(
         self,

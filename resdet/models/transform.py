@@ -7,12 +7,13 @@ import torch
 import torchvision
 from PIL import Image
 from torch import Tensor
-from torchvision.models.detection.transform import GeneralizedRCNNTransform, resize_boxes
+from torchvision.models.detection.transform import resize_boxes
 
 from resdet.errors import UserError
+from resdet.models.sampling import SeededTransform
 
 
-class PilTransform(GeneralizedRCNNTransform):  # type: ignore[misc]  # torchvision ships no types
+class PilTransform(SeededTransform):
     """torchvision's transform with the resize that detectron2's models were trained on.
 
     torchvision normalises first and then interpolates float pixels between their four neighbours, so a picture that is

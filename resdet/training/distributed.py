@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from resdet.errors import UserError
+from resdet.errors import TrainingError, UserError
+
+_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True)
@@ -34,10 +36,23 @@ class Processes:
         """Whether this is the process that writes files and talks."""
         return self.rank == 0
 
-    def barrier(self) -> None:
-        """Wait until every process has come here."""
+    def on_main(self, work: Callable[[], _Result]) -> _Result:
+        """Do ``work`` in the main process, and give every process its result, or raise its ``UserError`` in each.
+
+        The others wait. The result must pickle.
+        """
+        answer: list[Any] = [None, None]
+        if self.is_main:
+            try:
+                answer[0] = work()
+            except UserError as error:
+                answer[1] = error
         if self.world_size > 1:
-            dist.barrier()
+            dist.broadcast_object_list(answer, src=0)
+        if answer[1] is not None:
+            raise answer[1]
+        result: _Result = answer[0]
+        return result
 
     def share_buffers(self, model: nn.Module) -> None:
         """Give every process the main one's buffers: each trains its own statistics of ``norm: batch``."""
@@ -70,7 +85,11 @@ def choose_device(name: Literal["auto", "cpu", "cuda"], local_rank: int = 0) -> 
 
 @contextmanager
 def processes(device: Literal["auto", "cpu", "cuda"]) -> Iterator[Processes]:
-    """Join the other processes that torchrun started (or be alone), and leave them at the end."""
+    """Join the other processes that torchrun started (or be alone), and leave them at the end.
+
+    Raises:
+        TrainingError: If one of the others dies meanwhile.
+    """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     rank = int(os.environ.get("RANK", "0"))
     chosen = choose_device(device, int(os.environ.get("LOCAL_RANK", "0")))
@@ -82,5 +101,18 @@ def processes(device: Literal["auto", "cpu", "cuda"]) -> Iterator[Processes]:
     dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
     try:
         yield Processes(rank, world_size, chosen)
+    except RuntimeError as error:
+        # gloo has no type of its own for it.
+        if not isinstance(error, dist.DistError) and "gloo/transport" not in str(error):
+            raise
+        raise TrainingError(
+            f"process {rank}: another process of this run died or cannot be reached any more ({_first_line(error)}); "
+            "what it said stands above. torchrun --max-restarts 3 starts all of them again, and resume=auto goes on"
+        ) from error
     finally:
         dist.destroy_process_group()
+
+
+def _first_line(error: Exception) -> str:
+    # What follows gloo's first sentence is advice to programmers.
+    return str(error).splitlines()[0].split(". ")[0]

@@ -4,32 +4,37 @@ from __future__ import annotations
 
 import logging
 import math
+import signal
 import time
-from contextlib import ExitStack, nullcontext
+import warnings
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
-from torch.nn.utils import clip_grad_norm_
+from torch.nn.utils import clip_grad_norm_, get_total_norm
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from resdet.build import build_dataset, build_model
 from resdet.config import Config, config_to_plain, config_to_yaml
 from resdet.data.dataset import DetectionDataset
 from resdet.data.loader import train_loader
-from resdet.errors import TrainingError, UserError
+from resdet.errors import Interrupted, UserError
 from resdet.evaluation.detect import Evaluation, evaluate, match_labels
 from resdet.models.detector import Detector
-from resdet.precision import autocast
 from resdet.predict import draw, legible_scale
-from resdet.training.checkpoint import TrainingState, load_training_state, save_checkpoint
+from resdet.training import guards
+from resdet.training.checkpoint import BEST, TrainingState, load_training_state, save_checkpoint, save_last
 from resdet.training.distributed import Processes, processes
+from resdet.training.folder import checkpoint_to_resume, claimed
+from resdet.training.interrupt import StopSignals
 from resdet.training.optim import build_optimizer, lr_factor, scale_lr, set_lr
-from resdet.training.runlog import RunLog
-from resdet.types import target_to
+from resdet.training.runlog import RunLog, memory_in_use
+from resdet.training.step import accumulate_gradients
 
 logger = logging.getLogger(__name__)
 
@@ -40,16 +45,16 @@ class TrainResult:
 
     Attributes:
         output_dir: Folder of the run.
-        steps: Optimizer steps done in total.
+        steps: Optimizer steps done in total; fewer than asked for if it stopped early.
         metrics: The last evaluation's numbers (``AP``, ``AP50``, ...).
-        best_ap: The highest AP of all evaluations; ``best.pt`` is that detector.
+        best: The best value of ``eval.best_metric`` in all evaluations; ``best.pt`` is that detector.
         seconds: Wall-clock time of this call, evaluations included.
     """
 
     output_dir: Path
     steps: int
     metrics: dict[str, float]
-    best_ap: float
+    best: float
     seconds: float
 
 
@@ -58,15 +63,23 @@ def train(config: Config) -> TrainResult:
 
     Under torchrun each process calls this; together they do what one would.
 
+    A run that ends before its time, in whatever way, goes on with ``resume=auto`` as if nothing had been: what follows
+    is equal bit for bit on CPUs (with the same number of threads), and on GPUs with ``train.deterministic``.
+
     Raises:
         UserError: If data, weights or settings do not allow it (each subclass says which), and ``TrainingError`` if a
-            loss stops being finite; last.pt is then the last good checkpoint.
+            loss or gradient stops being finite, or memory does not suffice; last.pt is then the last good checkpoint.
+        Interrupted: After SIGTERM or SIGINT, when everything is on the disk.
     """
     begun = time.perf_counter()
     with ExitStack() as stack:
         team = stack.enter_context(processes(config.train.device))
-        resume_from = _checkpoint_to_resume(config, team)
+        stop = stack.enter_context(StopSignals())
+        team.on_main(lambda: stack.enter_context(claimed(config.output_dir)))
+        resume_from = team.on_main(lambda: checkpoint_to_resume(config.output_dir, config.resume))
         micro_batch_size = _micro_batch_size(config, team.world_size)
+        if config.train.deterministic:
+            stack.enter_context(guards.deterministic(team.device))
 
         train_set = build_dataset(
             config.data.train, training=True, augment=config.augment, min_visibility=config.min_visibility
@@ -88,15 +101,21 @@ def train(config: Config) -> TrainResult:
             norm_weight_decay=config.optim.norm_weight_decay,
         )
         scaler = torch.amp.GradScaler(team.device.type, enabled=config.train.precision == "fp16")
-
-        start_step, best_ap = 0, -1.0
+        state = TrainingState.begin()
         if resume_from is not None:
             state = load_training_state(resume_from, model)
             optimizer.load_state_dict(state.optimizer)
             if state.scaler:
                 scaler.load_state_dict(state.scaler)
-            start_step, best_ap = state.step, state.best_ap
-            logger.info("resumed from %s at step %d", resume_from, start_step)
+            logger.info("resumed from %s at step %d", resume_from, state.step)
+        ema: AveragedModel | None = None
+        if config.train.ema_decay is not None:
+            average = get_ema_multi_avg_fn(config.train.ema_decay)  # type: ignore[no-untyped-call]
+            ema = AveragedModel(model, multi_avg_fn=average)
+            if state.ema:
+                ema.load_state_dict(state.ema)
+        # What is evaluated, and what best.pt holds.
+        judged = model if ema is None else cast(Detector, ema.module)
 
         batches = train_loader(
             train_set,
@@ -108,32 +127,85 @@ def train(config: Config) -> TrainResult:
             seed=config.seed,
             rank=team.rank,
             world_size=team.world_size,
-            start_batch=start_step,
+            start_batch=state.step,
         )
-        parallel = DistributedDataParallel(model, broadcast_buffers=False) if team.world_size > 1 else model
-        trained_parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        with warnings.catch_warnings():
+            # torch 2.15 calls broadcast_buffers by a new name, which earlier ones do not know.
+            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+            parallel = DistributedDataParallel(model, broadcast_buffers=False) if team.world_size > 1 else model
+        trained = [p for group in optimizer.param_groups for p in group["params"]]
 
         log = stack.enter_context(
-            RunLog(config.output_dir, num_steps=num_steps, start_step=start_step, enabled=team.is_main)
+            RunLog(config.output_dir, num_steps=num_steps, start_step=state.step, enabled=team.is_main)
         )
         if team.is_main:
             (config.output_dir / "config.yaml").write_text(config_to_yaml(config), encoding="utf-8")
             _say_plan(config, model, train_set, val_set, num_steps, lr, micro_batch_size, team)
 
-        def save(step: int, *, best: bool) -> None:
-            if not team.is_main:
-                return
-            plain = config_to_plain(config)
-            training = TrainingState(step, best_ap, optimizer.state_dict(), scaler.state_dict(), plain)
-            if best:
-                save_checkpoint(config.output_dir / "best.pt", model, config=plain, training=None)
-            save_checkpoint(config.output_dir / "last.pt", model, config=plain, training=training)
+        step, best, num_worse, evaluated = state.step, state.best, state.num_worse, state.evaluated
+        metrics = state.metrics
+        sums = {name: value.to(team.device) for name, value in state.log_sums.items()}
+        log_steps, logged_at, data_s = state.log_steps, time.perf_counter(), 0.0
+        saved = step if resume_from is not None else None
 
-        evaluation: Evaluation | None = None
-        sums: dict[str, Tensor] = {}
-        interval_begun, interval_steps, data_s = time.perf_counter(), 0, 0.0
+        def save() -> None:
+            nonlocal saved
+            saved = step
+            if team.is_main:
+                now = TrainingState(
+                    step=step,
+                    best=best,
+                    num_worse=num_worse,
+                    evaluated=evaluated,
+                    metrics=metrics,
+                    log_sums=sums,
+                    log_steps=log_steps,
+                    optimizer=optimizer.state_dict(),
+                    scaler=scaler.state_dict(),
+                    ema={} if ema is None else ema.state_dict(),
+                )
+                with guards.full_disk_told():
+                    save_last(config.output_dir, model, config=config_to_plain(config), training=now)
+
+        num_pieces = 1
         model.train()
-        for step in range(start_step, num_steps):
+        while True:
+            is_over = step >= num_steps or (
+                config.train.patience is not None and num_worse >= config.train.patience and evaluated == step
+            )
+            is_due = step > 0 and config.train.eval_every is not None and step % config.train.eval_every == 0
+            if (is_due or step >= num_steps) and evaluated != step:
+                if saved != step:
+                    save()  # an evaluation can take long; what was trained must not hang on it
+                paused = time.perf_counter()
+                team.share_buffers(judged)
+                evaluation = evaluate(
+                    judged,
+                    val_set,
+                    batch_size=config.eval.batch_size,
+                    num_workers=config.loader.num_workers,
+                    precision=config.eval.precision or config.train.precision,
+                    rank=team.rank,
+                    world_size=team.world_size,
+                )
+                metrics, evaluated = evaluation.metrics, step
+                log.evaluation(step, metrics)
+                if best is None or metrics[config.eval.best_metric] > best:
+                    best, num_worse = metrics[config.eval.best_metric], 0
+                    if team.is_main:
+                        with guards.full_disk_told():
+                            plain = config_to_plain(config)
+                            save_checkpoint(config.output_dir / BEST, judged, config=plain, training=None)
+                else:
+                    num_worse += 1
+                if team.is_main and config.eval.num_pictures:
+                    _draw_pictures(config, evaluation, val_set, log, step)
+                save()
+                logged_at += time.perf_counter() - paused
+                continue
+            if is_over:
+                break
+
             factor = lr_factor(
                 step,
                 num_steps=num_steps,
@@ -144,110 +216,93 @@ def train(config: Config) -> TrainResult:
                 gamma=config.optim.gamma,
             )
             set_lr(optimizer, lr * factor)
-            # Every random number of a step follows from (seed, step, rank): a resumed run repeats it without saved
-            # random states, and nothing drawn between steps (evaluation, pictures) can change it.
-            torch.manual_seed(_step_seed(config.seed, step, team.rank))
+            # Every random number of a step follows from (seed, step, rank), or from its image's seed: a resumed run
+            # repeats it without saved random states, and nothing drawn between steps (evaluation) can change it.
+            random_seed = _step_seed(config.seed, step, team.rank)
+            torch.manual_seed(random_seed)
 
-            step_losses: dict[str, Tensor] = {}
-            image_indices: list[int] = []
-            for micro in range(config.train.accumulate):
-                waiting = time.perf_counter()
-                images, targets, indices = next(batches)
-                data_s += time.perf_counter() - waiting
-                image_indices += indices
-                images = [image.to(team.device, non_blocking=True).float().div_(255) for image in images]
-                targets = [target_to(target, team.device) for target in targets]
-
-                is_last = micro == config.train.accumulate - 1
-                # Gradients travel between processes once per step, with the last micro-batch.
-                local = nullcontext() if is_last or parallel is model else parallel.no_sync()
-                with local:
-                    with autocast(team.device, config.train.precision):
-                        losses: dict[str, Tensor] = parallel(images, targets)
-                    loss = torch.stack(list(losses.values())).sum() / config.train.accumulate
-                    scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
-                for name, value in {"loss": loss * config.train.accumulate, **losses}.items():
-                    step_losses[name] = step_losses.get(name, 0.0) + value.detach() / config.train.accumulate
-
-            # One synchronisation with the device per step: the price of never stepping on a broken gradient.
-            mean_loss = team.mean(step_losses["loss"])
-            if not math.isfinite(mean_loss.item()):
-                raise TrainingError(_non_finite(step, lr * factor, step_losses, train_set, image_indices, config))
-
-            if config.optim.clip_grad_norm is not None:
+            waiting = time.perf_counter()
+            with guards.stall_noticed(f"step {step + 1}", seconds=config.loader.stall_seconds):
+                micro_batches = [next(batches) for _ in range(config.train.accumulate)]
+            data_s += time.perf_counter() - waiting
+            while True:
+                try:
+                    values = accumulate_gradients(
+                        model, parallel, micro_batches, num_pieces, scaler, config.train.precision, team.device
+                    )
+                    break
+                except (torch.OutOfMemoryError, RuntimeError) as error:
+                    num_pieces = guards.after_out_of_memory(
+                        error,
+                        num_pieces,
+                        micro_batch_size=micro_batch_size,
+                        may_retry=config.train.retry_out_of_memory and team.world_size == 1,
+                    )
+                    optimizer.zero_grad(set_to_none=True)
+            if config.optim.clip_grad_norm is None:
+                grad_norm = get_total_norm([p.grad for p in trained if p.grad is not None])
+                grad_norm = grad_norm / scaler.get_scale() if scaler.is_enabled() else grad_norm
+            else:
                 scaler.unscale_(optimizer)
-                clip_grad_norm_(trained_parameters, config.optim.clip_grad_norm)
+                grad_norm = clip_grad_norm_(trained, config.optim.clip_grad_norm)
+            values["grad_norm"] = grad_norm
+
+            # One synchronisation with the device per step: the price of never stepping on a broken gradient, and of
+            # stopping at the same step everywhere.
+            wish = torch.tensor(float(stop.received != 0), device=team.device)
+            mean_loss, norm, stop_wish = team.mean(torch.stack([values["loss"], grad_norm.detach(), wish])).tolist()
+            # fp16 meets infinite gradients by design: the scaler skips the step and lowers its scale.
+            if not math.isfinite(mean_loss) or not (math.isfinite(norm) or scaler.is_enabled()):
+                moment = guards.Moment(step, random_seed, team.rank, lr * factor, config.train.precision, num_pieces)
+                raise guards.not_finite(moment, values, model, micro_batches, train_set.table, config.output_dir)
+
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
+            if ema is not None:
+                ema.update_parameters(model)
 
-            done = step + 1
-            is_end = done == num_steps
+            step += 1
             log.advance()
-            interval_steps += 1
-            for name, value in step_losses.items():
+            log_steps += 1
+            for name, value in values.items():
                 sums[name] = sums[name] + value if name in sums else value
-            if done % config.train.log_every == 0 or is_end:
-                elapsed = time.perf_counter() - interval_begun
-                means = team.mean(torch.stack(list(sums.values())) / interval_steps).tolist()
+            if step % config.train.log_every == 0 or step == num_steps:
+                elapsed = time.perf_counter() - logged_at
+                means = team.mean(torch.stack(list(sums.values())) / log_steps).tolist()
+                train_values = dict(zip(sums, means, strict=True))
+                num_objects, num_found = train_values.pop("num_objects"), train_values.pop("num_found")
                 log.losses(
-                    done,
+                    step,
                     {
-                        **dict(zip(sums, means, strict=True)),
+                        **train_values,
+                        # Of no objects none is missed.
+                        "proposal_recall": num_found / num_objects if num_objects else 1.0,
                         "lr": lr * factor,
-                        "epoch": done * batch_size / num_images,
-                        "images_per_s": interval_steps * batch_size / elapsed,
-                        "data_s": data_s / interval_steps,
-                        "step_s": elapsed / interval_steps,
+                        "epoch": step * batch_size / num_images,
+                        "images_per_s": log_steps * batch_size / elapsed,
+                        "data_s": data_s / log_steps,
+                        "step_s": elapsed / log_steps,
+                        **memory_in_use(team.device),
                     },
                 )
-                sums, interval_begun, interval_steps, data_s = {}, time.perf_counter(), 0, 0.0
+                sums, log_steps, logged_at, data_s = {}, 0, time.perf_counter(), 0.0
 
-            is_due = config.train.eval_every is not None and done % config.train.eval_every == 0
-            if is_due or is_end:
-                paused = time.perf_counter()
-                team.share_buffers(model)
-                evaluation = evaluate(
-                    model,
-                    val_set,
-                    batch_size=config.eval.batch_size,
-                    num_workers=config.loader.num_workers,
-                    precision=config.eval.precision or config.train.precision,
-                    rank=team.rank,
-                    world_size=team.world_size,
+            if stop_wish > 0:
+                save()
+                name = signal.Signals(stop.received or signal.SIGTERM).name
+                raise Interrupted(
+                    f"stopped by {name} after step {step} of {num_steps}: {config.output_dir / 'last.pt'} holds "
+                    "everything, and the same command with resume=auto goes on",
+                    stop.received or signal.SIGTERM,
                 )
-                log.evaluation(done, evaluation.metrics)
-                is_best = evaluation.metrics["AP"] > best_ap or best_ap < 0
-                best_ap = max(best_ap, evaluation.metrics["AP"])
-                save(done, best=is_best)
-                if team.is_main and config.eval.num_pictures:
-                    _draw_pictures(config, evaluation, val_set, log, done)
-                interval_begun += time.perf_counter() - paused
-            elif config.train.save_every is not None and done % config.train.save_every == 0:
-                save(done, best=False)
+            if config.train.save_every is not None and step % config.train.save_every == 0:
+                save()
 
-        if evaluation is None:
-            raise UserError(
-                f"{resume_from}: is at step {start_step}, and the run is {num_steps} steps long: nothing is left to do"
-            )
-    return TrainResult(config.output_dir, num_steps, evaluation.metrics, best_ap, time.perf_counter() - begun)
-
-
-def _checkpoint_to_resume(config: Config, team: Processes) -> Path | None:
-    """Find the checkpoint to go on from; None for a new run, whose folder must not hold another."""
-    last = config.output_dir / "last.pt"
-    metrics = config.output_dir / "metrics.jsonl"
-    chosen: Path | None = None
-    if config.resume == "auto":
-        chosen = last if last.exists() else None
-    elif config.resume is not None:
-        chosen = Path(config.resume)
-    elif last.exists() or metrics.exists():
-        raise UserError(
-            f"{config.output_dir}: already holds a run; resume=auto goes on with it, output_dir=... begins another"
-        )
-    team.barrier()  # nobody writes into the folder before everybody has looked
-    return chosen
+        if step < num_steps:
+            logger.info("stopped early: %s has not risen in %d evaluations", config.eval.best_metric, num_worse)
+    assert best is not None
+    return TrainResult(config.output_dir, step, metrics, best, time.perf_counter() - begun)
 
 
 def _micro_batch_size(config: Config, world_size: int) -> int:
@@ -312,20 +367,6 @@ def _say_plan(
             stated_for,
             batch_size,
         )
-
-
-def _non_finite(
-    step: int, lr: float, losses: dict[str, Tensor], dataset: DetectionDataset, indices: list[int], config: Config
-) -> str:
-    """Say which step broke, on which images, and what was kept."""
-    values = ", ".join(f"{name} {value.item():.4g}" for name, value in losses.items())
-    images = ", ".join(f"{dataset.table.image_ids[i]} ({dataset.table.file_names[i]})" for i in indices)
-    last = config.output_dir / "last.pt"
-    kept = f"{last} is the last good checkpoint" if last.exists() else "no checkpoint had been written yet"
-    return (
-        f"loss is not finite at step {step + 1}, learning rate {lr:g}: {values}; image ids of the batch: {images}. "
-        f"The step was not taken; {kept}. A lower optim.lr or a longer optim.warmup_steps is the usual cure"
-    )
 
 
 def _draw_pictures(config: Config, evaluation: Evaluation, dataset: DetectionDataset, log: RunLog, step: int) -> None:

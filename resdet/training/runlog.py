@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+import math
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -11,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 from typing_extensions import Never, Self
@@ -93,7 +97,9 @@ class RunLog:
         if self._board is None:
             return
         with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
+            # JSON has no infinity (a gradient norm under fp16) and no NaN.
+            plain = {name: value if math.isfinite(value) else None for name, value in values.items()}
+            file.write(json.dumps({"step": step, **plain}) + "\n")
         for name, value in values.items():
             self._board.add_scalar(f"{group}/{name}", value, step)
 
@@ -103,3 +109,22 @@ class RunLog:
         lines = self._path.read_text(encoding="utf-8").splitlines(keepends=True)
         # A process killed while writing leaves half a line at the end.
         return [line for line in lines if line.endswith("}\n")]
+
+
+def memory_in_use(device: torch.device) -> dict[str, float]:
+    """Give what a process holds: ``memory_mb`` and, on a GPU, ``gpu_memory_mb`` and ``gpu_use``.
+
+    The first two are peaks since the process began. ``gpu_use`` is the share of the last second in which the GPU
+    computed, in [0, 1]; it needs the package nvidia-ml-py and is left out without it.
+    """
+    values: dict[str, float] = {}
+    if sys.platform != "win32":
+        import resource
+
+        unit = 1 if sys.platform == "darwin" else 1024
+        values["memory_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
+    if device.type == "cuda":
+        values["gpu_memory_mb"] = torch.cuda.max_memory_allocated(device) / 2**20
+        with contextlib.suppress(ImportError, RuntimeError):
+            values["gpu_use"] = torch.cuda.utilization(device) / 100
+    return values

@@ -1,0 +1,103 @@
+"""Losses of the box head beside torchvision's: focal and class-balanced scores, boxes by GIoU.
+
+Legend: ``N`` sampled proposals of all images, ``K`` foreground classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchvision.models.detection._utils import BoxCoder
+from torchvision.models.detection.roi_heads import fastrcnn_loss
+from torchvision.ops import generalized_box_iou_loss
+
+ClassLoss = Literal["cross_entropy", "focal"]
+BoxLoss = Literal["smooth_l1", "giou"]
+
+FOCAL_GAMMA = 2.0
+"""How much focal lowers the weight of what is already right (Lin et al. 2017, section 3.2: best of those tried)."""
+
+
+def box_head_losses(
+    class_logits: Tensor,
+    box_regression: Tensor,
+    labels: list[Tensor],
+    regression_targets: list[Tensor],
+    proposals: list[Tensor],
+    box_coder: BoxCoder,
+    *,
+    class_loss: ClassLoss,
+    box_loss: BoxLoss,
+    class_weights: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Compute the two losses of the box head.
+
+    With ``cross_entropy``, ``smooth_l1`` and no weights it is torchvision's own function.
+
+    * ``focal`` multiplies each proposal's cross entropy by ``(1 - p) ** 2``, ``p`` the probability of its own class.
+      Source: Lin et al. 2017, equation 4. Deviations: over a softmax of all classes and the background, as the heads of
+      Faster R-CNN have it, and a mean over all proposals, as they are sampled (the paper has every anchor, and divides
+      by the positives).
+    * ``giou`` is ``1 - GIoU`` of decoded boxes (Rezatofighi et al. 2019, section 3.3), summed over the positives and
+      divided by all proposals like smooth L1. Source: detectron2's ``box_reg_loss_type="giou"``.
+    * ``class_weights`` weigh cross entropy and focal alike, as ``class_balanced_weights`` gives them.
+
+    Args:
+        class_logits: ``[N, K + 1]``.
+        box_regression: ``[N, 4 * (K + 1)]``.
+        labels: For each image ``[M]``; 0 is the background.
+        regression_targets: For each image ``[M, 4]``.
+        proposals: For each image ``[M, 4]``.
+        box_coder: Turns deltas into boxes.
+        class_loss: How scores are judged.
+        box_loss: How boxes are judged.
+        class_weights: ``[K + 1]`` or None.
+
+    Returns:
+        The loss of the scores and that of the boxes, scalars.
+    """
+    if class_loss == "cross_entropy" and box_loss == "smooth_l1" and class_weights is None:
+        scores_loss, boxes_loss = fastrcnn_loss(class_logits, box_regression, labels, regression_targets)
+        return scores_loss, boxes_loss
+
+    label, target = torch.cat(labels), torch.cat(regression_targets)
+    each = F.cross_entropy(class_logits, label, reduction="none")
+    if class_loss == "focal":
+        each = each * (1 - torch.exp(-each)) ** FOCAL_GAMMA
+    weights = torch.ones_like(each) if class_weights is None else class_weights.to(each)[label]
+    scores_loss = (each * weights).sum() / weights.sum()
+
+    positive = torch.where(label > 0)[0]
+    deltas = box_regression.reshape(len(label), -1, 4)[positive, label[positive]]
+    if box_loss == "smooth_l1":
+        boxes_loss = F.smooth_l1_loss(deltas, target[positive], beta=1 / 9, reduction="sum")
+    else:
+        anchors = torch.cat(proposals)[positive]
+        boxes_loss = generalized_box_iou_loss(
+            box_coder.decode_single(deltas, anchors),
+            box_coder.decode_single(target[positive], anchors),
+            reduction="sum",
+        )
+    return scores_loss, boxes_loss / label.numel()
+
+
+def class_balanced_weights(num_boxes: Sequence[int], beta: float) -> list[float]:
+    """Give a weight to each class by its effective number of boxes, ``[K + 1]`` with the background's first.
+
+    The foreground's weights are proportional to ``(1 - beta) / (1 - beta ** n)`` with a mean of 1; the background's is
+    1. A class without boxes is weighed as one that has one.
+
+    Args:
+        num_boxes: For each foreground class.
+        beta: In [0, 1): 0 weighs all alike, and towards 1 a class is weighed by the inverse of its boxes.
+
+    Source: Cui et al. 2019, equation 2. Deviation: the background is left out of the balance, as its share is decided
+        by the sampling of proposals.
+    """
+    effective = [(1 - beta) / (1 - beta ** max(n, 1)) for n in num_boxes]
+    mean = sum(effective) / len(effective)
+    return [1.0, *(value / mean for value in effective)]

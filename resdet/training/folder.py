@@ -1,0 +1,67 @@
+"""A run's folder: who may write into it, and what is there to go on from."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from resdet.errors import UserError
+from resdet.training.checkpoint import LAST, newest_whole
+
+LOCK = ".lock"
+
+
+@contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Make a folder and hold it, so that no second run writes into it.
+
+    The lock ends with the process, however that ends; a lock file that lies about means nothing.
+
+    Raises:
+        UserError: If another run holds it (the message names its process and host), or it cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / LOCK).open("a+", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{folder}: the run's folder must be writable: {error.strerror}") from None
+    with file:
+        try:
+            # POSIX locks, which belong to the process alone: flock's would live on in workers that outlive it.
+            import fcntl
+
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except ImportError:
+            pass  # Windows: no lock
+        except BlockingIOError:
+            file.seek(0)
+            raise UserError(f"{folder}: another run is writing here ({file.read().strip()})") from None
+        except OSError:
+            pass  # a file system without locks
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        yield
+
+
+def checkpoint_to_resume(folder: Path, resume: str | None) -> Path | None:
+    """Find the checkpoint to go on from; None for a new run, whose folder must not hold another.
+
+    Args:
+        folder: The run's folder.
+        resume: ``auto``, the path of a checkpoint, or None.
+
+    Raises:
+        UserError: If the folder holds a run and ``resume`` is None.
+        WeightsError: If all of the run's checkpoints are damaged.
+    """
+    if resume == "auto":
+        return newest_whole(folder)
+    if resume is not None:
+        return Path(resume)
+    if (folder / LAST).exists() or (folder / "metrics.jsonl").exists():
+        raise UserError(f"{folder}: already holds a run; resume=auto goes on with it, output_dir=... begins another")
+    return None
