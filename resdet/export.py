@@ -43,7 +43,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
-from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 import resdet
 from resdet.errors import UserError, WeightsError
@@ -65,6 +64,7 @@ from resdet.graphs import (
 from resdet.models.backbone import ResNetFPN, freeze_stages
 from resdet.models.detector import Detector
 from resdet.models.resnet import ResNet
+from resdet.models.transform import PilTransform
 from resdet.types import Prediction, categories_to_plain
 
 logger = logging.getLogger(__name__)
@@ -259,7 +259,7 @@ def export_detector(
             f"format of a detector must be one of {', '.join(DETECTOR_FORMATS)}, got {format!r}; "
             f"its backbone can be any of {', '.join(BACKBONE_FORMATS)}"
         )
-    if type(model.transform) is not GeneralizedRCNNTransform:
+    if isinstance(model.transform, PilTransform):
         raise UserError(
             "this detector scales images with Pillow (spec.resize), which no exported file can hold: build it with "
             "resize='torch' to export it whole, or export its backbone"

@@ -88,22 +88,6 @@ def test_train_leaves_its_tree(finished: Path) -> None:
     assert torch.load(finished / "last.pt", weights_only=True)["training"]["step"] == 4
 
 
-def test_resumed_run_equals_one_that_was_never_touched(finished: Path, tmp_path: Path) -> None:
-    """4 steps == 2, then 2 more: every weight bit for bit, and every logged loss."""
-    train_tiny(tmp_path / "run", "train.steps=2", "optim.schedule=constant")
-    text = train_tiny(tmp_path / "run", "train.steps=4", "optim.schedule=constant", "resume=auto")
-    assert "at step 2" in text
-    train_tiny(tmp_path / "whole", "train.steps=4", "optim.schedule=constant")
-    whole = torch.load(tmp_path / "whole" / "last.pt", weights_only=True)["model"]
-    resumed = torch.load(tmp_path / "run" / "last.pt", weights_only=True)["model"]
-    assert whole.keys() == resumed.keys()
-    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
-    assert logged(tmp_path / "whole", "loss") == logged(tmp_path / "run", "loss")
-
-    other = torch.load(finished / "last.pt", weights_only=True)["model"]
-    assert not all(torch.equal(whole[name], other[name]) for name in whole), "the comparison cannot fail"
-
-
 def test_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path: Path) -> None:
     done = run(
         "train.py",

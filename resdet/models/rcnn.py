@@ -249,9 +249,9 @@ class BoxHeads(RoIHeads):  # type: ignore[misc]
         nms_thresh: float,
         detections_per_img: int,
         min_size: float,
-        class_loss: ClassLoss,
-        box_loss: BoxLoss,
-        class_weights: Sequence[float] | None,
+        class_loss: ClassLoss = "cross_entropy",
+        box_loss: BoxLoss = "smooth_l1",
+        class_weights: Sequence[float] | None = None,
     ) -> None:
         super().__init__(
             pool,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import re
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -199,10 +200,12 @@ def full_disk_told() -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError) as error:
-        # torch.save reports a full disk as a RuntimeError of its zip writer.
-        if not isinstance(error, OSError) and "PytorchStreamWriter" not in str(error):
+        # torch.save reports a full disk as one of several RuntimeErrors of its zip writer.
+        if not isinstance(error, OSError) and not re.search(
+            "PytorchStreamWriter|inline_container|iostream", str(error)
+        ):
             raise
-        reason = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
+        reason = error.strerror if isinstance(error, OSError) else f"is the disk full? {str(error).splitlines()[0]}"
         raise TrainingError(
             f"a checkpoint cannot be written ({reason}): the run stops here; what was written before is whole, and "
             "resume=auto goes on from it once there is room"
