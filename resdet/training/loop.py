@@ -136,7 +136,13 @@ def train(config: Config) -> TrainResult:
         trained = [p for group in optimizer.param_groups for p in group["params"]]
 
         log = stack.enter_context(
-            RunLog(config.output_dir, num_steps=num_steps, start_step=state.step, enabled=team.is_main)
+            RunLog(
+                config.output_dir,
+                num_steps=num_steps,
+                start_step=state.step,
+                evaluated=state.evaluated,
+                enabled=team.is_main,
+            )
         )
         if team.is_main:
             (config.output_dir / "config.yaml").write_text(config_to_yaml(config), encoding="utf-8")

@@ -19,6 +19,8 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 from typing_extensions import Never, Self
 
+from resdet.files import written_whole
+
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
@@ -33,10 +35,13 @@ class RunLog:
         num_steps: Length of the run.
         start_step: Steps done before this process began. What an interrupted run had logged after them is dropped
             from metrics.jsonl (and hidden in TensorBoard), since it is about to happen again.
+        evaluated: Step of the last evaluation that is not about to be repeated; None if there was none.
         enabled: Whether this process is the one that writes.
     """
 
-    def __init__(self, output_dir: Path, *, num_steps: int, start_step: int, enabled: bool) -> None:
+    def __init__(
+        self, output_dir: Path, *, num_steps: int, start_step: int, evaluated: int | None = None, enabled: bool
+    ) -> None:
         self._path = output_dir / "metrics.jsonl"
         self._enabled = enabled
         self._board: SummaryWriter | None = None
@@ -47,8 +52,13 @@ class RunLog:
         from torch.utils.tensorboard import SummaryWriter
 
         output_dir.mkdir(parents=True, exist_ok=True)
-        kept = [line for line in self._lines() if json.loads(line)["step"] <= start_step]
-        self._path.write_text("".join(kept), encoding="utf-8")
+        kept = []
+        for line in self._lines():
+            values = json.loads(line)
+            if values["step"] <= (evaluated or 0 if "AP" in values else start_step):
+                kept.append(line)
+        with written_whole(self._path) as beside:
+            beside.write_text("".join(kept), encoding="utf-8")
         purge_step = start_step + 1 if start_step else None
         self._board = SummaryWriter(str(output_dir / "tensorboard"), purge_step=purge_step)
         self._bar = tqdm(total=num_steps, initial=start_step, unit="step", dynamic_ncols=True, mininterval=1.0)

@@ -23,6 +23,18 @@ def test_steps_that_will_happen_again_are_dropped(tmp_path: Path) -> None:
     assert [(line["step"], line["loss"]) for line in lines(tmp_path)] == [(1, 1.0), (2, 1.0), (3, 2.0)]
 
 
+def test_an_evaluation_that_will_happen_again_is_dropped(tmp_path: Path) -> None:
+    """Killed after an evaluation was logged and before it was in a checkpoint."""
+    metrics = {"AP": 0.5, "AP50": 0.5, "AP75": 0.5}
+    with RunLog(tmp_path, num_steps=4, start_step=0, enabled=True) as log:
+        for step in (2, 4):
+            log.losses(step, VALUES)
+            log.evaluation(step, metrics)
+    with RunLog(tmp_path, num_steps=4, start_step=4, evaluated=2, enabled=True) as log:
+        log.evaluation(4, metrics)
+    assert [(line["step"], "AP" in line) for line in lines(tmp_path)] == [(2, False), (2, True), (4, False), (4, True)]
+
+
 def test_other_ranks_write_nothing(tmp_path: Path) -> None:
     with RunLog(tmp_path / "run", num_steps=1, start_step=0, enabled=False) as log:
         log.losses(1, VALUES)

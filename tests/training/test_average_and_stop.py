@@ -1,0 +1,74 @@
+"""The average of the weights, early stopping, and the metric that decides."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from small_runs import logged, train
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from resdet.models.detector import DetectorSpec, build_detector
+
+STILL = ("optim.warmup_steps=0", "optim.schedule=constant")
+
+
+def test_best_pt_holds_the_average(tmp_path: Path) -> None:
+    """After two steps it is ``decay * first + (1 - decay) * second``: the average begins with the first weights."""
+    train(tmp_path / "one", *STILL, "train.steps=1")
+    train(tmp_path / "two", *STILL, "train.steps=2", "train.ema_decay=0.75")
+    first = torch.load(tmp_path / "one" / "last.pt", weights_only=True)["model"]
+    second = torch.load(tmp_path / "two" / "last.pt", weights_only=True)
+    best = torch.load(tmp_path / "two" / "best.pt", weights_only=True)["model"]
+    assert best.keys() == second["model"].keys() == first.keys()
+    for name, value in best.items():
+        torch.testing.assert_close(value, 0.75 * first[name] + 0.25 * second["model"][name], rtol=1e-6, atol=1e-8)
+        assert torch.equal(value, second["training"]["ema"][f"module.{name}"])
+    assert any(not torch.allclose(best[name], second["model"][name], atol=1e-6) for name in best)
+
+
+@pytest.mark.parametrize("norm", ["frozen", "group"])
+def test_an_average_computes_with_its_newest_weights(norm: str) -> None:
+    """What is folded or cached for evaluation follows the update, which does not touch gradients."""
+    torch.manual_seed(0)
+    spec = DetectorSpec(arch="resnet18", norm=norm, min_size=64, max_size=64, out_channels=16, box_head_channels=16)
+    model = build_detector(spec, num_classes=3, trainable_layers=5)
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.5))
+    average.update_parameters(model)
+    image = torch.rand(1, 3, 64, 64)
+    average.eval()
+    with torch.no_grad():
+        before = average.module.backbone(image)["0"]
+        for parameter in model.parameters():
+            parameter.mul_(1.3)
+        average.update_parameters(model)
+        after = average.module.backbone(image)["0"]
+    fresh = build_detector(spec, num_classes=3, trainable_layers=5).eval()
+    fresh.load_state_dict(average.module.state_dict())
+    with torch.no_grad():
+        expected = fresh.backbone(image)["0"]
+    torch.testing.assert_close(after, expected, rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(before, after, rtol=1e-3)
+
+
+def test_patience_ends_a_run_that_no_longer_gains(tmp_path: Path) -> None:
+    """With a rate that moves nothing every evaluation is as good as the first, and none is better."""
+    settings = (*STILL, "optim.lr=1e-12", "train.steps=40", "train.eval_every=1", "train.patience=2", "resume=auto")
+    done = train(tmp_path, *settings, "eval.best_metric=AP50")
+    assert "stopped early: AP50 has not risen in 2 evaluations" in done.stderr
+    assert "(best AP50 " in done.stdout
+    assert "after 3 steps" in done.stdout
+    assert len(logged(tmp_path, "AP")) == 3
+    again = train(tmp_path, *settings, "eval.best_metric=AP50")
+    assert "after 3 steps" in again.stdout, "what has stopped stays so"
+    assert len(logged(tmp_path, "AP")) == 3
+
+
+def test_telemetry_is_logged(tmp_path: Path) -> None:
+    train(tmp_path, "train.steps=1")
+    for name in ("grad_norm", "data_s", "step_s", "memory_mb", "rpn_positives", "box_positives", "images_per_s"):
+        (value,) = logged(tmp_path, name)
+        assert value > 0, name
+    (recall,) = logged(tmp_path, "proposal_recall")
+    assert 0 <= recall <= 1
