@@ -1,0 +1,1 @@
+"""Measurements of this package against what it replaces: each as a function that gives plain data."""
