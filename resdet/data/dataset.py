@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 
 from resdet.data.annotations import MIN_TRAINABLE_SIDE, AnnotationTable
 from resdet.data.augment import Augment
@@ -50,18 +53,22 @@ class DetectionDataset(Dataset[tuple[Tensor, Target]]):
         self.table = table
         self._images = images
         self._augment = augment
-        self._keep = table.trainable(use_difficult=use_difficult)
-        self._boxes = table.boxes_in_image().astype(np.float32)
+        self._use_difficult = use_difficult
+        self._take_boxes()
         for note in table.notes:
             logger.info("%s: %s", table.name, note)
         if training:
             if not self._keep.any():
                 raise DataError(f"{table.name}: none of its {table.num_boxes} boxes can be trained on")
-            self._say_what_is_left_out(use_difficult)
+            self._say_what_is_left_out()
 
-    def _say_what_is_left_out(self, use_difficult: bool) -> None:
+    def _take_boxes(self) -> None:
+        self._keep = self.table.trainable(use_difficult=self._use_difficult)
+        self._boxes = self.table.boxes_in_image().astype(np.float32)
+
+    def _say_what_is_left_out(self) -> None:
         crowd = self.table.crowd
-        difficult = self.table.difficult & ~crowd & (not use_difficult)
+        difficult = self.table.difficult & ~crowd & (not self._use_difficult)
         thin = ~self._keep & ~crowd & ~difficult
         reasons = {
             "crowd regions": crowd,
@@ -85,6 +92,29 @@ class DetectionDataset(Dataset[tuple[Tensor, Target]]):
 
     def __len__(self) -> int:
         return self.table.num_images
+
+    def select_images(self, indices: Sequence[int] | npt.NDArray[np.int64]) -> DetectionDataset:
+        """Give the dataset of the images at ``indices``, in that order; each place is an image of its own.
+
+        Args:
+            indices: Rows of the table, any number of times; negative ones count from the end.
+
+        Raises:
+            DataError: If there are none, or one is out of range.
+        """
+        rows = np.asarray(indices, dtype=np.int64).reshape(-1)
+        wrong = rows[(rows < -len(self)) | (rows >= len(self))]
+        if wrong.size or not rows.size:
+            got = f"got {wrong[0]}" if wrong.size else "got none"
+            raise DataError(
+                f"{self.table.name}: images must be chosen out of its {len(self)} (0..{len(self) - 1}), {got}"
+            )
+        rows = rows % len(self)
+        chosen = copy.copy(self)
+        chosen.table = self.table.select_images(rows)
+        chosen._images = _Chosen(self._images, rows)
+        chosen._take_boxes()
+        return chosen
 
     def image(self, index: int) -> npt.NDArray[np.uint8]:
         """Give image ``index`` as it is stored, uint8 RGB ``[H, W, 3]``.
@@ -124,3 +154,27 @@ class DetectionDataset(Dataset[tuple[Tensor, Target]]):
             image_id=torch.tensor(int(self.table.image_ids[index])),
         )
         return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))), target
+
+
+@dataclass(frozen=True)
+class _Chosen:
+    """Some of other ``Images``."""
+
+    images: Images
+    rows: npt.NDArray[np.int64]
+
+    def __call__(self, index: int) -> npt.NDArray[np.uint8]:
+        return self.images(int(self.rows[index]))
+
+
+def without_subset(dataset: DetectionDataset | Subset[tuple[Tensor, Target]]) -> DetectionDataset:
+    """Give a ``torch.utils.data.Subset`` (of a ``Subset``, ...) as the dataset of its images, any other as it is.
+
+    Raises:
+        DataError: If it is no dataset of ours, has no images, or an index is out of range.
+    """
+    if isinstance(dataset, Subset):
+        return without_subset(dataset.dataset).select_images(dataset.indices)  # type: ignore[arg-type]
+    if not isinstance(dataset, DetectionDataset):
+        raise DataError(f"expected a DetectionDataset or a Subset of one, got {type(dataset).__name__}")
+    return dataset
