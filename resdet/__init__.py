@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from resdet.export import export_backbone, export_detector, load_backbone
     from resdet.models.backbone import ResNetFPN, resnet_fpn
     from resdet.models.detector import Detector, DetectorSpec, build_detector, fasterrcnn_resnet101_fpn, load_detector
+    from resdet.models.tricks import Tricks
     from resdet.training.loop import train
     from resdet.types import Category, Detections, Prediction, Target
 
@@ -37,6 +38,7 @@ _HOMES = {
     "ResNetFPN": "resdet.models.backbone",
     "Target": "resdet.types",
     "TrainingError": "resdet.errors",
+    "Tricks": "resdet.models.tricks",
     "UserError": "resdet.errors",
     "WeightsError": "resdet.errors",
     "build_detector": "resdet.models.detector",
@@ -66,6 +68,7 @@ __all__ = [
     "ResNetFPN",
     "Target",
     "TrainingError",
+    "Tricks",
     "UserError",
     "WeightsError",
     "build_detector",

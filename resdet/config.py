@@ -21,6 +21,7 @@ from typing_extensions import Self
 
 from resdet.errors import ConfigError
 from resdet.models.detector import DetectorSpec
+from resdet.models.tricks import Tricks
 from resdet.yaml12 import KeyPath, dotted, read_yaml
 
 _SECTION = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
@@ -251,6 +252,10 @@ class EvalConfig(BaseModel):
     """Images per forward pass. Images of a batch are padded to one size, which can move scores a little."""
     precision: Literal["fp32", "bf16", "fp16"] | None = None
     """null takes ``train.precision``."""
+    loss: bool = False
+    """Compute the losses on ``data.val`` too, as ``val_loss`` beside AP. Costs one more pass over its images."""
+    tricks: Tricks = Tricks()
+    """More computation for each image, for a better answer from the same weights; all of it is off by default."""
     num_pictures: int = Field(8, ge=0)
     """Pictures of detections on the first images of ``data.val``, written to output_dir/pictures and TensorBoard."""
     picture_score: float = Field(0.5, ge=0, le=1)
@@ -328,7 +333,7 @@ def parse_config(text: str, overrides: Sequence[str] = (), *, source: str = "<te
         # JSON mode is the one in which strict typing still takes a string for a Path and a list for a tuple.
         config = Config.model_validate_json(json.dumps(tree), strict=True)
     except ValidationError as error:
-        problems.extend(_explain(item, tree, places, source) for item in error.errors())
+        problems.extend(_explain(item, tree, places, source, Config) for item in error.errors())
     if problems:
         raise ConfigError(source, problems)
     return config
@@ -348,6 +353,26 @@ def config_to_plain(config: Config) -> dict[str, Any]:
 def config_to_yaml(config: Config) -> str:
     """Give the whole configuration, defaults included, as YAML that ``load_config`` reads back to the same."""
     return yaml.safe_dump(config_to_plain(config), sort_keys=False, default_flow_style=None, width=120)
+
+
+def parse_tricks(settings: Sequence[str]) -> Tricks:
+    """Read test-time tricks from ``key=value``, as in ``refine=1``; each value is read as YAML, later ones win.
+
+    Raises:
+        ConfigError: With every problem found.
+    """
+    problems: list[str] = []
+    places: dict[KeyPath, str] = {}
+    tree: dict[str, Any] = {}
+    for setting in settings:
+        _apply_override(tree, setting, problems, places)
+    try:
+        tricks = Tricks.model_validate_json(json.dumps(tree))
+    except ValidationError as error:
+        problems.extend(_explain(item, tree, places, "tricks", Tricks) for item in error.errors())
+    if problems:
+        raise ConfigError("tricks", problems)
+    return tricks
 
 
 def _missing_file(path: Path) -> str:
@@ -382,8 +407,8 @@ def _apply_override(tree: dict[str, Any], override: str, problems: list[str], pl
     places[prefix] = place
 
 
-def _explain(item: Any, tree: Any, places: Mapping[KeyPath, str], source: str) -> str:
-    """Turn one of pydantic's errors into ``place: key: what must hold, what was got``."""
+def _explain(item: Any, tree: Any, places: Mapping[KeyPath, str], source: str, root: type[BaseModel]) -> str:
+    """Turn one of pydantic's errors on a ``root`` into ``place: key: what must hold, what was got``."""
     path = _real_path(item["loc"], tree)
     # A key's own place; that of something below it, if an override made both; or that of the section around it.
     below = [place for known, place in places.items() if known[: len(path)] == path]
@@ -392,7 +417,7 @@ def _explain(item: Any, tree: Any, places: Mapping[KeyPath, str], source: str) -
     where = f"{place}: {dotted(path)}" if path else place
     kind, context = item["type"], item.get("ctx", {})
     if kind == "extra_forbidden":
-        known = _fields_at(path[:-1], tree)
+        known = _fields_at(path[:-1], tree, root)
         near = difflib.get_close_matches(str(path[-1]), known, n=1)
         hint = f"; did you mean {near[0]}?" if near else f"; known here: {', '.join(known)}"
         return f"{where}: unknown key{hint}"
@@ -424,9 +449,9 @@ def _real_path(location: KeyPath, tree: Any) -> KeyPath:
     return tuple(path)
 
 
-def _fields_at(path: KeyPath, tree: Any) -> list[str]:
-    """Name the keys that may stand in the section at ``path``."""
-    model: Any = Config
+def _fields_at(path: KeyPath, tree: Any, root: type[BaseModel]) -> list[str]:
+    """Name the keys that may stand in the section of ``root`` at ``path``."""
+    model: Any = root
     node = tree
     for part in path:
         annotation = model.model_fields[part].annotation

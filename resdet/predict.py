@@ -20,6 +20,7 @@ from tqdm import tqdm
 from resdet.data.images import IMAGE_SUFFIXES, read_image
 from resdet.errors import DataError
 from resdet.evaluation.detect import inference, model_categories
+from resdet.models.tricks import Tricks
 from resdet.precision import Precision
 from resdet.types import Category, Prediction
 
@@ -66,6 +67,7 @@ def predict(
     score_threshold: float = 0.0,
     device: torch.device | None = None,
     precision: Precision = "fp32",
+    tricks: Tricks | None = None,
     progress: bool = False,
 ) -> Iterator[tuple[Path | None, npt.NDArray[np.uint8], Prediction]]:
     """Detect objects in images, giving each as soon as it is done.
@@ -82,6 +84,7 @@ def predict(
             unless built otherwise) applies before.
         device: Where to compute; the model is moved there and stays. None: where it is.
         precision: fp32, or autocast to bf16 or fp16.
+        tricks: What to do at test time beyond running the model once; None does nothing.
         progress: Show a progress bar on standard error.
 
     Yields:
@@ -90,9 +93,10 @@ def predict(
     Raises:
         DataError: If an image cannot be read, or an array is not uint8 ``[H, W, 3]``.
         WeightsError: If the model computes NaN or infinity.
+        UserError: If ``tricks`` cannot be done with this model.
     """
     with (
-        inference(model, device=device, precision=precision) as run,
+        inference(model, device=device, precision=precision, tricks=tricks) as run,
         tqdm(total=len(images), unit="image", disable=not progress) as bar,
     ):
         for start in range(0, len(images), batch_size):
@@ -115,6 +119,7 @@ def predict_files(
     score_threshold: float = 0.5,
     device: torch.device | None = None,
     precision: Precision = "fp32",
+    tricks: Tricks | None = None,
 ) -> int:
     """Detect objects in image files; write a drawn picture for each and ``detections.json`` for all.
 
@@ -130,6 +135,7 @@ def predict_files(
         score_threshold: Detections below it are not drawn.
         device: Where to compute.
         precision: fp32, bf16 or fp16.
+        tricks: What to do beyond running the model once.
 
     Returns:
         The number of detections in the json.
@@ -137,12 +143,15 @@ def predict_files(
     Raises:
         DataError: If an image cannot be read; what was drawn before it stays.
         WeightsError: If the model computes NaN or infinity.
+        UserError: If ``tricks`` cannot be done with this model.
     """
     output_dir.mkdir(parents=True, exist_ok=True)
     categories = model_categories(model)
     taken: set[str] = set()
     predictions = []
-    found = predict(model, files, batch_size=batch_size, device=device, precision=precision, progress=True)
+    found = predict(
+        model, files, batch_size=batch_size, device=device, precision=precision, tricks=tricks, progress=True
+    )
     for file, (_, image, prediction) in zip(files, found, strict=True):
         predictions.append(prediction)
         name, number = file.stem, 1
@@ -155,6 +164,15 @@ def predict_files(
     entries = to_coco_json(files, predictions, categories)
     (output_dir / "detections.json").write_text(json.dumps(entries) + "\n", encoding="utf-8")
     return len(entries)
+
+
+def shown_from(model: nn.Module) -> tuple[float, str]:
+    """Give the score from which a model's detections are worth showing, and where it comes from, in words.
+
+    It is that of a ``Detector``'s last evaluation (``Detector.score_threshold``), or 0.5 where there was none.
+    """
+    best: float | None = getattr(model, "score_threshold", None)
+    return (0.5, "the checkpoint knows no better") if best is None else (best, "best F1 of the run's last evaluation")
 
 
 def above(prediction: Prediction, score_threshold: float) -> Prediction:

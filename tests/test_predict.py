@@ -10,7 +10,7 @@ from torch import nn
 from resdet.data.shapes import ShapesImages, shapes_table
 from resdet.errors import DataError
 from resdet.evaluation.coco import read_coco_detections
-from resdet.predict import above, class_color, draw, find_images, legible_scale, predict, to_coco_json
+from resdet.predict import above, class_color, draw, find_images, legible_scale, predict, shown_from, to_coco_json
 from resdet.types import Category, Prediction
 
 CATEGORIES = (Category(1, 7, "cat"), Category(2, 3, "dog"))
@@ -242,3 +242,12 @@ def test_coco_json_is_read_back_as_detections(tmp_path):
     assert read.image_index.tolist() == [0, 0, 1, 1, 2, 2]
     assert read.boxes[0].tolist() == [0, 0, 64, 64]
     assert read.labels.tolist() == [1, 2] * 3
+
+
+def test_detections_are_shown_from_the_last_evaluations_best_f1_or_a_half():
+    model = Corner()
+    assert shown_from(model) == (0.5, "the checkpoint knows no better")
+    model.score_threshold = None
+    assert shown_from(model)[0] == 0.5
+    model.score_threshold = 0.0
+    assert shown_from(model) == (0.0, "best F1 of the run's last evaluation")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -77,6 +78,7 @@ def test_train_leaves_its_tree(finished: Path) -> None:
         "previous.pt",
         "best.pt",
         ".lock",
+        "report.html",
         "pictures/shapes_1_000000.png",
         "pictures/shapes_1_000001.png",
     }
@@ -153,9 +155,24 @@ def test_eval_writes_its_numbers(finished: Path, tmp_path: Path) -> None:
     assert "AP50" in text
     document = json.loads((tmp_path / "eval" / "metrics.json").read_text())
     assert document["num_images"] == 7
+    assert document["score_threshold"] is None or 0 <= document["score_threshold"] <= 1
+    assert "score of best F1" in text
     assert set(document["per_class"]) >= {"circle", "square", "triangle"}
     assert -1 <= document["metrics"]["AP"] <= 1
     assert isinstance(json.loads((tmp_path / "eval" / "detections.json").read_text()), list)
+    assert tree(tmp_path / "eval") == {"metrics.json", "detections.json", "report.html"}
+
+
+def test_eval_puts_runs_side_by_side(finished: Path, tmp_path: Path) -> None:
+    """A folder stands for its best.pt, an override is one wherever it stands, and a folder may have = in its name."""
+    other = tmp_path / "lr=0.1"
+    shutil.copytree(finished, other)
+    succeeds("eval.py", finished, "data.val.num_images=3", other, "--output", tmp_path / "eval", finished / "last.pt")
+    runs = ["whole_best", "lr=0.1", "whole_last"]
+    expected = {f"{name}/{file}.json" for name in runs for file in ("metrics", "detections")}
+    assert tree(tmp_path / "eval") == {"report.html", *expected}
+    assert f"<h1>{' / '.join(runs)}</h1>" in (tmp_path / "eval" / "report.html").read_text()
+    assert json.loads((tmp_path / "eval" / "lr=0.1" / "metrics.json").read_text())["num_images"] == 3
 
 
 def test_predict_draws_and_lists(finished: Path, tmp_path: Path) -> None:
@@ -163,7 +180,8 @@ def test_predict_draws_and_lists(finished: Path, tmp_path: Path) -> None:
     images.mkdir()
     for name, size in (("7.png", (64, 48)), ("b.jpg", (50, 80))):
         Image.new("RGB", size, (200, 30, 30)).save(images / name)
-    succeeds("predict.py", finished / "best.pt", images, "--output", tmp_path / "out", "--score", "0.0")
+    text = succeeds("predict.py", finished / "best.pt", images, "--output", tmp_path / "out", "--score", "0.0")
+    assert "drawn those of score >= 0 (--score)" in text
     assert tree(tmp_path / "out") == {"detections.json", "7.png", "b.png"}
     assert Image.open(tmp_path / "out" / "b.png").size == (7 * 50, 7 * 80)
     found = json.loads((tmp_path / "out" / "detections.json").read_text())
@@ -247,6 +265,8 @@ MISTAKES = {
         "gone.jpg",
     ),
     "class count": (["eval.py", "FINISHED/best.pt", "data.val.classes=[circle, square]"], "triangle"),
+    "no run": (["eval.py", "eval.batch_size=1"], "at least one RUN"),
+    "run given twice": (["eval.py", "FINISHED", "FINISHED/best.pt"], "given twice"),
     "corrupted checkpoint": (["eval.py", "DAMAGED/cut.pt"], "cut.pt"),
     "corrupted checkpoint to predict": (["predict.py", "DAMAGED/cut.pt", "x.jpg"], "cut.pt"),
     "weights of another architecture": (

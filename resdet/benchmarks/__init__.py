@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from resdet.benchmarks.annotations import benchmark_annotations
+from resdet.benchmarks.evaluation import benchmark_evaluation
 from resdet.benchmarks.report import Report
 from resdet.errors import UserError
 
 WORK: dict[str, Callable[..., Report]] = {
     "annotations": benchmark_annotations,
+    "evaluation": benchmark_evaluation,
 }
 """Every kind of work, by its name on the command line."""
 

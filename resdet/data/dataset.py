@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 
 from resdet.data.annotations import MIN_TRAINABLE_SIDE, AnnotationTable
 from resdet.data.augment import Augment
@@ -69,9 +72,7 @@ class DetectionDataset(Dataset[tuple[Tensor, Target]]):
         self._use_difficult = use_difficult
         self._unreadable: Tensor | None = None
         if skip_unreadable:
-            # One byte for each image, set by whoever cannot read it: workers write into the memory of this process.
-            self._unreadable = torch.zeros(table.num_images, dtype=torch.bool)
-            self._unreadable.share_memory_()  # type: ignore[no-untyped-call]
+            self._unreadable = _shared_flags(table.num_images)
         for note in table.notes:
             logger.info("%s: %s", table.name, note)
         if training:
@@ -118,6 +119,30 @@ class DetectionDataset(Dataset[tuple[Tensor, Target]]):
 
     def __len__(self) -> int:
         return self.table.num_images
+
+    def select_images(self, indices: Sequence[int] | npt.NDArray[np.int64]) -> DetectionDataset:
+        """Give the dataset of the images at ``indices``, in that order; each place is an image of its own.
+
+        Args:
+            indices: Rows of the table, any number of times; negative ones count from the end.
+
+        Raises:
+            DataError: If there are none, or one is out of range.
+        """
+        rows = np.asarray(indices, dtype=np.int64).reshape(-1)
+        wrong = rows[(rows < -len(self)) | (rows >= len(self))]
+        if wrong.size or not rows.size:
+            got = f"got {wrong[0]}" if wrong.size else "got none"
+            raise DataError(
+                f"{self.table.name}: images must be chosen out of its {len(self)} (0..{len(self) - 1}), {got}"
+            )
+        rows = rows % len(self)
+        chosen = copy.copy(self)
+        chosen.table = self.table.select_images(rows)
+        chosen._images = _Chosen(self._images, rows)
+        if self._unreadable is not None:
+            chosen._unreadable = _shared_flags(chosen.table.num_images)
+        return chosen
 
     def image(self, index: int) -> npt.NDArray[np.uint8]:
         """Give image ``index`` as it is stored, uint8 RGB ``[H, W, 3]``.
@@ -244,3 +269,34 @@ class DetectionDataset(Dataset[tuple[Tensor, Target]]):
             len(self),
             self.table.name,
         )
+
+
+def _shared_flags(num_images: int) -> Tensor:
+    """Give one byte for each image, set by whoever cannot read it: workers write into the memory of this process."""
+    flags = torch.zeros(num_images, dtype=torch.bool)
+    flags.share_memory_()  # type: ignore[no-untyped-call]
+    return flags
+
+
+@dataclass(frozen=True)
+class _Chosen:
+    """Some of other ``Images``."""
+
+    images: Images
+    rows: npt.NDArray[np.int64]
+
+    def __call__(self, index: int) -> npt.NDArray[np.uint8]:
+        return self.images(int(self.rows[index]))
+
+
+def without_subset(dataset: DetectionDataset | Subset[tuple[Tensor, Target]]) -> DetectionDataset:
+    """Give a ``torch.utils.data.Subset`` (of a ``Subset``, ...) as the dataset of its images, any other as it is.
+
+    Raises:
+        DataError: If it is no dataset of ours, has no images, or an index is out of range.
+    """
+    if isinstance(dataset, Subset):
+        return without_subset(dataset.dataset).select_images(dataset.indices)  # type: ignore[arg-type]
+    if not isinstance(dataset, DetectionDataset):
+        raise DataError(f"expected a DetectionDataset or a Subset of one, got {type(dataset).__name__}")
+    return dataset

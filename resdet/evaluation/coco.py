@@ -1,13 +1,9 @@
-"""COCO's metrics, computed by pycocotools and handed back as numbers instead of prints."""
+"""COCO's metrics: pycocotools' numbers, computed for all images and classes at once."""
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import math
-import threading
-from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,12 +13,9 @@ import numpy.typing as npt
 
 from resdet.data.annotations import AnnotationTable
 from resdet.errors import DataError
+from resdet.evaluation.curves import RECALLS, UNDEFINED, interpolated_precision
+from resdet.evaluation.matching import AREA_RANGES, COCO_IOU_THRESHOLDS, match_areas, to_xywh
 from resdet.types import Detections
-
-UNDEFINED = -1.0
-"""pycocotools' value of a metric that has no ground truth to measure it on; it never enters a mean."""
-
-_STDOUT = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -38,7 +31,12 @@ class ClassMetrics:
         AP_small: Of objects below 32^2 pixels of area.
         AP_medium: Of objects from 32^2 to 96^2 pixels.
         AP_large: Of objects above 96^2 pixels.
-        AR_max: Recall with all detections that count, mean over the IoU thresholds.
+        AR_1: Recall with the best detection of each image, mean over the IoU thresholds.
+        AR_10: With the ten best.
+        AR_max: With all detections that count.
+        AR_small: As ``AR_max``, of small objects.
+        AR_medium: As ``AR_max``, of medium objects.
+        AR_large: As ``AR_max``, of large objects.
     """
 
     name: str
@@ -49,12 +47,19 @@ class ClassMetrics:
     AP_small: float
     AP_medium: float
     AP_large: float
+    AR_1: float
+    AR_10: float
     AR_max: float
+    AR_small: float
+    AR_medium: float
+    AR_large: float
 
 
 @dataclass(frozen=True)
 class CocoMetrics:
     """COCO's twelve numbers, in [0, 1] as pycocotools gives them, or -1 where nothing defines them.
+
+    Each is the mean over the classes that have such objects.
 
     Attributes:
         AP: Mean over classes and the ten IoU thresholds .50:.05:.95.
@@ -116,75 +121,60 @@ def coco_metrics(table: AnnotationTable, detections: Detections, *, max_detectio
     Args:
         table: Ground truth.
         detections: What a model found in the images of ``table``.
-        max_detections: Detections that count per class and image, at least 10; COCO's own is 100. Crowded scenes may
-            need more, and such numbers compare with no published ones.
+        max_detections: Detections that count per class and image, at least 1; COCO's own is 100. Crowded scenes may
+            need more, and such numbers compare with no published ones. ``AR_1`` and ``AR_10`` stay what they are.
 
     Raises:
-        ValueError: If ``max_detections`` is below 10.
+        ValueError: If ``max_detections`` is below 1.
         DataError: If a detection names an image or class that ``table`` does not have, or is not finite.
 
-    Source: ``pycocotools.cocoeval.COCOeval`` does the matching and the interpolation. Three deviations, none of which
-    changes a number on COCO's own files: boxes carry row numbers as ids (pycocotools takes a ground-truth id of 0 for
-    "unmatched" and merges equal ids), the means are taken here (``summarize`` answers -1 for limits other than 100),
-    and difficult objects are ignored (pycocotools overwrites such a flag by ``iscrowd``).
+    Source: ``pycocotools.cocoeval.COCOeval``; the numbers are its own but for rounding in the last bits. ``match`` and
+    ``interpolated_precision`` name their deviations. Here, means are taken for any ``max_detections`` (``summarize``
+    answers -1 for limits other than 100).
     """
-    if max_detections < 10:
-        raise ValueError(f"max_detections: must be at least 10, got {max_detections}")
-    check_detections(table, detections)
-    from pycocotools.cocoeval import COCOeval
+    if max_detections < 1:
+        raise ValueError(f"max_detections: must be at least 1, got {max_detections}")
+    # More than max_detections take nothing from those before them, and AR_10 is always of ten.
+    matched = match_areas(table, detections, max_detections=max(max_detections, 10))
+    labels = range(1, table.num_classes)
+    precision: dict[str, npt.NDArray[np.float64]] = {}  # by size: [class, IoU, recall]
+    recall: dict[str, npt.NDArray[np.float64]] = {}  # by size, and of the 1 and the 10 best: [class, IoU]
+    for size, matches in zip(AREA_RANGES, matched, strict=True):
+        hits, counts, best = matches.hits, ~matches.ignored, matches.rank < max_detections
+        precision[size] = np.empty((len(labels), len(COCO_IOU_THRESHOLDS), len(RECALLS)))
+        for k, label in enumerate(labels):
+            rows, num_boxes = matches.of_label(label), int(matches.num_boxes[label])
+            for t in range(len(COCO_IOU_THRESHOLDS)):
+                kept = counts[t, rows] & best[rows]
+                precision[size][k, t] = interpolated_precision(hits[t, rows][kept], num_boxes)
+        limits = {size: max_detections} | ({"1": 1, "10": 10} if size == "all" else {})
+        for name, limit in limits.items():
+            recall[name] = _recall(hits & (matches.rank < limit), matches.labels, matches.num_boxes)
 
-    evaluator = COCOeval(iouType="bbox")
-    evaluator.params.imgIds = table.image_ids.tolist()
-    evaluator.params.catIds = [category.category_id for category in table.categories]
-    evaluator.params.maxDets = [1, 10, max_detections]
-    evaluator._gts = _ground_truth(table)
-    evaluator._dts = defaultdict(list)
-    for number, found in enumerate(detections_to_coco(table, detections), start=1):
-        found |= {"id": number, "area": found["bbox"][2] * found["bbox"][3]}
-        evaluator._dts[found["image_id"], found["category_id"]].append(found)
-    evaluator._prepare = lambda: None  # it would fill _gts and _dts from COCO objects, by way of two more copies
-    # The redirection is the process's: two at once could restore each other's and leave stdout lost.
-    with _STDOUT, contextlib.redirect_stdout(io.StringIO()):
-        evaluator.evaluate()
-        evaluator.accumulate()
+    counted = np.bincount(table.labels[~(table.crowd | table.difficult)], minlength=table.num_classes)
+    at75 = COCO_IOU_THRESHOLDS.index(0.75)
 
-    precision = evaluator.eval["precision"]  # [IoU, recall, class, area, max detections]
-    recall = evaluator.eval["recall"]  # [IoU, class, area, max detections]
-    counted = table.labels[~(table.crowd | table.difficult)]
-    num_boxes = np.bincount(counted, minlength=table.num_classes)
-    column_of_id = {int(category_id): column for column, category_id in enumerate(evaluator.params.catIds)}
-    per_class = []
-    for category in table.categories:
-        k = column_of_id[category.category_id]
-        per_class.append(
-            ClassMetrics(
-                name=category.name,
-                num_boxes=int(num_boxes[category.label]),
-                AP=_mean(precision[:, :, k, 0, -1]),
-                AP50=_mean(precision[0, :, k, 0, -1]),
-                AP75=_mean(precision[5, :, k, 0, -1]),
-                AP_small=_mean(precision[:, :, k, 1, -1]),
-                AP_medium=_mean(precision[:, :, k, 2, -1]),
-                AP_large=_mean(precision[:, :, k, 3, -1]),
-                AR_max=_mean(recall[:, k, 0, -1]),
-            )
-        )
-    return CocoMetrics(
-        AP=_mean(precision[..., 0, -1]),
-        AP50=_mean(precision[0, ..., 0, -1]),
-        AP75=_mean(precision[5, ..., 0, -1]),
-        AP_small=_mean(precision[..., 1, -1]),
-        AP_medium=_mean(precision[..., 2, -1]),
-        AP_large=_mean(precision[..., 3, -1]),
-        AR_1=_mean(recall[..., 0, 0]),
-        AR_10=_mean(recall[..., 0, 1]),
-        AR_max=_mean(recall[..., 0, 2]),
-        AR_small=_mean(recall[..., 1, 2]),
-        AR_medium=_mean(recall[..., 2, 2]),
-        AR_large=_mean(recall[..., 3, 2]),
-        per_class=tuple(per_class),
-        max_detections=max_detections,
+    def numbers(which: slice) -> dict[str, float]:
+        return {
+            "AP": _mean(precision["all"][which]),
+            "AP50": _mean(precision["all"][which, 0]),
+            "AP75": _mean(precision["all"][which, at75]),
+            "AP_small": _mean(precision["small"][which]),
+            "AP_medium": _mean(precision["medium"][which]),
+            "AP_large": _mean(precision["large"][which]),
+            "AR_1": _mean(recall["1"][which]),
+            "AR_10": _mean(recall["10"][which]),
+            "AR_max": _mean(recall["all"][which]),
+            "AR_small": _mean(recall["small"][which]),
+            "AR_medium": _mean(recall["medium"][which]),
+            "AR_large": _mean(recall["large"][which]),
+        }
+
+    per_class = tuple(
+        ClassMetrics(name=c.name, num_boxes=int(counted[c.label]), **numbers(slice(c.label - 1, c.label)))
+        for c in table.categories
     )
+    return CocoMetrics(**numbers(slice(None)), per_class=per_class, max_detections=max_detections)
 
 
 def detections_to_coco(table: AnnotationTable, detections: Detections) -> list[dict[str, Any]]:
@@ -196,13 +186,11 @@ def detections_to_coco(table: AnnotationTable, detections: Detections) -> list[d
         table: The table that ``detections.image_index`` points into; its own image and category ids are written.
         detections: Any order; it is kept.
     """
-    boxes_xywh = detections.boxes.copy()
-    boxes_xywh[:, 2:] -= boxes_xywh[:, :2]
     category_ids = np.array([0] + [category.category_id for category in table.categories], dtype=np.int64)
     columns = (
         table.image_ids[detections.image_index].tolist(),
         category_ids[detections.labels].tolist(),
-        boxes_xywh.tolist(),
+        to_xywh(detections.boxes).tolist(),
         detections.scores.tolist(),
     )
     return [
@@ -261,53 +249,14 @@ def read_coco_detections(path: Path, table: AnnotationTable) -> Detections:
     )
 
 
-def check_detections(table: AnnotationTable, detections: Detections) -> None:
-    """Refuse detections that cannot belong to ``table``.
-
-    Raises:
-        DataError: If an array has a wrong shape, an image index or a label is out of range, or a box or score is not
-            finite (metrics would silently call it a miss).
-    """
-    num = len(detections.scores)
-    shapes = (detections.image_index.shape, detections.boxes.shape, detections.labels.shape, detections.scores.shape)
-    if shapes != ((num,), (num, 4), (num,), (num,)):
-        raise DataError(f"detections: expected image_index [D], boxes [D, 4], labels [D], scores [D], got {shapes}")
-    for what, values, first, last in (
-        ("image_index", detections.image_index, 0, table.num_images - 1),
-        ("labels", detections.labels, 1, len(table.categories)),
-    ):
-        wrong = np.flatnonzero((values < first) | (values > last))
-        if wrong.size:
-            raise DataError(
-                f"detections: {what} must be in {first}..{last} for {table.name}, "
-                f"got {values[wrong[0]]} in row {wrong[0]}"
-            )
-    wrong = np.flatnonzero(~(np.isfinite(detections.boxes).all(axis=1) & np.isfinite(detections.scores)))
-    if wrong.size:
-        row = wrong[0]
-        raise DataError(
-            f"detections: boxes and scores must be finite, got {detections.boxes[row].tolist()} with score "
-            f"{detections.scores[row]} in image_id={table.image_ids[detections.image_index[row]]}"
-        )
-
-
-def _ground_truth(table: AnnotationTable) -> defaultdict[tuple[int, int], list[dict[str, Any]]]:
-    """Give the table's boxes as COCOeval keeps them: by image and category id, in the table's order."""
-    category_ids = np.array([0] + [category.category_id for category in table.categories], dtype=np.int64)
-    truth: defaultdict[tuple[int, int], list[dict[str, Any]]] = defaultdict(list)
-    columns = (
-        table.image_ids[table.image_of_box()].tolist(),
-        category_ids[table.labels].tolist(),
-        table.boxes_xywh.tolist(),
-        table.area.tolist(),
-        table.crowd.astype(int).tolist(),
-        (table.crowd | table.difficult).astype(int).tolist(),
-    )
-    for row, (image_id, category_id, bbox, area, crowd, ignore) in enumerate(zip(*columns, strict=True)):
-        truth[image_id, category_id].append(
-            {"id": row + 1, "bbox": bbox, "area": area, "iscrowd": crowd, "ignore": ignore}
-        )
-    return truth
+def _recall(
+    hits: npt.NDArray[np.bool_], labels: npt.NDArray[np.int64], num_boxes: npt.NDArray[np.int64]
+) -> npt.NDArray[np.float64]:
+    """Give the share of each class's boxes that are found at each threshold, float64 ``[K, T]``; -1 without boxes."""
+    found = np.stack([np.bincount(labels[row], minlength=len(num_boxes)) for row in hits], axis=1)
+    recall = np.full(found.shape, UNDEFINED)
+    np.divide(found, num_boxes[:, None], out=recall, where=num_boxes[:, None] > 0)
+    return recall[1:]
 
 
 def _mean(values: npt.NDArray[np.float64]) -> float:

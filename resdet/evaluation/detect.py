@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils.data import Subset
 from tqdm import tqdm
 
 from resdet.data.annotations import AnnotationTable
 from resdet.errors import DataError, WeightsError
 from resdet.evaluation.coco import ClassMetrics, CocoMetrics, coco_metrics
+from resdet.evaluation.curves import best_score_threshold
+from resdet.evaluation.state import evaluation_mode, placed, random_states_kept
 from resdet.evaluation.voc import VocMetrics, voc_metrics
+from resdet.models.tricks import Tricks, detect_with_tricks
 from resdet.precision import Precision, autocast
-from resdet.types import Category, Detections, Prediction
+from resdet.types import Category, Detections, Prediction, Target
 
 if TYPE_CHECKING:
     from resdet.data.dataset import DetectionDataset
+
+Share = TypeVar("Share")
 
 Detect = Callable[[Sequence[Tensor], str], list[Prediction]]
 """Takes uint8 images ``[3, H, W]`` and what to call them in messages; gives their detections, on the CPU."""
@@ -37,11 +42,14 @@ class Evaluation:
         coco: COCO's metrics.
         voc: VOC's metrics at IoU 0.5.
         detections: What the model found, images in the dataset's order, by falling score in each.
+        score_threshold: The score from which showing its detections gives the best F1 at IoU 0.5, all classes pooled;
+            None where it found nothing right.
     """
 
     coco: CocoMetrics
     voc: VocMetrics
     detections: Detections
+    score_threshold: float | None
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -56,12 +64,13 @@ class Evaluation:
 
 def evaluate(
     model: nn.Module,
-    dataset: DetectionDataset,
+    dataset: DetectionDataset | Subset[tuple[Tensor, Target]],
     *,
     batch_size: int = 1,
     num_workers: int = 0,
     device: torch.device | None = None,
     precision: Precision = "fp32",
+    tricks: Tricks | None = None,
     rank: int = 0,
     world_size: int = 1,
     progress: bool = False,
@@ -73,19 +82,26 @@ def evaluate(
     Args:
         model: A ``Detector``, or any of torchvision's ``FasterRCNN`` (which knows no names: its number of classes is
             compared, and its labels are taken to be the dataset's).
-        dataset: Images and ground truth.
+        dataset: Images and ground truth: a dataset, or a ``Subset`` of one (of a ``Subset``, ...), which counts as the
+            dataset of its images: repeated indices are images of their own. What is found refers to the table of
+            ``without_subset(dataset)``.
         batch_size: Images per forward pass. Images of a batch are padded to one size, which can move scores a little.
         num_workers: Processes that read images; 0 reads them in this one.
         device: Where to compute; the model is moved there and stays. None: where it is.
         precision: fp32, or autocast to bf16 or fp16.
+        tricks: What to do at test time beyond running the model once; None does nothing.
         rank: This process's number, 0..world_size - 1.
         world_size: Processes that share the work; each must call this, and each is given the whole result.
         progress: Show a progress bar on standard error.
 
     Raises:
-        DataError: If model and dataset do not have the same classes.
+        DataError: If model and dataset do not have the same classes, or there is no image.
         WeightsError: If the model answers with NaN or infinity.
+        UserError: If ``tricks`` cannot be done with this model.
     """
+    from resdet.data.dataset import without_subset
+
+    dataset = without_subset(dataset)
     labels = match_labels(model, dataset.table)
     found = detect(
         model,
@@ -94,23 +110,30 @@ def evaluate(
         num_workers=num_workers,
         device=device,
         precision=precision,
+        tricks=tricks,
         rank=rank,
         world_size=world_size,
         progress=progress,
     )
     if labels is not None:
         found = Detections(found.image_index, found.boxes, labels[found.labels], found.scores)
-    return Evaluation(coco_metrics(dataset.table, found), voc_metrics(dataset.table, found), found)
+    return Evaluation(
+        coco_metrics(dataset.table, found),
+        voc_metrics(dataset.table, found),
+        found,
+        best_score_threshold(dataset.table, found),
+    )
 
 
 def detect(
     model: nn.Module,
-    dataset: DetectionDataset,
+    dataset: DetectionDataset | Subset[tuple[Tensor, Target]],
     *,
     batch_size: int = 1,
     num_workers: int = 0,
     device: torch.device | None = None,
     precision: Precision = "fp32",
+    tricks: Tricks | None = None,
     rank: int = 0,
     world_size: int = 1,
     progress: bool = False,
@@ -121,11 +144,12 @@ def detect(
 
     Args:
         model: As for ``evaluate``.
-        dataset: Images.
+        dataset: Images, as for ``evaluate``.
         batch_size: As for ``evaluate``, like all that follow.
         num_workers: Processes that read images.
         device: Where to compute.
         precision: fp32, bf16 or fp16.
+        tricks: What to do beyond running the model once.
         rank: This process's number.
         world_size: Processes that share the work; above 1, ``torch.distributed`` must be initialised.
         progress: Show a progress bar on standard error (rank 0).
@@ -135,13 +159,16 @@ def detect(
 
     Raises:
         WeightsError: If the model answers with NaN or infinity.
+        UserError: If ``tricks`` cannot be done with this model.
     """
+    from resdet.data.dataset import without_subset
     from resdet.data.loader import eval_loader
 
+    dataset, device = without_subset(dataset), placed(model, device)
     image_ids = dataset.table.image_ids
     seen: list[int] = []
     predictions: list[Prediction] = []
-    with _random_states_kept(), inference(model, device=device, precision=precision) as run:
+    with random_states_kept(device), inference(model, device=device, precision=precision, tricks=tricks) as run:
         loader = eval_loader(dataset, batch_size=batch_size, num_workers=num_workers, rank=rank, world_size=world_size)
         with tqdm(
             total=len(range(rank, len(image_ids), world_size)), unit="image", disable=not progress or rank > 0
@@ -151,12 +178,7 @@ def detect(
                 predictions += run(batch.images, where)
                 seen += batch.indices
                 bar.update(len(batch.indices))
-    parts = [_rows(seen, predictions)]
-    shares = [seen]
-    if world_size > 1:
-        gathered: list[Any] = [None] * world_size
-        dist.all_gather_object(gathered, (seen, parts[0]))
-        shares, parts = map(list, zip(*gathered, strict=True))
+    shares, parts = zip(*gather((seen, _rows(seen, predictions)), world_size), strict=True)
     assert sorted(index for share in shares for index in share) == list(range(len(image_ids)))
     image_index, boxes, labels, scores = (np.concatenate(columns) for columns in zip(*parts, strict=True))
     order = np.argsort(image_index, kind="stable")
@@ -165,7 +187,11 @@ def detect(
 
 @contextmanager
 def inference(
-    model: nn.Module, *, device: torch.device | None = None, precision: Precision = "fp32"
+    model: nn.Module,
+    *,
+    device: torch.device | None = None,
+    precision: Precision = "fp32",
+    tricks: Tricks | None = None,
 ) -> Iterator[Detect]:
     """Put a model into evaluation mode and give a function that runs it on uint8 images.
 
@@ -176,15 +202,14 @@ def inference(
         model: A torchvision ``FasterRCNN``.
         device: Where to compute; the model is moved there and stays. None: where it is.
         precision: fp32, or autocast to bf16 or fp16.
+        tricks: What to do beyond running the model once; None does nothing.
 
     Raises:
+        UserError: By the given function, if ``tricks`` cannot be done with this model.
         WeightsError: By the given function, if the model computes NaN or infinity. Thresholds drop such boxes, so
             without a look at what comes before them a diverged model would pass for one that finds nothing.
     """
-    if device is None:
-        device = next(model.parameters()).device
-    else:
-        model.to(device)
+    device = placed(model, device)
     finite: list[Tensor] = []
 
     def watch(_module: nn.Module, _inputs: Any, outputs: Sequence[Tensor | Sequence[Tensor]]) -> None:
@@ -196,10 +221,10 @@ def inference(
         finite.clear()
         batch = [image.to(device, non_blocking=True).float() / 255 for image in images]
         with autocast(device, precision):
-            outputs = model(batch)
+            outputs = model(batch) if tricks is None else detect_with_tricks(model, batch, tricks)
         finite.extend(torch.isfinite(output[key]).all() for output in outputs for key in ("boxes", "scores"))
         if finite and not torch.stack(finite).all():
-            raise WeightsError(f"the model computes NaN or infinity on {where} ({_suspect(model, precision)})")
+            raise WeightsError(f"the model computes NaN or infinity on {where} ({suspect(model, precision)})")
         return [
             Prediction(
                 boxes=output["boxes"].float().cpu(),
@@ -209,19 +234,23 @@ def inference(
             for output in outputs
         ]
 
-    training = {module: module.training for module in model.modules()}
     watched = [name for name in ("rpn.head", "roi_heads.box_predictor") if _has_submodule(model, name)]
     handles = [model.get_submodule(name).register_forward_hook(watch) for name in watched]
-    model.eval()
     try:
-        yield run
+        with evaluation_mode(model):
+            yield run
     finally:
         for handle in handles:
             handle.remove()
-        # train() first, for modules that do more in it than set the flag; then the flags a user set one by one.
-        model.train(training[model])
-        for module, flag in training.items():
-            module.training = flag
+
+
+def gather(share: Share, world_size: int) -> list[Share]:
+    """Give what each process has, by rank, to all of them; above one, ``torch.distributed`` must be initialised."""
+    if world_size == 1:
+        return [share]
+    shares: list[Any] = [None] * world_size
+    dist.all_gather_object(shares, share)
+    return shares
 
 
 def model_categories(model: nn.Module) -> tuple[Category, ...]:
@@ -271,8 +300,8 @@ def _listed(names: list[str]) -> str:
     return ", ".join(map(repr, names[:10])) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
 
 
-def _suspect(model: nn.Module, precision: Precision) -> str:
-    """Say where NaN may come from."""
+def suspect(model: nn.Module, precision: Precision) -> str:
+    """Say where NaN or infinity may come from."""
     for name, tensor in model.state_dict().items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             return f"its {name} is not finite: training diverged"
@@ -298,15 +327,3 @@ def _rows(
 
 def _has_submodule(model: nn.Module, name: str) -> bool:
     return any(name == known for known, _ in model.named_modules())
-
-
-@contextmanager
-def _random_states_kept() -> Iterator[None]:
-    """Give every global random generator its state back: an evaluation must not change the training around it."""
-    numpy_state, python_state = np.random.get_state(), random.getstate()  # noqa: NPY002 - others use the global one
-    try:
-        with torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_available() else []):
-            yield
-    finally:
-        np.random.set_state(numpy_state)  # noqa: NPY002
-        random.setstate(python_state)

@@ -8,7 +8,8 @@ import numpy as np
 import numpy.typing as npt
 
 from resdet.data.annotations import AnnotationTable
-from resdet.evaluation.coco import UNDEFINED, check_detections
+from resdet.evaluation.curves import UNDEFINED
+from resdet.evaluation.matching import overlaps
 from resdet.types import Detections
 
 
@@ -79,17 +80,15 @@ def voc_metrics(table: AnnotationTable, detections: Detections, *, iou_threshold
     """
     if not 0 < iou_threshold <= 1:
         raise ValueError(f"iou_threshold: must be in (0, 1], got {iou_threshold}")
-    check_detections(table, detections)
     ignored = table.crowd | table.difficult
     num_boxes = np.bincount(table.labels[~ignored], minlength=table.num_classes)
     order = np.argsort(-detections.scores, kind="stable")
     labels = detections.labels[order]
-    best_box, best_iou = _best_overlaps(table, detections)
-    best_box, matched = best_box[order], best_iou[order] >= iou_threshold
+    best_box = _best_boxes(table, detections, iou_threshold)[order]
 
-    nothing = matched & ignored[best_box] if table.num_boxes else matched
+    nothing = np.append(ignored, False)[best_box]
     first = np.zeros(len(labels), dtype=np.bool_)
-    candidates = np.flatnonzero(matched & ~nothing)
+    candidates = np.flatnonzero((best_box >= 0) & ~nothing)
     first[candidates[np.unique(best_box[candidates], return_index=True)[1]]] = True
 
     per_class = []
@@ -125,41 +124,14 @@ def _average_precision(hits: npt.NDArray[np.bool_], num_boxes: int) -> tuple[flo
     return area, float(np.append(precision, 0.0)[at].mean())
 
 
-def _best_overlaps(
-    table: AnnotationTable, detections: Detections
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
-    """Give each detection's most overlapped box of its class and image.
+def _best_boxes(table: AnnotationTable, detections: Detections, min_iou: float) -> npt.NDArray[np.int64]:
+    """Give the row of each detection's most overlapped box of its class and image, int64 ``[D]``.
 
-    Returns:
-        Row of that box in the table, int64 ``[D]`` (the first of equals; 0 where there is none), and its IoU, float64
-        ``[D]`` (0 where there is none).
+    Of equal overlaps it is the first box; -1 where none overlaps by ``min_iou``.
     """
-    # All pairs of one image and class, one after the other: D detections times the few boxes each can match.
-    box_key = table.image_of_box() * table.num_classes + table.labels
-    box_order = np.argsort(box_key, kind="stable")
-    key = detections.image_index * table.num_classes + detections.labels
-    start = np.searchsorted(box_key[box_order], key, side="left")
-    count = np.searchsorted(box_key[box_order], key, side="right") - start
-    row, iou = np.zeros(len(key), dtype=np.int64), np.zeros(len(key))
-    some = np.flatnonzero(count)
-    if not some.size:
-        return row, iou
-    start, count = start[some], count[some]
-    segment = np.cumsum(count) - count
-    box = box_order[np.repeat(start - segment, count) + np.arange(count.sum())]
-    pair_iou = _iou(detections.boxes[np.repeat(some, count)], table.boxes_xywh[box])
-    best = np.maximum.reduceat(pair_iou, segment)
-    place = np.where(pair_iou == np.repeat(best, count), np.arange(len(box)), len(box))
-    row[some], iou[some] = box[np.minimum.reduceat(place, segment)], best
-    return row, iou
-
-
-def _iou(boxes: npt.NDArray[np.float64], boxes_xywh: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Give the IoU of row i of one with row i of the other, float64 ``[P]``; 0 where either has no area."""
-    low = np.maximum(boxes[:, :2], boxes_xywh[:, :2])
-    high = np.minimum(boxes[:, 2:], boxes_xywh[:, :2] + boxes_xywh[:, 2:])
-    inter = np.prod(np.clip(high - low, 0, None), axis=1)
-    union = np.prod(boxes[:, 2:] - boxes[:, :2], axis=1) + np.prod(boxes_xywh[:, 2:], axis=1) - inter
-    iou: npt.NDArray[np.float64] = np.zeros_like(inter)
-    np.divide(inter, union, out=iou, where=inter > 0)
-    return iou
+    pairs = overlaps(table, detections, min_iou=min_iou, crowd_as_region=False)
+    falling = np.lexsort((pairs.box, -pairs.iou, pairs.detection))
+    found, first = np.unique(pairs.detection[falling], return_index=True)
+    best_box = np.full(len(detections), -1, dtype=np.int64)
+    best_box[found] = pairs.box[falling[first]]
+    return best_box

@@ -23,6 +23,7 @@ def write_evaluation(output_dir: Path, evaluation: Evaluation, table: Annotation
         "dataset": table.name,
         "num_images": table.num_images,
         "metrics": evaluation.metrics,
+        "score_threshold": evaluation.score_threshold,
         "per_class": {
             row.name: {key: value for key, value in vars(row).items() if key != "name"}
             | {f"voc_{key}": value for key, value in vars(voc).items() if key.startswith("AP")}
@@ -48,6 +49,8 @@ def metrics_table(evaluation: Evaluation) -> str:
     lines.append(f"{'all':{width}} {num_boxes:>7} " + " ".join(f"{_number(n):>9}" for n in overall))
     lines.append("")
     lines += [f"{name:<18} {_number(value)}" for name, value in evaluation.metrics.items()]
+    best = "-" if evaluation.score_threshold is None else f"{evaluation.score_threshold:.3f}"
+    lines.append(f"{'score of best F1':<18} {best}")
     return "\n".join(lines)
 
 

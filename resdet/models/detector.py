@@ -11,7 +11,7 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator, model_validator
@@ -297,6 +297,10 @@ class Detector(FasterRCNN):  # type: ignore[misc]
         num_classes: ``K + 1``: the background counts.
         categories: The ``K`` classes by rising label, or none if their names are not known.
 
+    Attributes:
+        score_threshold: The score from which its detections are worth showing, by the last evaluation (its best F1);
+            None before any. It changes nothing in what the model gives.
+
     Raises:
         UserError: If the categories do not fit ``num_classes``, or the anchors do not fit the backbone's levels.
     """
@@ -363,6 +367,7 @@ class Detector(FasterRCNN):  # type: ignore[misc]
         )
         # FasterRCNN's own constructor only makes these parts, and has no argument for half of what they are told.
         GeneralizedRCNN.__init__(self, backbone, rpn, roi_heads, transform)
+        self.score_threshold: float | None = None
         self.spec = spec
         self.categories = tuple(categories)
 
@@ -452,14 +457,17 @@ def fasterrcnn_resnet101_fpn(
             trainable_layers=trainable_backbone_layers,
         )
     path = fetch(os.fspath(weights)) if "://" in os.fspath(weights) else Path(weights)
-    carried, categories, tensors = _read_detector(path)
+    described, tensors = _read_detector(path)
     found = len(tensors[_CLASS_SCORES])
     if num_classes not in (None, found):
         raise WeightsError(f"{path}: was made for {found} classes (background included), num_classes is {num_classes}")
     if spec is None:
-        spec = carried or DetectorSpec()
-    model = build_detector(spec, num_classes=found, trainable_layers=trainable_backbone_layers, categories=categories)
+        spec = described.spec or DetectorSpec()
+    model = build_detector(
+        spec, num_classes=found, trainable_layers=trainable_backbone_layers, categories=described.categories
+    )
     _load_whole(model, tensors, path)
+    model.score_threshold = described.score_threshold
     return model
 
 
@@ -467,13 +475,14 @@ def checkpoint_payload(model: Detector) -> dict[str, Any]:
     """Give a detector as plain values and tensors, from which ``load_detector`` builds it again.
 
     Returns:
-        ``format``, ``spec`` and ``categories`` (plain values) and ``model`` (the state dict, not copied). Training may
-        add entries of its own beside them.
+        ``format``, ``spec``, ``categories`` and ``score_threshold`` (plain values) and ``model`` (the state dict, not
+        copied). Training may add entries of its own beside them.
     """
     return {
         "format": CHECKPOINT_FORMAT,
         "spec": model.spec.model_dump(mode="json"),
         "categories": categories_to_plain(model.categories),
+        "score_threshold": model.score_threshold,
         "model": model.state_dict(),
     }
 
@@ -492,7 +501,7 @@ def load_detector(path: str | os.PathLike[str], device: torch.device | str = "cp
         WeightsError: If the file is missing, damaged, no checkpoint of a detector, or contradicts itself; or holds
             another kind of detector.
     """
-    spec, categories, tensors = _read_detector(path)
+    (spec, categories, score_threshold), tensors = _read_detector(path)
     if spec is None:
         content = read_checkpoint(path)
         raise WeightsError(
@@ -504,6 +513,7 @@ def load_detector(path: str | os.PathLike[str], device: torch.device | str = "cp
     except UserError as error:
         raise WeightsError(f"{os.fspath(path)}: {error}") from error
     _load_whole(model, tensors, path)
+    model.score_threshold = score_threshold
     return model.to(device).eval()  # type: ignore[no-any-return]
 
 
@@ -525,7 +535,7 @@ def load_detector_weights(model: Detector, path: str | os.PathLike[str]) -> Load
     Raises:
         WeightsError: If the file cannot be read, or anything else in it does not fit the model.
     """
-    _, categories, tensors = _read_detector(path)
+    (_, categories, _), tensors = _read_detector(path)
     own = model.state_dict()
     names, own_names = [c.name for c in categories], [c.name for c in model.categories]
     same_classes = len(tensors[_CLASS_SCORES]) == len(own[_CLASS_SCORES]) and (
@@ -571,7 +581,7 @@ def weights_settings(path: str | os.PathLike[str]) -> dict[str, Any]:
             return {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
     content = read_checkpoint(path)
     if content.get("format") == CHECKPOINT_FORMAT:
-        spec, _ = _description(content, path)
+        spec = _description(content, path).spec
         return {name: getattr(spec, name) for name in WEIGHTS_FIELDS}
     try:
         converted = to_torchvision(content)
@@ -597,17 +607,22 @@ def _check_categories(categories: Sequence[Category], num_classes: int) -> None:
         )
 
 
-def _read_detector(
-    path: str | os.PathLike[str],
-) -> tuple[DetectorSpec | None, tuple[Category, ...], dict[str, Tensor]]:
-    """Read a whole detector under torchvision's names, and its spec and classes; a bare state dict has neither."""
+class _Description(NamedTuple):
+    """What a detector's file says beside its tensors; that of a bare state dict is empty."""
+
+    spec: DetectorSpec | None = None
+    categories: tuple[Category, ...] = ()
+    score_threshold: float | None = None
+
+
+def _read_detector(path: str | os.PathLike[str]) -> tuple[_Description, dict[str, Tensor]]:
+    """Read a whole detector under torchvision's names, and what describes it."""
     content = read_checkpoint(path)
     if content.get("format") == CHECKPOINT_FORMAT:
-        spec, categories = _description(content, path)
-        return spec, categories, _detector_tensors(tensors_in(content, os.fspath(path)), path)
+        return _description(content, path), _detector_tensors(tensors_in(content, os.fspath(path)), path)
     tensors = tensors_in(content, os.fspath(path))
     if _CLASS_SCORES in tensors and _STEM in tensors:
-        return None, (), tensors
+        return _Description(), tensors
     try:
         converted = to_torchvision(content)
     except WeightsError as error:
@@ -632,7 +647,7 @@ def _read_detector(
         "taken to be COCO's" if categories else "their names are not known",
         name_some(converted.left_over) or "none",
     )
-    return spec, categories, tensors
+    return _Description(spec, categories), tensors
 
 
 def _imported_spec(converted: Converted, path: str | os.PathLike[str]) -> DetectorSpec:
@@ -690,10 +705,14 @@ def _imported_categories(num_classes: int) -> tuple[Category, ...]:
     return tuple(Category(label, number, name) for label, (number, name) in enumerate(known, 1))
 
 
-def _description(content: dict[str, Any], path: str | os.PathLike[str]) -> tuple[DetectorSpec, tuple[Category, ...]]:
-    """Read spec and categories of a checkpoint of ours."""
+def _description(content: dict[str, Any], path: str | os.PathLike[str]) -> _Description:
+    """Read what a checkpoint of ours says beside its tensors."""
+    score_threshold = content.get("score_threshold")  # older files have none
+    if not (score_threshold is None or (isinstance(score_threshold, (int, float)) and 0 <= score_threshold <= 1)):
+        raise WeightsError(f"{os.fspath(path)}: its score_threshold must be in [0, 1], got {score_threshold!r}")
     try:
-        return DetectorSpec.model_validate(content["spec"]), categories_from_plain(content["categories"])
+        spec, categories = DetectorSpec.model_validate(content["spec"]), categories_from_plain(content["categories"])
+        return _Description(spec, categories, score_threshold)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))

@@ -113,6 +113,7 @@ def load_training_state(path: Path, model: Detector) -> TrainingState:
         model.load_state_dict(payload["model"])
     except RuntimeError as error:
         raise WeightsError(f"{path}: made by another model than the configuration's: {_first_line(error)}") from None
+    model.score_threshold = payload.get("score_threshold")
     try:
         return TrainingState(**payload["training"])
     except TypeError as error:

@@ -25,6 +25,8 @@ from resdet.data.dataset import DetectionDataset
 from resdet.data.loader import train_loader
 from resdet.errors import Interrupted, UserError
 from resdet.evaluation.detect import Evaluation, evaluate, match_labels
+from resdet.evaluation.loss import validation_loss
+from resdet.evaluation.report import write_run_report
 from resdet.models.detector import Detector
 from resdet.predict import draw, legible_scale
 from resdet.training import guards
@@ -191,10 +193,22 @@ def train(config: Config) -> TrainResult:
                     batch_size=config.eval.batch_size,
                     num_workers=config.loader.num_workers,
                     precision=config.eval.precision or config.train.precision,
+                    tricks=config.eval.tricks,
                     rank=team.rank,
                     world_size=team.world_size,
                 )
                 metrics, evaluated = evaluation.metrics, step
+                model.score_threshold = judged.score_threshold = evaluation.score_threshold
+                if config.eval.loss:
+                    metrics |= validation_loss(
+                        judged,
+                        val_set,
+                        batch_size=config.eval.batch_size,
+                        num_workers=config.loader.num_workers,
+                        precision=config.eval.precision or config.train.precision,
+                        rank=team.rank,
+                        world_size=team.world_size,
+                    )
                 log.evaluation(step, metrics)
                 if best is None or metrics[config.eval.best_metric] > best:
                     best, num_worse = metrics[config.eval.best_metric], 0
@@ -206,6 +220,8 @@ def train(config: Config) -> TrainResult:
                     num_worse += 1
                 if team.is_main and config.eval.num_pictures:
                     _draw_pictures(config, evaluation, val_set, log, step)
+                if team.is_main:
+                    write_run_report(config.output_dir, val_set, evaluation, config_to_plain(config))
                 save()
                 logged_at += time.perf_counter() - paused
                 continue

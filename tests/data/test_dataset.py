@@ -1,16 +1,18 @@
 import json
 import logging
+import pickle
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data import Subset, random_split
 
 from resdet.build import build_dataset
 from resdet.config import parse_config
 from resdet.data.augment import build_augment
-from resdet.data.dataset import MAX_SUBSTITUTES, DetectionDataset
+from resdet.data.dataset import MAX_SUBSTITUTES, DetectionDataset, without_subset
 from resdet.data.loader import train_loader
 from resdet.data.shapes import ShapesImages, shapes_table
 from resdet.errors import ConfigError, DataError, UnreadableImageError
@@ -315,3 +317,35 @@ def test_what_workers_cannot_read_is_said_and_counted_in_the_main_process(tmp_pa
     # Two workers that meet a file at the same moment may both say so.
     assert {line.split(":")[0] for line in said} == {"image 2", "image 5"}
     assert any("(2 of the 6 images of" in line for line in said)
+
+
+def test_chosen_images_are_the_same_items():
+    whole = DetectionDataset(shapes_table(6, 96, seed=0), ShapesImages(96, seed=0), training=False)
+    inner = Subset(Subset(whole, [5, 0, 3, 3]), torch.tensor([3, 0, 1]))
+    chosen = pickle.loads(pickle.dumps(without_subset(inner)))
+    assert len(chosen) == len(inner) == 3
+    for index, (image, target) in enumerate(inner):
+        assert torch.equal(chosen[index][0], image)
+        assert all(torch.equal(chosen[index][1][name], value) for name, value in target.items())
+    assert chosen.table.image_ids.tolist() == [4, 6, 1]
+    assert without_subset(whole) is whole
+    assert len(whole) == 6
+    parts = random_split(whole, [2, 4])
+    ids = np.concatenate([without_subset(part).table.image_ids for part in parts])
+    assert sorted(ids) == whole.table.image_ids.tolist()
+
+
+def test_difficult_objects_stay_targets_where_they_were():
+    table = table_with([(2, 2, 6, 6), (3, 3, 9, 9)], difficult=[0, 1])
+    for use_difficult, num_targets in ((True, 2), (False, 1)):
+        dataset = DetectionDataset(table, blank, training=False, use_difficult=use_difficult)
+        assert len(without_subset(Subset(dataset, [1, 0]))[1][1]["labels"]) == num_targets
+
+
+def test_unfit_choices_are_refused():
+    dataset = DetectionDataset(shapes_table(3, 96, seed=0), ShapesImages(96, seed=0), training=False)
+    for indices, got in (([0, 3], "got 3"), ([-4], "got -4"), ([], "got none")):
+        with pytest.raises(DataError, match=rf"out of its 3 \(0..2\), {got}"):
+            without_subset(Subset(dataset, indices))
+    with pytest.raises(DataError, match="expected a DetectionDataset or a Subset of one, got list"):
+        without_subset(Subset([1, 2], [0]))

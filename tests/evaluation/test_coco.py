@@ -1,6 +1,10 @@
 import contextlib
 import io
 import json
+import os
+import pickle
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,12 +21,12 @@ from resdet.types import Detections
 PUBLISHED = (0.505, 0.697, 0.573, 0.586, 0.519, 0.501, 0.387, 0.594, 0.595, 0.640, 0.566, 0.564)
 NAMES = ["AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large"]
 NAMES += ["AR_1", "AR_10", "AR_100", "AR_small", "AR_medium", "AR_large"]
-# The same additions in the same order: equality to the last bits, not to rounding.
+# Means in another order, and precisions without pycocotools' 2.2e-16: equality but for the last bits.
 EXACT = 1e-12
 
 
-def pycocotools_stats(ground_truth: dict, results: list[dict]) -> np.ndarray:
-    """The way of pycocotools' own demo: two COCO objects, evaluate, accumulate, summarize."""
+def pycocotools_evaluator(ground_truth: dict, results: list[dict], max_detections: int = 100):
+    """The way of pycocotools' own demo: two COCO objects, evaluate, accumulate; and summarize, where it can."""
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
@@ -37,10 +41,30 @@ def pycocotools_stats(ground_truth: dict, results: list[dict]) -> np.ndarray:
             found.dataset = {**ground_truth, "annotations": []}
             found.createIndex()
         evaluator = COCOeval(truth, found, "bbox")
+        evaluator.params.maxDets = [1, 10, max_detections]
         evaluator.evaluate()
         evaluator.accumulate()
-        evaluator.summarize()
-    return evaluator.stats
+        if max_detections == 100:
+            evaluator.summarize()
+    return evaluator
+
+
+def pycocotools_stats(ground_truth: dict, results: list[dict]) -> np.ndarray:
+    return pycocotools_evaluator(ground_truth, results).stats
+
+
+def twelve_of(evaluator, category_id: int | None = None, max_detections: int = 100) -> list[float]:
+    """summarize() for one class, or for all and any limit, from the arrays that it reads."""
+    limits = {limit: column for column, limit in enumerate(evaluator.params.maxDets)}
+    k = slice(None) if category_id is None else [list(evaluator.params.catIds).index(category_id)]
+    precision = evaluator.eval["precision"][:, :, k]  # [IoU, recall, class, area, max detections]
+    recall = evaluator.eval["recall"][:, k]
+    m = limits[max_detections]
+    parts = [precision[..., 0, m], precision[0, ..., 0, m], precision[5, ..., 0, m]]
+    parts += [precision[..., area, m] for area in (1, 2, 3)]
+    parts += [recall[..., 0, limits[1]], recall[..., 0, limits[10]], recall[..., 0, m]]
+    parts += [recall[..., area, m] for area in (1, 2, 3)]
+    return [float(part[part > -1].mean()) if (part > -1).any() else -1.0 for part in parts]
 
 
 def as_coco(table: AnnotationTable) -> dict:
@@ -69,14 +93,37 @@ def assert_same(table: AnnotationTable, detections: Detections, stats: np.ndarra
     np.testing.assert_allclose(list(metrics.values()), stats, rtol=0, atol=EXACT)
 
 
-@pytest.mark.parametrize("seed", range(50))
-def test_twelve_numbers_equal_pycocotools(case, seed):
+def assert_same_per_class(table: AnnotationTable, detections: Detections, evaluator) -> None:
+    rows = coco_metrics(table, detections).per_class
+    for row, category in zip(rows, table.categories, strict=True):
+        numbers = [getattr(row, name) for name in [*NAMES[:8], "AR_max", *NAMES[9:]]]
+        np.testing.assert_allclose(numbers, twelve_of(evaluator, category.category_id), rtol=0, atol=EXACT)
+
+
+@pytest.mark.parametrize("seed", range(200))
+def test_twelve_numbers_equal_pycocotools_overall_and_per_class(case, seed):
     table, detections = case(seed)
-    assert_same(table, detections, pycocotools_stats(as_coco(table), detections_to_coco(table, detections)))
+    evaluator = pycocotools_evaluator(as_coco(table), detections_to_coco(table, detections))
+    assert_same(table, detections, evaluator.stats)
+    assert_same_per_class(table, detections, evaluator)
+
+
+@pytest.mark.parametrize("max_detections", [2, 5, 30, 300])
+@pytest.mark.parametrize("seed", [3, 10])
+def test_any_limit_of_detections_equals_pycocotools(case, seed, max_detections):
+    table, detections = case(seed)
+    evaluator = pycocotools_evaluator(as_coco(table), detections_to_coco(table, detections), max_detections)
+    metrics = coco_metrics(table, detections, max_detections=max_detections).as_dict()
+    assert f"AR_{max_detections}" in metrics
+    expected = twelve_of(evaluator, max_detections=max_detections)
+    np.testing.assert_allclose(list(metrics.values()), expected, rtol=0, atol=EXACT)
+    other = coco_metrics(table, detections, max_detections=1).as_dict().values()
+    with pytest.raises(AssertionError):
+        np.testing.assert_allclose(list(other)[:8], expected[:8], rtol=0, atol=EXACT)
 
 
 def test_cases_cover_what_they_claim(case):
-    cases = [case(seed) for seed in range(50)]
+    cases = [case(seed) for seed in range(200)]
     assert any(table.crowd.any() for table, _ in cases)
     assert any((table.area < 1).any() for table, _ in cases)
     assert any((np.diff(table.offsets) == 0).any() for table, _ in cases)
@@ -87,7 +134,8 @@ def test_cases_cover_what_they_claim(case):
 @pytest.mark.parametrize("perturb", ["score", "box", "crowd", "area"])
 def test_equality_notices_one_changed_value(case, perturb):
     table, detections = case(3)
-    stats = pycocotools_stats(as_coco(table), detections_to_coco(table, detections))
+    evaluator = pycocotools_evaluator(as_coco(table), detections_to_coco(table, detections))
+    assert_same_per_class(table, detections, evaluator)
     if perturb == "score":
         scores = detections.scores.copy()
         scores[np.argmax(scores)] = 0
@@ -105,7 +153,9 @@ def test_equality_notices_one_changed_value(case, perturb):
         area[0] = 1e4 if area[0] < 1024 else 1
         table = replace(table, area=area)
     with pytest.raises(AssertionError):
-        assert_same(table, detections, stats)
+        assert_same(table, detections, evaluator.stats)
+    with pytest.raises(AssertionError):
+        assert_same_per_class(table, detections, evaluator)
 
 
 def test_fake_detections_of_cocoapi_score_as_published(assets):
@@ -119,11 +169,17 @@ def test_fake_detections_of_cocoapi_score_as_published(assets):
     # The results speak of 99 of the 100 images; the last one has no detections, and counts.
     assert len(np.unique(detections.image_index)) == 99
     assert table.num_images == 100
-    stats = pycocotools_stats(json.loads(annotations.read_text()), json.loads(results.read_text()))
-    assert_same(table, detections, stats)
+    evaluator = pycocotools_evaluator(json.loads(annotations.read_text()), json.loads(results.read_text()))
+    assert_same(table, detections, evaluator.stats)
+    assert_same_per_class(table, detections, evaluator)
     assert sum(row.num_boxes for row in metrics.per_class) == int((~table.crowd).sum())
     defined = [row.AP for row in metrics.per_class if row.num_boxes]
     assert abs(metrics.AP - np.mean(defined)) < EXACT
+
+
+def detections_at(detections: Detections, rows: np.ndarray, image_index: np.ndarray | None = None) -> Detections:
+    chosen = Detections(*(getattr(detections, name)[rows] for name in vars(detections)))
+    return chosen if image_index is None else replace(chosen, image_index=image_index)
 
 
 def test_per_class_rows_are_in_label_order_and_undefined_ones_stay_out(case):
@@ -198,14 +254,105 @@ def test_limit_of_detections_can_be_raised(case):
     assert "AR_100" not in more.as_dict()
     assert more.AR_max >= usual.AR_max
     assert more.AR_10 == usual.AR_10
-    with pytest.raises(ValueError, match="at least 10, got 5"):
-        coco_metrics(table, detections, max_detections=5)
+    ten, one = (coco_metrics(table, detections, max_detections=limit) for limit in (10, 1))
+    assert ten.AR_max == ten.AR_10 == usual.AR_10
+    assert one.AR_max == one.AR_1 == usual.AR_1
+    assert one.AR_10 == usual.AR_10
+    with pytest.raises(ValueError, match="max_detections: must be at least 1, got 0"):
+        coco_metrics(table, detections, max_detections=0)
+
+
+def test_some_of_the_images_and_one_of_them_twice(case):
+    # As a Subset, or a bootstrap sample, has them: an image that is drawn twice counts twice.
+    table, detections = case(3)
+    assert table.num_images > 3
+    chosen = np.array([2, 0, 2])
+    rows = [np.flatnonzero(detections.image_index == image) for image in chosen]
+    image_index = np.repeat(np.arange(3), [len(part) for part in rows])
+    found = detections_at(detections, np.concatenate(rows), image_index)
+    metrics = coco_metrics(table.select_images(chosen), found)
+    apart = replace(table.select_images(chosen), image_ids=np.array([8, 3, 11]))
+    assert_same(apart, found, pycocotools_stats(as_coco(apart), detections_to_coco(apart, found)))
+    assert metrics.AR_max == coco_metrics(apart, found).AR_max
+    assert sum(row.num_boxes for row in metrics.per_class) == (~table.select_images(chosen).crowd).sum()
+
+
+def test_file_without_area_and_iscrowd_equals_one_that_states_the_defaults(assets, tmp_path):
+    folder = assets / "cocoapi_eval"
+    data = json.loads((folder / "instances_val2014_100.json").read_text())
+    for annotation in data["annotations"]:
+        annotation["area"], annotation["iscrowd"] = annotation["bbox"][2] * annotation["bbox"][3], 0
+    results = json.loads((folder / "instances_val2014_fakebbox100_results.json").read_text())
+    stats = pycocotools_stats(json.loads(json.dumps(data)), results)
+    for annotation in data["annotations"]:
+        del annotation["area"], annotation["iscrowd"]
+    bare = tmp_path / "bare.json"
+    bare.write_text(json.dumps(data))
+    table = read_coco(bare)
+    assert_same(table, read_coco_detections(folder / "instances_val2014_fakebbox100_results.json", table), stats)
 
 
 def test_nothing_is_printed(case, capsys):
     coco_metrics(*case(1))
     captured = capsys.readouterr()
     assert captured.out == captured.err == ""
+
+
+WORKER = """
+import pickle, sys
+import torch
+import torch.distributed as dist
+from resdet.data.dataset import DetectionDataset
+from resdet.data.shapes import ShapesImages, shapes_table
+from resdet.evaluation.detect import evaluate
+
+class Noisy(torch.nn.Module):
+    # Answers by the picture alone: the same boxes whichever process is shown it.
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+
+    def forward(self, images):
+        return [self.answer(image) for image in images]
+
+    def answer(self, image):
+        dataset = DATASET
+        index = next(i for i in range(len(dataset)) if torch.equal(dataset[i][0].float() / 255, image))
+        generator = torch.Generator().manual_seed(index)
+        boxes = torch.from_numpy(dataset.table.boxes_in_image()[dataset.table.rows(index)]).float().repeat(3, 1)
+        labels = torch.from_numpy(dataset.table.labels[dataset.table.rows(index)]).repeat(3)
+        boxes += 5 * torch.randn(boxes.shape, generator=generator)
+        boxes[:, 2:] = torch.maximum(boxes[:, 2:], boxes[:, :2] + 1)
+        scores = torch.rand(len(labels), generator=generator).sort(descending=True).values
+        return {"boxes": boxes, "labels": labels, "scores": scores}
+
+DATASET = DetectionDataset(shapes_table(7, 96, 3), ShapesImages(image_size=96, seed=3), training=False)
+dist.init_process_group("gloo")
+result = evaluate(Noisy(), DATASET, rank=dist.get_rank(), world_size=2)
+with open(f"{sys.argv[1]}/{dist.get_rank()}.pickle", "wb") as file:
+    pickle.dump((DATASET.table, result), file)
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_and_an_odd_number_of_images_equal_pycocotools(tmp_path):
+    script = tmp_path / "worker.py"
+    script.write_text(WORKER)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    subprocess.run([*torchrun, str(script), str(tmp_path)], check=True, env=environment)
+    results = [pickle.loads((tmp_path / f"{rank}.pickle").read_bytes()) for rank in range(2)]
+    for table, evaluation in results:
+        found = evaluation.detections
+        assert table.num_images == 7
+        np.testing.assert_array_equal(np.bincount(found.image_index), 3 * np.diff(table.offsets))
+        stats = pycocotools_stats(as_coco(table), detections_to_coco(table, found))
+        np.testing.assert_allclose(list(evaluation.coco.as_dict().values()), stats, rtol=0, atol=EXACT)
+        assert 0 < evaluation.coco.AP < 1
+        twice = detections_at(found, np.repeat(np.arange(len(found)), 2))
+        with pytest.raises(AssertionError):
+            assert_same(table, twice, stats)
 
 
 def test_detections_survive_the_file(case, tmp_path: Path):

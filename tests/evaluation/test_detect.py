@@ -10,15 +10,16 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
+from torch.utils.data import Subset
 from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 
 from resdet.data.dataset import DetectionDataset
 from resdet.data.shapes import ShapesImages, shapes_table
 from resdet.errors import DataError, WeightsError
-from resdet.evaluation import detect, evaluate
+from resdet.evaluation import best_score_threshold, coco_metrics, detect, evaluate
 from resdet.evaluation.detect import inference
-from resdet.types import Category, Prediction
+from resdet.types import Category, Detections, Prediction
 
 NUM_IMAGES, IMAGE_SIZE, SEED = 7, 96, 3
 
@@ -116,6 +117,37 @@ def test_classes_are_matched_by_name():
     np.testing.assert_array_equal(evaluate(model, other).detections.labels, turned.labels)
     # Without names, labels are taken as they are.
     assert evaluate(Oracle(dataset), other).metrics["AP"] < 0.5
+
+
+@pytest.mark.parametrize("indices", [[4, 1], [6, 0, 3, 3, 5, 0, 3], range(1, 7, 2), torch.tensor([2, -1]), [0]])
+def test_a_subset_is_the_dataset_of_its_images(indices):
+    dataset = shapes()
+    # Wrong answers for some images, so that it matters which are in it.
+    model = Oracle(dataset, dataset.categories)
+    for index in (1, 3):
+        key = dataset.image(index).tobytes()
+        boxes, labels = model.answers[key]
+        model.answers[key] = boxes * 0.9, labels % 3 + 1
+    rows = np.arange(NUM_IMAGES)[np.asarray(indices)]
+    # No id twice, but in the order of those there were: equal scores of two images are ordered by it.
+    image_ids = np.argsort(np.argsort(rows, kind="stable"))
+    table = replace(dataset.table.select_images(rows), image_ids=image_ids)
+    whole = detect(model, dataset)
+    parts = [np.flatnonzero(whole.image_index == row) for row in rows]
+    picked = np.concatenate(parts)
+    by_hand = Detections(
+        np.repeat(np.arange(len(rows)), [len(part) for part in parts]),
+        *(column[picked] for column in (whole.boxes, whole.labels, whole.scores)),
+    )
+    turned = Subset(dataset, range(NUM_IMAGES - 1, -1, -1))
+    for subset in (Subset(dataset, indices), Subset(turned, (NUM_IMAGES - 1 - rows).tolist())):
+        result = evaluate(model, subset, batch_size=2, num_workers=1 if len(rows) > 2 else 0)
+        assert result.coco == coco_metrics(table, by_hand)
+        np.testing.assert_array_equal(result.detections.image_index, by_hand.image_index)
+        np.testing.assert_array_equal(result.detections.boxes, by_hand.boxes)
+        assert result.score_threshold == best_score_threshold(table, by_hand)
+    if len(rows) > 1:
+        assert result.coco != coco_metrics(dataset.table, whole)
 
 
 def test_other_classes_are_an_error_that_names_them():
@@ -257,6 +289,14 @@ def test_two_processes_share_the_images_and_agree_with_one(tmp_path):
         assert rank["metrics"] == alone.metrics
         np.testing.assert_array_equal(rank["image_index"].numpy(), alone.detections.image_index)
         np.testing.assert_array_equal(rank["boxes"].numpy(), alone.detections.boxes)
+
+
+def test_evaluation_says_nothing(capsys, caplog):
+    dataset = shapes()
+    with caplog.at_level("INFO"):
+        evaluate(Oracle(dataset, dataset.categories), dataset)
+    captured = capsys.readouterr()
+    assert captured.out == captured.err == caplog.text == ""
 
 
 def test_progress_is_shown_only_when_asked(capsys):

@@ -182,6 +182,26 @@ def test_checkpoint_rebuilds_the_detector(trio: tuple[Detector, Detector, Faster
     json.dumps({name: value for name, value in payload.items() if name != "model"})  # plain values
 
 
+def test_checkpoint_carries_the_score_threshold(trio: tuple[Detector, Detector, FasterRCNN], tmp_path: Path) -> None:
+    payload = checkpoint_payload(trio[1])
+    path = tmp_path / "best.pt"
+
+    def loaded(**changes: object) -> float | None:
+        torch.save(payload | changes, path)
+        return load_detector(path).score_threshold
+
+    assert payload["score_threshold"] is None
+    assert loaded() is None
+    assert loaded(score_threshold=0.625) == 0.625
+    again = checkpoint_payload(load_detector(path))
+    assert again["score_threshold"] == 0.625
+    del payload["score_threshold"]  # files from before there was one
+    assert loaded() is None
+    for wrong in (-0.1, 1.5, float("nan"), "0.5"):
+        with pytest.raises(WeightsError, match=r"score_threshold must be in \[0, 1\], got"):
+            loaded(score_threshold=wrong)
+
+
 def test_checkpoint_from_before_the_conventions_loads(
     trio: tuple[Detector, Detector, FasterRCNN], tmp_path: Path
 ) -> None:

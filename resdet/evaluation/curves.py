@@ -1,0 +1,232 @@
+"""Precision against recall, what COCO's AP is the mean of, and the score threshold that balances the two."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from resdet.data.annotations import AnnotationTable
+from resdet.evaluation.matching import COCO_IOU_THRESHOLDS, match
+from resdet.types import Detections
+
+UNDEFINED = -1.0
+"""pycocotools' value of a metric that has no ground truth to measure it on; it never enters a mean."""
+
+RECALLS: npt.NDArray[np.float64] = np.linspace(0.0, 1.0, 101)
+"""The recalls 0, 0.01, ..., 1 at which COCO reads the interpolated precision, to the bit as pycocotools has them."""
+
+
+@dataclass(frozen=True)
+class BestF1:
+    """Where F1, the harmonic mean of precision and recall, is highest.
+
+    Attributes:
+        f1: 2 TP / (detections + boxes) of the detections whose score is at least ``threshold``, in [0, 1]; 0 where
+            there is no hit, -1 where there is no ground truth.
+        threshold: That score; the highest of those with equal F1. None where ``f1`` is 0 or -1.
+        precision: There, in [0, 1]; 0 or -1 where ``f1`` is.
+        recall: There, in [0, 1]; 0 or -1 where ``f1`` is.
+    """
+
+    f1: float
+    threshold: float | None
+    precision: float
+    recall: float
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Precision against recall at one IoU threshold: one point per detection that counts, by falling score.
+
+    Attributes:
+        name: The class, or ``"all"`` for all of them pooled.
+        iou_threshold: IoU that makes a match.
+        num_boxes: Ground-truth boxes that count.
+        hits: bool ``[P]``: hit or false positive.
+        scores: float64 ``[P]``, falling: a threshold at ``scores[i]`` gives the point ``i``, or the last one of equal
+            score.
+    """
+
+    name: str
+    iou_threshold: float
+    num_boxes: int
+    hits: npt.NDArray[np.bool_]
+    scores: npt.NDArray[np.float64]
+
+    @property
+    def precision(self) -> npt.NDArray[np.float64]:
+        """Hits among the detections so far, float64 ``[P]``."""
+        precision: npt.NDArray[np.float64] = np.cumsum(self.hits) / np.arange(1, len(self.hits) + 1)
+        return precision
+
+    @property
+    def recall(self) -> npt.NDArray[np.float64]:
+        """Boxes found so far, float64 ``[P]``; -1 without ground truth."""
+        if not self.num_boxes:
+            return np.full(len(self.hits), UNDEFINED)
+        recall: npt.NDArray[np.float64] = np.cumsum(self.hits) / self.num_boxes
+        return recall
+
+    @property
+    def AP(self) -> float:  # noqa: N802 - the metric's name
+        """COCO's average precision: the mean of ``interpolated``; -1 without ground truth."""
+        return average_precision(self.hits, self.num_boxes)
+
+    def interpolated(self) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+        """Give precision and score at the 101 ``RECALLS``.
+
+        Returns:
+            The best precision at that recall or a higher one, float64 ``[101]``: 0 where the recall is not reached,
+            -1 without ground truth. And the score threshold that first reaches the recall, float64 ``[101]``: NaN
+            where none does.
+        """
+        num_hits, scores = int(np.count_nonzero(self.hits)), np.full(len(RECALLS), np.nan)
+        at = _first_hits(num_hits, self.num_boxes)
+        reached = at < num_hits
+        scores[reached] = self.scores[self.hits][at[reached]]
+        return interpolated_precision(self.hits, self.num_boxes), scores
+
+    def best_f1(self) -> BestF1:
+        """Give the score threshold of the highest F1, out of the detections' own scores.
+
+        Detections of equal score stay or go together, so only the last of them is looked at.
+        """
+        if not self.num_boxes:
+            return BestF1(UNDEFINED, None, UNDEFINED, UNDEFINED)
+        if not self.hits.any():
+            return BestF1(0.0, None, 0.0, 0.0)
+        last = np.flatnonzero(np.diff(self.scores, append=-np.inf))
+        f1 = 2 * np.cumsum(self.hits)[last] / (last + 1 + self.num_boxes)
+        best = int(np.argmax(f1))
+        at = int(last[best])
+        return BestF1(float(f1[best]), float(self.scores[at]), float(self.precision[at]), float(self.recall[at]))
+
+
+@dataclass(frozen=True)
+class Curves:
+    """Precision-recall curves of a dataset.
+
+    Attributes:
+        iou_thresholds: ``T`` of them.
+        per_class: ``per_class[t][k]`` is of threshold ``t`` and of the class with label ``k + 1``.
+        pooled: ``pooled[t]``: all classes' detections on one scale of scores. Unlike a mean over classes it counts
+            each box once, and detections of classes without ground truth as the false positives they are.
+    """
+
+    iou_thresholds: tuple[float, ...]
+    per_class: tuple[tuple[Curve, ...], ...]
+    pooled: tuple[Curve, ...]
+
+
+def precision_recall(
+    table: AnnotationTable,
+    detections: Detections,
+    *,
+    iou_thresholds: Sequence[float] = COCO_IOU_THRESHOLDS,
+    max_detections: int = 100,
+) -> Curves:
+    """Compute precision-recall curves over every image of ``table``, matched by COCO's rules.
+
+    ``coco_metrics``'s AP of a class is the mean of its curves' ``AP``. The threshold that ``best_f1`` of a class's
+    curve, or of the pooled one, gives at IoU 0.5 is a sound default for showing detections.
+
+    Args:
+        table: Ground truth.
+        detections: What a model found in the images of ``table``.
+        iou_thresholds: Each in (0, 1].
+        max_detections: Detections that count per class and image, at least 1.
+
+    Raises:
+        ValueError: If a threshold is outside (0, 1] or ``max_detections`` is below 1.
+        DataError: If a detection names an image or class that ``table`` does not have, or is not finite.
+    """
+    matches = match(table, detections, iou_thresholds=iou_thresholds, max_detections=max_detections)
+    names = [category.name for category in table.categories]
+    by_score = np.argsort(-matches.scores, kind="stable")
+    per_class, pooled = [], []
+    for threshold, hits, ignored in zip(matches.iou_thresholds.tolist(), matches.hits, matches.ignored, strict=True):
+        curves = []
+        for label, name in enumerate(names, start=1):
+            rows = matches.of_label(label)
+            counts = ~ignored[rows]
+            num_boxes = int(matches.num_boxes[label])
+            curves.append(Curve(name, threshold, num_boxes, hits[rows][counts], matches.scores[rows][counts]))
+        order = by_score[~ignored[by_score]]
+        per_class.append(tuple(curves))
+        pooled.append(Curve("all", threshold, int(matches.num_boxes.sum()), hits[order], matches.scores[order]))
+    return Curves(tuple(matches.iou_thresholds.tolist()), tuple(per_class), tuple(pooled))
+
+
+def best_score_threshold(table: AnnotationTable, detections: Detections) -> float | None:
+    """Give the score from which showing detections is best: of the highest F1 at IoU 0.5, all classes pooled.
+
+    Args:
+        table: Ground truth.
+        detections: What a model found in the images of ``table``.
+
+    Returns:
+        One of the detections' scores; None where there is no ground truth, or nothing of it was found.
+
+    Raises:
+        DataError: If a detection names an image or class that ``table`` does not have, or is not finite.
+    """
+    return precision_recall(table, detections, iou_thresholds=[0.5]).pooled[0].best_f1().threshold
+
+
+def average_precision(hits: npt.NDArray[np.bool_], num_boxes: int) -> float:
+    """Give COCO's AP, the mean interpolated precision at 101 recalls.
+
+    Args:
+        hits: bool ``[P]``, hit or false positive, by falling score, of the detections that count.
+        num_boxes: Boxes there were to find.
+
+    Returns:
+        In [0, 1]; -1 without ground truth.
+    """
+    return float(interpolated_precision(hits, num_boxes).mean())
+
+
+def interpolated_precision(hits: npt.NDArray[np.bool_], num_boxes: int) -> npt.NDArray[np.float64]:
+    """Give the best precision at each of the 101 ``RECALLS`` or beyond it, float64 ``[101]``.
+
+    It is 0 where the recall is not reached and -1 without ground truth.
+
+    Args:
+        hits: bool ``[P]``, hit or false positive, by falling score, of the detections that count.
+        num_boxes: Boxes there were to find.
+
+    Source: ``COCOeval.accumulate`` of pycocotools. Deviation: it adds 2.2e-16 to the number of detections against a
+    division by zero, by which a single perfect detection falls short of precision 1 in the last bit.
+    """
+    if not num_boxes:
+        return np.full(len(RECALLS), UNDEFINED)
+    interpolated: npt.NDArray[np.float64] = interpolated_precisions(np.flatnonzero(hits)[None] + 1, num_boxes)[0]
+    return interpolated
+
+
+def interpolated_precisions(number: npt.NDArray[np.int64], num_boxes: int) -> npt.NDArray[np.float64]:
+    """Do what ``interpolated_precision`` does for ``S`` curves of ``T`` hits each at once, float64 ``[S, 101]``.
+
+    Args:
+        number: int64 ``[S, T]``, ascending: how many detections count down to each hit, itself included.
+        num_boxes: Boxes there were to find on each of the curves, at least 1.
+    """
+    num_hits = np.arange(1, number.shape[1] + 1)
+    at = _first_hits(len(num_hits), num_boxes)
+    at = at[at < len(num_hits)]
+    interpolated = np.zeros((len(number), len(RECALLS)))
+    if at.size:
+        # Precision rises at hits only, so the best one from any point on stands at a hit: the best of the hits between
+        # two recalls, then of those to the right.
+        best = np.maximum.reduceat(num_hits / number, at, axis=1)
+        interpolated[:, : len(at)] = np.maximum.accumulate(best[:, ::-1], axis=1)[:, ::-1]
+    return interpolated
+
+
+def _first_hits(num_hits: int, num_boxes: int) -> npt.NDArray[np.int64]:
+    """Give the number of the hit that first reaches each of ``RECALLS``, int64 ``[101]``; past the last: never."""
+    recall = np.arange(1, num_hits + 1) / max(num_boxes, 1)
+    return np.searchsorted(recall, RECALLS, side="left")

@@ -1,0 +1,330 @@
+"""Which detection found which box: the matching of COCO's evaluation, for a whole dataset at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from resdet.data.annotations import AnnotationTable
+from resdet.errors import DataError
+from resdet.types import Detections
+
+COCO_IOU_THRESHOLDS: tuple[float, ...] = tuple(np.linspace(0.5, 0.95, 10).tolist())
+"""0.5, 0.55, ..., 0.95, to the bit as pycocotools has them."""
+
+AREA_RANGES: dict[str, tuple[float, float]] = {
+    "all": (0.0, 1e5**2),
+    "small": (0.0, 32.0**2),
+    "medium": (32.0**2, 96.0**2),
+    "large": (96.0**2, 1e5**2),
+}
+"""COCO's sizes: the least and the greatest area in pixels, both included."""
+
+_PAIRS_AT_ONCE = 1 << 18  # bounds what ``overlaps`` holds beside its result to about 50 MB
+
+
+@dataclass(frozen=True)
+class Overlaps:
+    """Pairs of a detection and a ground-truth box of one image, by detection, then by box.
+
+    Attributes:
+        detection: int64 ``[P]``, row in the detections.
+        box: int64 ``[P]``, row in the annotation table.
+        iou: float64 ``[P]``, in (0, 1].
+    """
+
+    detection: npt.NDArray[np.int64]
+    box: npt.NDArray[np.int64]
+    iou: npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Matches:
+    """The outcome of ``match``: ``T`` IoU thresholds, ``M`` detections that count, ``N`` ground-truth boxes.
+
+    A detection is a hit where ``box >= 0`` and not ``ignored``, a false positive where ``box < 0`` and not
+    ``ignored``. A box is found where ``detection_of_box >= 0``, missed where it is -1 and not ``box_ignored``.
+
+    Attributes:
+        iou_thresholds: float64 ``[T]``.
+        detection: int64 ``[M]``, rows in the detections: by label, then by falling score (equal scores by image id,
+            then in the order given).
+        labels: int64 ``[M]``, 1..K, of these detections.
+        scores: float64 ``[M]``, of these detections.
+        rank: int64 ``[M]``, place among the detections of its image and class, 0 for the best score.
+        box: int32 ``[T, M]``, row of the matched box in the annotation table, -1 where there is none.
+        ignored: bool ``[T, M]``, neither hit nor false positive: matched to a box that is ignored, or unmatched and
+            itself outside of the area range.
+        detection_of_box: int32 ``[T, N]``, row in the detections, -1 where there is none. Of the many that may match
+            a crowd region, the last.
+        box_ignored: bool ``[N]``, crowd, difficult or outside of the area range.
+        num_boxes: int64 ``[K + 1]``, boxes of each label that are not ignored.
+    """
+
+    iou_thresholds: npt.NDArray[np.float64]
+    detection: npt.NDArray[np.int64]
+    labels: npt.NDArray[np.int64]
+    scores: npt.NDArray[np.float64]
+    rank: npt.NDArray[np.int64]
+    box: npt.NDArray[np.int32]
+    ignored: npt.NDArray[np.bool_]
+    detection_of_box: npt.NDArray[np.int32]
+    box_ignored: npt.NDArray[np.bool_]
+    num_boxes: npt.NDArray[np.int64]
+
+    @property
+    def hits(self) -> npt.NDArray[np.bool_]:
+        """True positives, bool ``[T, M]``."""
+        return (self.box >= 0) & ~self.ignored
+
+    def of_label(self, label: int) -> slice:
+        """Give the columns of one class, by falling score."""
+        first, last = np.searchsorted(self.labels, [label, label + 1]).tolist()
+        return slice(first, last)
+
+
+def match(
+    table: AnnotationTable,
+    detections: Detections,
+    *,
+    iou_thresholds: Sequence[float] = COCO_IOU_THRESHOLDS,
+    max_detections: int = 100,
+    area_range: tuple[float, float] = AREA_RANGES["all"],
+) -> Matches:
+    """Match detections to ground truth by COCO's rules, per image and class.
+
+    The ``max_detections`` best-scored take their turn by falling score (equal scores in the order given). Each takes
+    the box it overlaps most, of those that are still free and that it overlaps by the threshold or more; of equal
+    overlaps the later box. Only where there is none, it may take an ignored box: a crowd region (of which any number
+    may be had; overlap is then the share of the detection that lies in it), a difficult object, or a box outside of
+    ``area_range``; such a detection counts for nothing, and neither does an unmatched one outside of ``area_range``.
+
+    Args:
+        table: Ground truth.
+        detections: What a model found in the images of ``table``.
+        iou_thresholds: Each in (0, 1].
+        max_detections: Detections that count per image and class, at least 1.
+        area_range: Least and greatest area in pixels of the boxes that count, both included; a box's is the table's
+            ``area``, a detection's is width * height.
+
+    Raises:
+        ValueError: If a threshold is outside (0, 1] or ``max_detections`` is below 1.
+        DataError: If a detection names an image or class that ``table`` does not have, or is not finite.
+
+    Source: ``COCOeval.evaluateImg`` of pycocotools. Deviations: matches are kept as rows instead of ids (there, id 0
+    reads as "no match"), images are told apart by their place in the table instead of by id, and difficult objects
+    are ignored (pycocotools overwrites such a flag by ``iscrowd``).
+    """
+    matches = match_areas(
+        table,
+        detections,
+        iou_thresholds=iou_thresholds,
+        max_detections=max_detections,
+        area_ranges=(area_range,),
+    )
+    return matches[0]
+
+
+def match_areas(
+    table: AnnotationTable,
+    detections: Detections,
+    *,
+    iou_thresholds: Sequence[float] = COCO_IOU_THRESHOLDS,
+    max_detections: int = 100,
+    area_ranges: Sequence[tuple[float, float]] = tuple(AREA_RANGES.values()),
+) -> tuple[Matches, ...]:
+    """Do what ``match`` does for several area ranges, which shares the work that does not depend on them.
+
+    Args:
+        table: As for ``match``, like all but the last.
+        detections: What a model found in the images of ``table``.
+        iou_thresholds: Each in (0, 1].
+        max_detections: Detections that count per image and class, at least 1.
+        area_ranges: Least and greatest areas; by default COCO's, in the order of ``AREA_RANGES``.
+
+    Returns:
+        One per area range, in their order.
+
+    Raises:
+        ValueError: As ``match``.
+        DataError: As ``match``.
+    """
+    thresholds = np.asarray(iou_thresholds, dtype=np.float64)
+    if thresholds.ndim != 1 or not thresholds.size or not ((thresholds > 0) & (thresholds <= 1)).all():
+        raise ValueError(f"iou_thresholds: must be one or more numbers in (0, 1], got {iou_thresholds}")
+    if max_detections < 1:
+        raise ValueError(f"max_detections: must be at least 1, got {max_detections}")
+    # pycocotools' slack, by which an overlap of 1 that rounding took a bit from reaches a threshold of 1.
+    least = np.minimum(thresholds, 1 - 1e-10)[:, None]
+    pairs = overlaps(table, detections, min_iou=float(least.min()))
+
+    order, rank = _by_score(table, detections)
+    order, rank = order[rank < max_detections], rank[rank < max_detections]
+    area, sides = table.area, to_xywh(detections.boxes[order])[:, 2:]
+    own_area = sides[:, 0] * sides[:, 1]
+    low, high = np.asarray(area_ranges, dtype=np.float64).reshape(-1, 2).T[:, :, None]
+    box_ignored = table.crowd | table.difficult | (area < low) | (area > high)  # [A, N]
+    outside = (own_area < low) | (own_area > high)
+    # Axes: area range, IoU threshold, detection or box.
+    ignored = np.repeat(outside[:, None], len(least), axis=1)
+    matched = np.full(ignored.shape, -1, dtype=np.int32)
+    detection_of_box = np.full((*ignored.shape[:2], table.num_boxes), -1, dtype=np.int32)
+
+    # Detections of equal rank never compete for a box, so those of all images and classes take their turn together.
+    # Pairs are sorted so that the best box of a detection is the last one of its pairs that it may have.
+    column = np.full(len(detections), -1, dtype=np.int64)
+    column[order] = np.arange(len(order))
+    of_pair = column[pairs.detection]
+    kept = np.flatnonzero(of_pair >= 0)
+    kept = kept[np.lexsort((pairs.box[kept], pairs.iou[kept], of_pair[kept], rank[of_pair[kept]]))]
+    of_pair, box, iou = of_pair[kept], pairs.box[kept], pairs.iou[kept]
+    ends = np.cumsum(np.bincount(rank[of_pair], minlength=1)).tolist()
+    for first, last in zip([0, *ends], ends, strict=False):
+        if first == last:
+            continue
+        takers, boxes, num = of_pair[first:last], box[first:last], last - first
+        allowed = (iou[first:last] >= least) & (table.crowd[boxes] | (detection_of_box[:, :, boxes] < 0))
+        places = np.arange(num) + np.where(box_ignored[:, None, boxes], 0, num)
+        starts = np.flatnonzero(np.diff(takers, prepend=-1))
+        best = np.maximum.reduceat(np.where(allowed, places, -1), starts, axis=2)
+        a, t, taker = np.nonzero(best >= 0)
+        taken, takers = boxes[best[a, t, taker] % num], takers[starts[taker]]
+        matched[a, t, takers] = taken
+        ignored[a, t, takers] = box_ignored[a, taken]
+        detection_of_box[a, t, taken] = order[takers]
+
+    return tuple(
+        Matches(
+            iou_thresholds=thresholds,
+            detection=order,
+            labels=detections.labels[order],
+            scores=detections.scores[order],
+            rank=rank,
+            box=matched[a],
+            ignored=ignored[a],
+            detection_of_box=detection_of_box[a],
+            box_ignored=box_ignored[a],
+            num_boxes=np.bincount(table.labels[~box_ignored[a]], minlength=table.num_classes),
+        )
+        for a in range(len(area_ranges))
+    )
+
+
+def overlaps(
+    table: AnnotationTable,
+    detections: Detections,
+    *,
+    min_iou: float = 0.0,
+    same_class: bool = True,
+    crowd_as_region: bool = True,
+) -> Overlaps:
+    """Give all pairs of a detection and a box of its image that overlap.
+
+    Args:
+        table: Ground truth.
+        detections: What a model found in the images of ``table``.
+        min_iou: Pairs below it are left out, and so are pairs that share no area.
+        same_class: Only pairs of one class.
+        crowd_as_region: Measure the overlap with a crowd region by the share of the detection that lies in it, as
+            COCO does, instead of by IoU.
+
+    Raises:
+        DataError: If a detection names an image or class that ``table`` does not have, or is not finite.
+
+    Source: ``bbIou`` of pycocotools' maskApi.c: the same operations on the same (x, y, width, height), so that the
+    overlaps are the same to the bit.
+    """
+    check_detections(table, detections)
+    xywh = to_xywh(detections.boxes)
+    if same_class:
+        key_of_box = table.image_of_box() * table.num_classes + table.labels
+        key = detections.image_index * table.num_classes + detections.labels
+        box_order = np.argsort(key_of_box, kind="stable")
+        start = np.searchsorted(key_of_box[box_order], key, side="left")
+        count = np.searchsorted(key_of_box[box_order], key, side="right") - start
+    else:
+        box_order = np.arange(table.num_boxes)
+        start = table.offsets[:-1][detections.image_index]
+        count = np.diff(table.offsets)[detections.image_index]
+    some = np.flatnonzero(count)
+    start, count = start[some], count[some]
+    total = np.cumsum(count)
+    parts = []
+    for chunk in np.split(np.arange(len(some)), np.flatnonzero(np.diff(total // _PAIRS_AT_ONCE)) + 1):
+        counts = count[chunk]
+        detection = np.repeat(some[chunk], counts)
+        box = box_order[np.arange(len(detection)) + np.repeat(start[chunk] - np.cumsum(counts) + counts, counts)]
+        crowd = table.crowd[box] if crowd_as_region else np.zeros(len(box), dtype=np.bool_)
+        iou = _iou(xywh[detection], table.boxes_xywh[box], crowd)
+        near = (iou > 0) & (iou >= min_iou)
+        parts.append((detection[near], box[near], iou[near]))
+    return Overlaps(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+
+
+def check_detections(table: AnnotationTable, detections: Detections) -> None:
+    """Refuse detections that cannot belong to ``table``.
+
+    Raises:
+        DataError: If an array has a wrong shape, an image index or a label is out of range, or a box or score is not
+            finite (metrics would silently call it a miss).
+    """
+    num = len(detections.scores)
+    shapes = (detections.image_index.shape, detections.boxes.shape, detections.labels.shape, detections.scores.shape)
+    if shapes != ((num,), (num, 4), (num,), (num,)):
+        raise DataError(f"detections: expected image_index [D], boxes [D, 4], labels [D], scores [D], got {shapes}")
+    for what, values, first, last in (
+        ("image_index", detections.image_index, 0, table.num_images - 1),
+        ("labels", detections.labels, 1, len(table.categories)),
+    ):
+        wrong = np.flatnonzero((values < first) | (values > last))
+        if wrong.size:
+            raise DataError(
+                f"detections: {what} must be in {first}..{last} for {table.name}, "
+                f"got {values[wrong[0]]} in row {wrong[0]}"
+            )
+    wrong = np.flatnonzero(~(np.isfinite(detections.boxes).all(axis=1) & np.isfinite(detections.scores)))
+    if wrong.size:
+        row = wrong[0]
+        raise DataError(
+            f"detections: boxes and scores must be finite, got {detections.boxes[row].tolist()} with score "
+            f"{detections.scores[row]} in image_id={table.image_ids[detections.image_index[row]]}"
+        )
+
+
+def to_xywh(boxes: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Give boxes ``(x1, y1, x2, y2)`` as ``(x, y, width, height)``, float64 ``[D, 4]``."""
+    xywh = boxes.copy()
+    xywh[:, 2:] -= xywh[:, :2]
+    return xywh
+
+
+def _by_score(table: AnnotationTable, detections: Detections) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Give the rows of all detections in the order of ``Matches.detection``, and the rank of each of them."""
+    place = np.empty(table.num_images, dtype=np.int64)
+    place[np.argsort(table.image_ids, kind="stable")] = np.arange(table.num_images)
+    order = np.lexsort((place[detections.image_index], -detections.scores, detections.labels))
+    key = (detections.image_index * table.num_classes + detections.labels)[order]
+    grouped = np.argsort(key, kind="stable")
+    sizes = np.unique(key, return_counts=True)[1]
+    rank = np.empty_like(order)
+    rank[grouped] = np.arange(len(order)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    return order, rank
+
+
+def _iou(
+    detections_xywh: npt.NDArray[np.float64], boxes_xywh: npt.NDArray[np.float64], crowd: npt.NDArray[np.bool_]
+) -> npt.NDArray[np.float64]:
+    """Give the IoU of row i of one with row i of the other, float64 ``[P]``; with crowd, the share of the first."""
+    x, y, w, h = detections_xywh.T
+    box_x, box_y, box_w, box_h = boxes_xywh.T
+    width = np.minimum(x + w, box_x + box_w) - np.maximum(x, box_x)
+    height = np.minimum(y + h, box_y + box_h) - np.maximum(y, box_y)
+    inter = width * height
+    area = w * h
+    union = np.where(crowd, area, area + box_w * box_h - inter)
+    iou: npt.NDArray[np.float64] = np.zeros_like(inter)
+    np.divide(inter, union, out=iou, where=(width > 0) & (height > 0))
+    return iou
