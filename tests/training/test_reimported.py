@@ -33,7 +33,7 @@ def fine_tune(weights: Path, bccd: Path, output_dir: Path) -> tuple[list[float],
 @pytest.mark.parametrize(
     "there",
     [
-        "detectron2",
+        pytest.param("detectron2", marks=pytest.mark.slow),
         pytest.param("mmdetection", marks=pytest.mark.slow),
         pytest.param("maskrcnn-benchmark", marks=pytest.mark.slow),
     ],
