@@ -13,19 +13,22 @@ import difflib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from typing_extensions import Self
 
 from resdet.errors import ConfigError
+from resdet.models.archs import VGGArch, find_arch
 from resdet.models.detector import DetectorSpec
 from resdet.yaml12 import KeyPath, dotted, read_yaml
 
 _SECTION = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
 Fraction = Annotated[float, Field(gt=0, lt=1)]
+
+_Settings = TypeVar("_Settings", bound=BaseModel)
 
 
 class ModelConfig(DetectorSpec):
@@ -52,7 +55,9 @@ class ModelConfig(DetectorSpec):
 
     @model_validator(mode="after")
     def _frozen_norm_needs_statistics(self) -> Self:
-        if self.norm == "frozen" and self.weights is None and self.calibration_images == 0:
+        arch = find_arch(self.arch)
+        has_norm = not isinstance(arch, VGGArch) or arch.norm
+        if has_norm and self.norm == "frozen" and self.weights is None and self.calibration_images == 0:
             raise ValueError(
                 "norm frozen on random weights normalises nothing and diverges: give weights, set "
                 "calibration_images (64, say), or train the norm (norm: batch or group)"
@@ -276,6 +281,11 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Raises:
         ConfigError: With every problem found, each with its file and line or its override.
     """
+    return load_settings(Config, path, overrides)
+
+
+def load_settings(root: type[_Settings], path: str | Path, overrides: Sequence[str] = ()) -> _Settings:
+    """Do as ``load_config``, for the settings of another kind of run."""
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")
@@ -283,11 +293,18 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise ConfigError(str(path), [_missing_file(path)]) from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(str(path), [f"cannot be read: {error}"]) from None
-    return parse_config(text, overrides, source=str(path))
+    return parse_settings(root, text, overrides, source=str(path))
 
 
 def parse_config(text: str, overrides: Sequence[str] = (), *, source: str = "<text>") -> Config:
     """Do as ``load_config``, with the YAML itself; ``source`` is what messages call it."""
+    return parse_settings(Config, text, overrides, source=source)
+
+
+def parse_settings(
+    root: type[_Settings], text: str, overrides: Sequence[str] = (), *, source: str = "<text>"
+) -> _Settings:
+    """Do as ``parse_config``, for the settings of another kind of run."""
     problems: list[str] = []
     places: dict[KeyPath, str] = {}
     tree = read_yaml(text, source, problems, places)
@@ -298,9 +315,9 @@ def parse_config(text: str, overrides: Sequence[str] = (), *, source: str = "<te
         _apply_override(tree, override, problems, places)
     try:
         # JSON mode is the one in which strict typing still takes a string for a Path and a list for a tuple.
-        config = Config.model_validate_json(json.dumps(tree), strict=True)
+        config = root.model_validate_json(json.dumps(tree), strict=True)
     except ValidationError as error:
-        problems.extend(_explain(item, tree, places, source) for item in error.errors())
+        problems.extend(_explain(item, tree, places, source, root) for item in error.errors())
     if problems:
         raise ConfigError(source, problems)
     return config
@@ -311,13 +328,13 @@ def config_from_plain(plain: Mapping[str, Any], overrides: Sequence[str] = (), *
     return parse_config(yaml.safe_dump(dict(plain), sort_keys=False), overrides, source=source)
 
 
-def config_to_plain(config: Config) -> dict[str, Any]:
+def config_to_plain(config: BaseModel) -> dict[str, Any]:
     """Give the whole configuration, defaults included, as plain values."""
     plain: dict[str, Any] = config.model_dump(mode="json")
     return plain
 
 
-def config_to_yaml(config: Config) -> str:
+def config_to_yaml(config: BaseModel) -> str:
     """Give the whole configuration, defaults included, as YAML that ``load_config`` reads back to the same."""
     return yaml.safe_dump(config_to_plain(config), sort_keys=False, default_flow_style=None, width=120)
 
@@ -354,8 +371,8 @@ def _apply_override(tree: dict[str, Any], override: str, problems: list[str], pl
     places[prefix] = place
 
 
-def _explain(item: Any, tree: Any, places: Mapping[KeyPath, str], source: str) -> str:
-    """Turn one of pydantic's errors into ``place: key: what must hold, what was got``."""
+def _explain(item: Any, tree: Any, places: Mapping[KeyPath, str], source: str, root: type[BaseModel]) -> str:
+    """Turn one of pydantic's errors on a ``root`` into ``place: key: what must hold, what was got``."""
     path = _real_path(item["loc"], tree)
     # A key's own place; that of something below it, if an override made both; or that of the section around it.
     below = [place for known, place in places.items() if known[: len(path)] == path]
@@ -364,7 +381,7 @@ def _explain(item: Any, tree: Any, places: Mapping[KeyPath, str], source: str) -
     where = f"{place}: {dotted(path)}" if path else place
     kind, context = item["type"], item.get("ctx", {})
     if kind == "extra_forbidden":
-        known = _fields_at(path[:-1], tree)
+        known = _fields_at(path[:-1], tree, root)
         near = difflib.get_close_matches(str(path[-1]), known, n=1)
         hint = f"; did you mean {near[0]}?" if near else f"; known here: {', '.join(known)}"
         return f"{where}: unknown key{hint}"
@@ -372,7 +389,8 @@ def _explain(item: Any, tree: Any, places: Mapping[KeyPath, str], source: str) -
         return f"{where}: missing"
     if kind in ("union_tag_invalid", "union_tag_not_found"):
         got = item["input"].get("format") if isinstance(item["input"], dict) else item["input"]
-        return f"{where}.format: must be one of coco, voc, shapes; got {_describe(got)}"
+        formats = ", ".join(_formats_at(path, root))
+        return f"{where}.format: must be one of {formats}; got {_describe(got)}"
     message = item["msg"].removeprefix("Value error, ").removeprefix("Input should be ").removeprefix("a valid ")
     if kind == "value_error":
         return f"{where}: {context.get('error', message)}"
@@ -396,9 +414,9 @@ def _real_path(location: KeyPath, tree: Any) -> KeyPath:
     return tuple(path)
 
 
-def _fields_at(path: KeyPath, tree: Any) -> list[str]:
-    """Name the keys that may stand in the section at ``path``."""
-    model: Any = Config
+def _fields_at(path: KeyPath, tree: Any, root: type[BaseModel]) -> list[str]:
+    """Name the keys that may stand in the section of ``root`` at ``path``."""
+    model: Any = root
     node = tree
     for part in path:
         annotation = model.model_fields[part].annotation
@@ -414,6 +432,18 @@ def _fields_at(path: KeyPath, tree: Any) -> list[str]:
     return list(model.model_fields)
 
 
+def _formats_at(path: KeyPath, root: type[BaseModel]) -> list[str]:
+    """Name the formats that the sources of ``root`` at ``path`` may have."""
+    model: Any = root
+    for part in path[:-1]:
+        model = model.model_fields[part].annotation
+    return [
+        name
+        for source in get_args(model.model_fields[path[-1]].annotation)
+        for name in get_args(source.model_fields["format"].annotation)
+    ]
+
+
 def _describe(value: Any) -> str:
     text = json.dumps(value, default=str)
     kind = {str: "text", bool: "true/false", int: "whole number", float: "number", list: "list", dict: "mapping"}
@@ -422,9 +452,9 @@ def _describe(value: Any) -> str:
     return f"{text if len(text) <= 60 else text[:57] + '...'} ({kind.get(type(value), type(value).__name__)})"
 
 
-def json_schema() -> str:
+def json_schema(root: type[BaseModel] = Config) -> str:
     """Give the JSON Schema of the YAML files, for editors."""
-    schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", **Config.model_json_schema()}
+    schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", **root.model_json_schema()}
     return json.dumps(schema, indent=1) + "\n"
 
 

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
-import numpy as np
 import torch
 from PIL import Image
 from torch.nn.parallel import DistributedDataParallel
@@ -22,7 +21,7 @@ from resdet.build import build_dataset, build_model
 from resdet.config import Config, config_to_plain, config_to_yaml
 from resdet.data.dataset import DetectionDataset
 from resdet.data.loader import train_loader
-from resdet.errors import Interrupted, UserError
+from resdet.errors import Interrupted
 from resdet.evaluation.detect import Evaluation, evaluate, match_labels
 from resdet.models.detector import Detector
 from resdet.predict import draw, legible_scale
@@ -76,7 +75,7 @@ def train(config: Config) -> TrainResult:
         stop = stack.enter_context(StopSignals())
         team.on_main(lambda: stack.enter_context(claimed(config.output_dir)))
         resume_from = team.on_main(lambda: checkpoint_to_resume(config.output_dir, config.resume))
-        micro_batch_size = _micro_batch_size(config, team.world_size)
+        micro_batch_size = team.micro_batch_size(config.train.batch_size, config.train.accumulate)
         if config.train.deterministic:
             stack.enter_context(guards.deterministic(team.device))
 
@@ -210,7 +209,7 @@ def train(config: Config) -> TrainResult:
             set_lr(optimizer, lr * factor)
             # Every random number of a step follows from (seed, step, rank), or from its image's seed: a resumed run
             # repeats it without saved random states, and nothing drawn between steps (evaluation) can change it.
-            random_seed = _step_seed(config.seed, step, team.rank)
+            random_seed = team.step_seed(config.seed, step)
             torch.manual_seed(random_seed)
 
             waiting = time.perf_counter()
@@ -295,21 +294,6 @@ def train(config: Config) -> TrainResult:
             logger.info("stopped early: %s has not risen in %d evaluations", config.eval.best_metric, num_worse)
     assert best is not None
     return TrainResult(config.output_dir, step, metrics, best, time.perf_counter() - begun)
-
-
-def _micro_batch_size(config: Config, world_size: int) -> int:
-    """Give the number of images a process holds at a time."""
-    size, rest = divmod(config.train.batch_size, world_size * config.train.accumulate)
-    if rest:
-        raise UserError(
-            f"train.batch_size: must be a multiple of processes x accumulate = {world_size} x "
-            f"{config.train.accumulate}, got {config.train.batch_size}"
-        )
-    return size
-
-
-def _step_seed(seed: int, step: int, rank: int) -> int:
-    return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> 1)
 
 
 def _say_plan(
