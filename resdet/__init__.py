@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from resdet.export import export_backbone, export_detector, load_backbone
     from resdet.models.backbone import ResNetFPN, resnet_fpn
     from resdet.models.detector import Detector, DetectorSpec, build_detector, fasterrcnn_resnet101_fpn, load_detector
+    from resdet.models.grow import grow
     from resdet.models.tricks import Tricks
     from resdet.training.loop import train
     from resdet.types import Category, Detections, Prediction, Target
@@ -46,6 +47,7 @@ _HOMES = {
     "export_backbone": "resdet.export",
     "export_detector": "resdet.export",
     "fasterrcnn_resnet101_fpn": "resdet.models.detector",
+    "grow": "resdet.models.grow",
     "load_backbone": "resdet.export",
     "load_config": "resdet.config",
     "load_detector": "resdet.models.detector",
@@ -76,6 +78,7 @@ __all__ = [
     "export_backbone",
     "export_detector",
     "fasterrcnn_resnet101_fpn",
+    "grow",
     "load_backbone",
     "load_config",
     "load_detector",

@@ -191,7 +191,7 @@ def build_model(config: ModelConfig, train_set: DetectionDataset, *, resume_from
             "diverges: give trained weights, or set model.calibration_images (64, say)"
         )
     num_images = min(config.calibration_images, train_set.table.num_images)
-    num_norms = calibrate_norm(model.backbone.body, _calibration_batches(model, train_set, num_images))
+    num_norms = calibrate_norm(model.whole_body(), _calibration_batches(model, train_set, num_images))
     logger.info("statistics of %d frozen norms calibrated from %d training images", num_norms, num_images)
     return model
 

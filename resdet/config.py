@@ -13,13 +13,14 @@ import difflib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from typing_extensions import Self
 
 from resdet.errors import ConfigError
+from resdet.models.archs import VGGArch, find_arch
 from resdet.models.detector import DetectorSpec
 from resdet.models.tricks import Tricks
 from resdet.yaml12 import KeyPath, dotted, read_yaml
@@ -27,6 +28,8 @@ from resdet.yaml12 import KeyPath, dotted, read_yaml
 _SECTION = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
 Fraction = Annotated[float, Field(gt=0, lt=1)]
+
+_Settings = TypeVar("_Settings", bound=BaseModel)
 
 
 class ModelConfig(DetectorSpec):
@@ -53,7 +56,9 @@ class ModelConfig(DetectorSpec):
 
     @model_validator(mode="after")
     def _frozen_norm_needs_statistics(self) -> Self:
-        if self.norm == "frozen" and self.weights is None and self.calibration_images == 0:
+        arch = find_arch(self.arch)
+        has_norm = not isinstance(arch, VGGArch) or arch.norm
+        if has_norm and self.norm == "frozen" and self.weights is None and self.calibration_images == 0:
             raise ValueError(
                 "norm frozen on random weights normalises nothing and diverges: give weights, set "
                 "calibration_images (64, say), or train the norm (norm: batch or group)"
@@ -309,6 +314,11 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Raises:
         ConfigError: With every problem found, each with its file and line or its override.
     """
+    return load_settings(Config, path, overrides)
+
+
+def load_settings(root: type[_Settings], path: str | Path, overrides: Sequence[str] = ()) -> _Settings:
+    """Do as ``load_config``, for the settings of another kind of run."""
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")
@@ -316,11 +326,18 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise ConfigError(str(path), [_missing_file(path)]) from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(str(path), [f"cannot be read: {error}"]) from None
-    return parse_config(text, overrides, source=str(path))
+    return parse_settings(root, text, overrides, source=str(path))
 
 
 def parse_config(text: str, overrides: Sequence[str] = (), *, source: str = "<text>") -> Config:
     """Do as ``load_config``, with the YAML itself; ``source`` is what messages call it."""
+    return parse_settings(Config, text, overrides, source=source)
+
+
+def parse_settings(
+    root: type[_Settings], text: str, overrides: Sequence[str] = (), *, source: str = "<text>"
+) -> _Settings:
+    """Do as ``parse_config``, for the settings of another kind of run."""
     problems: list[str] = []
     places: dict[KeyPath, str] = {}
     tree = read_yaml(text, source, problems, places)
@@ -331,9 +348,9 @@ def parse_config(text: str, overrides: Sequence[str] = (), *, source: str = "<te
         _apply_override(tree, override, problems, places)
     try:
         # JSON mode is the one in which strict typing still takes a string for a Path and a list for a tuple.
-        config = Config.model_validate_json(json.dumps(tree), strict=True)
+        config = root.model_validate_json(json.dumps(tree), strict=True)
     except ValidationError as error:
-        problems.extend(_explain(item, tree, places, source, Config) for item in error.errors())
+        problems.extend(_explain(item, tree, places, source, root) for item in error.errors())
     if problems:
         raise ConfigError(source, problems)
     return config
@@ -344,13 +361,13 @@ def config_from_plain(plain: Mapping[str, Any], overrides: Sequence[str] = (), *
     return parse_config(yaml.safe_dump(dict(plain), sort_keys=False), overrides, source=source)
 
 
-def config_to_plain(config: Config) -> dict[str, Any]:
+def config_to_plain(config: BaseModel) -> dict[str, Any]:
     """Give the whole configuration, defaults included, as plain values."""
     plain: dict[str, Any] = config.model_dump(mode="json")
     return plain
 
 
-def config_to_yaml(config: Config) -> str:
+def config_to_yaml(config: BaseModel) -> str:
     """Give the whole configuration, defaults included, as YAML that ``load_config`` reads back to the same."""
     return yaml.safe_dump(config_to_plain(config), sort_keys=False, default_flow_style=None, width=120)
 
@@ -425,7 +442,8 @@ def _explain(item: Any, tree: Any, places: Mapping[KeyPath, str], source: str, r
         return f"{where}: missing"
     if kind in ("union_tag_invalid", "union_tag_not_found"):
         got = item["input"].get("format") if isinstance(item["input"], dict) else item["input"]
-        return f"{where}.format: must be one of coco, voc, shapes; got {_describe(got)}"
+        formats = ", ".join(_formats_at(path, root))
+        return f"{where}.format: must be one of {formats}; got {_describe(got)}"
     message = item["msg"].removeprefix("Value error, ").removeprefix("Input should be ").removeprefix("a valid ")
     if kind == "value_error":
         return f"{where}: {context.get('error', message)}"
@@ -467,6 +485,18 @@ def _fields_at(path: KeyPath, tree: Any, root: type[BaseModel]) -> list[str]:
     return list(model.model_fields)
 
 
+def _formats_at(path: KeyPath, root: type[BaseModel]) -> list[str]:
+    """Name the formats that the sources of ``root`` at ``path`` may have."""
+    model: Any = root
+    for part in path[:-1]:
+        model = model.model_fields[part].annotation
+    return [
+        name
+        for source in get_args(model.model_fields[path[-1]].annotation)
+        for name in get_args(source.model_fields["format"].annotation)
+    ]
+
+
 def _describe(value: Any) -> str:
     text = json.dumps(value, default=str)
     kind = {str: "text", bool: "true/false", int: "whole number", float: "number", list: "list", dict: "mapping"}
@@ -475,9 +505,9 @@ def _describe(value: Any) -> str:
     return f"{text if len(text) <= 60 else text[:57] + '...'} ({kind.get(type(value), type(value).__name__)})"
 
 
-def json_schema() -> str:
+def json_schema(root: type[BaseModel] = Config) -> str:
     """Give the JSON Schema of the YAML files, for editors."""
-    schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", **Config.model_json_schema()}
+    schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", **root.model_json_schema()}
     return json.dumps(schema, indent=1) + "\n"
 
 

@@ -61,9 +61,9 @@ from resdet.graphs import (
     output_names,
     write_torchscript,
 )
-from resdet.models.backbone import ResNetFPN, freeze_stages
+from resdet.models.backbone import ResNetFPN, SingleLevel, freeze_stages
+from resdet.models.bodies import Body, make_body
 from resdet.models.detector import Detector
-from resdet.models.resnet import ResNet
 from resdet.models.transform import PilTransform
 from resdet.types import Prediction, categories_to_plain
 
@@ -163,8 +163,10 @@ def export_backbone(
             missing, format or names unknown, or a package that the format needs is not installed.
         ExportError: If the file computes something else than the model.
     """
-    backbone = model if isinstance(model, ResNet | ResNetFPN) else getattr(model, "backbone", None)
-    if not isinstance(backbone, ResNet | ResNetFPN):
+    backbone = model if isinstance(model, Body | ResNetFPN) else getattr(model, "backbone", None)
+    if isinstance(backbone, SingleLevel):
+        backbone = backbone.body
+    if not isinstance(backbone, Body | ResNetFPN):
         raise UserError(f"export_backbone takes a ResNet, a ResNetFPN or a detector on one, got {type(model).__name__}")
     if include_fpn and not isinstance(backbone, ResNetFPN):
         raise UserError("include_fpn needs a ResNetFPN or a detector on one, got a ResNet, which has no pyramid")
@@ -174,7 +176,7 @@ def export_backbone(
         raise UserError(f"names must be torchvision or timm, got {names!r}")
     if names == "timm" and (include_fpn or format != "safetensors"):
         raise UserError("timm's names are for the body as safetensors: timm has no pyramid, and other formats no names")
-    exported = backbone if include_fpn or isinstance(backbone, ResNet) else backbone.body
+    exported = backbone if include_fpn or isinstance(backbone, Body) else backbone.body
     description = _describe(exported)
     reference = frozen_copy(exported)
     runner = folded_copy(exported)
@@ -317,7 +319,7 @@ def export_detector(
     return report
 
 
-def load_backbone(path: str | os.PathLike[str], *, trainable_layers: int = 3, fast: bool = True) -> ResNet | ResNetFPN:
+def load_backbone(path: str | os.PathLike[str], *, trainable_layers: int = 3, fast: bool = True) -> Body | ResNetFPN:
     """Build the backbone that ``export_backbone`` wrote, with the same outputs bit for bit.
 
     Args:
@@ -348,13 +350,14 @@ def load_backbone(path: str | os.PathLike[str], *, trainable_layers: int = 3, fa
         )
     try:
         description = json.loads(about["backbone"])
-        backbone: ResNet | ResNetFPN
-        body = ResNet(
+        backbone: Body | ResNetFPN
+        body = make_body(
             description["arch"],
             norm=description["norm"],
             norm_eps=description["norm_eps"],
             returned_layers=description["returned_layers"],
             stride_in_1x1=description.get("stride_in_1x1", False),
+            dilate_c5=description.get("dilate_c5", False),
             fast=fast,
         )
         if "out_channels" in description:
@@ -370,7 +373,7 @@ def load_backbone(path: str | os.PathLike[str], *, trainable_layers: int = 3, fa
     return backbone
 
 
-def _describe(exported: ResNet | ResNetFPN) -> dict[str, Any]:
+def _describe(exported: Body | ResNetFPN) -> dict[str, Any]:
     """Give what ``load_backbone`` builds it from."""
     body = exported.body if isinstance(exported, ResNetFPN) else exported
     description: dict[str, Any] = {
@@ -379,6 +382,7 @@ def _describe(exported: ResNet | ResNetFPN) -> dict[str, Any]:
         "norm_eps": body.norm_eps,
         "returned_layers": list(body.returned_layers),
         "stride_in_1x1": body.stride_in_1x1,
+        "dilate_c5": body.dilate_c5,
     }
     if isinstance(exported, ResNetFPN):
         description |= {"out_channels": exported.out_channels, "extra_blocks": exported.extra_blocks}

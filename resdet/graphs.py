@@ -23,9 +23,9 @@ from torchvision.models.detection.image_list import ImageList
 
 from resdet.errors import UserError
 from resdet.models.backbone import ResNetFPN
+from resdet.models.bodies import Body
 from resdet.models.detector import Detector
-from resdet.models.norm import FrozenBatchNorm2d, is_scripting
-from resdet.models.resnet import BasicBlock, Bottleneck, Projection, ResNet
+from resdet.models.norm import FrozenBatchNorm2d, conv_norm_names, is_scripting
 from resdet.types import Prediction
 
 BackboneGraph = Literal["torchscript", "export", "onnx"]
@@ -107,7 +107,7 @@ class OneImage(nn.Module):
         return boxes, detections[0]["labels"], detections[0]["scores"]
 
 
-def output_names(exported: ResNet | ResNetFPN) -> list[str]:
+def output_names(exported: Body | ResNetFPN) -> list[str]:
     """Name the maps by their strides: ``C2`` or ``P2`` for 4, and so on."""
     letter = "P" if isinstance(exported, ResNetFPN) else "C"
     return [f"{letter}{stride.bit_length() - 1}" for stride in exported.strides]
@@ -121,20 +121,14 @@ def frozen_copy(module: _Module) -> _Module:
 def folded_copy(module: _Module) -> _Module:
     """Give such a copy with its frozen norms folded into the convolutions before them."""
     module = frozen_copy(module)
-    for owner in module.modules():
-        if isinstance(owner, Projection):
-            pairs = [("0", "1")]
-        elif isinstance(owner, ResNet | BasicBlock | Bottleneck):
-            pairs = [(f"conv{i}", f"bn{i}") for i in (1, 2, 3) if hasattr(owner, f"conv{i}")]
-        else:
-            continue
-        for conv_name, norm_name in pairs:
-            conv, norm = getattr(owner, conv_name), getattr(owner, norm_name)
-            if isinstance(norm, FrozenBatchNorm2d):
-                weight, bias = norm.fold(conv.weight, torch.float32)
-                conv.weight = nn.Parameter(weight, requires_grad=False)
-                conv.bias = nn.Parameter(bias, requires_grad=False)
-                setattr(owner, norm_name, nn.Identity())
+    for conv_name, norm_name in conv_norm_names(module):
+        conv, norm = module.get_submodule(conv_name), module.get_submodule(norm_name)
+        if isinstance(norm, FrozenBatchNorm2d):
+            assert isinstance(conv, nn.Conv2d)
+            weight, bias = norm.fold(conv.weight, torch.float32, conv.bias)
+            conv.weight = nn.Parameter(weight, requires_grad=False)
+            conv.bias = nn.Parameter(bias, requires_grad=False)
+            module.set_submodule(norm_name, nn.Identity())
     return module
 
 
@@ -151,13 +145,13 @@ def _load_script(path: Path) -> Any:
         return torch.jit.load(str(path))  # type: ignore[no-untyped-call]
 
 
-def _example(module: ResNet | ResNetFPN) -> Tensor:
+def _example(module: Body | ResNetFPN) -> Tensor:
     """Give images whose last map is 2 by 3 pixels: a size of 1 is a case of its own to ``torch.export``."""
     stride = module.strides[-1]
     return torch.zeros(2, 3, 2 * stride, 3 * stride)
 
 
-def exported_program(module: ResNet | ResNetFPN) -> torch.export.ExportedProgram:
+def exported_program(module: Body | ResNetFPN) -> torch.export.ExportedProgram:
     """Give a backbone as a ``torch.export`` program of any batch, height and width."""
     auto = torch.export.Dim.AUTO
     images = _example(module)
@@ -165,7 +159,7 @@ def exported_program(module: ResNet | ResNetFPN) -> torch.export.ExportedProgram
         return torch.export.export(module, (images,), dynamic_shapes=({0: auto, 2: auto, 3: auto},), strict=False)
 
 
-def backbone_to_onnx(module: ResNet | ResNetFPN, path: Path, output_names: Sequence[str]) -> None:
+def backbone_to_onnx(module: Body | ResNetFPN, path: Path, output_names: Sequence[str]) -> None:
     """Write a backbone as ONNX of any batch, height and width.
 
     Raises:

@@ -19,7 +19,7 @@ from resdet.config import (
 from resdet.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[1]
-CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+CONFIGS = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if not path.name.startswith("pretrain_"))
 
 SMALL = """\
 data:

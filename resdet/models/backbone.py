@@ -1,4 +1,4 @@
-"""The plug-in: a ResNet body and torchvision's feature pyramid, as torchvision's detectors take a backbone.
+"""The plug-in: a body and torchvision's feature pyramid, or its last stage alone, as torchvision's detectors take them.
 
 Legend: ``B`` images, ``C`` channels, ``H, W`` pixels. The body's C2..C5 are named ``"0".."3"``, and so are the
 pyramid's P2..P5, because torchvision's ``MultiScaleRoIAlign`` looks for these names; P6 is ``"pool"`` (or ``"p6"``,
@@ -15,7 +15,7 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelMaxPool, LastLevelP6P7
 
 from resdet.errors import UserError
-from resdet.models.resnet import ResNet
+from resdet.models.bodies import Body, make_body
 from resdet.models.weights import WeightsSource, load_backbone_weights
 
 ExtraBlocks = Literal["pool", "p6p7"]
@@ -31,7 +31,7 @@ class ResNetFPN(nn.Module):
             ``"p6p7"`` computes P6 and P7 from P5 by strided convolutions (RetinaNet, FCOS).
 
     Attributes:
-        body: The ResNet.
+        body: The body.
         fpn: torchvision's FeaturePyramidNetwork.
         out_channels: Channels of every level, where torchvision's detectors look for it.
         level_names: Keys of the output, finest level first.
@@ -41,7 +41,7 @@ class ResNetFPN(nn.Module):
     ``torchvision.models.detection.backbone_utils.BackboneWithFPN``, whose state dicts are exchangeable with ours.
     """
 
-    def __init__(self, body: ResNet, *, out_channels: int = 256, extra_blocks: ExtraBlocks = "pool") -> None:
+    def __init__(self, body: Body, *, out_channels: int = 256, extra_blocks: ExtraBlocks = "pool") -> None:
         super().__init__()
         if out_channels < 1:
             raise UserError(f"out_channels must be at least 1, got {out_channels}")
@@ -75,6 +75,33 @@ class ResNetFPN(nn.Module):
         return levels
 
 
+class SingleLevel(nn.Module):
+    """The last features of a body alone, as the first Faster R-CNN had them.
+
+    Args:
+        body: Returns one stage.
+
+    Attributes:
+        body: The body.
+        out_channels: Channels of the level, where torchvision's detectors look for it.
+        level_names: ``["0"]``.
+        strides: Stride of the level, in input pixels.
+    """
+
+    def __init__(self, body: Body) -> None:
+        super().__init__()
+        assert len(body.channels) == 1
+        self.body = body
+        self.out_channels = body.channels[0]
+        self.level_names = list(body.return_layers.values())
+        self.strides = list(body.strides)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        """Compute the level, an OrderedDict of one, from images ``[B, 3, H, W]``."""
+        levels: dict[str, Tensor] = self.body(x)
+        return levels
+
+
 def resnet_fpn(
     arch: str,
     *,
@@ -82,7 +109,7 @@ def resnet_fpn(
     norm: str = "frozen",
     norm_eps: float = 1e-5,
     trainable_layers: int = 3,
-    returned_layers: Sequence[int] = (1, 2, 3, 4),
+    returned_layers: Sequence[int] | None = None,
     out_channels: int = 256,
     extra_blocks: ExtraBlocks = "pool",
     fast: bool = True,
@@ -91,13 +118,14 @@ def resnet_fpn(
     """Build a backbone that plugs into torchvision's FasterRCNN, MaskRCNN, RetinaNet and FCOS.
 
     Args:
-        arch: torchvision's name, e.g. ``"resnet101"``.
+        arch: Its name, e.g. ``"resnet101"``; ``resdet.models.archs.ARCHS`` is the table.
         weights: First weights of the body: None (random), a torchvision weight name or enum, a file or a URL.
         norm: ``"frozen"``, ``"batch"`` or ``"group"``.
         norm_eps: Added to the variance by every norm.
-        trainable_layers: How many of layer4, layer3, layer2, layer1, conv1 take gradients, in this order: 0 to 5; 5
-            adds bn1. 3 trains C3..C5.
-        returned_layers: Stages the pyramid is built on, rising, each in 1..4.
+        trainable_layers: How many stages take gradients, 0 to 5, counted from the last: layer4, layer3, layer2, layer1,
+            and the stem. 3 trains C3..C5.
+        returned_layers: Stages the pyramid is built on, rising; by default the four with strides 4 to 32 (1 to 4 of a
+            ResNet, 3 to 6 of a VGG), all three of CIFAR's networks.
         out_channels: Channels of every pyramid level.
         extra_blocks: ``"pool"`` adds P6 by subsampling, ``"p6p7"`` adds P6 and P7 by convolutions.
         fast: Run channels-last with frozen norms folded into the convolutions; off, exactly torchvision's operations.
@@ -110,7 +138,7 @@ def resnet_fpn(
 
     Source: ``torchvision.models.detection.backbone_utils.resnet_fpn_backbone``, the same counting of trainable layers.
     """
-    body = ResNet(
+    body = make_body(
         arch, norm=norm, norm_eps=norm_eps, returned_layers=returned_layers, fast=fast, stride_in_1x1=stride_in_1x1
     )
     freeze_stages(body, trainable_layers)
@@ -119,7 +147,7 @@ def resnet_fpn(
     return backbone
 
 
-def freeze_stages(body: ResNet, trainable_layers: int) -> None:
+def freeze_stages(body: Body, trainable_layers: int) -> None:
     """Stop gradients in every stage but the last ``trainable_layers``.
 
     A frozen stage's BatchNorm (``norm="batch"``) keeps its affine parameters but goes on updating its running
@@ -127,7 +155,8 @@ def freeze_stages(body: ResNet, trainable_layers: int) -> None:
 
     Args:
         body: Changed in place.
-        trainable_layers: 0 (all frozen) to 5 (all trained). Stages count from layer4 even where it is not built.
+        trainable_layers: 0 (all frozen) to 5 (all trained). Stages count from the architecture's last even where it is
+            not built: layer4 to layer1 and the stem of a ResNet, conv5 to conv1 of a VGG.
 
     Raises:
         UserError: If ``trainable_layers`` is not in 0..5.
@@ -138,11 +167,10 @@ def freeze_stages(body: ResNet, trainable_layers: int) -> None:
         raise UserError(
             f"trainable_layers must be in 0..5 (layer4, layer3, layer2, layer1, conv1), got {trainable_layers}"
         )
-    trained = ["layer4", "layer3", "layer2", "layer1", "conv1"][:trainable_layers]
-    if trainable_layers == 5:
-        trained.append("bn1")
+    stages = list(reversed(body.stage_modules.values()))[:trainable_layers]
+    trained = tuple(f"{module}." for stage in stages for module in stage)
     for name, parameter in body.named_parameters():
-        parameter.requires_grad_(name.split(".")[0] in trained)
+        parameter.requires_grad_(name.startswith(trained))
 
 
 def check_anchors(

@@ -19,6 +19,7 @@ from typing import Any, Literal, TypeAlias
 from torch import Tensor
 
 from resdet.errors import WeightsError
+from resdet.models.archs import ARCHS, ResNetArch
 from resdet.models.layouts import (
     BACKGROUND_LAST,
     BGR_STEM,
@@ -39,8 +40,7 @@ from resdet.models.layouts import (
     modern_names,
     tensor_names,
 )
-from resdet.models.resnet import ARCHS
-from resdet.models.weights import name_some, tensors_in
+from resdet.models.weights import body_prefix, name_some, tensors_in
 
 logger = logging.getLogger(__name__)
 
@@ -155,6 +155,8 @@ def to_torchvision(content: Mapping[str, Any], source_format: str | None = None)
     newer = modern_names(given) if source_format == "torchvision" else given
     older = newer.keys() != given.keys()
     given = newer
+    if source_format in ("torchvision", "timm") and _has_another_stem(given):
+        return _as_it_is(content, given, source_format)
     names = _find_names(source, source_format, given)
     tensors = {ours: given[theirs] for ours, theirs in names.items() if theirs in given}
     kind: Kind = "detector" if f"{SCORES}weight" in tensors else "classifier" if "fc.weight" in tensors else "backbone"
@@ -336,6 +338,21 @@ def _carried_facts(content: Mapping[str, Any]) -> dict[str, Any]:
     return carried if sensible else {}
 
 
+def _has_another_stem(given: Tensors) -> bool:
+    """Whether these are a deep stem's ResNet or a VGG, which other libraries lay out in ways of their own."""
+    prefix = body_prefix(given)
+    return prefix is not None and f"{prefix}conv1.weight" not in given
+
+
+def _as_it_is(content: Mapping[str, Any], given: Tensors, source_format: str) -> Converted:
+    """Give a network whose names need no change, with its facts."""
+    kind: Kind = "detector" if f"{SCORES}weight" in given else "classifier" if "fc.weight" in given else "backbone"
+    counters = tuple(name for name in given if name.endswith("num_batches_tracked"))
+    tensors = {name: tensor for name, tensor in given.items() if name not in counters}
+    facts = _facts(content, given, source_format, tensors, kind)
+    return Converted(tensors, kind, facts, (), counters)
+
+
 def _find_names(source: Format, source_format: str, given: Tensors) -> dict[str, str]:
     """Give torchvision's names, and the source's, for the form in which most of the file has a place."""
     depths = {stage: depth for stage, depth in count_blocks(given).items() if 1 <= stage <= 4}
@@ -460,6 +477,8 @@ def _guess_arch(tensors: Tensors) -> tuple[str | None, int]:
     width, per_group = second.shape[:2]
     groups = width // per_group
     for name, arch in ARCHS.items():
+        if not isinstance(arch, ResNetArch):
+            continue
         shape = (arch.block == "bottleneck", arch.groups, arch.groups * arch.width_per_group)
         if depths == dict(enumerate(arch.depths, 1)) and shape == (bottleneck, groups, width):
             return name, groups

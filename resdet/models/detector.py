@@ -1,4 +1,4 @@
-"""The detector: torchvision's FasterRCNN on a ResNet-FPN, its knobs in one typed place, its checkpoint self-sufficient.
+"""The detector: torchvision's FasterRCNN on any body, its knobs in one typed place, its checkpoint self-sufficient.
 
 Legend: ``B`` images, ``N`` boxes, ``K`` foreground classes, ``C, H, W`` channels and pixels.
 """
@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 import torch
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator, model_validator
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN, FasterRCNN_ResNet50_FPN_Weights
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
@@ -24,15 +24,25 @@ from torchvision.models.detection.rpn import RPNHead
 
 from resdet.errors import UserError, WeightsError
 from resdet.models import roi_align
-from resdet.models.backbone import ResNetFPN, check_anchors, resnet_fpn
+from resdet.models.archs import ARCHS, VGGArch, find_arch
+from resdet.models.backbone import ResNetFPN, SingleLevel, check_anchors, freeze_stages, resnet_fpn
+from resdet.models.bodies import Body, make_body
 from resdet.models.convert import FACTS_ENTRY, Converted, to_torchvision
 from resdet.models.losses import BoxLoss, ClassLoss
 from resdet.models.norm import NormName
-from resdet.models.rcnn import Anchors, BoxHeads, BoxPredictor, ProposalHead, ProposalNetwork
-from resdet.models.resnet import ARCHS, find_arch
+from resdet.models.rcnn import Anchors, BoxHeads, BoxPredictor, Conv5Head, ProposalHead, ProposalNetwork
+from resdet.models.resnet import ResNet
 from resdet.models.sampling import SeededTransform
 from resdet.models.transform import PilTransform
-from resdet.models.weights import LoadReport, WeightsSource, fetch, name_some, read_checkpoint, tensors_in
+from resdet.models.weights import (
+    LoadReport,
+    WeightsSource,
+    fetch,
+    load_backbone_weights,
+    name_some,
+    read_checkpoint,
+    tensors_in,
+)
 from resdet.types import Category, categories_from_plain, categories_to_plain
 
 logger = logging.getLogger(__name__)
@@ -60,8 +70,14 @@ class DetectorSpec(BaseModel):
 
     arch: str = Field(
         default="resnet101",
-        description="Body of the backbone, by torchvision's name.",
+        description="Body of the backbone; the table of architectures is resdet/models/archs.py.",
         json_schema_extra={"enum": list(ARCHS)},
+    )
+    layout: Literal["fpn", "c4", "dc5"] = Field(
+        default="fpn",
+        description="What proposals and boxes are found on. fpn: a feature pyramid. c4: C4 alone, at stride 16, and "
+        "conv5 run on each proposal's 14x14 features, as the first ResNet detectors did. dc5: C5 alone, at stride 16, "
+        "conv5 dilated and not strided; of a VGG that is conv5_3, as the first Faster R-CNN had it.",
     )
     norm: NormName = Field(
         default="frozen",
@@ -73,7 +89,9 @@ class DetectorSpec(BaseModel):
         ge=0,
         description="Added to the variance by every norm of the body; 0 for weights from before 2020.",
     )
-    out_channels: PositiveInt = Field(default=256, description="Channels of every level of the feature pyramid.")
+    out_channels: PositiveInt = Field(
+        default=256, description="Channels of every level of the feature pyramid; without one, of no effect."
+    )
     fast: bool = Field(
         default=True,
         description="Frozen norms folded into the convolutions, channels-last, RoIAlign on every core, boxes in "
@@ -95,7 +113,10 @@ class DetectorSpec(BaseModel):
     )
     anchor_sizes: tuple[PositiveInt, ...] = Field(
         default=(32, 64, 128, 256, 512),
-        description="Side of the square anchor of each level P2..P6, in pixels of the scaled image.",
+        min_length=1,
+        description="Side of the square anchor of each level P2..P6, in pixels of the scaled image; a pyramid of other "
+        "strides has 8 times the stride of each level by default. Without a pyramid, sides of the anchors at every "
+        "place.",
     )
     aspect_ratios: tuple[Positive, ...] = Field(
         default=(0.5, 1.0, 2.0),
@@ -103,7 +124,8 @@ class DetectorSpec(BaseModel):
         description="Height over width of the anchors at every place of every level.",
     )
     box_head_channels: PositiveInt = Field(
-        default=1024, description="Width of the two fully connected layers of the box head."
+        default=1024,
+        description="Width of the two fully connected layers of the box head; c4 has conv5 in their place.",
     )
     rpn_pre_nms_top_n_train: PositiveInt = Field(
         default=2000, description="Proposals of each level that enter non-maximum suppression, in training."
@@ -216,12 +238,37 @@ class DetectorSpec(BaseModel):
             raise ValueError("must hold at least one size")
         return min_size
 
-    @field_validator("anchor_sizes")
-    @classmethod
-    def _one_anchor_size_per_level(cls, sizes: tuple[int, ...]) -> tuple[int, ...]:
-        if len(sizes) != 5:
-            raise ValueError(f"must hold one size for each of the 5 levels P2..P6, got {len(sizes)}: {list(sizes)}")
-        return sizes
+    @model_validator(mode="after")
+    def _layout_fits_the_arch(self) -> DetectorSpec:
+        arch = find_arch(self.arch)
+        if self.layout == "c4" and isinstance(arch, VGGArch):
+            raise ValueError(
+                f"layout c4 runs conv5 on each proposal, which is for ResNets; {self.arch} can be dc5 or fpn"
+            )
+        if self.layout != "fpn" and len(arch.strides) < 4:
+            raise ValueError(f"layout {self.layout} needs a network with a C5; {self.arch} can be fpn")
+        if self.stride_in_1x1 and (isinstance(arch, VGGArch) or arch.block == "basic"):
+            raise ValueError(f"stride_in_1x1 is for bottlenecks; {self.arch} has no 1x1 convolution to stride in")
+        return self
+
+    @model_validator(mode="after")
+    def _one_anchor_size_per_level(self) -> DetectorSpec:
+        if self.layout != "fpn":
+            return self
+        arch = find_arch(self.arch)
+        strides = [arch.strides[stage - 1] for stage in arch.pyramid]
+        strides.append(2 * strides[-1])
+        if "anchor_sizes" not in self.model_fields_set:
+            # 8 times the strides 4 to 64 is the default; pyramids of other strides have anchors in the same proportion.
+            self.__dict__["anchor_sizes"] = tuple(8 * stride for stride in strides)
+        elif len(self.anchor_sizes) != len(strides):
+            names = [f"P{stride.bit_length() - 1}" for stride in strides]
+            raise ValueError(
+                f"anchor_sizes must hold one size for each of the {len(strides)} levels {names[0]}..{names[-1]}, got "
+                f"{len(self.anchor_sizes)}: {list(self.anchor_sizes)} (the strides of {self.arch}'s pyramid are "
+                f"{', '.join(map(str, strides))})"
+            )
+        return self
 
     @model_validator(mode="after")
     def _thresholds_are_ordered(self) -> DetectorSpec:
@@ -296,6 +343,7 @@ class Detector(FasterRCNN):  # type: ignore[misc]
         backbone: A backbone as the spec describes it.
         num_classes: ``K + 1``: the background counts.
         categories: The ``K`` classes by rising label, or none if their names are not known.
+        conv5: Stage 4 of the body, run on each proposal, where the layout is "c4".
 
     Attributes:
         score_threshold: The score from which its detections are worth showing, by the last evaluation (its best F1);
@@ -303,10 +351,18 @@ class Detector(FasterRCNN):  # type: ignore[misc]
 
     Raises:
         UserError: If the categories do not fit ``num_classes``, or the anchors do not fit the backbone's levels.
+
+    Source: the layout "c4" is He et al. (arXiv:1512.03385), appendix A, with RoIAlign of 14x14 and conv5 striding as in
+        detectron2's ``Res5ROIHeads``. "dc5" is detectron2's ``DilatedC5`` with the dilation of ``ResNet.dilate_c5``.
     """
 
     def __init__(
-        self, spec: DetectorSpec, backbone: ResNetFPN, num_classes: int, categories: Sequence[Category] = ()
+        self,
+        spec: DetectorSpec,
+        backbone: ResNetFPN | SingleLevel,
+        num_classes: int,
+        categories: Sequence[Category] = (),
+        conv5: nn.Sequential | None = None,
     ) -> None:
         _check_categories(categories, num_classes)
         if spec.class_weights is not None and len(spec.class_weights) != num_classes:
@@ -314,7 +370,7 @@ class Detector(FasterRCNN):  # type: ignore[misc]
                 f"class_weights: must be one for each of the {num_classes} classes, background included, got "
                 f"{len(spec.class_weights)}"
             )
-        sizes = tuple((size,) for size in spec.anchor_sizes)
+        sizes = tuple((size,) for size in spec.anchor_sizes) if spec.layout == "fpn" else (spec.anchor_sizes,)
         anchors = Anchors(
             sizes,
             (spec.aspect_ratios,) * len(sizes),
@@ -341,15 +397,21 @@ class Detector(FasterRCNN):  # type: ignore[misc]
         pool = roi_align.MultiScaleRoIAlign(
             # The coarsest level serves proposals only: boxes are assigned to P2..P5 (FPN paper, equation 1).
             featmap_names=backbone.level_names[: len(backbone.body.channels)],
-            output_size=7,
+            output_size=7 if conv5 is None else 14,
             sampling_ratio=spec.roi_sampling_ratio,
             aligned=spec.roi_aligned,
             fast=spec.fast,
         )
+        if conv5 is None:
+            head: nn.Module = TwoMLPHead(backbone.out_channels * 7 * 7, spec.box_head_channels)
+            vector_size = spec.box_head_channels
+        else:
+            head = Conv5Head(conv5)
+            vector_size = 2 * backbone.out_channels  # C5 has twice C4's channels
         roi_heads = BoxHeads(
             pool,
-            TwoMLPHead(backbone.out_channels * 7 * 7, spec.box_head_channels),
-            (BoxPredictor if spec.fast else FastRCNNPredictor)(spec.box_head_channels, num_classes),
+            head,
+            (BoxPredictor if spec.fast else FastRCNNPredictor)(vector_size, num_classes),
             fg_iou_thresh=spec.box_fg_iou_thresh,
             bg_iou_thresh=spec.box_bg_iou_thresh,
             batch_size_per_image=spec.box_batch_size_per_image,
@@ -371,6 +433,18 @@ class Detector(FasterRCNN):  # type: ignore[misc]
         self.spec = spec
         self.categories = tuple(categories)
 
+    def whole_body(self) -> nn.Module:
+        """Give the body with all stages that the detector runs, conv5 too where it is run on each proposal.
+
+        Returns:
+            A module of the detector's own parameters that takes images ``[B, 3, H, W]``.
+        """
+        head = self.roi_heads.box_head
+        if isinstance(head, Conv5Head):
+            return _WholeBody(self.backbone.body, head.layer4)
+        body: Body = self.backbone.body
+        return body
+
     def training_counts(self) -> dict[str, Tensor]:
         """Give what the last forward pass in training counted, means over its images, scalars on their device.
 
@@ -387,6 +461,17 @@ class Detector(FasterRCNN):  # type: ignore[misc]
             "num_objects": found.new_tensor(self.roi_heads.num_objects / len(box)),
             "num_found": found.mean(),
         }
+
+
+class _WholeBody(nn.Module):
+    def __init__(self, body: Body, conv5: nn.Module) -> None:
+        super().__init__()
+        self.body, self.conv5 = body, conv5
+
+    def forward(self, images: Tensor) -> Tensor:
+        (c4,) = self.body(images).values()
+        c5: Tensor = self.conv5(c4)
+        return c5
 
 
 def build_detector(
@@ -411,17 +496,35 @@ def build_detector(
         WeightsError: If the weights cannot be had or are not those of this body.
     """
     _check_categories(categories, num_classes)
-    backbone = resnet_fpn(
+    if spec.layout == "fpn":
+        backbone = resnet_fpn(
+            spec.arch,
+            weights=weights_backbone,
+            norm=spec.norm,
+            norm_eps=spec.norm_eps,
+            trainable_layers=trainable_layers,
+            out_channels=spec.out_channels,
+            fast=spec.fast,
+            stride_in_1x1=spec.stride_in_1x1,
+        )
+        return Detector(spec, backbone, num_classes, categories)
+    is_vgg = isinstance(find_arch(spec.arch), VGGArch)
+    body = make_body(
         spec.arch,
-        weights=weights_backbone,
         norm=spec.norm,
         norm_eps=spec.norm_eps,
-        trainable_layers=trainable_layers,
-        out_channels=spec.out_channels,
+        returned_layers=(3, 4) if spec.layout == "c4" else (5,) if is_vgg else (4,),
         fast=spec.fast,
         stride_in_1x1=spec.stride_in_1x1,
+        dilate_c5=spec.layout == "dc5" and not is_vgg,
     )
-    return Detector(spec, backbone, num_classes, categories)
+    freeze_stages(body, trainable_layers)
+    load_backbone_weights(body, weights_backbone, spec.arch)
+    conv5 = None
+    if spec.layout == "c4":
+        assert isinstance(body, ResNet)
+        conv5 = body.take_off_stage()
+    return Detector(spec, SingleLevel(body), num_classes, categories, conv5)
 
 
 def fasterrcnn_resnet101_fpn(
@@ -449,6 +552,8 @@ def fasterrcnn_resnet101_fpn(
     """
     if spec is not None and spec.arch != "resnet101":
         raise UserError(f"spec.arch must be 'resnet101' here, got {spec.arch!r}; build_detector takes any")
+    if spec is not None and spec.layout != "fpn":
+        raise UserError(f"spec.layout must be 'fpn' here, got {spec.layout!r}; build_detector takes any")
     if weights is None:
         return build_detector(
             DetectorSpec() if spec is None else spec,

@@ -62,46 +62,51 @@ class FrozenBatchNorm2d(torchvision.ops.FrozenBatchNorm2d):  # type: ignore[misc
         self._folded: _Folded | None = None
         self._trained = False
 
-    def fold(self, weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def fold(self, weight: Tensor, dtype: torch.dtype, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Fold this norm into the weight of the convolution before it.
 
         Args:
             weight: ``[O, I / groups, kh, kw]`` with ``O`` equal to this norm's ``C``.
             dtype: Type of the result; the arithmetic is done in float32 at least.
+            bias: That of the convolution, ``[O]``, where it has one (VGG's do).
 
         Returns:
-            The weight, channels-last, and the bias ``[O]``, both of ``dtype``. They carry gradients to ``weight`` if
-            it takes them and gradients are being recorded.
+            The weight, channels-last, and the bias ``[O]``, both of ``dtype``. They carry gradients to ``weight`` and
+            ``bias`` if these take them and gradients are being recorded.
         """
         # A graph that is being captured must hold the arithmetic, not today's result of it.
         if torch.compiler.is_compiling() or is_tracing():
-            return self._fold(weight, dtype)
+            return self._fold(weight, dtype, bias)
         # Fused optimizers write without counting up the version, so the weight of a layer that was ever trained through
         # is never kept. Detectors that only predict keep theirs, though their weights may take gradients.
-        self._trained |= weight.requires_grad and torch.is_grad_enabled()
+        takes_gradients = weight.requires_grad or (bias is not None and bias.requires_grad)
+        self._trained |= takes_gradients and torch.is_grad_enabled()
         if self._trained:
-            return self._fold(weight, dtype)
-        sources = (weight, self.weight, self.bias, self.running_mean, self.running_var)
+            return self._fold(weight, dtype, bias)
+        sources: tuple[Tensor, ...] = (weight, self.weight, self.bias, self.running_mean, self.running_var)
+        sources += () if bias is None else (bias,)
         try:
             key: tuple[object, ...] = (dtype, self.eps)
             for tensor in sources:
                 key += (tensor.data_ptr(), tensor._version, tensor.dtype, tensor.device)
         except RuntimeError:
             # Tensors made under inference_mode have no version, those of torch.func transforms no address.
-            return self._fold(weight, dtype)
+            return self._fold(weight, dtype, bias)
         folded = self._folded
         if folded is None or folded.key != key:
             # Not inference tensors, even where they are made at inference: training may come to use them.
             with torch.inference_mode(False), torch.no_grad():
                 held = tuple(tensor.detach() for tensor in sources)
-                folded = _Folded(key, held, *self._fold(weight, dtype))
+                folded = _Folded(key, held, *self._fold(weight, dtype, bias))
             self._folded = folded
         return folded.weight, folded.bias
 
-    def _fold(self, weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def _fold(self, weight: Tensor, dtype: torch.dtype, bias: Tensor | None) -> tuple[Tensor, Tensor]:
         wide = torch.promote_types(weight.dtype, torch.float32)
         scale = self.weight.to(wide) * (self.running_var.to(wide) + self.eps).rsqrt()  # [O]
         shift = self.bias.to(wide) - self.running_mean.to(wide) * scale  # [O]
+        if bias is not None:
+            shift = shift + bias.to(wide) * scale
         folded = weight * scale.reshape(-1, 1, 1, 1)
         return folded.to(dtype=dtype, memory_format=torch.channels_last), shift.to(dtype)
 
@@ -129,7 +134,7 @@ def conv_norm(x: Tensor, conv: nn.Conv2d, norm: nn.Module) -> Tensor:
 
     Args:
         x: ``[B, I, H, W]``.
-        conv: A convolution without bias.
+        conv: A convolution.
         norm: The norm of its output.
 
     Returns:
@@ -142,7 +147,7 @@ def conv_norm(x: Tensor, conv: nn.Conv2d, norm: nn.Module) -> Tensor:
     device = x.device.type
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
-    weight, bias = norm.fold(conv.weight, dtype)
+    weight, bias = norm.fold(conv.weight, dtype, conv.bias)
     return F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
 
 
@@ -157,7 +162,7 @@ def norm_layer(norm: str, eps: float = 1e-5) -> Callable[[int], nn.Module]:
 
     Args:
         norm: ``"frozen"`` (``FrozenBatchNorm2d``), ``"batch"`` (``nn.BatchNorm2d``) or ``"group"`` (``nn.GroupNorm`` of
-            32 groups).
+            32 groups, or as many as there are channels if these are fewer).
         eps: Added to the variance.
 
     Returns:
@@ -171,8 +176,30 @@ def norm_layer(norm: str, eps: float = 1e-5) -> Callable[[int], nn.Module]:
     if norm == "batch":
         return partial(nn.BatchNorm2d, eps=eps)
     if norm == "group":
-        return partial(nn.GroupNorm, GROUP_NORM_GROUPS, eps=eps)
+        return lambda channels: nn.GroupNorm(min(GROUP_NORM_GROUPS, channels), channels, eps=eps)
     raise UserError(f"norm must be one of {', '.join(NORM_NAMES)}, got {norm!r}")
+
+
+def conv_norm_names(model: nn.Module) -> list[tuple[str, str]]:
+    """Name the convolutions of a network that are followed by a norm, and the norms.
+
+    Every network here registers a norm next to the convolution before it, whichever module either lies in.
+
+    Args:
+        model: A body, or anything on one.
+
+    Returns:
+        Pairs of dotted names, in the order of registration.
+    """
+    pairs = []
+    conv_name = ""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Conv2d):
+            conv_name = name
+        elif conv_name and isinstance(module, torchvision.ops.FrozenBatchNorm2d | nn.BatchNorm2d | nn.GroupNorm):
+            pairs.append((conv_name, name))
+            conv_name = ""
+    return pairs
 
 
 def has_fresh_frozen_norm(model: nn.Module) -> bool:

@@ -204,6 +204,25 @@ class ProposalNetwork(RegionProposalNetwork):  # type: ignore[misc]
         return final_boxes, final_scores
 
 
+class Conv5Head(nn.Module):
+    """Stage 4 of a ResNet on each proposal, and the mean over what it gives.
+
+    Args:
+        layer4: The stage; named as in the body it was taken from.
+
+    Source: detectron2's ``Res5ROIHeads``.
+    """
+
+    def __init__(self, layer4: nn.Sequential) -> None:
+        super().__init__()
+        self.layer4 = layer4
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Turn C4 features of proposals, ``[N, C, 14, 14]``, into vectors ``[N, 2 * C]``."""
+        vectors: Tensor = self.layer4(x).mean(dim=[2, 3])
+        return vectors
+
+
 class BoxPredictor(FastRCNNPredictor):  # type: ignore[misc]
     """torchvision's predictor, its outputs in float32 at least, so that boxes are decoded in it."""
 

@@ -1,80 +1,88 @@
-"""ResNet bodies: stem, blocks, four stages; features C2..C5 under torchvision's parameter names.
+"""ResNet bodies: stem, blocks, stages; features C2..C5 under torchvision's parameter names.
+
+One body is every residual network of ``resdet.models.archs``: plain, basic and bottleneck, grouped and wide, with any
+stem and any shortcut.
 
 Legend: ``B`` images, ``C`` channels, ``H, W`` pixels. Stage ``k`` (``layer{k}``, k = 1..4) gives C(k+1) at stride
-``2 ** (k + 1)``.
+``2 ** (k + 1)``; the three stages of CIFAR's networks have strides 1, 2 and 4.
 
-Source: He et al., "Deep Residual Learning for Image Recognition" (arXiv:1512.03385), table 1; Xie et al., "Aggregated
-Residual Transformations" (arXiv:1611.05431); Zagoruyko & Komodakis, "Wide Residual Networks" (arXiv:1605.07146).
-Layout, names and initialisation are those of ``torchvision/models/resnet.py``, including its one deviation from the
-first paper: a bottleneck strides in its 3x3 convolution, not in the first 1x1 (ResNet "v1.5"). ``stride_in_1x1`` is the
-paper's way, that of the weights MSRA published and of the detectors that were trained from them.
+Source: He et al., "Deep Residual Learning for Image Recognition" (arXiv:1512.03385), and the papers named in
+``resdet.models.archs``. Layout, names and initialisation are those of ``torchvision/models/resnet.py``, including its
+one deviation from the first paper: a bottleneck strides in its 3x3 convolution, not in the first 1x1 (ResNet "v1.5").
+``stride_in_1x1`` is the paper's way, that of the weights MSRA published and of the detectors that were trained from
+them. The deep stem and the average-pooling shortcut are named and computed as in timm's ``resnet50d``.
 """
 
 from __future__ import annotations
 
-import difflib
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from resdet.errors import UserError
+from resdet.models.archs import ResNetArch, Shortcut, find_arch
 from resdet.models.norm import conv_norm, is_scripting, norm_layer
 
+MakeNorm = Callable[[int], nn.Module]
 
-@dataclass(frozen=True)
-class ResNetArch:
-    """What tells one ResNet from another.
 
-    Attributes:
-        block: ``"basic"`` (two 3x3) or ``"bottleneck"`` (1x1, 3x3, 1x1 with four times the channels).
-        depths: Number of blocks in each of the four stages.
-        groups: Groups of a bottleneck's 3x3 convolution.
-        width_per_group: Channels of each group in the first stage.
+class DeepStem(nn.Sequential):
+    """Three 3x3 convolutions in the place of one 7x7; the norm and ReLU of the last are the body's own.
+
+    Args:
+        channels: Of the output; half as many inside.
+        norm: Makes the norm for a number of channels.
     """
 
-    block: Literal["basic", "bottleneck"]
-    depths: tuple[int, int, int, int]
-    groups: int = 1
-    width_per_group: int = 64
+    def __init__(self, channels: int, norm: MakeNorm) -> None:
+        super().__init__(
+            nn.Conv2d(3, channels // 2, 3, stride=2, padding=1, bias=False),
+            norm(channels // 2),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(channels // 2, channels // 2, 3, padding=1, bias=False),
+            norm(channels // 2),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(channels // 2, channels, 3, padding=1, bias=False),
+        )
 
 
-ARCHS: dict[str, ResNetArch] = {
-    "resnet18": ResNetArch("basic", (2, 2, 2, 2)),
-    "resnet34": ResNetArch("basic", (3, 4, 6, 3)),
-    "resnet50": ResNetArch("bottleneck", (3, 4, 6, 3)),
-    "resnet101": ResNetArch("bottleneck", (3, 4, 23, 3)),
-    "resnet152": ResNetArch("bottleneck", (3, 8, 36, 3)),
-    "resnext50_32x4d": ResNetArch("bottleneck", (3, 4, 6, 3), groups=32, width_per_group=4),
-    "resnext101_32x8d": ResNetArch("bottleneck", (3, 4, 23, 3), groups=32, width_per_group=8),
-    "resnext101_64x4d": ResNetArch("bottleneck", (3, 4, 23, 3), groups=64, width_per_group=4),
-    "wide_resnet50_2": ResNetArch("bottleneck", (3, 4, 6, 3), width_per_group=128),
-    "wide_resnet101_2": ResNetArch("bottleneck", (3, 4, 23, 3), width_per_group=128),
-}
+def _stem_norm(x: Tensor, stem: nn.Conv2d | DeepStem, norm: nn.Module) -> Tensor:
+    """Compute ``norm(stem(x))`` with frozen norms folded."""
+    if isinstance(stem, nn.Conv2d):
+        return conv_norm(x, stem, norm)
+    for first in (0, 3):
+        x = stem[first + 2](conv_norm(x, stem[first], stem[first + 1]))  # type: ignore[arg-type]
+    return conv_norm(x, stem[6], norm)  # type: ignore[arg-type]
 
 
-def find_arch(name: str) -> ResNetArch:
-    """Look up an architecture by torchvision's name for it.
+class ZeroPadding(nn.Module):
+    """Option A: every ``stride``-th pixel, and zeros for the channels that are wanting. It has no parameters.
 
-    Raises:
-        UserError: If there is none of this name; the message offers the nearest one.
+    Args:
+        in_channels: Channels of the input.
+        out_channels: Channels of the output.
+        stride: 1 or 2.
     """
-    if name not in ARCHS:
-        near = difflib.get_close_matches(name, ARCHS, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(ARCHS)}"
-        raise UserError(f"arch: there is no {name!r}; {hint}")
-    return ARCHS[name]
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
+        super().__init__()
+        self.missing = out_channels - in_channels
+        self.stride = stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``[B, C, H, W]`` to ``[B, out_channels, H / stride, W / stride]``."""
+        # Pooling over single pixels takes every stride-th; torch.export cannot follow a slice of odd and even sizes.
+        return F.pad(F.avg_pool2d(x, 1, self.stride), (0, 0, 0, 0, 0, self.missing))
 
 
 class Projection(nn.Sequential):
     """The 1x1 convolution and norm (``"0"``, ``"1"``) that fit a block's input to its output."""
 
-    def __init__(
-        self, in_channels: int, out_channels: int, stride: int, norm: Callable[[int], nn.Module], fast: bool
-    ) -> None:
+    def __init__(self, in_channels: int, out_channels: int, stride: int, norm: MakeNorm, fast: bool) -> None:
         super().__init__(nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), norm(out_channels))
         self.fast = fast
 
@@ -86,6 +94,56 @@ class Projection(nn.Sequential):
         return conv_norm(x, self[0], self[1])  # type: ignore[arg-type]
 
 
+class Smooth2x2(nn.Module):
+    """Mean of each pixel and its neighbours to the right and below, at stride 1, the border repeated.
+
+    Of the pixels that a 2x2 average pooling of stride 2 keeps, it gives the same values.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``[B, C, H, W]`` to the same shape."""
+        return F.avg_pool2d(F.pad(x, (0, 1, 0, 1), mode="replicate"), 2, stride=1)
+
+
+class PooledProjection(nn.Sequential):
+    """ResNet-D's projection: 2x2 mean (``"0"``), 1x1 convolution of stride 1 and norm (``"1"``, ``"2"``)."""
+
+    def __init__(self, in_channels: int, out_channels: int, pool: nn.Module, norm: MakeNorm, fast: bool) -> None:
+        super().__init__(pool, nn.Conv2d(in_channels, out_channels, 1, bias=False), norm(out_channels))
+        self.fast = fast
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``[B, C, H, W]`` to ``[B, out_channels, H / stride, W / stride]``."""
+        x = self[0](x)
+        if is_scripting() or not self.fast:
+            return self[2](self[1](x))  # type: ignore[no-any-return]
+        return conv_norm(x, self[1], self[2])  # type: ignore[arg-type]
+
+
+def _make_shortcut(
+    kind: Shortcut,
+    in_channels: int,
+    out_channels: int,
+    stride: int,
+    dilation: tuple[int, int],
+    norm: MakeNorm,
+    fast: bool,
+) -> nn.Module | None:
+    """Give what fits a block's input to its output, or None where it fits (or, in a plain network, is not used)."""
+    if kind == "none" or (kind != "C" and stride == 1 and in_channels == out_channels):
+        return None
+    if kind == "A":
+        return ZeroPadding(in_channels, out_channels, stride)
+    if kind == "D":
+        pool: nn.Module = nn.Identity()
+        if stride == 2:
+            pool = nn.AvgPool2d(2, stride=2, ceil_mode=True, count_include_pad=False)
+        elif dilation[0] != dilation[1]:
+            pool = Smooth2x2()
+        return PooledProjection(in_channels, out_channels, pool, norm, fast)
+    return Projection(in_channels, out_channels, stride, norm, fast)
+
+
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions and a shortcut.
 
@@ -93,23 +151,34 @@ class BasicBlock(nn.Module):
         in_channels: Channels of the input.
         width: Channels inside, and of the output.
         stride: Of the first convolution.
+        dilation: Of the first and of the second convolution.
+        shortcut: Its kind; see ``ResNetArch``.
         norm: Makes the norm for a number of channels.
         fast: Whether to fold frozen norms into the convolutions.
     """
 
     expansion: ClassVar[int] = 1
 
-    def __init__(self, in_channels: int, width: int, stride: int, norm: Callable[[int], nn.Module], fast: bool) -> None:
+    def __init__(
+        self,
+        in_channels: int,
+        width: int,
+        stride: int,
+        dilation: tuple[int, int],
+        shortcut: Shortcut,
+        norm: MakeNorm,
+        fast: bool,
+    ) -> None:
         super().__init__()
         self.fast = fast
-        self.conv1 = nn.Conv2d(in_channels, width, 3, stride, padding=1, bias=False)
+        first, second = dilation
+        self.conv1 = nn.Conv2d(in_channels, width, 3, stride, padding=first, dilation=first, bias=False)
         self.bn1 = norm(width)
         self.relu = nn.ReLU(inplace=True)
-        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=second, dilation=second, bias=False)
         self.bn2 = norm(width)
-        self.downsample: Projection | None = None
-        if stride != 1 or in_channels != width:
-            self.downsample = Projection(in_channels, width, stride, norm, fast)
+        self.residual = shortcut != "none"
+        self.downsample = _make_shortcut(shortcut, in_channels, width, stride, dilation, norm, fast)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[B, in_channels, H, W]`` to ``[B, width, H / stride, W / stride]``."""
@@ -121,7 +190,8 @@ class BasicBlock(nn.Module):
             out = conv_norm(out, self.conv2, self.bn2)
         if self.downsample is not None:
             x = self.downsample(x)
-        out += x
+        if self.residual:
+            out += x
         return self.relu(out)  # type: ignore[no-any-return]
 
 
@@ -132,8 +202,10 @@ class Bottleneck(nn.Module):
         in_channels: Channels of the input.
         channels: A quarter of the output's channels.
         stride: Of the 3x3 convolution, or of the first 1x1.
+        dilation: Before and after the stride; the 3x3 convolution has the one or the other.
         groups: Of the 3x3 convolution.
         width: Channels of the 3x3 convolution.
+        shortcut: Its kind; see ``ResNetArch``.
         norm: Makes the norm for a number of channels.
         fast: Whether to fold frozen norms into the convolutions.
         stride_in_1x1: Whether the first 1x1 convolution strides.
@@ -146,9 +218,11 @@ class Bottleneck(nn.Module):
         in_channels: int,
         channels: int,
         stride: int,
+        dilation: tuple[int, int],
         groups: int,
         width: int,
-        norm: Callable[[int], nn.Module],
+        shortcut: Shortcut,
+        norm: MakeNorm,
         fast: bool,
         stride_in_1x1: bool = False,
     ) -> None:
@@ -156,16 +230,16 @@ class Bottleneck(nn.Module):
         self.fast = fast
         out_channels = channels * self.expansion
         stride_1x1, stride_3x3 = (stride, 1) if stride_in_1x1 else (1, stride)
+        spread = dilation[1] if stride_in_1x1 else dilation[0]
         self.conv1 = nn.Conv2d(in_channels, width, 1, stride_1x1, bias=False)
         self.bn1 = norm(width)
-        self.conv2 = nn.Conv2d(width, width, 3, stride_3x3, padding=1, groups=groups, bias=False)
+        self.conv2 = nn.Conv2d(width, width, 3, stride_3x3, padding=spread, dilation=spread, groups=groups, bias=False)
         self.bn2 = norm(width)
         self.conv3 = nn.Conv2d(width, out_channels, 1, bias=False)
         self.bn3 = norm(out_channels)
         self.relu = nn.ReLU(inplace=True)
-        self.downsample: Projection | None = None
-        if stride != 1 or in_channels != out_channels:
-            self.downsample = Projection(in_channels, out_channels, stride, norm, fast)
+        self.residual = shortcut != "none"
+        self.downsample = _make_shortcut(shortcut, in_channels, out_channels, stride, dilation, norm, fast)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[B, in_channels, H, W]`` to ``[B, 4 * channels, H / stride, W / stride]``."""
@@ -179,7 +253,8 @@ class Bottleneck(nn.Module):
             out = conv_norm(out, self.conv3, self.bn3)
         if self.downsample is not None:
             x = self.downsample(x)
-        out += x
+        if self.residual:
+            out += x
         return self.relu(out)  # type: ignore[no-any-return]
 
 
@@ -190,23 +265,31 @@ class ResNet(nn.Module):
     ``IntermediateLayerGetter`` around the network of the same name, for any choice of stages.
 
     Args:
-        arch: torchvision's name, a key of ``ARCHS``.
+        arch: Its name, a key of ``resdet.models.archs.ARCHS``.
         norm: ``"frozen"``, ``"batch"`` or ``"group"``. Frozen norms start as the identity: load weights or call
             ``calibrate_norm`` before training.
         norm_eps: Added to the variance by every norm.
-        returned_layers: Stages to return, rising, each in 1..4.
+        returned_layers: Stages to return, rising, each in 1..4 (1..3 for CIFAR's); by default all.
         fast: Run channels-last with frozen norms folded into the convolutions. Off, every operation and its order is
             torchvision's, bit for bit.
         stride_in_1x1: Whether bottlenecks stride in their first 1x1 convolution and not in the 3x3. Parameters are the
             same, but each is trained for one of the two; basic blocks know no such choice.
+        dilate_c5: Whether stage 4 is dilated instead of strided (DC5), so that C5 has stride 16. Every second pixel of
+            it is that of the strided stage, for the same weights: what comes after the stride that was taken away has
+            dilation 2. With a stride in the 3x3 this is torchvision's ``replace_stride_with_dilation``; detectron2
+            dilates the whole stage, which differs by the first 3x3.
+        zero_init_residual: Whether the last norm of each block starts with scale 0, so that blocks start as the
+            identity (Goyal et al., arXiv:1706.02677, section 5.1), as in torchvision.
 
     Attributes:
         channels: Channels of each returned feature map.
         strides: Stride of each returned feature map, in input pixels.
+        stage_modules: The stages of this architecture from the input on, and the names of their modules; stages that
+            are not built are there too.
 
     Raises:
-        UserError: If there is no such arch or norm, ``returned_layers`` is empty, repeats a stage, or is not rising
-            in 1..4, or ``stride_in_1x1`` is asked of basic blocks.
+        UserError: If there is no such ResNet or norm, ``returned_layers`` is empty, repeats a stage, or is not rising
+            in its range, or an option does not fit the architecture or the norm.
     """
 
     def __init__(
@@ -215,48 +298,88 @@ class ResNet(nn.Module):
         *,
         norm: str = "frozen",
         norm_eps: float = 1e-5,
-        returned_layers: Sequence[int] = (1, 2, 3, 4),
+        returned_layers: Sequence[int] | None = None,
         fast: bool = True,
         stride_in_1x1: bool = False,
+        dilate_c5: bool = False,
+        zero_init_residual: bool = False,
     ) -> None:
         super().__init__()
         shape = find_arch(arch)
+        if not isinstance(shape, ResNetArch):
+            raise UserError(f"arch: {arch} is not a ResNet")
         if stride_in_1x1 and shape.block == "basic":
             raise UserError(
                 f"stride_in_1x1 is for bottlenecks; the blocks of {arch} have no 1x1 convolution to stride in"
             )
+        if dilate_c5 and len(shape.depths) < 4:
+            raise UserError(f"dilate_c5 is for networks of four stages, {arch} has {len(shape.depths)}")
+        if zero_init_residual and (norm == "frozen" or shape.shortcut == "none"):
+            raise UserError(
+                "zero_init_residual starts blocks as the identity by the scale of a norm that is trained: it needs "
+                f"shortcuts, and norm batch or group; got {arch} with norm {norm}"
+            )
         make_norm = norm_layer(norm, norm_eps)
-        stages = tuple(returned_layers)
-        if not stages or not set(stages) <= {1, 2, 3, 4} or list(stages) != sorted(set(stages)):
-            raise UserError(f"returned_layers must be stages out of 1, 2, 3, 4, rising, each once; got {list(stages)}")
+        stages = check_stages(returned_layers, shape.pyramid, len(shape.depths))
         self.arch = arch
         self.norm = norm
         self.norm_eps = norm_eps
         self.returned_layers = stages
         self.fast = fast
         self.stride_in_1x1 = stride_in_1x1
+        self.dilate_c5 = dilate_c5
         self.return_layers = {f"layer{stage}": str(level) for level, stage in enumerate(stages)}
+        of_stage = {f"layer{stage}": [f"layer{stage}"] for stage in range(1, len(shape.depths) + 1)}
+        self.stage_modules = {"stem": ["conv1", "bn1", "maxpool"], **of_stage}
 
-        self.conv1 = nn.Conv2d(3, 64, 7, stride=2, padding=3, bias=False)
-        self.bn1 = make_norm(64)
+        in_channels = shape.channels
+        stem: nn.Conv2d | DeepStem
+        if shape.stem == "deep":
+            stem = DeepStem(in_channels, make_norm)
+        elif shape.stem == "3x3":
+            stem = nn.Conv2d(3, in_channels, 3, padding=1, bias=False)
+        else:
+            stem = nn.Conv2d(3, in_channels, 7, stride=2, padding=3, bias=False)
+        self.conv1 = stem
+        self.bn1 = make_norm(in_channels)
         self.relu = nn.ReLU(inplace=True)
-        self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
-        in_channels = 64
+        self.maxpool = nn.Identity() if shape.stem == "3x3" else nn.MaxPool2d(3, stride=2, padding=1)
         channels_of: dict[int, int] = {}
         for stage in range(1, stages[-1] + 1):
+            dilated = dilate_c5 and stage == 4
             blocks: list[nn.Module] = []
             for index in range(shape.depths[stage - 1]):
-                stride = 2 if stage > 1 and index == 0 else 1
-                block = _make_block(shape, in_channels, 32 * 2**stage, stride, make_norm, fast, stride_in_1x1)
-                in_channels = 32 * 2**stage * block.expansion
+                starts = stage > 1 and index == 0
+                channels = shape.channels * 2 ** (stage - 1)
+                stride = 2 if starts and not dilated else 1
+                dilation = ((1 if starts else 2), 2) if dilated else (1, 1)
+                block: BasicBlock | Bottleneck
+                if shape.block == "basic":
+                    block = BasicBlock(in_channels, channels, stride, dilation, shape.shortcut, make_norm, fast)
+                else:
+                    block = Bottleneck(
+                        in_channels,
+                        channels,
+                        stride,
+                        dilation,
+                        shape.groups,
+                        channels * shape.width_per_group // 64 * shape.groups,
+                        shape.shortcut,
+                        make_norm,
+                        fast,
+                        stride_in_1x1,
+                    )
+                in_channels = channels * block.expansion
                 blocks.append(block)
             self.add_module(f"layer{stage}", nn.Sequential(*blocks))
             channels_of[stage] = in_channels
         self.channels = [channels_of[stage] for stage in stages]
-        self.strides = [2 ** (stage + 1) for stage in stages]
+        self.strides = [16 if dilate_c5 and stage == 4 else shape.strides[stage - 1] for stage in stages]
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            elif zero_init_residual and isinstance(module, BasicBlock | Bottleneck):
+                nn.init.zeros_(last_norm(module).weight)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """Compute the features of the returned stages.
@@ -271,7 +394,7 @@ class ResNet(nn.Module):
         if is_scripting() or not self.fast:
             x = self.bn1(self.conv1(x))
         else:
-            x = conv_norm(x.contiguous(memory_format=torch.channels_last), self.conv1, self.bn1)
+            x = _stem_norm(x.contiguous(memory_format=torch.channels_last), self.conv1, self.bn1)
         x = self.maxpool(self.relu(x))
         features: dict[str, Tensor] = OrderedDict()
         for name, stage in self.named_children():
@@ -281,17 +404,41 @@ class ResNet(nn.Module):
                     features[self.return_layers[name]] = x
         return features
 
+    def take_off_stage(self) -> nn.Sequential:
+        """Take the last of several returned stages off the body, to be run elsewhere.
 
-def _make_block(
-    shape: ResNetArch,
-    in_channels: int,
-    channels: int,
-    stride: int,
-    norm: Callable[[int], nn.Module],
-    fast: bool,
-    stride_in_1x1: bool,
-) -> BasicBlock | Bottleneck:
-    if shape.block == "basic":
-        return BasicBlock(in_channels, channels, stride, norm, fast)
-    width = channels * shape.width_per_group // 64 * shape.groups
-    return Bottleneck(in_channels, channels, stride, shape.groups, width, norm, fast, stride_in_1x1)
+        Returns:
+            The stage; the body now ends with the one before.
+        """
+        assert len(self.returned_layers) > 1
+        name = f"layer{self.returned_layers[-1]}"
+        stage = self.get_submodule(name)
+        assert isinstance(stage, nn.Sequential)
+        delattr(self, name)
+        del self.return_layers[name]
+        self.returned_layers = self.returned_layers[:-1]
+        self.channels, self.strides = self.channels[:-1], self.strides[:-1]
+        return stage
+
+
+def check_stages(returned_layers: Sequence[int] | None, default: tuple[int, ...], num_stages: int) -> tuple[int, ...]:
+    """Give the stages that a body returns.
+
+    Raises:
+        UserError: If they are none, repeat, or are not rising in 1..num_stages.
+    """
+    stages = default if returned_layers is None else tuple(returned_layers)
+    if not stages or not set(stages) <= set(range(1, num_stages + 1)) or list(stages) != sorted(set(stages)):
+        known = ", ".join(map(str, range(1, num_stages + 1)))
+        raise UserError(f"returned_layers must be stages out of {known}, rising, each once; got {list(stages)}")
+    return stages
+
+
+def last_norm(block: BasicBlock | Bottleneck) -> nn.Module:
+    """Give the norm whose output is added to the shortcut."""
+    return block.bn2 if isinstance(block, BasicBlock) else block.bn3
+
+
+def last_conv(block: BasicBlock | Bottleneck) -> nn.Conv2d:
+    """Give the convolution before that norm."""
+    return block.conv2 if isinstance(block, BasicBlock) else block.conv3

@@ -26,8 +26,10 @@ from torch import Tensor
 from torchvision.models import WeightsEnum
 
 from resdet.errors import WeightsError
+from resdet.models.archs import ARCHS, ResNetArch
+from resdet.models.bodies import Body, make_body
+from resdet.models.layouts import count_blocks
 from resdet.models.pickles import read_pickle
-from resdet.models.resnet import ARCHS, ResNet
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +39,7 @@ WeightsSource: TypeAlias = str | os.PathLike[str] | WeightsEnum | None
 _HASH_IN_NAME = re.compile(r"-([a-f0-9]{8,})\.")
 _WRAPPERS = ("state_dict", "model", "blobs")
 _BODY_PREFIXES = ("backbone.body.", "body.", "")
+_STEMS = ("conv1.weight", "conv1.0.weight", "features.0.weight")
 
 
 @dataclass(frozen=True)
@@ -170,21 +173,31 @@ def locate(source: str | os.PathLike[str] | WeightsEnum, arch: str) -> Path:
         WeightsError: If there is no such name or file, or the download fails.
     """
     if isinstance(source, WeightsEnum):
-        own = torchvision.models.get_model_weights(arch)
-        if not isinstance(source, own):
-            raise WeightsError(f"weights: {source} are not for {arch}, whose weights are {name_some(map(str, own))}")
+        own = _published(arch)
+        if source not in own.values():
+            known = (
+                f"whose weights are {name_some(map(str, own.values()))}" if own else "for which torchvision has none"
+            )
+            raise WeightsError(f"weights: {source} are not for {arch}, {known}")
         return fetch(source.url)
     text = os.fspath(source)
     if urlparse(text).scheme in ("http", "https", "file"):
         return fetch(text)
     if not isinstance(source, str) or Path(text).exists() or Path(text).suffix or os.sep in text:
         return Path(text)
-    names = list(torchvision.models.get_model_weights(arch).__members__)
-    if text in names:
-        return fetch(torchvision.models.get_model_weights(arch)[text].url)
-    near = difflib.get_close_matches(text.upper(), names, n=1)
-    hint = f"did you mean {near[0]!r}?" if near else f"{arch} has {', '.join(names)}"
+    own = _published(arch)
+    if text in own:
+        return fetch(own[text].url)
+    near = difflib.get_close_matches(text.upper(), own, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"{arch} has {', '.join(own) or 'none in torchvision'}"
     raise WeightsError(f"weights: {text!r} is no file, no URL and no weights of {arch}; {hint}")
+
+
+def _published(arch: str) -> dict[str, WeightsEnum]:
+    """Give torchvision's weights of an architecture by name; none where it does not have the network."""
+    if arch not in torchvision.models.list_models(module=torchvision.models):
+        return {}
+    return dict(torchvision.models.get_model_weights(arch).__members__)
 
 
 def fetch(url: str) -> Path:
@@ -231,7 +244,7 @@ def fetch(url: str) -> Path:
     return path
 
 
-def load_backbone_weights(body: ResNet, source: WeightsSource, arch: str) -> LoadReport:
+def load_backbone_weights(body: Body, source: WeightsSource, arch: str) -> LoadReport:
     """Load a body's weights from wherever they are, and say in the log what was used and what was left over.
 
     Accepted are a ResNet's state dict as torchvision saves it (its ``fc`` and ``num_batches_tracked`` are left over), a
@@ -255,10 +268,10 @@ def load_backbone_weights(body: ResNet, source: WeightsSource, arch: str) -> Loa
     path = locate(source, arch)
     content = read_checkpoint(path)
     tensors = tensors_in(content, str(path))
-    prefix = _body_prefix(tensors)
+    prefix = body_prefix(tensors)
     if prefix is None or _carries_facts(content):
         tensors = _converted(content, path, body)
-        prefix = _body_prefix(tensors)
+        prefix = body_prefix(tensors)
         assert prefix is not None, "conversion gives torchvision's names"
     given = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
@@ -294,8 +307,9 @@ def load_backbone_weights(body: ResNet, source: WeightsSource, arch: str) -> Loa
     return report
 
 
-def _body_prefix(tensors: Mapping[str, Tensor]) -> str | None:
-    return next((prefix for prefix in _BODY_PREFIXES if f"{prefix}conv1.weight" in tensors), None)
+def body_prefix(tensors: Mapping[str, Tensor]) -> str | None:
+    """Give what stands before the names of a body in torchvision's layout; None if there is no body."""
+    return next((prefix for prefix in _BODY_PREFIXES for stem in _STEMS if f"{prefix}{stem}" in tensors), None)
 
 
 def _carries_facts(content: Mapping[str, Any]) -> bool:
@@ -305,7 +319,7 @@ def _carries_facts(content: Mapping[str, Any]) -> bool:
     return FACTS_ENTRY in content or hasattr(content, FACTS_ENTRY)
 
 
-def _converted(content: Mapping[str, Any], path: Path, body: ResNet) -> dict[str, Tensor]:
+def _converted(content: Mapping[str, Any], path: Path, body: Body) -> dict[str, Tensor]:
     """Give another library's tensors under torchvision's names, if the body computes what they were trained for."""
     from resdet.models.convert import to_torchvision
 
@@ -336,10 +350,13 @@ def _fitting_archs(given: Mapping[str, Tensor]) -> list[str]:
     def convolutions(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
         return {name: value.shape for name, value in tensors.items() if value.dim() == 4}
 
+    depths = count_blocks(given)
     fitting = []
-    for arch in ARCHS:
+    for arch, shape in ARCHS.items():
+        if isinstance(shape, ResNetArch) and depths != dict(enumerate(shape.depths, 1)):
+            continue  # building it to find that out takes a second where there are 600 blocks
         with torch.device("meta"):
-            if convolutions(ResNet(arch).state_dict()) == convolutions(given):
+            if convolutions(make_body(arch).state_dict()) == convolutions(given):
                 fitting.append(arch)
     return fitting
 

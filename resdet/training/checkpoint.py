@@ -1,8 +1,8 @@
-"""Checkpoints: a detector that rebuilds itself, and beside it what a resumed run needs.
+"""Checkpoints: a model that rebuilds itself, and beside it what a resumed run needs.
 
-A file holds tensors and plain values only and loads with ``torch.load(weights_only=True)``. ``best.pt`` is a detector
+A file holds tensors and plain values only and loads with ``torch.load(weights_only=True)``. ``best.pt`` is a model
 alone; ``last.pt`` carries the training state too, and ``previous.pt`` is the ``last.pt`` before it. All of them open
-with ``resdet.load_detector``.
+with ``resdet.load_detector``, or ``resdet.pretraining.model.load_classifier``.
 """
 
 from __future__ import annotations
@@ -10,12 +10,13 @@ from __future__ import annotations
 import logging
 import os
 import zipfile
-from dataclasses import dataclass, fields
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from resdet.errors import WeightsError
 from resdet.files import written_whole
@@ -25,6 +26,9 @@ from resdet.models.weights import read_checkpoint
 logger = logging.getLogger(__name__)
 
 LAST, PREVIOUS, BEST = "last.pt", "previous.pt", "best.pt"
+
+Payload = Callable[[Any], dict[str, Any]]
+"""Gives a model as plain values and tensors, its state dict under ``model``: ``checkpoint_payload`` for a detector."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,7 @@ class TrainingState:
         optimizer: The optimizer's state dict.
         scaler: The loss scaler's state dict (fp16 only; else empty).
         ema: The averaged model's state dict; empty without one.
+        schedule: Where a learning rate stands that follows the run's own numbers; empty if it follows the step alone.
     """
 
     step: int
@@ -56,6 +61,7 @@ class TrainingState:
     optimizer: dict[str, Any]
     scaler: dict[str, Any]
     ema: dict[str, Any]
+    schedule: dict[str, int] = field(default_factory=dict)
 
     @classmethod
     def begin(cls) -> TrainingState:
@@ -63,28 +69,43 @@ class TrainingState:
         return cls(0, None, 0, None, {}, {}, 0, {}, {}, {})
 
 
-def save_checkpoint(path: Path, model: Detector, *, config: dict[str, Any], training: TrainingState | None) -> None:
+def save_checkpoint(
+    path: Path,
+    model: nn.Module,
+    *,
+    config: dict[str, Any],
+    training: TrainingState | None,
+    payload_of: Payload = checkpoint_payload,
+) -> None:
     """Write a checkpoint so that the path holds the old file or the whole new one, whatever happens meanwhile.
 
     Args:
         path: Where.
-        model: The detector.
+        model: A detector, or whatever ``payload_of`` takes.
         config: The run's configuration as plain values: tools/eval.py finds its data there.
-        training: What a resumed run needs; None for a detector alone.
+        training: What a resumed run needs; None for a model alone.
+        payload_of: What is written of the model.
 
     Raises:
         OSError: If it cannot be written (a full disk); the old file is as it was.
     """
-    payload = checkpoint_payload(model)
+    payload = payload_of(model)
     payload["config"] = config
     if training is not None:
         # asdict would copy every tensor of the optimizer.
-        payload["training"] = {field.name: getattr(training, field.name) for field in fields(training)}
+        payload["training"] = {part.name: getattr(training, part.name) for part in fields(training)}
     with written_whole(path) as beside:
         torch.save(payload, beside)
 
 
-def save_last(folder: Path, model: Detector, *, config: dict[str, Any], training: TrainingState) -> None:
+def save_last(
+    folder: Path,
+    model: nn.Module,
+    *,
+    config: dict[str, Any],
+    training: TrainingState,
+    payload_of: Payload = checkpoint_payload,
+) -> None:
     """Write a run's ``last.pt``; what was there becomes ``previous.pt``, and what was that goes.
 
     At every instant at least one of the two is whole.
@@ -97,10 +118,10 @@ def save_last(folder: Path, model: Detector, *, config: dict[str, Any], training
         # A second name for the same bytes, so that last.pt never misses: only the replacement below changes it.
         with written_whole(folder / PREVIOUS) as older:
             os.link(last, older)
-    save_checkpoint(last, model, config=config, training=training)
+    save_checkpoint(last, model, config=config, training=training, payload_of=payload_of)
 
 
-def load_training_state(path: Path, model: Detector) -> TrainingState:
+def load_training_state(path: Path, model: nn.Module) -> TrainingState:
     """Load a run's ``last.pt``: its weights into ``model``, and give the rest.
 
     Raises:
@@ -113,7 +134,8 @@ def load_training_state(path: Path, model: Detector) -> TrainingState:
         model.load_state_dict(payload["model"])
     except RuntimeError as error:
         raise WeightsError(f"{path}: made by another model than the configuration's: {_first_line(error)}") from None
-    model.score_threshold = payload.get("score_threshold")
+    if isinstance(model, Detector):
+        model.score_threshold = payload.get("score_threshold")
     try:
         return TrainingState(**payload["training"])
     except TypeError as error:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from resdet.errors import TrainingError, UserError
 
@@ -53,6 +56,33 @@ class Processes:
             raise answer[1]
         result: _Result = answer[0]
         return result
+
+    def micro_batch_size(self, batch_size: int, accumulate: int) -> int:
+        """Give the number of images a process holds at a time.
+
+        Raises:
+            UserError: If a step's images cannot be divided evenly.
+        """
+        size, rest = divmod(batch_size, self.world_size * accumulate)
+        if rest:
+            raise UserError(
+                f"train.batch_size: must be a multiple of processes x accumulate = {self.world_size} x {accumulate}, "
+                f"got {batch_size}"
+            )
+        return size
+
+    def step_seed(self, seed: int, step: int) -> int:
+        """Give what this process's random numbers of a step follow from."""
+        return int(np.random.SeedSequence([seed, step, self.rank]).generate_state(1, np.uint64)[0] >> 1)
+
+    def parallel(self, model: nn.Module) -> nn.Module:
+        """Give what computes a forward pass so that gradients become means over all processes."""
+        if self.world_size == 1:
+            return model
+        with warnings.catch_warnings():
+            # torch 2.15 calls broadcast_buffers by a new name, which earlier ones do not know.
+            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+            return DistributedDataParallel(model, broadcast_buffers=False)
 
     def share_buffers(self, model: nn.Module) -> None:
         """Give every process the main one's buffers: each trains its own statistics of ``norm: batch``."""

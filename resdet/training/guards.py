@@ -73,23 +73,54 @@ def not_finite(
         table: Names the images.
         folder: Of the run.
     """
+    indices = [index for batch in micro_batches for index in batch.indices]
+    return broken_step(
+        moment,
+        values,
+        model,
+        images="image ids of the batch: " + ", ".join(f"{table.image_ids[i]} ({table.file_names[i]})" for i in indices),
+        content=_broken_step(moment, model, micro_batches),
+        use=": resdet.training.guards.repeat_step computes it again",
+        folder=folder,
+    )
+
+
+def broken_step(
+    moment: Moment,
+    values: dict[str, Tensor],
+    model: nn.Module,
+    *,
+    images: str,
+    content: dict[str, Any],
+    use: str,
+    folder: Path,
+) -> TrainingError:
+    """Save a step of any kind of model whose loss or gradient is not finite, and give the error that tells of it.
+
+    Args:
+        moment: Which step.
+        values: Loss, its parts and the gradient's norm, scalars.
+        model: With the gradients.
+        images: Names the images.
+        content: What is saved, tensors and plain values.
+        use: What can be done with it, said after "holds the step".
+        folder: Of the run.
+    """
     # The names before the file: writing it must not hide what happened.
     told = ", ".join(f"{name} {value.item():.4g}" for name, value in values.items())
-    indices = [index for batch in micro_batches for index in batch.indices]
-    images = ", ".join(f"{table.image_ids[i]} ({table.file_names[i]})" for i in indices)
     what = "loss" if not math.isfinite(values["loss"].item()) else "gradient"
     last = folder / "last.pt"
     kept = f"{last} is the last good checkpoint" if last.exists() else "no checkpoint had been written yet"
     path = folder / f"broken_step_{moment.step + 1}{f'_rank_{moment.rank}' if moment.rank else ''}.pt"
     try:
         with written_whole(path) as beside:
-            torch.save(_broken_step(moment, model, micro_batches), beside)
-        repeat = f"{path} holds the step: resdet.training.guards.repeat_step computes it again"
+            torch.save(content, beside)
+        repeat = f"{path} holds the step{use}"
     except OSError as error:
         repeat = f"the step could not be saved ({error.strerror})"
     return TrainingError(
         f"{what} is not finite at step {moment.step + 1}, learning rate {moment.lr:g}: {told}; largest layers: "
-        f"{_largest_layers(model)}; image ids of the batch: {images}. The step was not taken; {kept}; {repeat}. "
+        f"{_largest_layers(model)}; {images}. The step was not taken; {kept}; {repeat}. "
         "A lower optim.lr, a longer optim.warmup_steps or optim.clip_grad_norm is the usual cure"
     )
 
@@ -152,7 +183,14 @@ def repeat_step(path: Path, *, device: torch.device | None = None) -> tuple[Dete
     return model, accumulate_gradients(model, model, micro_batches, moment.num_pieces, scaler, moment.precision, device)
 
 
-def after_out_of_memory(error: RuntimeError, num_pieces: int, *, micro_batch_size: int, may_retry: bool) -> int:
+def after_out_of_memory(
+    error: RuntimeError,
+    num_pieces: int,
+    *,
+    micro_batch_size: int,
+    may_retry: bool,
+    image_size: str = "model.min_size, model.max_size",
+) -> int:
     """Say in how many pieces to try again after a step ran out of memory.
 
     Args:
@@ -160,6 +198,7 @@ def after_out_of_memory(error: RuntimeError, num_pieces: int, *, micro_batch_siz
         num_pieces: Parts in which micro-batches were computed.
         micro_batch_size: Images of a micro-batch.
         may_retry: Whether the configuration allows it.
+        image_size: The settings that make images smaller.
 
     Raises:
         TrainingError: If it is a lack of memory and may not or cannot be met by smaller pieces; says what to lower.
@@ -176,7 +215,7 @@ def after_out_of_memory(error: RuntimeError, num_pieces: int, *, micro_batch_siz
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         return 2 * num_pieces
-    lower = "model.min_size, model.max_size" + ("" if micro_batch_size == 1 else ", train.batch_size")
+    lower = image_size + ("" if micro_batch_size == 1 else ", train.batch_size")
     more = "" if micro_batch_size == 1 else "; a larger train.accumulate keeps the batch and takes less at a time"
     raise TrainingError(
         f"out of memory with {micro_batch_size} images at a time ({str(error).splitlines()[0]}): lower {lower} or take "

@@ -6,16 +6,13 @@ import logging
 import math
 import signal
 import time
-import warnings
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
-import numpy as np
 import torch
 from PIL import Image
-from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_, get_total_norm
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -23,7 +20,7 @@ from resdet.build import build_dataset, build_model
 from resdet.config import Config, config_to_plain, config_to_yaml
 from resdet.data.dataset import DetectionDataset
 from resdet.data.loader import train_loader
-from resdet.errors import Interrupted, UserError
+from resdet.errors import Interrupted
 from resdet.evaluation.detect import Evaluation, evaluate, match_labels
 from resdet.evaluation.loss import validation_loss
 from resdet.evaluation.report import write_run_report
@@ -79,7 +76,7 @@ def train(config: Config) -> TrainResult:
         stop = stack.enter_context(StopSignals())
         team.on_main(lambda: stack.enter_context(claimed(config.output_dir)))
         resume_from = team.on_main(lambda: checkpoint_to_resume(config.output_dir, config.resume))
-        micro_batch_size = _micro_batch_size(config, team.world_size)
+        micro_batch_size = team.micro_batch_size(config.train.batch_size, config.train.accumulate)
         if config.train.deterministic:
             stack.enter_context(guards.deterministic(team.device))
 
@@ -131,10 +128,7 @@ def train(config: Config) -> TrainResult:
             world_size=team.world_size,
             start_batch=state.step,
         )
-        with warnings.catch_warnings():
-            # torch 2.15 calls broadcast_buffers by a new name, which earlier ones do not know.
-            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
-            parallel = DistributedDataParallel(model, broadcast_buffers=False) if team.world_size > 1 else model
+        parallel = team.parallel(model)
         trained = [p for group in optimizer.param_groups for p in group["params"]]
 
         log = stack.enter_context(
@@ -240,7 +234,7 @@ def train(config: Config) -> TrainResult:
             set_lr(optimizer, lr * factor)
             # Every random number of a step follows from (seed, step, rank), or from its image's seed: a resumed run
             # repeats it without saved random states, and nothing drawn between steps (evaluation) can change it.
-            random_seed = _step_seed(config.seed, step, team.rank)
+            random_seed = team.step_seed(config.seed, step)
             torch.manual_seed(random_seed)
 
             waiting = time.perf_counter()
@@ -325,21 +319,6 @@ def train(config: Config) -> TrainResult:
             logger.info("stopped early: %s has not risen in %d evaluations", config.eval.best_metric, num_worse)
     assert best is not None
     return TrainResult(config.output_dir, step, metrics, best, time.perf_counter() - begun)
-
-
-def _micro_batch_size(config: Config, world_size: int) -> int:
-    """Give the number of images a process holds at a time."""
-    size, rest = divmod(config.train.batch_size, world_size * config.train.accumulate)
-    if rest:
-        raise UserError(
-            f"train.batch_size: must be a multiple of processes x accumulate = {world_size} x "
-            f"{config.train.accumulate}, got {config.train.batch_size}"
-        )
-    return size
-
-
-def _step_seed(seed: int, step: int, rank: int) -> int:
-    return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> 1)
 
 
 def _say_plan(

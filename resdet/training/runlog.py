@@ -55,7 +55,8 @@ class RunLog:
         kept = []
         for line in self._lines():
             values = json.loads(line)
-            if values["step"] <= (evaluated or 0 if "AP" in values else start_step):
+            is_training = "lr" in values  # the other lines are evaluations
+            if values["step"] <= (start_step if is_training else evaluated or 0):
                 kept.append(line)
         with written_whole(self._path) as beside:
             beside.write_text("".join(kept), encoding="utf-8")
@@ -91,11 +92,13 @@ class RunLog:
                 loss=f"{values['loss']:.3f}", lr=f"{values['lr']:.2g}", images_per_s=f"{values['images_per_s']:.1f}"
             )
 
-    def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Log one evaluation."""
+    def evaluation(
+        self, step: int, metrics: Mapping[str, float], *, shown: Sequence[str] = ("AP", "AP50", "AP75")
+    ) -> None:
+        """Log one evaluation; the terminal shows some of its numbers."""
         self._write(step, metrics, "val")
         if self._enabled:
-            logger.info("step %d: AP %.3f  AP50 %.3f  AP75 %.3f", step, metrics["AP"], metrics["AP50"], metrics["AP75"])
+            logger.info("step %d: %s", step, "  ".join(f"{name} {metrics[name]:.3f}" for name in shown))
 
     def pictures(self, step: int, names: Sequence[str], images: Sequence[npt.NDArray[np.uint8]]) -> None:
         """Show drawn images (uint8 ``[H, W, 3]``) in TensorBoard."""

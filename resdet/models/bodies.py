@@ -1,0 +1,164 @@
+"""Any body by its name, and a body with its classifier."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeAlias
+
+from torch import Tensor, nn
+
+from resdet.errors import UserError
+from resdet.models.archs import VGGArch, find_arch
+from resdet.models.resnet import ResNet
+from resdet.models.vgg import VGG
+
+Body: TypeAlias = ResNet | VGG
+
+
+def make_body(
+    arch: str,
+    *,
+    norm: str = "frozen",
+    norm_eps: float = 1e-5,
+    returned_layers: Sequence[int] | None = None,
+    fast: bool = True,
+    stride_in_1x1: bool = False,
+    dilate_c5: bool = False,
+    zero_init_residual: bool = False,
+) -> Body:
+    """Build the body of any architecture, with random weights.
+
+    Args:
+        arch: Its name, a key of ``resdet.models.archs.ARCHS``.
+        norm: ``"frozen"``, ``"batch"`` or ``"group"``.
+        norm_eps: Added to the variance by every norm.
+        returned_layers: Stages to return; by default those that a feature pyramid is built on.
+        fast: Run channels-last with frozen norms folded into the convolutions.
+        stride_in_1x1: See ``ResNet``; so are the next two.
+        dilate_c5: Dilate stage 4 and do not stride in it.
+        zero_init_residual: Start blocks as the identity.
+
+    Raises:
+        UserError: If there is no such architecture, or an argument is out of its range or not for this one.
+    """
+    if not isinstance(find_arch(arch), VGGArch):
+        return ResNet(
+            arch,
+            norm=norm,
+            norm_eps=norm_eps,
+            returned_layers=returned_layers,
+            fast=fast,
+            stride_in_1x1=stride_in_1x1,
+            dilate_c5=dilate_c5,
+            zero_init_residual=zero_init_residual,
+        )
+    options = {
+        "stride_in_1x1": stride_in_1x1,
+        "dilate_c5": dilate_c5,
+        "zero_init_residual": zero_init_residual,
+    }
+    if any(options.values()):
+        wanted = ", ".join(name for name, on in options.items() if on)
+        raise UserError(f"{wanted}: is for ResNets, {arch} is a VGG")
+    return VGG(arch, norm=norm, norm_eps=norm_eps, returned_layers=returned_layers, fast=fast)
+
+
+class Classifier(nn.Module):
+    """A body and what classifies its last features, under torchvision's parameter names.
+
+    The body's own modules are this module's children, so that the state dict is that of torchvision's network of the
+    same name (``conv1.weight``, ..., ``fc.bias``): ``load_state_dict`` is strict both ways, and the body of a detector
+    takes a classifier's file as it is.
+
+    Args:
+        body: A body that returns its last stage; it is shared, not copied.
+        num_classes: How many classes there are; no background.
+
+    Raises:
+        UserError: If the body does not return its last stage, or ``num_classes`` is below 1.
+
+    Source: ``torchvision/models/resnet.py`` and ``vgg.py``.
+    """
+
+    def __init__(self, body: Body, num_classes: int) -> None:
+        super().__init__()
+        arch = find_arch(body.arch)
+        if body.returned_layers[-1] != len(arch.strides):
+            raise UserError(
+                f"a classifier is on the last stage of a body, {len(arch.strides)} of {body.arch}; this one returns "
+                f"{list(body.returned_layers)}"
+            )
+        if num_classes < 1:
+            raise UserError(f"num_classes must be at least 1, got {num_classes}")
+        for name, child in body.named_children():
+            self.add_module(name, child)
+        self._body = (body,)  # in a tuple, because a second way to the same modules would name them twice
+        self.num_classes = num_classes
+        if isinstance(arch, VGGArch):
+            self.avgpool = nn.AdaptiveAvgPool2d(7)
+            self.classifier = nn.Sequential(
+                nn.Linear(512 * 7 * 7, 4096),
+                nn.ReLU(inplace=True),
+                nn.Dropout(),
+                nn.Linear(4096, 4096),
+                nn.ReLU(inplace=True),
+                nn.Dropout(),
+                nn.Linear(4096, num_classes),
+            )
+            for index in (0, 3, 6):
+                nn.init.normal_(self.classifier[index].weight, 0, 0.01)  # type: ignore[arg-type]
+                nn.init.zeros_(self.classifier[index].bias)  # type: ignore[arg-type]
+        else:
+            self.avgpool = nn.AdaptiveAvgPool2d(1)
+            self.fc = nn.Linear(body.channels[-1], num_classes)
+
+    @property
+    def body(self) -> Body:
+        """The body that the modules belong to."""
+        return self._body[0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Give the scores ``[B, num_classes]`` of images ``[B, 3, H, W]``, normalised by mean and deviation.
+
+        Images may have any size that the stages do not shrink to nothing.
+        """
+        *_, features = self.body(x).values()
+        vectors = self.avgpool(features).flatten(1)
+        scores: Tensor = self.classifier(vectors) if hasattr(self, "classifier") else self.fc(vectors)
+        return scores
+
+
+def build_classifier(
+    arch: str,
+    *,
+    num_classes: int,
+    norm: str = "batch",
+    norm_eps: float = 1e-5,
+    fast: bool = True,
+    stride_in_1x1: bool = False,
+    zero_init_residual: bool = False,
+) -> Classifier:
+    """Build a classification network with random weights.
+
+    Args:
+        arch: Its name, a key of ``resdet.models.archs.ARCHS``.
+        num_classes: How many classes there are; no background.
+        norm: As for ``make_body``, like all that follow.
+        norm_eps: Added to the variance by every norm.
+        fast: Run channels-last with frozen norms folded into the convolutions.
+        stride_in_1x1: Stride in the first 1x1 convolution of a bottleneck.
+        zero_init_residual: Start blocks as the identity.
+
+    Raises:
+        UserError: As ``make_body``; and if ``num_classes`` is below 1.
+    """
+    body = make_body(
+        arch,
+        norm=norm,
+        norm_eps=norm_eps,
+        returned_layers=(len(find_arch(arch).strides),),
+        fast=fast,
+        stride_in_1x1=stride_in_1x1,
+        zero_init_residual=zero_init_residual,
+    )
+    return Classifier(body, num_classes)

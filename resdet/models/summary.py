@@ -1,0 +1,262 @@
+"""What a network is made of, counted and not looked up: stages, parameters, multiply-adds, receptive fields, responses.
+
+Legend: ``B`` images, ``C`` channels, ``H, W`` pixels.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from resdet.errors import UserError
+from resdet.models.archs import ResNetArch, VGGArch, find_arch
+from resdet.models.bodies import Body, Classifier, build_classifier
+from resdet.models.norm import conv_norm_names
+from resdet.models.resnet import BasicBlock, Bottleneck, PooledProjection, Projection
+
+
+@dataclass(frozen=True)
+class StageSummary:
+    """A stage of a classification network, or the whole of it.
+
+    Attributes:
+        name: ``"stem"``, ``"layer1"``, ...; ``"conv1"``, ... of a VGG; ``"classifier"``; ``"total"``.
+        output: ``(channels, height, width)`` of its output; of a classifier the number of classes, 1 and 1.
+        num_blocks: Residual (or plain) blocks; of a VGG, convolutions.
+        num_parameters: Weights, biases, and the affine parameters of norms.
+        num_multiply_adds: Of its convolutions and fully connected layers, for one image.
+        receptive_field: Side of the square of input pixels that one pixel of its output can depend on.
+        stride: Distance of neighbouring pixels of its output, in input pixels.
+    """
+
+    name: str
+    output: tuple[int, int, int]
+    num_blocks: int
+    num_parameters: int
+    num_multiply_adds: int
+    receptive_field: int
+    stride: int
+
+
+def default_image_size(arch: str) -> tuple[int, int]:
+    """Give the ``(height, width)`` that a network was published for: 224, or CIFAR's 32.
+
+    Raises:
+        UserError: If there is no such architecture.
+    """
+    shape = find_arch(arch)
+    return (32, 32) if isinstance(shape, ResNetArch) and shape.stem == "3x3" else (224, 224)
+
+
+def summarise(
+    arch: str,
+    image_size: tuple[int, int] | None = None,
+    *,
+    num_classes: int | None = None,
+    stride_in_1x1: bool = False,
+) -> list[StageSummary]:
+    """Summarise a classification network stage by stage, without computing anything: it runs on the meta device.
+
+    Args:
+        arch: A key of ``resdet.models.archs.ARCHS``.
+        image_size: ``(height, width)``; by default ``default_image_size``.
+        num_classes: By default 1000, or CIFAR's 10.
+        stride_in_1x1: Whether bottlenecks stride in their first 1x1 convolution.
+
+    Returns:
+        The stages from the input on, the classifier, and ``"total"``, whose output, receptive field and stride are
+        the classifier's and the last stage's.
+
+    Raises:
+        UserError: If there is no such architecture, or the image is too small for it.
+
+    The receptive field is that of the longest path, by the recursion ``r += (k - 1) * d * j; j *= s`` over its
+    convolutions and poolings of kernel ``k``, dilation ``d``, stride ``s``, the field ``r`` and the distance ``j`` of
+    neighbouring pixels starting at 1 (Araujo et al., "Computing Receptive Fields", Distill 2019).
+    """
+    height, width = image_size or default_image_size(arch)
+    if num_classes is None:
+        num_classes = 10 if default_image_size(arch) == (32, 32) else 1000
+    with torch.device("meta"):
+        model = build_classifier(arch, num_classes=num_classes, fast=False, stride_in_1x1=stride_in_1x1).eval()
+        with torch.no_grad(), _traced(model) as calls:
+            try:
+                model(torch.empty(1, 3, height, width))
+            except RuntimeError as error:
+                raise UserError(f"an image of {height}x{width} pixels is too small for {arch} ({error})") from error
+    stages: list[StageSummary] = []
+    field = jump = 1
+    for stage, modules in {**model.body.stage_modules, "classifier": []}.items():
+        own = [call for call in calls if _stage_of(call.name, model.body) == stage]
+        for call in own:
+            if call.on_path:
+                field += (call.kernel - 1) * call.dilation * jump
+                jump *= call.stride
+        numbers = [
+            parameter.numel()
+            for name, parameter in model.named_parameters()
+            if _stage_of(name.rpartition(".")[0], model.body) == stage
+        ]
+        sizes = [*own[-1].output, 1, 1][:3]
+        stages.append(
+            StageSummary(
+                name=stage,
+                output=(sizes[0], sizes[1], sizes[2]),
+                num_blocks=sum(_counts_as_block(model, name, modules) for name, _ in model.named_modules()),
+                num_parameters=sum(numbers),
+                num_multiply_adds=sum(call.multiply_adds for call in own),
+                receptive_field=field,
+                stride=jump,
+            )
+        )
+    total = StageSummary(
+        name="total",
+        output=stages[-1].output,
+        num_blocks=sum(stage.num_blocks for stage in stages),
+        num_parameters=sum(stage.num_parameters for stage in stages),
+        num_multiply_adds=sum(stage.num_multiply_adds for stage in stages),
+        receptive_field=field,
+        stride=jump,
+    )
+    return [*stages, total]
+
+
+def summary_table(stages: Iterable[StageSummary]) -> str:
+    """Lay a summary out as lines of text."""
+    head = ("stage", "output", "blocks", "parameters", "multiply-adds", "field", "stride")
+    rows = [head] + [
+        (
+            stage.name,
+            "x".join(map(str, stage.output)),
+            str(stage.num_blocks or ""),
+            f"{stage.num_parameters:,}",
+            f"{stage.num_multiply_adds:,}",
+            str(stage.receptive_field),
+            str(stage.stride),
+        )
+        for stage in stages
+    ]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    )
+
+
+@torch.no_grad()
+def response_deviations(body: Body, batches: Iterable[Tensor]) -> dict[str, float]:
+    """Measure how strongly the 3x3 layers of a network respond: figure 7 of the first ResNet paper.
+
+    Args:
+        body: In evaluation mode, with trained weights. What is measured of norms that were just calibrated is 1.
+        batches: Images as the body takes them, ``[B, 3, H, W]``.
+
+    Returns:
+        For each 3x3 convolution, by its name and in the order they run in, the standard deviation over all images,
+        channels and pixels of its output after its norm (where it has one), before the nonlinearity and the addition.
+
+    Raises:
+        UserError: If there are no batches.
+    """
+    norm_of = dict(conv_norm_names(body))
+    moments: dict[str, tuple[int, float, float]] = {}  # number of values, their sum, the sum of their squares
+
+    def watch(name: str) -> Any:
+        def measure(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+            count, total, squares = moments.get(name, (0, 0.0, 0.0))
+            wide = output.double()
+            moments[name] = (
+                count + wide.numel(),
+                total + float(wide.sum()),
+                squares + float(wide.square().sum()),
+            )
+
+        return measure
+
+    handles = [
+        body.get_submodule(norm_of.get(name, name)).register_forward_hook(watch(name))
+        for name, conv in body.named_modules()
+        if isinstance(conv, nn.Conv2d) and conv.kernel_size == (3, 3)
+    ]
+    try:
+        for images in batches:
+            body(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not moments:
+        raise UserError("responses: got no batch of images")
+    return {
+        name: max(squares / count - (total / count) ** 2, 0.0) ** 0.5
+        for name, (count, total, squares) in moments.items()
+    }
+
+
+@dataclass(frozen=True)
+class _Call:
+    name: str
+    output: tuple[int, ...]
+    multiply_adds: int
+    on_path: bool  # of the receptive field: not on a shortcut
+    kernel: int
+    stride: int
+    dilation: int
+
+
+@contextlib.contextmanager
+def _traced(model: nn.Module) -> Iterator[list[_Call]]:
+    """Record the calls of convolutions, poolings and fully connected layers, in the order they are made in."""
+    calls: list[_Call] = []
+    shortcuts = {
+        id(part)
+        for module in model.modules()
+        if isinstance(module, Projection | PooledProjection)
+        for part in module.modules()
+    }
+
+    def record(name: str) -> Any:
+        def hook(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+            kernel = stride = dilation = 1
+            multiply_adds = 0
+            if isinstance(module, nn.Conv2d):
+                kernel, stride, dilation = module.kernel_size[0], module.stride[0], module.dilation[0]
+                multiply_adds = output[0].numel() * module.weight[0].numel()
+            elif isinstance(module, nn.Linear):
+                multiply_adds = module.weight.numel()
+            elif isinstance(module, nn.MaxPool2d):
+                assert isinstance(module.kernel_size, int)
+                assert isinstance(module.stride, int)
+                kernel, stride = module.kernel_size, module.stride
+            on_path = id(module) not in shortcuts
+            calls.append(_Call(name, tuple(output.shape[1:]), multiply_adds, on_path, kernel, stride, dilation))
+
+        return hook
+
+    # Blocks are recorded for their outputs alone: a shortcut runs after the convolutions it goes around.
+    kinds = (nn.Conv2d, nn.MaxPool2d, nn.Linear, BasicBlock, Bottleneck)
+    handles = [m.register_forward_hook(record(name)) for name, m in model.named_modules() if isinstance(m, kinds)]
+    try:
+        yield calls
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _stage_of(name: str, body: Body) -> str:
+    for stage, modules in body.stage_modules.items():
+        if any(name == module or name.startswith(f"{module}.") for module in modules):
+            return stage
+    return "classifier"
+
+
+def _counts_as_block(model: Classifier, name: str, modules: list[str]) -> bool:
+    if isinstance(find_arch(model.body.arch), VGGArch):
+        return name in modules and isinstance(model.get_submodule(name), nn.Conv2d)
+    return isinstance(model.get_submodule(name), BasicBlock | Bottleneck) and name.split(".")[0] in modules

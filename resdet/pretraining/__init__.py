@@ -1,0 +1,1 @@
+"""Classification training: where the weights come from that detectors are fine-tuned from."""
