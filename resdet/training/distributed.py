@@ -13,6 +13,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from resdet.errors import TrainingError, UserError
@@ -128,7 +130,7 @@ def processes(device: Literal["auto", "cpu", "cuda"]) -> Iterator[Processes]:
     if world_size == 1:
         yield Processes(0, 1, chosen)
         return
-    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    _meet("nccl" if chosen.type == "cuda" else "gloo", rank, world_size)
     try:
         yield Processes(rank, world_size, chosen)
     except RuntimeError as error:
@@ -141,6 +143,21 @@ def processes(device: Literal["auto", "cpu", "cuda"]) -> Iterator[Processes]:
         ) from error
     finally:
         dist.destroy_process_group()
+
+
+def _meet(backend: str, rank: int, world_size: int) -> None:
+    """Join the process group.
+
+    torchrun's agent keeps one store over all restarts (torch 2.15). A restarted process could read there where another
+    listened before it died, and wait for that one for half an hour; so each restart gets a part of the store of its
+    own. Hosts count restarts each for itself, so with several of them the store is used as it is.
+    """
+    if os.environ.get("GROUP_WORLD_SIZE") != "1":
+        dist.init_process_group(backend)
+        return
+    store, _, _ = next(rendezvous("env://", rank, world_size))
+    restart = PrefixStore(f"restart_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    dist.init_process_group(backend, store=restart, rank=rank, world_size=world_size)
 
 
 def _first_line(error: Exception) -> str:
