@@ -190,7 +190,8 @@ def compare_on_real_images(folder: Path, model: Detector, assets: Path, format: 
         print(f"{format} {size}: {found} detections, {seconds[0] / seconds[1]:.2f} times the speed")  # noqa: T201
 
 
-@pytest.mark.parametrize("format", [pytest.param("torchscript", marks=pytest.mark.slow), "onnx"])
+@pytest.mark.slow
+@pytest.mark.parametrize("format", ["torchscript", "onnx"])
 def test_real_images(tmp_path: Path, real_detector: Detector, assets: Path, format: str) -> None:
     compare_on_real_images(tmp_path, real_detector, assets, format, count=1)
 

@@ -138,6 +138,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_responses_are_measured_and_drawn(trained: Path, tmp_path: Path) -> None:
     weights = [trained / "cifar20.pth", trained / "cifar_plain20.pth"]
     plot = tmp_path / "responses.png"
