@@ -5,8 +5,7 @@ when the batch around it is cut in another way. With seeds, a batch of four, two
 processes train on the same samples.
 """
 
-from __future__ import annotations
-
+# No "from __future__ import annotations": TorchScript reads those of methods that it leaves out, and not as text.
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 

@@ -333,7 +333,6 @@ def test_classes_must_fit(num_classes: int, categories: tuple[Category, ...], me
         build_detector(DetectorSpec(arch="resnet18"), num_classes=num_classes, categories=categories)
 
 
-@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*deprecated")
 @pytest.mark.parametrize("which", [0, 1])
 def test_detector_scripts_as_torchvisions(trio: tuple[Detector, Detector, FasterRCNN], which: int) -> None:
