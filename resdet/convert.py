@@ -10,12 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import save
 from torch import Tensor
 
 from resdet.errors import UserError, WeightsError
-from resdet.files import written_whole
+from resdet.files import save_tensors, written_whole
 from resdet.models.convert import (
     FACTS_ENTRY,
     Converted,
@@ -94,7 +93,7 @@ def convert_file(
             with beside.open("wb") as file:
                 pickle.dump(_as_pickle(written.tensors, target_format, read.kind, facts), file, protocol=4)
         else:
-            torch.save(_wrapped(written.tensors, target_format, facts), beside)
+            save_tensors(_wrapped(written.tensors, target_format, facts), beside)
     other = tuple(key for key, value in content.items() if not isinstance(value, Tensor) and not _is_state(key, value))
     return ConversionReport(read, written, settings_for(target_format, read), other)
 

@@ -1,12 +1,15 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all, and what fails while they are written."""
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from resdet.errors import UserError
 
@@ -37,3 +40,20 @@ def written_whole(path: Path) -> Iterator[Path]:
                 os.close(directory)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def save_tensors(content: Any, path: Path) -> None:
+    """Write what ``torch.save`` writes.
+
+    Raises:
+        OSError: If it cannot be written. ``torch.save`` reports a full disk as one of several RuntimeErrors of its zip
+            writer, which nobody would know for what they are.
+    """
+    import torch
+
+    try:
+        torch.save(content, path)
+    except RuntimeError as error:
+        if not re.search("PytorchStreamWriter|inline_container|iostream", str(error)):
+            raise
+        raise OSError(errno.EIO, f"is the disk full? {str(error).splitlines()[0]}", str(path)) from error

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from resdet.errors import WeightsError
-from resdet.files import written_whole
+from resdet.files import save_tensors, written_whole
 from resdet.models.detector import Detector, checkpoint_payload
 from resdet.models.weights import read_checkpoint
 
@@ -95,7 +95,7 @@ def save_checkpoint(
         # asdict would copy every tensor of the optimizer.
         payload["training"] = {part.name: getattr(training, part.name) for part in fields(training)}
     with written_whole(path) as beside:
-        torch.save(payload, beside)
+        save_tensors(payload, beside)
 
 
 def save_last(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 import os
-import re
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from resdet.data.annotations import AnnotationTable
 from resdet.data.loader import Batch
 from resdet.errors import TrainingError, WeightsError
-from resdet.files import written_whole
+from resdet.files import save_tensors, written_whole
 from resdet.models.detector import Detector, checkpoint_payload, load_detector
 from resdet.models.weights import read_checkpoint
 from resdet.precision import Precision
@@ -114,7 +113,7 @@ def broken_step(
     path = folder / f"broken_step_{moment.step + 1}{f'_rank_{moment.rank}' if moment.rank else ''}.pt"
     try:
         with written_whole(path) as beside:
-            torch.save(content, beside)
+            save_tensors(content, beside)
         repeat = f"{path} holds the step{use}"
     except OSError as error:
         repeat = f"the step could not be saved ({error.strerror})"
@@ -238,16 +237,10 @@ def full_disk_told() -> Iterator[None]:
     """
     try:
         yield
-    except (OSError, RuntimeError) as error:
-        # torch.save reports a full disk as one of several RuntimeErrors of its zip writer.
-        if not isinstance(error, OSError) and not re.search(
-            "PytorchStreamWriter|inline_container|iostream", str(error)
-        ):
-            raise
-        reason = error.strerror if isinstance(error, OSError) else f"is the disk full? {str(error).splitlines()[0]}"
+    except OSError as error:
         raise TrainingError(
-            f"a checkpoint cannot be written ({reason}): the run stops here; what was written before is whole, and "
-            "resume=auto goes on from it once there is room"
+            f"a checkpoint cannot be written ({error.strerror}): the run stops here; what was written before is whole, "
+            "and resume=auto goes on from it once there is room"
         ) from error
 
 

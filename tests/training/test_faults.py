@@ -335,3 +335,13 @@ def test_a_stall_is_noticed(caplog: pytest.LogCaptureFixture) -> None:
     with guards.stall_noticed("step 4", seconds=5):
         pass
     assert caplog.messages == []
+
+
+def test_a_broken_step_is_told_on_a_full_disk_too(small_disk: Path) -> None:
+    model, one = small_detector(), batch(2)
+    values = gradients(model, one) | {"loss": torch.tensor(torch.nan)}
+    moment = guards.Moment(7, random_seed=0, rank=0, lr=0.1, precision="fp32", num_pieces=1)
+    told = str(guards.not_finite(moment, values, model, [one], shapes_table(2, 64, 0), small_disk))
+    assert told.startswith("loss is not finite at step 8")
+    assert "the step could not be saved (" in told
+    assert list(small_disk.iterdir()) == []
