@@ -167,7 +167,7 @@ def build_model(config: ModelConfig, train_set: DetectionDataset, *, resume_from
     if source is not None:
         spec = _settle(spec, source)
     if config.class_balance_beta is not None:
-        labels = train_set.table.labels[train_set.table.trainable()]
+        labels = train_set.table.labels[train_set.trained]
         num_boxes = np.bincount(labels, minlength=train_set.table.num_classes)[1:].tolist()
         weights = tuple(class_balanced_weights(num_boxes, config.class_balance_beta))
         spec = spec.model_copy(update={"class_weights": weights})

@@ -6,6 +6,8 @@
 work=annotations  loading a made-up annotation file of COCO train2017's size, against pycocotools, and the memory that
                   its table takes in data-loading workers; num_images=, num_boxes=, num_workers=, repeats=,
                   start_methods=fork,spawn,forkserver, seed=
+work=evaluation   COCO's twelve numbers at val2017's size, by pycocotools, by faster-coco-eval where it is installed,
+                  and by ours; num_images=, num_classes=, detections_per_image=, num_repeats=, seed=
 
 output=FILE writes the figures as json too.
 """

@@ -1,6 +1,7 @@
 """The box head's losses beside torchvision's, by formulas written out."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,6 +10,10 @@ from torch import Tensor
 from torchvision.models.detection._utils import BoxCoder
 from torchvision.models.detection.roi_heads import fastrcnn_loss
 
+from resdet.build import build_model
+from resdet.config import ModelConfig
+from resdet.data.dataset import DetectionDataset
+from resdet.data.shapes import ShapesImages, shapes_table
 from resdet.errors import UserError
 from resdet.models.detector import DetectorSpec, build_detector
 from resdet.models.losses import box_head_losses, class_balanced_weights
@@ -138,3 +143,18 @@ def test_class_weights_must_fit_the_classes() -> None:
     spec = DetectorSpec(arch="resnet18", class_weights=(1.0, 2.0))
     with pytest.raises(UserError, match="class_weights: must be one for each of the 4 classes"):
         build_detector(spec, num_classes=4)
+
+
+def test_weights_count_the_boxes_that_are_trained_on() -> None:
+    """Difficult objects count where they are trained on, and nowhere else."""
+    table = shapes_table(6, 64, 0)
+    table = replace(table, difficult=table.labels == 1)
+    config = ModelConfig(arch="resnet18", weights=None, norm="group", class_balance_beta=0.9)
+    found = {}
+    for use_difficult in (False, True):
+        dataset = DetectionDataset(table, ShapesImages(64, 0), training=True, use_difficult=use_difficult)
+        found[use_difficult] = build_model(config, dataset, resume_from=None).spec.class_weights
+    counts = [int((table.labels == label).sum()) for label in (1, 2, 3)]
+    assert found[True] == pytest.approx(class_balanced_weights(counts, 0.9))
+    assert found[False] == pytest.approx(class_balanced_weights([0, *counts[1:]], 0.9))
+    assert found[True] != pytest.approx(found[False])
