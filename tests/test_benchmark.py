@@ -34,6 +34,12 @@ def test_wrong_settings_are_named(arguments, message):
         run_benchmark(arguments)
 
 
+def test_what_it_compares_with_must_be_installed(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"pycocotools, which is not installed: pip install 'resdet\[dev\]'"):
+        run_benchmark(["work=evaluation"])
+
+
 def test_settings_take_the_types_of_their_defaults(monkeypatch):
     def measure(
         *, number: int = 1, ratio: float = 1.0, warm: bool = False, where: Path = Path(), name: str = ""

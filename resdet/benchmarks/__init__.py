@@ -6,6 +6,7 @@ It measures what it compares in turn, in processes of their own.
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -27,7 +28,8 @@ def run_benchmark(arguments: Sequence[str]) -> Report:
     """Run the benchmark that ``work=NAME`` names, with its settings changed by further ``key=value``.
 
     Raises:
-        UserError: If the work or a key is unknown or given twice, or a value is not of its type.
+        UserError: If the work or a key is unknown or given twice, a value is not of its type, or pycocotools is not
+            installed.
     """
     given: dict[str, str] = {}
     for argument in arguments:
@@ -45,6 +47,8 @@ def run_benchmark(arguments: Sequence[str]) -> Report:
     for key in given:
         if key not in known:
             raise UserError(f"work={work} has no setting {key!r}; its settings are {', '.join(known)}")
+    if importlib.util.find_spec("pycocotools") is None:
+        raise UserError("benchmarks compare with pycocotools, which is not installed: pip install 'resdet[dev]'")
     return WORK[work](**{key: _parse(key, value, types[key]) for key, value in given.items()})
 
 
