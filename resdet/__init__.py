@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from resdet.errors import ConfigError, DataError, TrainingError, UserError, WeightsError
     from resdet.evaluation.detect import evaluate
     from resdet.export import export_backbone, export_detector, load_backbone
+    from resdet.memory import keep_freed_memory
     from resdet.models.backbone import ResNetFPN, resnet_fpn
     from resdet.models.detector import Detector, DetectorSpec, build_detector, fasterrcnn_resnet101_fpn, load_detector
     from resdet.models.grow import grow
@@ -48,6 +49,7 @@ _HOMES = {
     "export_detector": "resdet.export",
     "fasterrcnn_resnet101_fpn": "resdet.models.detector",
     "grow": "resdet.models.grow",
+    "keep_freed_memory": "resdet.memory",
     "load_backbone": "resdet.export",
     "load_config": "resdet.config",
     "load_detector": "resdet.models.detector",
@@ -79,6 +81,7 @@ __all__ = [
     "export_detector",
     "fasterrcnn_resnet101_fpn",
     "grow",
+    "keep_freed_memory",
     "load_backbone",
     "load_config",
     "load_detector",

@@ -24,8 +24,9 @@ from torchvision.models.detection.image_list import ImageList
 from resdet.errors import UserError
 from resdet.models.backbone import ResNetFPN
 from resdet.models.bodies import Body
+from resdet.models.capture import is_scripting
 from resdet.models.detector import Detector
-from resdet.models.norm import FrozenBatchNorm2d, conv_norm_names, is_scripting
+from resdet.models.norm import FrozenBatchNorm2d, conv_norm_names
 from resdet.types import Prediction
 
 BackboneGraph = Literal["torchscript", "export", "onnx"]

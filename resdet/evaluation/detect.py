@@ -21,6 +21,7 @@ from resdet.evaluation.coco import ClassMetrics, CocoMetrics, coco_metrics
 from resdet.evaluation.curves import best_score_threshold
 from resdet.evaluation.state import evaluation_mode, placed, random_states_kept
 from resdet.evaluation.voc import VocMetrics, voc_metrics
+from resdet.memory import keep_freed_memory
 from resdet.models.tricks import Tricks, detect_with_tricks
 from resdet.precision import Precision, autocast
 from resdet.types import Category, Detections, Prediction, Target
@@ -210,6 +211,8 @@ def inference(
             without a look at what comes before them a diverged model would pass for one that finds nothing.
     """
     device = placed(model, device)
+    if device.type == "cpu":
+        keep_freed_memory()
     finite: list[Tensor] = []
 
     def watch(_module: nn.Module, _inputs: Any, outputs: Sequence[Tensor | Sequence[Tensor]]) -> None:

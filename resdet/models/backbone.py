@@ -7,18 +7,42 @@ then ``"p7"``).
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Literal
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelMaxPool, LastLevelP6P7
 
 from resdet.errors import UserError
 from resdet.models.bodies import Body, make_body
+from resdet.models.capture import scripted_as
+from resdet.models.convolution import conv
 from resdet.models.weights import WeightsSource, load_backbone_weights
 
 ExtraBlocks = Literal["pool", "p6p7"]
+
+
+class FeaturePyramid(FeaturePyramidNetwork):  # type: ignore[misc]  # torchvision ships no types
+    """torchvision's FeaturePyramidNetwork, which adds a level to the one above in the lateral convolution itself."""
+
+    def forward(self, x: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Compute the levels from features ``[B, C, H, W]`` by name, finest first."""
+        features = list(x.values())
+        levels: list[Tensor] = []
+        inner: Tensor | None = None
+        parts = list(zip(features, self.inner_blocks, self.layer_blocks, strict=True))
+        for feature, lateral, output in reversed(parts):
+            above = None if inner is None else F.interpolate(inner, size=feature.shape[-2:], mode="nearest")
+            inner = conv(feature, lateral[0], residual=above)
+            levels.insert(0, conv(inner, output[0]))
+        levels, names = self.extra_blocks(levels, features, list(x))
+        return OrderedDict(zip(names, levels, strict=True))
+
+    def __prepare_scriptable__(self) -> FeaturePyramidNetwork:
+        return scripted_as(self, FeaturePyramidNetwork)
 
 
 class ResNetFPN(nn.Module):
@@ -54,7 +78,8 @@ class ResNetFPN(nn.Module):
         else:
             raise UserError(f"extra_blocks must be 'pool' or 'p6p7', got {extra_blocks!r}")
         self.body = body
-        self.fpn = FeaturePyramidNetwork(body.channels, out_channels, extra_blocks=top)
+        pyramid = FeaturePyramid if body.fast else FeaturePyramidNetwork
+        self.fpn = pyramid(body.channels, out_channels, extra_blocks=top)
         self.out_channels = out_channels
         self.extra_blocks = extra_blocks
         self.level_names = [*body.return_layers.values(), *top_names]

@@ -30,7 +30,15 @@ from resdet.models.bodies import Body, make_body
 from resdet.models.convert import FACTS_ENTRY, Converted, to_torchvision
 from resdet.models.losses import BoxLoss, ClassLoss
 from resdet.models.norm import NormName
-from resdet.models.rcnn import Anchors, BoxHeads, BoxPredictor, Conv5Head, ProposalHead, ProposalNetwork
+from resdet.models.rcnn import (
+    Anchors,
+    BoxHeads,
+    BoxPredictor,
+    Conv5Head,
+    FastProposalNetwork,
+    ProposalHead,
+    ProposalNetwork,
+)
 from resdet.models.resnet import ResNet
 from resdet.models.sampling import SeededTransform
 from resdet.models.transform import PilTransform
@@ -380,7 +388,7 @@ class Detector(FasterRCNN):  # type: ignore[misc]
         )
         check_anchors(backbone, anchors)
         num_anchors = anchors.num_anchors_per_location()[0]
-        rpn = ProposalNetwork(
+        rpn = (FastProposalNetwork if spec.fast else ProposalNetwork)(
             anchors,
             (ProposalHead if spec.fast else RPNHead)(backbone.out_channels, num_anchors),
             fg_iou_thresh=spec.rpn_fg_iou_thresh,

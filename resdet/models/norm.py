@@ -19,13 +19,11 @@ import torchvision
 from torch import Tensor, nn
 
 from resdet.errors import UserError
+from resdet.models.capture import is_captured
+from resdet.models.convolution import Geometry, compute_dtype, convolve, has_hooks, packed, takes_packed
 
 NormName = Literal["frozen", "batch", "group"]
 NORM_NAMES: tuple[NormName, ...] = ("frozen", "batch", "group")
-
-# torch.jit documents these two without declaring them exported.
-is_scripting: Callable[[], bool] = torch.jit.is_scripting  # type: ignore[attr-defined]
-is_tracing: Callable[[], bool] = torch.jit.is_tracing  # type: ignore[attr-defined]
 
 GROUP_NORM_GROUPS = 32  # Wu & He, "Group Normalization" (arXiv:1803.08494), table 3
 
@@ -37,6 +35,12 @@ class _Folded(NamedTuple):
     sources: tuple[Tensor, ...]
     weight: Tensor
     bias: Tensor
+
+
+class _Packed(NamedTuple):
+    source: Tensor
+    shape: torch.Size
+    weight: Tensor
 
 
 class FrozenBatchNorm2d(torchvision.ops.FrozenBatchNorm2d):  # type: ignore[misc]  # torchvision ships no types
@@ -60,6 +64,7 @@ class FrozenBatchNorm2d(torchvision.ops.FrozenBatchNorm2d):  # type: ignore[misc
     def __init__(self, num_features: int, eps: float = 1e-5) -> None:
         super().__init__(num_features, eps)
         self._folded: _Folded | None = None
+        self._packed: _Packed | None = None
         self._trained = False
 
     def fold(self, weight: Tensor, dtype: torch.dtype, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -74,14 +79,7 @@ class FrozenBatchNorm2d(torchvision.ops.FrozenBatchNorm2d):  # type: ignore[misc
             The weight, channels-last, and the bias ``[O]``, both of ``dtype``. They carry gradients to ``weight`` and
             ``bias`` if these take them and gradients are being recorded.
         """
-        # A graph that is being captured must hold the arithmetic, not today's result of it.
-        if torch.compiler.is_compiling() or is_tracing():
-            return self._fold(weight, dtype, bias)
-        # Fused optimizers write without counting up the version, so the weight of a layer that was ever trained through
-        # is never kept. Detectors that only predict keep theirs, though their weights may take gradients.
-        takes_gradients = weight.requires_grad or (bias is not None and bias.requires_grad)
-        self._trained |= takes_gradients and torch.is_grad_enabled()
-        if self._trained:
+        if not self._is_kept(weight, bias):
             return self._fold(weight, dtype, bias)
         sources: tuple[Tensor, ...] = (weight, self.weight, self.bias, self.running_mean, self.running_var)
         sources += () if bias is None else (bias,)
@@ -101,60 +99,92 @@ class FrozenBatchNorm2d(torchvision.ops.FrozenBatchNorm2d):  # type: ignore[misc
             self._folded = folded
         return folded.weight, folded.bias
 
-    def _fold(self, weight: Tensor, dtype: torch.dtype, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    def convolve(self, x: Tensor, conv: nn.Conv2d, *, residual: Tensor | None = None, relu: bool = False) -> Tensor:
+        """Compute ``relu(norm(conv(x)) + residual)`` by the folded convolution; see ``conv_norm``."""
+        dtype = compute_dtype(x, conv.weight)
+        geometry = Geometry.of(conv)
+        if self._is_kept(conv.weight, conv.bias):
+            weight, bias = self.fold(conv.weight, dtype, conv.bias)
+            if self._folded is not None and weight is self._folded.weight and takes_packed(x, weight, residual):
+                weight = self._pack(weight, x.shape, geometry)
+            return convolve(x, weight, bias, geometry, residual=residual, relu=relu)
+        scale, shift = self._affine(conv.weight, conv.bias)
+        return convolve(x, conv.weight, shift, geometry, scale=scale, residual=residual, relu=relu)
+
+    def _pack(self, weight: Tensor, shape: torch.Size, geometry: Geometry) -> Tensor:
+        # The best order depends on the input's size, and a weight in another one is put right at a price of many times
+        # the convolution's. So it is kept for the size that came last.
+        if self._packed is None or self._packed.source is not weight or self._packed.shape != shape:
+            with torch.inference_mode(False), torch.no_grad():
+                self._packed = _Packed(weight, shape, packed(weight, shape, geometry))
+        return self._packed.weight
+
+    def _is_kept(self, weight: Tensor, bias: Tensor | None) -> bool:
+        """Tell whether what is folded from these may be kept, and remember if it may never be again."""
+        # A graph that is being captured must hold the arithmetic, not today's result of it.
+        if is_captured():
+            return False
+        # Fused optimizers write without counting up the version, so the weight of a layer that was ever trained through
+        # is never kept. Detectors that only predict keep theirs, though their weights may take gradients.
+        takes_gradients = weight.requires_grad or (bias is not None and bias.requires_grad)
+        self._trained |= takes_gradients and torch.is_grad_enabled()
+        return not self._trained
+
+    def _affine(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Give what the weight is to be multiplied with and the bias then, ``[O]`` each, in float32 at least."""
         wide = torch.promote_types(weight.dtype, torch.float32)
-        scale = self.weight.to(wide) * (self.running_var.to(wide) + self.eps).rsqrt()  # [O]
-        shift = self.bias.to(wide) - self.running_mean.to(wide) * scale  # [O]
-        if bias is not None:
-            shift = shift + bias.to(wide) * scale
+        scale = self.weight.to(wide) * (self.running_var.to(wide) + self.eps).rsqrt()
+        shift = self.bias.to(wide) - self.running_mean.to(wide) * scale
+        return scale, shift if bias is None else shift + bias.to(wide) * scale
+
+    def _fold(self, weight: Tensor, dtype: torch.dtype, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        scale, shift = self._affine(weight, bias)
         folded = weight * scale.reshape(-1, 1, 1, 1)
         return folded.to(dtype=dtype, memory_format=torch.channels_last), shift.to(dtype)
 
     def train(self, mode: bool = True) -> FrozenBatchNorm2d:
         """Set the mode, which changes nothing here, and drop folded weights."""
-        self._folded = None
+        self._folded = self._packed = None
         super().train(mode)
         return self
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FrozenBatchNorm2d:
-        self._folded = None
+        self._folded = self._packed = None
         super()._apply(fn, recurse)
         return self
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies and pickles have other tensors, so the folded ones are dead weight in them.
-        return {**self.__dict__, "_folded": None, "_trained": False}
+        return {**self.__dict__, "_folded": None, "_packed": None, "_trained": False}
 
 
-def conv_norm(x: Tensor, conv: nn.Conv2d, norm: nn.Module) -> Tensor:
-    """Compute ``norm(conv(x))``, as one convolution where the norm is frozen.
+def conv_norm(
+    x: Tensor, conv: nn.Conv2d, norm: nn.Module, *, residual: Tensor | None = None, relu: nn.Module | None = None
+) -> Tensor:
+    """Compute ``relu(norm(conv(x)) + residual)``, as one convolution where the norm is frozen.
 
-    Under autocast the folding is done in float32 and its result cast once. A convolution or norm with hooks of its own
-    is called as a module, so that the hooks see what they are made to see.
+    Under autocast the folding is done in float32 and its result cast once. Modules with hooks of their own are called
+    as modules, so that the hooks see what they are made to see.
 
     Args:
         x: ``[B, I, H, W]``.
         conv: A convolution.
         norm: The norm of its output.
+        residual: Of the output's shape, added to it, or None.
+        relu: A ReLU, or None.
 
     Returns:
-        ``[B, O, H', W']``, channels-last if the norm is frozen.
+        ``[B, O, H', W']``, channels-last if the norm is frozen and ``x`` is.
     """
-    if not isinstance(norm, FrozenBatchNorm2d) or _has_hooks(conv) or _has_hooks(norm):
-        out: Tensor = norm(conv(x))
-        return out
-    dtype = conv.weight.dtype
-    device = x.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-    weight, bias = norm.fold(conv.weight, dtype, conv.bias)
-    return F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
+    if isinstance(norm, FrozenBatchNorm2d) and not has_hooks(conv) and not has_hooks(norm):
+        if relu is None or not has_hooks(relu):
+            return norm.convolve(x, conv, residual=residual, relu=relu is not None)
+        out = norm.convolve(x, conv, residual=residual)
+    else:
+        out = norm(conv(x))
+        if residual is not None:
+            out += residual
+    return out if relu is None else relu(out)
 
 
 def norm_layer(norm: str, eps: float = 1e-5) -> Callable[[int], nn.Module]:

@@ -7,19 +7,25 @@ same order. All of them can be scripted where the base class can.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.roi_heads import RoIHeads
-from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
+from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead, concat_box_prediction_layers
 from torchvision.ops import MultiScaleRoIAlign, batched_nms, box_iou, clip_boxes_to_image, remove_small_boxes
 
+from resdet.models.capture import is_captured, is_scripting, scripted_as
+from resdet.models.convolution import conv
 from resdet.models.losses import BoxLoss, ClassLoss, box_head_losses
-from resdet.models.norm import is_scripting
+from resdet.models.roi_align import multiply_transposed
 from resdet.models.sampling import Sampler
+from resdet.models.suppression import suppress
 
 # remove_small_boxes keeps a side that equals its threshold, so 0 would keep boxes without extent.
 _LEAST_SIDE = torch.finfo(torch.float32).tiny
@@ -99,11 +105,87 @@ class ProposalHead(RPNHead):  # type: ignore[misc]
         logits: list[Tensor] = []
         deltas: list[Tensor] = []
         for feature in x:
-            hidden = self.conv(feature)
+            hidden = self._hidden(feature)
             logit, delta = self.cls_logits(hidden), self.bbox_pred(hidden)
             logits.append(logit.to(_widened(logit.dtype)))
             deltas.append(delta.to(_widened(delta.dtype)))
         return logits, deltas
+
+    def _hidden(self, feature: Tensor) -> Tensor:
+        if not is_scripting():
+            return conv(feature, self.conv[0][0], relu=self.conv[0][1])
+        hidden: Tensor = self.conv(feature)
+        return hidden
+
+    @torch.jit.unused
+    def at(self, x: list[Tensor], anchors: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute what ``forward`` does at a few anchors alone.
+
+        A loss over a sample of the anchors has a gradient at their places and nowhere else. Through ``forward`` its
+        backward is two convolutions over every place of every level, the most expensive ones of the detector but for
+        the body; through this it is a matrix product of some hundred rows.
+
+        Args:
+            x: Levels ``[B, C, H, W]``.
+            anchors: int64 ``[N]``, counting over images, levels, rows, columns and the anchors of a place, in this
+                order.
+
+        Returns:
+            Logits ``[N]`` and deltas ``[N, 4]``.
+        """
+        num_at_place = self.cls_logits.out_channels
+        num_of_image = sum(feature.shape[2] * feature.shape[3] for feature in x) * num_at_place
+        image = anchors.div(num_of_image, rounding_mode="floor")
+        rest = anchors % num_of_image
+        order, patches = [], []
+        first = 0
+        for feature in x:
+            height, width = feature.shape[2:]
+            after = first + height * width * num_at_place
+            on_level = ((rest >= first) & (rest < after)).nonzero().view(-1)
+            place = (rest[on_level] - first).div(num_at_place, rounding_mode="floor")
+            y, column = place.div(width, rounding_mode="floor"), place % width
+            order.append(on_level)
+            patches.append(_patches(feature, image[on_level], y, column))
+            first = after
+        rows = torch.cat(patches)  # [N, 9 * C], by level
+        weight, bias = self.conv[0][0].weight, self.conv[0][0].bias
+        hidden = F.relu(F.linear(rows, weight.permute(0, 2, 3, 1).flatten(1), bias))
+        logits = F.linear(hidden, self.cls_logits.weight.flatten(1), self.cls_logits.bias)
+        deltas = F.linear(hidden, self.bbox_pred.weight.flatten(1), self.bbox_pred.bias)
+        back = torch.cat(order).argsort()
+        which = (rest % num_at_place)[:, None]
+        logits = logits[back].gather(1, which).view(-1)
+        deltas = deltas[back].view(-1, num_at_place, 4).gather(1, which[..., None].expand(-1, 1, 4)).view(-1, 4)
+        return logits.to(_widened(logits.dtype)), deltas.to(_widened(deltas.dtype))
+
+
+def _patches(feature: Tensor, image: Tensor, y: Tensor, x: Tensor) -> Tensor:
+    """Give the 3x3 surroundings of places of ``[B, C, H, W]``, ``[N, 9 * C]``, with zeros beyond the border."""
+    channels, height, width = feature.shape[1:]
+    steps = torch.arange(-1, 2, device=y.device)
+    ys, xs = (y[:, None] + steps)[:, :, None], (x[:, None] + steps)[:, None, :]
+    inside = (ys >= 0) & (ys < height) & (xs >= 0) & (xs < width)  # [N, 3, 3]
+    pixels = (image[:, None, None] * height + ys.clamp(0, height - 1)) * width + xs.clamp(0, width - 1)
+    rows = feature.permute(0, 2, 3, 1).reshape(-1, channels)
+    read: Tensor = _ReadRows.apply(rows, pixels.flatten(), inside.flatten())
+    return read.view(len(y), 9 * channels)
+
+
+class _ReadRows(torch.autograd.Function):
+    """Rows by their indices, zeros where a mask says so; ``index_select``'s own backward adds them one by one."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, index: Tensor, used: Tensor) -> Tensor:
+        ctx.save_for_backward(index, used)
+        ctx.num_rows = len(rows)
+        return rows.index_select(0, index).mul_(used[:, None])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        index, used = ctx.saved_tensors
+        return multiply_transposed(index[:, None], used[:, None], grad, ctx.num_rows), None, None
 
 
 class ProposalNetwork(RegionProposalNetwork):  # type: ignore[misc]
@@ -186,22 +268,92 @@ class ProposalNetwork(RegionProposalNetwork):  # type: ignore[misc]
         levels = levels.reshape(1, -1).expand_as(objectness)
         best = self._get_top_n_idx(objectness, num_anchors_per_level)
         image = torch.arange(num_images, device=proposals.device)[:, None]
-        objectness, levels, proposals = objectness[image, best], levels[image, best], proposals[image, best]
+        return self._choose(proposals[image, best], objectness[image, best], levels[image, best], image_shapes)
+
+    def _choose(
+        self, proposals: Tensor, objectness: Tensor, levels: Tensor, image_shapes: list[tuple[int, int]]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Choose among the best of each level: boxes ``[B, N, 4]``, their logits and levels ``[B, N]``."""
         probabilities = torch.sigmoid(objectness)
         ranks = objectness if self.rank_by_logit else probabilities
-
         final_boxes: list[Tensor] = []
         final_scores: list[Tensor] = []
+        final_ranks: list[Tensor] = []
+        final_levels: list[Tensor] = []
         for boxes, scores, rank, level, shape in zip(proposals, probabilities, ranks, levels, image_shapes):  # noqa: B905
             boxes = clip_boxes_to_image(boxes, shape)
             keep = remove_small_boxes(boxes, self.min_size)
             boxes, scores, rank, level = boxes[keep], scores[keep], rank[keep], level[keep]
             keep = torch.where(scores >= self.score_thresh)[0]
-            boxes, scores, rank, level = boxes[keep], scores[keep], rank[keep], level[keep]
-            keep = batched_nms(boxes, rank, level, self.nms_thresh)[: self.post_nms_top_n()]
             final_boxes.append(boxes[keep])
             final_scores.append(scores[keep])
+            final_ranks.append(rank[keep])
+            final_levels.append(level[keep])
+        kept = suppress(final_boxes, final_ranks, final_levels, self.nms_thresh)
+        for image, keep in enumerate(kept):
+            keep = keep[: self.post_nms_top_n()]
+            final_boxes[image], final_scores[image] = final_boxes[image][keep], final_scores[image][keep]
         return final_boxes, final_scores
+
+
+class FastProposalNetwork(ProposalNetwork):
+    """The same proposals and losses from less work; its head must be a ``ProposalHead``.
+
+    Boxes are decoded of the best anchors alone, overlaps are suppressed on every core, and the losses go backward
+    through the anchors that they are taken over (``ProposalHead.at``).
+    """
+
+    def forward(
+        self, images: ImageList, features: dict[str, Tensor], targets: list[dict[str, Tensor]] | None = None
+    ) -> tuple[list[Tensor], dict[str, Tensor]]:
+        """Find proposals, and in training judge the head.
+
+        Args:
+            images: The padded batch.
+            features: Levels of the pyramid by name.
+            targets: Boxes of each image, in training.
+
+        Returns:
+            For each image boxes ``[M, 4]``, best first; and ``loss_objectness`` and ``loss_rpn_box_reg`` (in training
+            only).
+        """
+        if is_captured():
+            captured: tuple[list[Tensor], dict[str, Tensor]] = super().forward(images, features, targets)
+            return captured
+        levels = list(features.values())
+        with torch.no_grad():
+            logits, deltas = self.head(levels)
+            anchors = self.anchor_generator(images, levels)
+            counts = [logit[0].numel() for logit in logits]
+            objectness, rows = concat_box_prediction_layers(logits, deltas)
+            best = self._get_top_n_idx(objectness.view(len(anchors), -1), counts)
+            # Of 200,000 anchors some thousands are looked at again.
+            num_images, num_best = best.shape
+            rows = rows.view(num_images, -1, 4).gather(1, best[..., None].expand(-1, -1, 4)).view(-1, 4)
+            boxes = self.box_coder.decode(
+                rows, [of_image[chosen] for of_image, chosen in zip(anchors, best, strict=True)]
+            )
+            level = torch.bucketize(best, torch.tensor(counts, device=best.device).cumsum(0), right=True)
+            chosen = objectness.view(num_images, -1).gather(1, best)
+            proposals, _ = self._choose(boxes.view(num_images, num_best, 4), chosen, level, images.image_sizes)
+        if not self.training:
+            return proposals, {}
+        if targets is None:
+            raise ValueError("targets should not be None")
+        labels, matched = self.assign_targets_to_anchors(anchors, targets)
+        positives, negatives = (torch.where(torch.cat(drawn))[0] for drawn in self.fg_bg_sampler(labels))
+        sampled = torch.cat([positives, negatives])
+        logit, delta = self.head.at(levels, sampled)
+        wanted = self.box_coder.encode_single(torch.cat(matched)[positives], torch.cat(anchors)[positives])
+        losses = {
+            "loss_objectness": F.binary_cross_entropy_with_logits(logit, torch.cat(labels)[sampled]),
+            "loss_rpn_box_reg": F.smooth_l1_loss(delta[: len(positives)], wanted, beta=1 / 9, reduction="sum")
+            / sampled.numel(),
+        }
+        return proposals, losses
+
+    def __prepare_scriptable__(self) -> ProposalNetwork:
+        return scripted_as(self, ProposalNetwork)
 
 
 class Conv5Head(nn.Module):

@@ -25,7 +25,8 @@ from torch import Tensor, nn
 
 from resdet.errors import UserError
 from resdet.models.archs import ResNetArch, Shortcut, find_arch
-from resdet.models.norm import conv_norm, is_scripting, norm_layer
+from resdet.models.capture import is_scripting
+from resdet.models.norm import conv_norm, norm_layer
 
 MakeNorm = Callable[[int], nn.Module]
 
@@ -50,13 +51,13 @@ class DeepStem(nn.Sequential):
         )
 
 
-def _stem_norm(x: Tensor, stem: nn.Conv2d | DeepStem, norm: nn.Module) -> Tensor:
-    """Compute ``norm(stem(x))`` with frozen norms folded."""
+def _stem_norm(x: Tensor, stem: nn.Conv2d | DeepStem, norm: nn.Module, relu: nn.Module) -> Tensor:
+    """Compute ``relu(norm(stem(x)))`` with frozen norms folded."""
     if isinstance(stem, nn.Conv2d):
-        return conv_norm(x, stem, norm)
+        return conv_norm(x, stem, norm, relu=relu)
     for first in (0, 3):
-        x = stem[first + 2](conv_norm(x, stem[first], stem[first + 1]))  # type: ignore[arg-type]
-    return conv_norm(x, stem[6], norm)  # type: ignore[arg-type]
+        x = conv_norm(x, stem[first], stem[first + 1], relu=stem[first + 2])  # type: ignore[arg-type]
+    return conv_norm(x, stem[6], norm, relu=relu)  # type: ignore[arg-type]
 
 
 class ZeroPadding(nn.Module):
@@ -182,17 +183,21 @@ class BasicBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[B, in_channels, H, W]`` to ``[B, width, H / stride, W / stride]``."""
-        if is_scripting() or not self.fast:
-            out = self.relu(self.bn1(self.conv1(x)))
-            out = self.bn2(self.conv2(out))
-        else:
-            out = self.relu(conv_norm(x, self.conv1, self.bn1))
-            out = conv_norm(out, self.conv2, self.bn2)
+        if not is_scripting():  # noqa: SIM102 - TorchScript drops this block only if the condition stands alone
+            if self.fast:
+                return self._fast_forward(x)
+        out = self.relu(self.bn1(self.conv1(x)))
+        out = self.bn2(self.conv2(out))
         if self.downsample is not None:
             x = self.downsample(x)
         if self.residual:
             out += x
         return self.relu(out)  # type: ignore[no-any-return]
+
+    @torch.jit.unused
+    def _fast_forward(self, x: Tensor) -> Tensor:
+        out = conv_norm(x, self.conv1, self.bn1, relu=self.relu)
+        return conv_norm(out, self.conv2, self.bn2, residual=_shortcut(self, x), relu=self.relu)
 
 
 class Bottleneck(nn.Module):
@@ -243,19 +248,31 @@ class Bottleneck(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[B, in_channels, H, W]`` to ``[B, 4 * channels, H / stride, W / stride]``."""
-        if is_scripting() or not self.fast:
-            out = self.relu(self.bn1(self.conv1(x)))
-            out = self.relu(self.bn2(self.conv2(out)))
-            out = self.bn3(self.conv3(out))
-        else:
-            out = self.relu(conv_norm(x, self.conv1, self.bn1))
-            out = self.relu(conv_norm(out, self.conv2, self.bn2))
-            out = conv_norm(out, self.conv3, self.bn3)
+        if not is_scripting():  # noqa: SIM102 - TorchScript drops this block only if the condition stands alone
+            if self.fast:
+                return self._fast_forward(x)
+        out = self.relu(self.bn1(self.conv1(x)))
+        out = self.relu(self.bn2(self.conv2(out)))
+        out = self.bn3(self.conv3(out))
         if self.downsample is not None:
             x = self.downsample(x)
         if self.residual:
             out += x
         return self.relu(out)  # type: ignore[no-any-return]
+
+    @torch.jit.unused
+    def _fast_forward(self, x: Tensor) -> Tensor:
+        out = conv_norm(x, self.conv1, self.bn1, relu=self.relu)
+        out = conv_norm(out, self.conv2, self.bn2, relu=self.relu)
+        return conv_norm(out, self.conv3, self.bn3, residual=_shortcut(self, x), relu=self.relu)
+
+
+def _shortcut(block: BasicBlock | Bottleneck, x: Tensor) -> Tensor | None:
+    """Give what is added to a block's last norm, or None in a plain network."""
+    if not block.residual:
+        return None
+    shortcut: Tensor = x if block.downsample is None else block.downsample(x)
+    return shortcut
 
 
 class ResNet(nn.Module):
@@ -392,10 +409,10 @@ class ResNet(nn.Module):
             W / stride]`` (rounded up), with ``C`` from ``channels`` and ``stride`` from ``strides``.
         """
         if is_scripting() or not self.fast:
-            x = self.bn1(self.conv1(x))
+            x = self.relu(self.bn1(self.conv1(x)))
         else:
-            x = _stem_norm(x.contiguous(memory_format=torch.channels_last), self.conv1, self.bn1)
-        x = self.maxpool(self.relu(x))
+            x = _stem_norm(x.contiguous(memory_format=torch.channels_last), self.conv1, self.bn1, self.relu)
+        x = self.maxpool(x)
         features: dict[str, Tensor] = OrderedDict()
         for name, stage in self.named_children():
             if name.startswith("layer"):

@@ -38,7 +38,6 @@ import torch
 import torchvision
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.jit import is_scripting  # type: ignore[attr-defined]
 from torch.jit.annotations import BroadcastingList2
 from torch.nn import functional as F
 from torchvision import ops
@@ -52,6 +51,7 @@ from torchvision.ops.poolers import (
 )
 
 from resdet.errors import UserError
+from resdet.models.capture import is_captured, is_scripting
 
 # Entries of M held at a time, about 100 MB with what is made of them on the way. All boxes of a usual batch fit; only
 # adaptive sampling of large boxes needs several rounds (each round of the backward passes over the whole gradient).
@@ -214,8 +214,8 @@ def _pool_aligned(
 
 def _runs_here(features: list[Tensor]) -> bool:
     """Whether the sparse product may stand in for torchvision's operator."""
-    if torch._C._get_tracing_state() is not None or torch.compiler.is_compiling():
-        return False  # an exported graph must show the operator
+    if is_captured():
+        return False
     return all(
         type(feature) in (Tensor, torch.nn.Parameter)  # no fake tensors, no proxies of a tracer
         and feature.device.type == "cpu"
@@ -289,7 +289,7 @@ class _SparseRoIAlign(torch.autograd.Function):
                 grids = _place(rois[on_level], shape, dtype, scales[level], bins, sampling_ratio, aligned)
                 for chunk in _chunks(grids):
                     grad_rows = _gather_rows(grad, on_level[chunk], dtype)
-                    part = _multiply_transposed(*_entries(grids, chunk), grad_rows, num_rows)
+                    part = multiply_transposed(*_entries(grids, chunk), grad_rows, num_rows)
                     total = part if total is None else total.add_(part)
             if total is None:
                 total = grad.new_zeros(num_rows, channels, dtype=dtype)
@@ -308,8 +308,20 @@ def _gather_rows(grad: Tensor, boxes: Tensor, dtype: torch.dtype) -> Tensor:
     return rows.view(-1, channels)
 
 
-def _multiply_transposed(pixels: Tensor, weights: Tensor, grad_rows: Tensor, num_rows: int) -> Tensor:
-    """Multiply ``M`` transposed, ``[num_rows, K * P * Q]``, with ``grad_rows``, ``[K * P * Q, C]``."""
+def multiply_transposed(pixels: Tensor, weights: Tensor, grad_rows: Tensor, num_rows: int) -> Tensor:
+    """Multiply a sparse matrix, transposed, with rows: the adjoint of reading weighted rows.
+
+    Each sum is taken in float32 at least and rounded once, by one thread, in an order that the entries alone decide.
+
+    Args:
+        pixels: Columns of the matrix's entries, ``[N, S]``: ``S`` entries in each of its ``N`` rows.
+        weights: Values of the entries, ``[N, S]``.
+        grad_rows: ``[N, C]``.
+        num_rows: Columns of the matrix.
+
+    Returns:
+        ``[num_rows, C]``.
+    """
     # About 4 in 10 weights are zero. Dropping them pays here, ahead of the sort.
     used = weights.view(-1).nonzero().view(-1)
     row, order = pixels.view(-1).index_select(0, used).sort(stable=True)

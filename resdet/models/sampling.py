@@ -14,7 +14,7 @@ from torch import Tensor
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
-from resdet.models.norm import is_scripting
+from resdet.models.capture import is_scripting
 
 # Streams of random numbers made of one seed, so that the parts of the detector do not repeat each other's choices.
 _RESIZE, _RPN, _BOX_HEAD = 1, 2, 3

@@ -1,15 +1,78 @@
-"""What to do with detections that overlap, beyond dropping them: soft-NMS, box voting.
+"""What to do with boxes that overlap: suppression of many groups at once, soft-NMS, box voting.
 
 Legend: ``N`` candidates of one image, all classes together; ``M`` of them kept; ``G`` groups of ``S`` places.
 """
 
-from __future__ import annotations
-
+# No "from __future__ import annotations": TorchScript reads the signature of `suppress`, and not as text.
+from concurrent.futures import ThreadPoolExecutor
 from typing import Literal
 
 import torch
 from torch import Tensor
-from torchvision.ops import box_iou
+from torchvision.ops import batched_nms, box_iou, nms
+
+from resdet.models.capture import is_captured, is_scripting
+
+# From this many numbers in an image's boxes on torchvision goes through the groups one by one, on a CPU.
+_MANY = 4000
+
+
+def suppress(boxes: list[Tensor], scores: list[Tensor], groups: list[Tensor], iou_threshold: float) -> list[Tensor]:
+    """Suppress boxes that overlap better ones of their group, in several images.
+
+    It gives what torchvision's ``batched_nms`` gives for each image. That runs on one core of a CPU; here the groups of
+    all images are shared out to as many threads as torch has. Measured on 2 cores: the proposals of two images in
+    training, 2,000 of each level, in 25 ms where they had taken 48.
+
+    Args:
+        boxes: ``[N, 4]`` of each image.
+        scores: ``[N]`` of each image.
+        groups: int64 ``[N]`` of each image.
+        iou_threshold: Boxes with a higher IoU with a better one are dropped.
+
+    Returns:
+        For each image the indices of what is left, int64, by falling score.
+    """
+    if not is_scripting():  # noqa: SIM102 - TorchScript drops this block only if the condition stands alone
+        if not is_captured() and any(_has_many(part) for part in boxes):
+            return _suppress_side_by_side(boxes, scores, groups, iou_threshold)
+    return [
+        batched_nms(image_boxes, image_scores, image_groups, iou_threshold)
+        for image_boxes, image_scores, image_groups in zip(boxes, scores, groups)  # noqa: B905
+    ]
+
+
+@torch.jit.unused
+def _suppress_side_by_side(
+    boxes: list[Tensor], scores: list[Tensor], groups: list[Tensor], iou_threshold: float
+) -> list[Tensor]:
+    tasks: list[tuple[int, Tensor]] = []
+    for image, of_image in enumerate(groups):
+        if _has_many(boxes[image]):
+            tasks += [(image, torch.where(of_image == group)[0]) for group in torch.unique(of_image)]
+
+    def run(task: tuple[int, Tensor]) -> Tensor:
+        image, members = task
+        kept: Tensor = nms(boxes[image][members], scores[image][members], iou_threshold)
+        return members[kept]
+
+    # The operator lets go of Python's lock.
+    with ThreadPoolExecutor(torch.get_num_threads()) as threads:
+        kept = list(threads.map(run, tasks))
+    results = []
+    for image, image_scores in enumerate(scores):
+        if not _has_many(boxes[image]):
+            results.append(batched_nms(boxes[image], image_scores, groups[image], iou_threshold))
+            continue
+        mask = torch.zeros_like(image_scores, dtype=torch.bool)
+        mask[torch.cat([part for (owner, _), part in zip(tasks, kept, strict=True) if owner == image])] = True
+        left = torch.where(mask)[0]
+        results.append(left[image_scores[left].sort(descending=True)[1]])
+    return results
+
+
+def _has_many(boxes: Tensor) -> bool:
+    return boxes.device.type == "cpu" and boxes.numel() > _MANY
 
 
 def soft_nms(

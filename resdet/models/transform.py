@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-import torchvision
 from PIL import Image
 from torch import Tensor
 from torchvision.models.detection.transform import resize_boxes
 
 from resdet.errors import UserError
+from resdet.models.capture import is_captured
 from resdet.models.sampling import SeededTransform
 
 
@@ -46,7 +46,7 @@ class PilTransform(SeededTransform):
             image: ``[3, H, W]`` in [0, 1].
             target: Its ``boxes`` are scaled along, in place of the old ones.
         """
-        if torchvision._is_tracing() or torch.compiler.is_compiling():
+        if is_captured():
             raise UserError(_NOT_EXPORTABLE)
         height, width = image.shape[-2:]
         shorter = self.torch_choice(self.min_size) if self.training else self.min_size[-1]

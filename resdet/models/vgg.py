@@ -18,7 +18,9 @@ from torch import Tensor, nn
 
 from resdet.errors import UserError
 from resdet.models.archs import VGGArch, find_arch
-from resdet.models.norm import conv_norm, is_scripting, norm_layer
+from resdet.models.capture import is_scripting
+from resdet.models.convolution import conv
+from resdet.models.norm import conv_norm, norm_layer
 from resdet.models.resnet import check_stages
 
 _CHANNELS = (64, 128, 256, 512, 512)
@@ -126,8 +128,10 @@ class VGG(nn.Module):
         layers = list(self.features)
         for index, layer in enumerate(layers):
             if isinstance(layer, nn.Conv2d) and self.with_norm:
-                x = conv_norm(x, layer, layers[index + 1])
-            elif not self.with_norm or isinstance(layer, nn.ReLU | nn.MaxPool2d):
+                x = conv_norm(x, layer, layers[index + 1], relu=layers[index + 2])
+            elif isinstance(layer, nn.Conv2d):
+                x = conv(x, layer, relu=layers[index + 1])
+            elif isinstance(layer, nn.MaxPool2d):
                 x = layer(x)
             if index in self._level_at:
                 features[self._level_at[index]] = x

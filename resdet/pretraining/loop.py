@@ -24,6 +24,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from resdet.config import config_to_plain, config_to_yaml
 from resdet.errors import Interrupted, TrainingError
+from resdet.memory import keep_freed_memory
 from resdet.models.bodies import Classifier
 from resdet.models.weights import name_some
 from resdet.precision import Precision, autocast
@@ -84,6 +85,8 @@ def pretrain(config: PretrainConfig) -> PretrainResult:
     with ExitStack() as stack:
         team = stack.enter_context(processes(config.train.device))
         stop = stack.enter_context(StopSignals())
+        if team.device.type == "cpu":
+            keep_freed_memory()
         team.on_main(lambda: stack.enter_context(claimed(config.output_dir)))
         resume_from = team.on_main(lambda: checkpoint_to_resume(config.output_dir, config.resume))
         micro_batch_size = team.micro_batch_size(config.train.batch_size, config.train.accumulate)

@@ -24,6 +24,7 @@ from resdet.errors import Interrupted
 from resdet.evaluation.detect import Evaluation, evaluate, match_labels
 from resdet.evaluation.loss import validation_loss
 from resdet.evaluation.report import write_run_report
+from resdet.memory import keep_freed_memory
 from resdet.models.detector import Detector
 from resdet.predict import draw, legible_scale
 from resdet.training import guards
@@ -74,6 +75,8 @@ def train(config: Config) -> TrainResult:
     with ExitStack() as stack:
         team = stack.enter_context(processes(config.train.device))
         stop = stack.enter_context(StopSignals())
+        if team.device.type == "cpu":
+            keep_freed_memory()
         team.on_main(lambda: stack.enter_context(claimed(config.output_dir)))
         resume_from = team.on_main(lambda: checkpoint_to_resume(config.output_dir, config.resume))
         micro_batch_size = team.micro_batch_size(config.train.batch_size, config.train.accumulate)

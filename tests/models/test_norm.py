@@ -269,6 +269,22 @@ def test_copies_do_not_carry_folded_weights(pair: Pair, x: Tensor) -> None:
     assert copy.deepcopy(pair).norm._folded is None
 
 
+def test_weights_in_onednns_order_follow_the_size_of_the_input(pair: Pair, x: Tensor) -> None:
+    pair.requires_grad_(False).eval()
+    for size in ((9, 7), (20, 33), (9, 7), (1, 1)):
+        assert_follows(pair, torch.randn(2, 8, *size).contiguous(memory_format=torch.channels_last))
+        assert pair.norm._packed.shape == (2, 8, *size)
+        assert pair.norm._packed.weight.is_mkldnn
+    with torch.no_grad():
+        pair.conv.weight.mul_(2)
+    assert_follows(pair, x)
+    pair(x.requires_grad_()).sum().backward()  # nothing goes backward through such a weight
+    (expected,) = torch.autograd.grad(pair.plain(x).sum(), x)
+    torch.testing.assert_close(x.grad, expected, rtol=1e-5, atol=1e-5)
+    assert copy.deepcopy(pair).norm._packed is None
+    assert pair.train().norm._packed is None
+
+
 def test_hooks_on_convolution_and_norm_are_called(pair: Pair, x: Tensor) -> None:
     seen: list[Tensor] = []
     pair.conv.register_forward_hook(lambda module, inputs, output: seen.append(output))

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torchvision.ops import batched_nms, box_iou
 
-from resdet.models.suppression import soft_nms, vote
+from resdet.models.suppression import soft_nms, suppress, vote
 
 
 def random_candidates(num: int, num_groups: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -160,3 +160,18 @@ def test_votes_are_counted_exactly_under_autocast():
         assert torch.equal(vote(*arguments, iou_threshold=0.5), expected)
         rough = scores[None] @ boxes / scores.sum()
     assert rough.dtype == torch.bfloat16, "a plain product is not exact here"
+
+
+@pytest.mark.parametrize("sizes", [(1500, 1200), (1500, 30), (1001,), (40, 0)])
+def test_suppression_of_many_groups_is_torchvisions(sizes: tuple[int, ...]) -> None:
+    """Images above and below the size from which torchvision goes through the groups, and threads here."""
+    images = [random_candidates(size, 5, seed) if size else random_candidates(8, 5) for seed, size in enumerate(sizes)]
+    images = [tuple(part[:size] for part in image) for image, size in zip(images, sizes, strict=True)]
+    boxes, scores, groups = (list(column) for column in zip(*images, strict=True))
+    expected = [batched_nms(*image, 0.5) for image in images]
+    found = suppress(boxes, scores, groups, 0.5)
+    assert [part.tolist() for part in found] == [part.tolist() for part in expected]
+    assert any(0 < len(part) < size for part, size in zip(found, sizes, strict=True))
+    changed = [part.clone() for part in groups]
+    changed[0][:] = 1
+    assert suppress(boxes, scores, changed, 0.5)[0].tolist() != expected[0].tolist()
