@@ -34,5 +34,5 @@ def page_faults(what: str) -> int:
 def test_freed_memory_is_used_again() -> None:
     if not keep_freed_memory():
         pytest.skip("this C library cannot be told to keep memory")
-    # 80 MB are 19,531 pages of 4 kB, or 39 of 2 MB where the kernel gives huge ones. Ten times that if they are unmapped.
+    # 80 MB are 19,531 pages of 4 kB, or 39 of 2 MB where the kernel gives huge ones; ten times that if unmapped.
     assert page_faults("keep") < 30 < page_faults("leave")
