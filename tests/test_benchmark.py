@@ -36,8 +36,10 @@ def test_wrong_settings_are_named(arguments, message):
 
 def test_what_it_compares_with_must_be_installed(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"pycocotools, which is not installed: pip install 'resdet\[dev\]'"):
+    with pytest.raises(UserError, match=r"evaluation .* pycocotools, .* not installed: pip install 'resdet\[dev\]'"):
         run_benchmark(["work=evaluation"])
+    monkeypatch.setitem(WORK, "fake", lambda: Report("fake", {}, {}))
+    assert run_benchmark(["work=fake"]).work == "fake"
 
 
 def test_settings_take_the_types_of_their_defaults(monkeypatch):
@@ -56,13 +58,22 @@ def test_settings_take_the_types_of_their_defaults(monkeypatch):
 
 
 def test_a_report_is_a_table_and_json(tmp_path):
-    report = Report("fake", {"n": 1}, {"Speed": [{"what": "a", "seconds": 1234.5}, {"what": "long", "seconds": 0.25}]})
-    assert str(report) == "Speed\n  what   seconds\n  a     1,234.50\n  long      0.25"
+    rows = [{"what": "a", "seconds": 1234.5, "images": 1000}, {"what": "long", "seconds": 0.25, "images": 5}]
+    report = Report("fake", {"n": 1}, {"Speed": rows})
+    table, machine = str(report).split("\n\n")
+    # Three digits of a column's smallest number.
+    assert table == "Speed\n  what    seconds  images\n  a     1,234.500   1,000\n  long      0.250       5"
+    assert machine.startswith(f"Measured on {report.machine['cpu']}")
     report.write(tmp_path / "report.json")
     written = json.loads((tmp_path / "report.json").read_text())
     assert (written["work"], written["settings"]) == ("fake", {"n": 1})
-    assert written["tables"]["Speed"][1] == {"what": "long", "seconds": 0.25}
-    assert {"torch", "numpy", "cores"} <= set(written["machine"])
+    assert written["tables"]["Speed"][1] == {"what": "long", "seconds": 0.25, "images": 5}
+    assert {"torch", "numpy", "cores", "threads", "cpu"} <= set(written["machine"])
+
+
+def test_numbers_are_laid_out_by_their_size():
+    rows = [{"x": 0.0, "y": 123.4, "z": 1e-9}, {"x": 0.0, "y": 5000.0, "z": 2.0}]
+    assert str(Report("fake", {}, {"T": rows})).split("\n\n")[0].splitlines()[2].split() == ["0.00", "123", "0.0000"]
 
 
 def test_the_made_up_file_is_a_function_of_its_arguments_and_sound(tmp_path):

@@ -2,12 +2,32 @@
 
     python tools/benchmark.py work=annotations
     python tools/benchmark.py work=annotations num_images=5000 num_boxes=36000 output=annotations.json
+    python tools/benchmark.py work=inference images=val2017 weights=best.pt
+    python tools/benchmark.py work=training images=train2017 annotations=instances_train2017.json weights=resnet101.pth
 
 work=annotations  loading a made-up annotation file of COCO train2017's size, against pycocotools, and the memory that
                   its table takes in data-loading workers; num_images=, num_boxes=, num_workers=, repeats=,
                   start_methods=fork,spawn,forkserver, seed=
 work=evaluation   COCO's twelve numbers at val2017's size, by pycocotools, by faster-coco-eval where it is installed,
                   and by ours; num_images=, num_classes=, detections_per_image=, num_repeats=, seed=
+
+work=inference    torchvision's Faster R-CNN and ours with the same weights, in float32 and under bfloat16 autocast; how
+                  far their detections differ, and how near both come to what this machine's arithmetic allows;
+                  min_size=800, max_size=1333, batch_size=1, num_images=8, repeats=8, and images=, weights=, arch=,
+                  warmup=, device=, seed= as below
+work=training     the same for a step of training: forward, backward and optimizer; sizes=480/640,800/1333 (shorter
+                  side, longest allowed), batch_size=2, num_images=8, repeats=4, annotations=
+work=memory       the peak of memory of such a step, each in a process of its own; sizes=, batch_size=, annotations=
+work=roi_align    RoIAlign over P2..P5, forward and backward, torchvision's and ours; num_boxes=1000, channels=256,
+                  height=800, width=1216, repeats=10
+
+images=FOLDER     photographs; generated pictures without it
+annotations=FILE  their boxes for training, a COCO json
+weights=FILE      a detector's checkpoint, or ImageNet weights of its body (heads are random then); without it random
+                  weights in a normalised network
+arch=resnet101    the body, unless weights= holds a whole detector
+device=auto       cpu, cuda, or a GPU where there is one
+warmup=1, seed=0  runs of each that do not count; what random weights follow from
 
 output=FILE writes the figures as json too.
 """

@@ -1,7 +1,7 @@
 """Measurements behind every figure that the documentation claims, one module each.
 
 A benchmark is a function of keyword arguments with defaults (int, float, bool, str or Path) that gives a ``Report``.
-It measures what it compares in turn, in processes of their own.
+It measures what it compares in turn; memory, and what a cache would change, in processes of their own.
 """
 
 from __future__ import annotations
@@ -14,22 +14,32 @@ from typing import Any, get_type_hints
 
 from resdet.benchmarks.annotations import benchmark_annotations
 from resdet.benchmarks.evaluation import benchmark_evaluation
+from resdet.benchmarks.inference import benchmark_inference
+from resdet.benchmarks.memory import benchmark_memory
 from resdet.benchmarks.report import Report
+from resdet.benchmarks.roi_align import benchmark_roi_align
+from resdet.benchmarks.training import benchmark_training
 from resdet.errors import UserError
 
 WORK: dict[str, Callable[..., Report]] = {
     "annotations": benchmark_annotations,
     "evaluation": benchmark_evaluation,
+    "inference": benchmark_inference,
+    "training": benchmark_training,
+    "roi_align": benchmark_roi_align,
+    "memory": benchmark_memory,
 }
 """Every kind of work, by its name on the command line."""
+
+_WITH_PYCOCOTOOLS = ("annotations", "evaluation")
 
 
 def run_benchmark(arguments: Sequence[str]) -> Report:
     """Run the benchmark that ``work=NAME`` names, with its settings changed by further ``key=value``.
 
     Raises:
-        UserError: If the work or a key is unknown or given twice, a value is not of its type, or pycocotools is not
-            installed.
+        UserError: If the work or a key is unknown or given twice, a value is not of its type, or the work compares with
+            pycocotools and that is not installed.
     """
     given: dict[str, str] = {}
     for argument in arguments:
@@ -47,8 +57,8 @@ def run_benchmark(arguments: Sequence[str]) -> Report:
     for key in given:
         if key not in known:
             raise UserError(f"work={work} has no setting {key!r}; its settings are {', '.join(known)}")
-    if importlib.util.find_spec("pycocotools") is None:
-        raise UserError("benchmarks compare with pycocotools, which is not installed: pip install 'resdet[dev]'")
+    if work in _WITH_PYCOCOTOOLS and importlib.util.find_spec("pycocotools") is None:
+        raise UserError(f"work={work} compares with pycocotools, which is not installed: pip install 'resdet[dev]'")
     return WORK[work](**{key: _parse(key, value, types[key]) for key, value in given.items()})
 
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -13,12 +11,13 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 from torch.utils.data import DataLoader, Dataset
 
 from resdet.benchmarks.coco_json import write_coco_json
+from resdet.benchmarks.own_process import check_linux, forget_peak, in_own_process, peak_mb
 from resdet.benchmarks.report import Report
+from resdet.benchmarks.settings import check_counts
 from resdet.data.annotations import AnnotationTable
 from resdet.errors import UserError
 
@@ -56,15 +55,12 @@ def benchmark_annotations(
         UserError: If a setting is out of range, or this is not Linux, which alone tells proportional memory.
     """
     settings = dict(locals())
-    for key in ("num_images", "num_boxes", "num_workers", "repeats"):
-        if settings[key] < 1:
-            raise UserError(f"{key} must be 1 or more, got {settings[key]}")
+    check_counts(settings, "num_images", "num_boxes", "num_workers", "repeats")
     methods = start_methods.split(",")
     unknown = [method for method in methods if method not in START_METHODS]
     if unknown:
         raise UserError(f"start_methods must be among {', '.join(START_METHODS)}, got {', '.join(map(repr, unknown))}")
-    if not Path("/proc/self/smaps").exists():
-        raise UserError("proportional memory is read from /proc/*/smaps, which is Linux's alone")
+    check_linux("smaps")
 
     with tempfile.TemporaryDirectory(prefix="resdet-benchmark-") as folder:
         path = Path(folder, "instances.json")
@@ -74,12 +70,21 @@ def benchmark_annotations(
         ways: dict[str, list[dict[str, float]]] = {"pycocotools.COCO": [], "cold cache": [], "from cache": []}
         for cache in caches:
             for what, runs in ways.items():
-                runs.append(_in_own_process("measure_loading", cache, path, what == "pycocotools.COCO"))
+                own_cache = {"RESDET_CACHE": str(cache)}
+                runs.append(in_own_process(measure_loading, path, what == "pycocotools.COCO", environment=own_cache))
         loading = [{key: median(run[key] for run in runs) for key in runs[0]} for runs in ways.values()]
         memory: list[dict[str, str | float]] = []
         for method in methods:
             with_table, without = (
-                _in_own_process("measure_memory", caches[0], path, method, num_workers, num_images, loads)
+                in_own_process(
+                    measure_memory,
+                    path,
+                    method,
+                    num_workers,
+                    num_images,
+                    loads,
+                    environment={"RESDET_CACHE": str(caches[0])},
+                )
                 for loads in (True, False)
             )
             memory.append(
@@ -109,22 +114,6 @@ def benchmark_annotations(
     )
 
 
-def _in_own_process(function: str, cache: Path, path: Path, *arguments: Any) -> dict[str, float]:
-    code = (
-        "import json, sys; from pathlib import Path; from resdet.benchmarks import annotations as benchmark; "
-        f"print(json.dumps(benchmark.{function}(Path(sys.argv[1]), *json.loads(sys.argv[2]))))"
-    )
-    run = subprocess.run(
-        [sys.executable, "-c", code, str(path), json.dumps(arguments)],
-        env={**os.environ, "RESDET_CACHE": str(cache)},
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
-    )
-    figures: dict[str, float] = json.loads(run.stdout.splitlines()[-1])
-    return figures
-
-
 def measure_loading(path: Path, by_pycocotools: bool) -> dict[str, float]:
     """Load an annotation file and give seconds, seconds of CPU and the peak of memory above what stood before.
 
@@ -137,13 +126,11 @@ def measure_loading(path: Path, by_pycocotools: bool) -> dict[str, float]:
     from resdet.data.coco import read_coco
 
     load: Callable[[Path], object] = COCO if by_pycocotools else read_coco
-    # Makes the kernel forget the peak so far.
-    Path("/proc/self/clear_refs").write_text("5")
-    before = _status_mb("VmRSS")
+    before = forget_peak()
     start, cpu_start = time.perf_counter(), time.process_time()
     loaded = load(path)
     seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
-    peak = _status_mb("VmHWM") - before
+    peak = peak_mb() - before
     del loaded
     return {"seconds": seconds, "cpu_seconds": cpu_seconds, "peak_mb": peak}
 
@@ -229,10 +216,3 @@ def _pss_mb() -> float:
             elif key == "Pss:" and not is_code:
                 total += int(values[0])
     return total / 1000
-
-
-def _status_mb(key: str) -> float:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{key}:"):
-            return int(line.split()[1]) / 1000
-    raise AssertionError(f"/proc/self/status has no {key}")

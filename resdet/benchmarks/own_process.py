@@ -1,0 +1,77 @@
+"""Measurements in processes of their own, and the peak of a process's memory."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import json
+import os
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from resdet.errors import UserError
+
+_CHILD = "import json, pickle, sys; f, a = pickle.load(sys.stdin.buffer); print(json.dumps(f(*a)))"
+
+
+def in_own_process(
+    function: Callable[..., dict[str, float]], *arguments: Any, environment: Mapping[str, str] | None = None
+) -> dict[str, float]:
+    """Call a function in a new interpreter, so that nothing that was done before weighs on it.
+
+    Args:
+        function: A module's function; figures by name.
+        arguments: Its arguments; they must pickle.
+        environment: Variables to set for that process beside those of this one.
+
+    Raises:
+        CalledProcessError: If that process fails; what it says goes to this one's stderr.
+    """
+    run = subprocess.run(
+        [sys.executable, "-c", _CHILD],
+        input=pickle.dumps((function, arguments)),
+        env={**os.environ, **(environment or {})},
+        stdout=subprocess.PIPE,
+        check=True,
+    )
+    figures: dict[str, float] = json.loads(run.stdout.splitlines()[-1])
+    return figures
+
+
+def check_linux(file: str) -> None:
+    """Find out that there is a file of Linux's ``/proc``.
+
+    Raises:
+        UserError: If not.
+    """
+    if not Path("/proc/self", file).exists():
+        raise UserError(f"memory is read from /proc/self/{file}, which is Linux's alone")
+
+
+def forget_peak() -> float:
+    """Begin to measure this process's peak of memory; give what it has now, in MB.
+
+    What was freed goes back to the system first. Kept by the allocator, it would be used again without showing.
+    """
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's alone
+    if trim is not None:
+        trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    return _status_mb("VmRSS")
+
+
+def peak_mb() -> float:
+    """Give this process's peak of memory since ``forget_peak``, in MB."""
+    return _status_mb("VmHWM")
+
+
+def _status_mb(key: str) -> float:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{key}:"):
+            return int(line.split()[1]) / 1000
+    raise AssertionError(f"/proc/self/status has no {key}")
