@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from resdet.models.backbone import ResNetFPN, resnet_fpn
     from resdet.models.detector import Detector, DetectorSpec, build_detector, fasterrcnn_resnet101_fpn, load_detector
     from resdet.models.grow import grow
+    from resdet.models.int8 import quantize_detector, save_int8_detector
     from resdet.models.tricks import Tricks
     from resdet.training.loop import train
     from resdet.types import Category, Detections, Prediction, Target
@@ -53,9 +54,11 @@ _HOMES = {
     "load_backbone": "resdet.export",
     "load_config": "resdet.config",
     "load_detector": "resdet.models.detector",
+    "quantize_detector": "resdet.models.int8",
     "read_coco": "resdet.data.coco",
     "read_voc": "resdet.data.voc",
     "resnet_fpn": "resdet.models.backbone",
+    "save_int8_detector": "resdet.models.int8",
     "train": "resdet.training.loop",
 }
 
@@ -85,9 +88,11 @@ __all__ = [
     "load_backbone",
     "load_config",
     "load_detector",
+    "quantize_detector",
     "read_coco",
     "read_voc",
     "resnet_fpn",
+    "save_int8_detector",
     "train",
 ]
 

@@ -11,6 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
+import resdet
+from resdet.build import config_of_checkpoint
+
 ROOT = Path(__file__).resolve().parents[1]
 
 # A few steps of a small model: what is tested is the path, not the result.
@@ -124,6 +127,17 @@ def test_other_ways_to_compute_train_too(setting: str, tmp_path: Path) -> None:
     losses = logged(tmp_path, "loss")
     assert len(losses) == 2
     assert all(0 < loss < 10 for loss in losses)
+
+
+@pytest.mark.skipif(not torch.cpu._is_vnni_supported(), reason="int8 needs a CPU with AVX512-VNNI")
+def test_quantize_writes_a_checkpoint_like_others(finished: Path, tmp_path: Path) -> None:
+    file = tmp_path / "int8.pt"
+    text = succeeds("quantize.py", finished, "--images", 2, "--output", file, "data.train.num_images=4")
+    assert "calibrated on 2 images" in text
+    assert f"written: {file}" in text
+    assert type(resdet.load_detector(file)).__name__ == "Int8Detector"
+    config = config_of_checkpoint(file)  # by which eval.py finds its data
+    assert config.data.val == config_of_checkpoint(finished / "best.pt").data.val
 
 
 @pytest.mark.slow

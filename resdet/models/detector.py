@@ -56,6 +56,7 @@ from resdet.types import Category, categories_from_plain, categories_to_plain
 logger = logging.getLogger(__name__)
 
 CHECKPOINT_FORMAT = "resdet-detector-1"
+INT8_FORMAT = "resdet-detector-int8-1"
 
 _PREDICTOR = "roi_heads.box_predictor."
 _CLASS_SCORES = f"{_PREDICTOR}cls_score.weight"
@@ -607,16 +608,18 @@ def load_detector(path: str | os.PathLike[str], device: torch.device | str = "cp
         path: A file with the entries of ``checkpoint_payload``, or the Faster R-CNN of another library that
             ``resdet.models.convert`` reads, such as ``model_final_f6e8b1.pkl`` of detectron2's model zoo. Such a model
             is run as its library runs it (``CONVENTIONS``), and saved by us it stays so. If it has 80 classes and
-            names none, they are taken to be COCO's.
+            names none, they are taken to be COCO's. A file of ``save_int8_detector`` gives an ``Int8Detector``.
         device: Where to put the model.
 
     Raises:
         WeightsError: If the file is missing, damaged, no checkpoint of a detector, or contradicts itself; or holds
             another kind of detector.
     """
+    content = read_checkpoint(path)
+    if content.get("format") == INT8_FORMAT:
+        return _load_int8(content, path).to(device)  # type: ignore[no-any-return]
     (spec, categories, score_threshold), tensors = _read_detector(path)
     if spec is None:
-        content = read_checkpoint(path)
         raise WeightsError(
             f"{os.fspath(path)}: is not a detector checkpoint: its 'format' must be {CHECKPOINT_FORMAT!r}, got "
             f"{content.get('format')!r} (keys: {name_some(content) or 'none'})"
@@ -628,6 +631,20 @@ def load_detector(path: str | os.PathLike[str], device: torch.device | str = "cp
     _load_whole(model, tensors, path)
     model.score_threshold = score_threshold
     return model.to(device).eval()  # type: ignore[no-any-return]
+
+
+def _load_int8(content: dict[str, Any], path: str | os.PathLike[str]) -> Detector:
+    from resdet.models.int8 import Int8Detector  # which is made of what is here
+
+    (spec, categories, score_threshold), tensors = _description(content, path), tensors_in(content, os.fspath(path))
+    assert spec is not None
+    try:
+        model = Int8Detector.empty(spec, len(_detector_tensors(tensors, path)[_CLASS_SCORES]), categories)
+    except UserError as error:
+        raise WeightsError(f"{os.fspath(path)}: {error}") from error
+    _load_whole(model, tensors, path)
+    model.score_threshold = score_threshold
+    return model
 
 
 def load_detector_weights(model: Detector, path: str | os.PathLike[str]) -> LoadReport:
@@ -731,6 +748,10 @@ class _Description(NamedTuple):
 def _read_detector(path: str | os.PathLike[str]) -> tuple[_Description, dict[str, Tensor]]:
     """Read a whole detector under torchvision's names, and what describes it."""
     content = read_checkpoint(path)
+    if content.get("format") == INT8_FORMAT:
+        raise WeightsError(
+            f"{os.fspath(path)}: is in int8: resdet.load_detector runs it, but nothing else can be made from it"
+        )
     if content.get("format") == CHECKPOINT_FORMAT:
         return _description(content, path), _detector_tensors(tensors_in(content, os.fspath(path)), path)
     tensors = tensors_in(content, os.fspath(path))
