@@ -13,7 +13,8 @@ work=evaluation   COCO's twelve numbers at val2017's size, by pycocotools, by fa
 
 work=inference    torchvision's Faster R-CNN and ours with the same weights, in float32 and under bfloat16 autocast; how
                   far their detections differ, and how near both come to what this machine's arithmetic allows;
-                  min_size=800, max_size=1333, batch_size=1, num_images=8, repeats=8, and images=, weights=, arch=,
+                  min_size=800, max_size=1333, batch_size=1, num_images=8, repeats=8, int8=true for int8 too (a CPU with
+                  VNNI), and images=, weights=, arch=,
                   warmup=, device=, seed= as below
 work=training     the same for a step of training: forward, backward and optimizer; sizes=480/640,800/1333 (shorter
                   side, longest allowed), batch_size=2, num_images=8, repeats=4, annotations=

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from resdet.memory import keep_freed_memory
 from resdet.precision import Precision
 
 MATMUL_SIDES = (1024, 2048, 4096, 8192)
@@ -63,6 +64,7 @@ def best_rates(device: torch.device, known: Mapping[Precision, Rate] | None = No
         known: Rates seen before, which count too. Other programs can only lower a rate, so of two looks at different
             times the higher one is nearer to what the machine can do.
     """
+    keep_freed_memory()
     best = dict(known or {})
     for precision in PRECISIONS:
         for name, flops, run in _operations(device, _DTYPES[precision]):

@@ -14,6 +14,7 @@ from resdet.benchmarks.pictures import photographs
 from resdet.benchmarks.report import Report
 from resdet.benchmarks.settings import check_counts, check_size, find_device
 from resdet.benchmarks.timing import in_turn, time_rows
+from resdet.models.int8 import quantize_detector
 from resdet.precision import autocast
 from resdet.types import Prediction
 
@@ -32,6 +33,7 @@ def benchmark_inference(
     num_images: int = 8,
     repeats: int = 8,
     warmup: int = 1,
+    int8: bool = False,
     device: str = "auto",
     seed: int = 0,
 ) -> Report:
@@ -53,6 +55,7 @@ def benchmark_inference(
         num_images: Images to go through.
         repeats: Calls of each, of which medians are given.
         warmup: Calls of each before these.
+        int8: Whether to time ours in int8 too, calibrated on the same images.
         device: auto, cpu or cuda.
         seed: Of random weights.
 
@@ -91,6 +94,10 @@ def benchmark_inference(
 
     rates = best_rates(place)
     runs = {name: detects(name, variant) for name, variant in models.items()}
+    if int8:
+        quantized = quantize_detector(ours.eval(), [image for batch in batches for image in batch])
+        found["ours int8"] = {}
+        runs["ours int8"] = detects("ours int8", Variant(quantized, "fp32", is_ours=True))
     seconds = in_turn(runs, repeats=repeats, warmup=warmup, device=place)
 
     reference = models["torchvision fp32"].model

@@ -23,6 +23,7 @@ from resdet.benchmarks.settings import check_counts, find_device, parse_sizes
 from resdet.benchmarks.timing import REFERENCES
 from resdet.benchmarks.training import make_step
 from resdet.files import save_tensors
+from resdet.memory import keep_freed_memory
 from resdet.models.detector import checkpoint_payload, load_detector
 from resdet.precision import Precision
 
@@ -130,6 +131,8 @@ def measure_steps(
     if not is_ours:
         model = build_torchvision(model)
     model = model.to(device).train()
+    if is_ours and device.type == "cpu":
+        keep_freed_memory()  # as training does
     step = make_step(Variant(model, precision, is_ours), batches, device)
     if device.type == "cuda":
         before = torch.cuda.memory_allocated(device)

@@ -8,6 +8,8 @@ from statistics import median
 
 import torch
 
+from resdet.memory import keep_freed_memory, return_freed_memory
+
 REFERENCES = ("torchvision fp32", "torchvision bf16")
 """What everything is compared with."""
 
@@ -17,10 +19,11 @@ def in_turn(
 ) -> dict[str, list[float]]:
     """Time each of several things once, then each of them once more, and so on.
 
-    A machine that slows down for a while (other programs, heat) slows down all of them alike.
+    A machine that slows down for a while (other programs, heat) slows down all of them alike. What is ours runs with
+    freed memory kept, as our loops have it; everything else as the C library does by itself.
 
     Args:
-        runs: What to time, by name; each is given the number of the repetition.
+        runs: What to time, by name (ours begins with "ours"); each is given the number of the repetition.
         repeats: Repetitions that count.
         warmup: Repetitions before these, which do not.
         device: Waited for before and after each run.
@@ -31,6 +34,7 @@ def in_turn(
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for repetition in range(-warmup, repeats):
         for name, run in runs.items():
+            (keep_freed_memory if name.startswith("ours") else return_freed_memory)()
             _wait_for(device)
             start = time.perf_counter()
             run(max(repetition, 0))
