@@ -7,7 +7,7 @@ operators that its compiler uses (``torch.ops.mkldnn``), which are called here w
 
 Measured on 2 cores (AMD Zen 5, bfloat16), 64 -> 256 channels at 120x160, two images: convolution, addition and ReLU
 take 2.94 ms one after the other and 1.75 ms in one. Weights that are kept are brought into oneDNN's own order once
-(``packed``): at inference reading them, ordering and writing them back took 58 of 640 ms. What did not pay:
+(``PackedWeight``): at inference reading, ordering and writing them back had taken 58 of 640 ms. What did not pay:
 
 * Adding into the shortcut in place, which saves 0.1 ms of 1.4: hooks on a block would see its output overwritten.
 """
@@ -69,7 +69,7 @@ def convolve(
 
     Args:
         x: ``[B, I, H, W]``.
-        weight: ``[O, I / groups, kh, kw]``, or the ``packed`` form of it.
+        weight: ``[O, I / groups, kh, kw]``, or as a ``PackedWeight`` has it.
         bias: ``[O]`` or None.
         geometry: How the kernel moves.
         scale: ``[O]``, multiplied into the weight; it takes no gradient.
@@ -127,19 +127,49 @@ def has_hooks(module: nn.Module) -> bool:
     )
 
 
-def packed(weight: Tensor, shape: torch.Size, geometry: Geometry) -> Tensor:
-    """Bring a weight into the order in which oneDNN reads it for inputs of one shape.
+class PackedWeight:
+    """A weight in the orders in which oneDNN reads it; no other operation than ``convolve`` takes it then.
 
-    No other operation than ``convolve`` takes it then.
+    The best order depends on the shape of the input, and one that is not the best is put right in every call at many
+    times the convolution's price. So each shape that comes is looked up once; in bfloat16 nearly all want the same
+    order, in float32 one of two or three.
+
+    Args:
+        weight: ``[O, I / groups, kh, kw]``, not to be written to any more.
+        geometry: How the kernel moves.
     """
-    stride, padding, dilation, groups = geometry
-    reorder = torch.ops.mkldnn._reorder_convolution_weight.default
-    ordered: Tensor = reorder(weight, padding, stride, dilation, groups, shape)
-    return ordered
+
+    _MOST_ORDERS = 3
+    _MOST_SHAPES = 512
+
+    def __init__(self, weight: Tensor, geometry: Geometry) -> None:
+        self.weight = weight
+        self._geometry = geometry
+        self._orders: dict[bytes, Tensor] = {}  # by oneDNN's description
+        self._by_shape: dict[torch.Size, Tensor] = {}
+
+    def of(self, shape: torch.Size) -> Tensor:
+        """Give the weight in the order for inputs of a shape ``[B, I, H, W]``."""
+        found = self._by_shape.get(shape)
+        if found is not None:
+            return found
+        stride, padding, dilation, groups = self._geometry
+        reorder = torch.ops.mkldnn._reorder_convolution_weight.default
+        # Not inference tensors, even where they are made at inference: training may come to use them.
+        with torch.inference_mode(False), torch.no_grad():
+            fresh: Tensor = reorder(self.weight, padding, stride, dilation, groups, shape)
+        order = bytes(torch.ops.mkldnn._get_mkldnn_serialized_md(fresh).numpy())
+        if (order not in self._orders and len(self._orders) == self._MOST_ORDERS) or (
+            len(self._by_shape) == self._MOST_SHAPES
+        ):
+            self._orders, self._by_shape = {}, {}
+        found = self._orders.setdefault(order, fresh)
+        self._by_shape[shape] = found
+        return found
 
 
 def takes_packed(x: Tensor, weight: Tensor, residual: Tensor | None) -> bool:
-    """Tell whether ``convolve`` may be given the packed form of ``weight``: if nothing goes backward through it."""
+    """Tell whether ``convolve`` may be given the weight as a ``PackedWeight`` has it: if nothing goes backward."""
     backward = x.requires_grad or weight.requires_grad or (residual is not None and residual.requires_grad)
     if torch.is_grad_enabled() and backward:
         return False

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from resdet.errors import UserError
 from resdet.models.capture import is_captured
-from resdet.models.convolution import Geometry, compute_dtype, convolve, has_hooks, packed, takes_packed
+from resdet.models.convolution import Geometry, PackedWeight, compute_dtype, convolve, has_hooks, takes_packed
 
 NormName = Literal["frozen", "batch", "group"]
 NORM_NAMES: tuple[NormName, ...] = ("frozen", "batch", "group")
@@ -35,12 +35,6 @@ class _Folded(NamedTuple):
     sources: tuple[Tensor, ...]
     weight: Tensor
     bias: Tensor
-
-
-class _Packed(NamedTuple):
-    source: Tensor
-    shape: torch.Size
-    weight: Tensor
 
 
 class FrozenBatchNorm2d(torchvision.ops.FrozenBatchNorm2d):  # type: ignore[misc]  # torchvision ships no types
@@ -64,7 +58,7 @@ class FrozenBatchNorm2d(torchvision.ops.FrozenBatchNorm2d):  # type: ignore[misc
     def __init__(self, num_features: int, eps: float = 1e-5) -> None:
         super().__init__(num_features, eps)
         self._folded: _Folded | None = None
-        self._packed: _Packed | None = None
+        self._packed: PackedWeight | None = None
         self._trained = False
 
     def fold(self, weight: Tensor, dtype: torch.dtype, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -106,18 +100,12 @@ class FrozenBatchNorm2d(torchvision.ops.FrozenBatchNorm2d):  # type: ignore[misc
         if self._is_kept(conv.weight, conv.bias):
             weight, bias = self.fold(conv.weight, dtype, conv.bias)
             if self._folded is not None and weight is self._folded.weight and takes_packed(x, weight, residual):
-                weight = self._pack(weight, x.shape, geometry)
+                if self._packed is None or self._packed.weight is not weight:
+                    self._packed = PackedWeight(weight, geometry)
+                weight = self._packed.of(x.shape)
             return convolve(x, weight, bias, geometry, residual=residual, relu=relu)
         scale, shift = self._affine(conv.weight, conv.bias)
         return convolve(x, conv.weight, shift, geometry, scale=scale, residual=residual, relu=relu)
-
-    def _pack(self, weight: Tensor, shape: torch.Size, geometry: Geometry) -> Tensor:
-        # The best order depends on the input's size, and a weight in another one is put right at a price of many times
-        # the convolution's. So it is kept for the size that came last.
-        if self._packed is None or self._packed.source is not weight or self._packed.shape != shape:
-            with torch.inference_mode(False), torch.no_grad():
-                self._packed = _Packed(weight, shape, packed(weight, shape, geometry))
-        return self._packed.weight
 
     def _is_kept(self, weight: Tensor, bias: Tensor | None) -> bool:
         """Tell whether what is folded from these may be kept, and remember if it may never be again."""

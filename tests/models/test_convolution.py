@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from resdet.models import convolution
-from resdet.models.convolution import Geometry, conv, convolve
+from resdet.models.convolution import Geometry, PackedWeight, conv, convolve
 from resdet.models.norm import FrozenBatchNorm2d, conv_norm
 
 # kernel, stride, dilation, groups; the first is the one whose weight gradient is a matrix product in bfloat16.
@@ -158,3 +158,19 @@ def test_gradients_reach_an_input_through_frozen_weights() -> None:
     grad = torch.autograd.grad(convolve(x, tensors["weight"], None, geometry).sum(), x)[0]
     expected = torch.autograd.grad(F.conv2d(x, tensors["weight"], None, *geometry).sum(), x)[0]
     torch.testing.assert_close(grad, expected, rtol=1e-5, atol=1e-5)  # sums of 144 float32 products
+
+
+def test_packed_weights_share_their_orders_and_forget_when_there_are_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    geometry, tensors = operands(KINDS[2])
+    packed = PackedWeight(tensors["weight"].contiguous(memory_format=torch.channels_last), geometry)
+    shapes = [torch.Size((1, 32, height, 9)) for height in range(3, 40)]
+    orders = {id(packed.of(shape)) for shape in shapes}
+    assert len(orders) < len(shapes)
+    assert packed.of(shapes[0]) is packed.of(shapes[0])
+    x = torch.randn(shapes[5]).contiguous(memory_format=torch.channels_last)
+    with torch.no_grad():
+        plain = convolve(x, tensors["weight"], tensors["bias"], geometry, relu=True)
+        assert torch.equal(convolve(x, packed.of(x.shape), tensors["bias"], geometry, relu=True), plain)
+    monkeypatch.setattr(PackedWeight, "_MOST_SHAPES", 37)
+    packed.of(torch.Size((2, 32, 3, 9)))
+    assert len(packed._by_shape) == 1

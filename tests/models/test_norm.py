@@ -273,8 +273,7 @@ def test_weights_in_onednns_order_follow_the_size_of_the_input(pair: Pair, x: Te
     pair.requires_grad_(False).eval()
     for size in ((9, 7), (20, 33), (9, 7), (1, 1)):
         assert_follows(pair, torch.randn(2, 8, *size).contiguous(memory_format=torch.channels_last))
-        assert pair.norm._packed.shape == (2, 8, *size)
-        assert pair.norm._packed.weight.is_mkldnn
+        assert pair.norm._packed.of(torch.Size((2, 8, *size))).is_mkldnn
     with torch.no_grad():
         pair.conv.weight.mul_(2)
     assert_follows(pair, x)
