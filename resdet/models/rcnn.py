@@ -168,12 +168,19 @@ def _patches(feature: Tensor, image: Tensor, y: Tensor, x: Tensor) -> Tensor:
     inside = (ys >= 0) & (ys < height) & (xs >= 0) & (xs < width)  # [N, 3, 3]
     pixels = (image[:, None, None] * height + ys.clamp(0, height - 1)) * width + xs.clamp(0, width - 1)
     rows = feature.permute(0, 2, 3, 1).reshape(-1, channels)
-    read: Tensor = _ReadRows.apply(rows, pixels.flatten(), inside.flatten())
-    return read.view(len(y), 9 * channels)
+    return _read_rows(rows, pixels.flatten(), inside.flatten()).view(len(y), 9 * channels)
+
+
+def _read_rows(rows: Tensor, index: Tensor, used: Tensor) -> Tensor:
+    """Give ``rows[index]``, ``[N, C]``, with zeros where ``used`` is false."""
+    if rows.device.type == "cpu":
+        read: Tensor = _ReadRows.apply(rows, index, used)
+        return read
+    return rows.index_select(0, index) * used[:, None]
 
 
 class _ReadRows(torch.autograd.Function):
-    """Rows by their indices, zeros where a mask says so; ``index_select``'s own backward adds them one by one."""
+    """``_read_rows`` on a CPU, where ``index_select`` would go backward row by row, in the rows' own type."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, index: Tensor, used: Tensor) -> Tensor:
