@@ -14,12 +14,14 @@ from typing import Any, get_type_hints
 
 from resdet.benchmarks.annotations import benchmark_annotations
 from resdet.benchmarks.evaluation import benchmark_evaluation
+from resdet.benchmarks.loading import benchmark_loading
 from resdet.benchmarks.report import Report
 from resdet.errors import UserError
 
 WORK: dict[str, Callable[..., Report]] = {
     "annotations": benchmark_annotations,
     "evaluation": benchmark_evaluation,
+    "loading": benchmark_loading,
 }
 """Every kind of work, by its name on the command line."""
 

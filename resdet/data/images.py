@@ -36,6 +36,8 @@ _EXIF_ORIENTATION = 0x0112
 _TIFF_BITS = 258
 _TIFF_PHOTOMETRIC = 262
 _PIXELS = "pixels must be 8- or 16-bit gray, RGB or CMYK"
+# In a scan, samples of 0xFF are followed by a zero, and marks for restarting belong to it; what else follows ends it.
+_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7]", re.DOTALL)
 _MAX_NAME = 1024
 # Line breaks of Unicode among them: a name with one would break messages and lists of names apart.
 # Halves of surrogate pairs are in no file's name either, but for those by which Python shows bytes that are no UTF-8.
@@ -80,8 +82,10 @@ def read_image(path: Path) -> npt.NDArray[np.uint8]:
       their high eight bits. Signed, 32-bit and floating-point pixels have no range known to the reader: refused.
     * EXIF orientation is not applied here; ``FolderImages`` says where it is. Pillow turns TIFF files by itself.
 
-    Decoding is Pillow's: on 640x480 JPEG files it took 1.8 ms, OpenCV 1.6 ms, with the same pixels. Its warnings
-    (of odd EXIF, say) are not passed on: a file is read, or it is an error. libtiff alone may write to stderr.
+    Decoding is Pillow's, but for sound baseline JPEGs (``_sound_jpeg``), which OpenCV decodes to the same pixels in
+    less time: files of COCO take 1.46 ms here, by Pillow alone 1.84 ms. Pillow's warnings (of odd EXIF, say) are not
+    passed on: a file is read, or it is an error. Decoders alone may write to stderr: libtiff, and OpenCV's libjpeg of
+    damage that neither of the two refuses.
 
     Returns:
         uint8 ``[H, W, 3]``, RGB, contiguous and writable.
@@ -95,7 +99,54 @@ def read_image(path: Path) -> npt.NDArray[np.uint8]:
             return _from_deep_gray(image, path)
         if image.mode in ("F", "LAB"):
             raise UnreadableImageError(f"{path}: {_PIXELS}, got mode {image.mode}")
-        return np.array(image.convert("RGB"))
+        if image.format == "JPEG" and image.mode in ("RGB", "L"):
+            decoded = _sound_jpeg(path)
+            if decoded is not None and decoded.shape[:2] == (image.height, image.width):
+                return decoded
+        return np.array(image if image.mode == "RGB" else image.convert("RGB"))
+
+
+def _sound_jpeg(path: Path) -> npt.NDArray[np.uint8] | None:
+    """Decode a JPEG of one scan by OpenCV: uint8 ``[H, W, 3]``, or None where Pillow has to say what it holds.
+
+    Both wrap libjpeg-turbo, but OpenCV gives a picture of gray where a file is cut short. So it is asked only if no
+    decoder can run out of data: one frame of Huffman-coded samples, one scan, and after it the end of the image.
+    Looking for that end takes 0.04 ms of 140 kB.
+
+    What did not pay: ``torchvision.io.decode_jpeg`` (1.28 ms where OpenCV takes 1.33) gives planes, which augmentation
+    cannot use, and is deprecated; decoding at a half or a quarter of the size changes pixels, and COCO's images are
+    enlarged for training, not made smaller.
+    """
+    import cv2
+
+    rgb = getattr(cv2, "IMREAD_COLOR_RGB", None)  # older releases give BGR alone
+    if rgb is None:
+        return None
+    data = Path(path).read_bytes()
+    start = _scan_start(data)
+    end = _MARKER.search(data, start) if start is not None else None
+    if end is None or end[0] != b"\xff\xd9":
+        return None
+    try:
+        decoded = cv2.imdecode(np.frombuffer(data, dtype=np.uint8), rgb | cv2.IMREAD_IGNORE_ORIENTATION)
+    except cv2.error:
+        return None
+    return None if decoded is None else np.asarray(decoded, dtype=np.uint8)
+
+
+def _scan_start(data: bytes) -> int | None:
+    """Give where the samples of a JPEG's first scan begin; None if its one frame is not baseline or damaged."""
+    at, frames = 2, b""
+    while at + 4 <= len(data) and data[at] == 0xFF:
+        marker, end = data[at + 1], at + 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+        if end < at + 4:
+            return None
+        if marker == 0xDA:
+            return end if len(frames) == 1 and frames in b"\xc0\xc1" else None
+        if 0xC0 <= marker <= 0xCF and marker not in b"\xc4\xc8\xcc":
+            frames += data[at + 1 : at + 2]
+        at = end
+    return None
 
 
 def _from_deep_gray(image: Image.Image, path: Path) -> npt.NDArray[np.uint8]:

@@ -1,4 +1,6 @@
+import io
 import pickle
+import random
 import struct
 import warnings
 from dataclasses import replace
@@ -7,10 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
+from resdet.data import images
 from resdet.data.annotations import FileNames
 from resdet.data.images import FolderImages, ImageHeader, check_files, read_header, read_image, read_size
 from resdet.data.shapes import shapes_table
-from resdet.errors import DataError
+from resdet.errors import DataError, UnreadableImageError
 
 RGB = np.random.default_rng(0).integers(0, 256, size=(6, 9, 3), dtype=np.uint8)
 
@@ -36,6 +39,132 @@ def test_jpeg_gives_the_pixels_of_opencv(assets):
         assert np.abs(image.astype(int) - reference).max() <= 1
         with pytest.raises(AssertionError):  # the comparison can tell RGB from BGR
             assert np.abs(image.astype(int) - reference[:, :, ::-1]).max() <= 1
+
+
+def jpeg(image, **options):
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", **options)
+    return buffer.getvalue()
+
+
+# Edges, noise and sides that are no multiples of a block.
+PHOTO = Image.fromarray(
+    np.clip(
+        np.add.outer(np.arange(37) * 3, np.arange(53) * 2)[:, :, None]
+        + np.random.default_rng(1).normal(0, 20, size=(37, 53, 3)),
+        0,
+        255,
+    ).astype(np.uint8)
+)
+
+SOUND_JPEGS = {
+    "4:4:4": jpeg(PHOTO, subsampling="4:4:4"),
+    "4:2:2": jpeg(PHOTO, subsampling="4:2:2", quality=95),
+    "4:2:0": jpeg(PHOTO, subsampling="4:2:0", quality=30),
+    "tables of its own": jpeg(PHOTO, optimize=True),
+    "restarts": jpeg(PHOTO, restart_marker_blocks=2),
+    "gray": jpeg(PHOTO.convert("L")),
+    "one pixel": jpeg(PHOTO.crop((0, 0, 1, 1))),
+    "one row": jpeg(PHOTO.crop((0, 0, 53, 1))),
+    "bytes after its end": jpeg(PHOTO) + b"more",
+}
+OTHER_JPEGS = {
+    "progressive": jpeg(PHOTO, progressive=True),
+    "CMYK": jpeg(PHOTO.convert("CMYK")),
+    "fill before its end": jpeg(PHOTO)[:-2] + b"\xff\xff\xd9",
+}
+
+
+def by_pillow(content):
+    with Image.open(io.BytesIO(content)) as image:
+        return np.array(image.convert("RGB"))
+
+
+@pytest.mark.parametrize("name", [*SOUND_JPEGS, *OTHER_JPEGS])
+def test_jpegs_give_pillows_pixels_whoever_decodes_them(tmp_path, monkeypatch, name):
+    cv2 = pytest.importorskip("cv2")
+    path = tmp_path / "a.jpg"
+    content = {**SOUND_JPEGS, **OTHER_JPEGS}[name]
+    path.write_bytes(content)
+    decoded = []
+    sound_jpeg = images._sound_jpeg
+    monkeypatch.setattr(images, "_sound_jpeg", lambda path: decoded.append(sound_jpeg(path)) or decoded[-1])
+    image = read_image(path)
+    if hasattr(cv2, "IMREAD_COLOR_RGB"):
+        assert any(by_opencv is not None for by_opencv in decoded) == (name in SOUND_JPEGS)
+    assert np.array_equal(image, by_pillow(content))
+    assert image.flags.writeable
+    assert image.flags.c_contiguous
+    monkeypatch.delattr(cv2, "IMREAD_COLOR_RGB", raising=False)
+    assert np.array_equal(read_image(path), by_pillow(content))
+    image[0, 0, 0] ^= 1
+    with pytest.raises(AssertionError):  # one level of one pixel would be noticed
+        assert np.array_equal(image, by_pillow(content))
+
+
+def test_real_jpegs_give_pillows_pixels(assets):
+    files = [
+        path for folder in ("tiny_coco", "bccd", "voc2012_mini") for path in sorted((assets / folder).rglob("*.jpg"))
+    ]
+    assert len(files) > 100
+    for path in files[::10]:
+        assert np.array_equal(read_image(path), by_pillow(path.read_bytes()))
+
+
+def damaged(content, rng):
+    content = bytearray(content)
+    at = rng.randrange(len(content))
+    how = rng.randrange(5)
+    if how == 0:
+        content[at] = rng.randrange(256)
+    elif how == 1:
+        del content[at : at + rng.randrange(1, 9)]
+    elif how == 2:
+        content[at : at + 2] = b"\xff" + bytes([rng.choice(b"\xd9\xd0\xd3\xda\xc4\xe0\xff\xfe\xdd\xc0\xdb\xd8")])
+    elif how == 3:
+        content[at:] = b"\xff\xd9"
+    else:
+        del content[at:]
+    return bytes(content)
+
+
+def what_is_read(path):
+    try:
+        image = read_image(path)
+    except UnreadableImageError as error:
+        return str(error)
+    return image.shape, image.tobytes()
+
+
+def compare_readers(tmp_path, monkeypatch, num_files):
+    """Read damaged JPEGs as they are read, and by Pillow alone; both must give the same pixels or the same message."""
+    rng = random.Random(0)
+    path = tmp_path / "a.jpg"
+    kinds = sorted({**SOUND_JPEGS, **OTHER_JPEGS}.items())
+    num_read = 0
+    for _ in range(num_files):
+        path.write_bytes(damaged(rng.choice(kinds)[1], rng))
+        found = what_is_read(path)
+        with monkeypatch.context() as patch:
+            patch.setattr(images, "_sound_jpeg", lambda path: None)
+            assert found == what_is_read(path)
+        num_read += not isinstance(found, str)
+    return num_read
+
+
+def test_damaged_jpegs_give_what_pillow_gives(tmp_path, monkeypatch):
+    num_read = compare_readers(tmp_path, monkeypatch, 300)
+    assert 50 < num_read < 250  # both kinds of outcome are among them
+
+
+def test_a_reader_that_trusts_opencv_would_be_noticed(tmp_path, monkeypatch):
+    class Trusting:
+        def search(self, data, start):
+            return [b"\xff\xd9"]
+
+    monkeypatch.setattr(images, "_MARKER", Trusting())
+    with pytest.raises(AssertionError):
+        compare_readers(tmp_path, monkeypatch, 200)
 
 
 def test_every_kind_of_pixel_becomes_rgb(tmp_path):
@@ -144,12 +273,12 @@ def table_of(file_names, sizes):
 
 def test_folder_images_check_size_and_name_the_image(tmp_path):
     Image.fromarray(RGB).save(tmp_path / "a.png")
-    images = FolderImages(tmp_path, table_of(["a.png", "a.png", "b.png"], [(6, 9), (6, 8), (6, 9)]))
-    assert np.array_equal(pickle.loads(pickle.dumps(images))(0), RGB)
+    folder = FolderImages(tmp_path, table_of(["a.png", "a.png", "b.png"], [(6, 9), (6, 8), (6, 9)]))
+    assert np.array_equal(pickle.loads(pickle.dumps(folder))(0), RGB)
     with pytest.raises(DataError, match=r"image 2: .*a\.png is 9x6 pixels .* but val\.json says 8x6$"):
-        images(1)
+        folder(1)
     with pytest.raises(DataError, match=r"image 3: .*b\.png: no such image file"):
-        images(2)
+        folder(2)
 
 
 def write_turned(path, image, orientation):
