@@ -22,7 +22,8 @@ def keep_freed_memory() -> bool:
     so too. The process does not shrink afterwards.
 
     Measured on 2 cores (AMD Zen 5, bfloat16), ResNet-101: a training step of two images of 480x640 took 1.48 s where it
-    had taken 1.61, inference at 800/1333 0.64 s where it had taken 0.70; the peak of memory grew by 2 percent.
+    had taken 1.61, inference at 800/1333 0.64 s where it had taken 0.70; the peak of memory grew by 2 percent. Huge
+    pages beside it (``THP_MEM_ALLOC_ENABLE=1``, which torch reads) made no difference.
 
     Returns:
         Whether this C library can be told (glibc can). Tensors on GPUs are not concerned.

@@ -21,7 +21,8 @@ is_scripting: Callable[[], bool] = torch.jit.is_scripting  # type: ignore[attr-d
 
 def is_captured() -> bool:
     """Tell whether the operations that run now are being recorded into a program."""
-    return torch._C._get_tracing_state() is not None or torch.compiler.is_compiling()
+    # In this order: older compilers cannot follow the second question.
+    return torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
 
 
 def scripted_as(module: nn.Module, kind: type[Plain]) -> Plain:

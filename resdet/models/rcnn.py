@@ -6,7 +6,8 @@ same order. All of them can be scripted where the base class can.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -158,6 +159,20 @@ class ProposalHead(RPNHead):  # type: ignore[misc]
         logits = logits[back].gather(1, which).view(-1)
         deltas = deltas[back].view(-1, num_at_place, 4).gather(1, which[..., None].expand(-1, 1, 4)).view(-1, 4)
         return logits.to(_widened(logits.dtype)), deltas.to(_widened(deltas.dtype))
+
+
+@contextmanager
+def _nothing_kept_by_autocast() -> Iterator[None]:
+    """Keep weights that autocast casts without gradients from being taken again, in the same forward pass, for those.
+
+    torch up to 2.6 at least keeps them.
+    """
+    kept = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(kept)
 
 
 def _patches(feature: Tensor, image: Tensor, y: Tensor, x: Tensor) -> Tensor:
@@ -328,7 +343,7 @@ class FastProposalNetwork(ProposalNetwork):
             captured: tuple[list[Tensor], dict[str, Tensor]] = super().forward(images, features, targets)
             return captured
         levels = list(features.values())
-        with torch.no_grad():
+        with torch.no_grad(), _nothing_kept_by_autocast():
             logits, deltas = self.head(levels)
             anchors = self.anchor_generator(images, levels)
             counts = [logit[0].numel() for logit in logits]
