@@ -12,9 +12,11 @@ from resdet.memory import keep_freed_memory
 _SCRIPT = """
 import resource, sys
 import torch
-from resdet.memory import keep_freed_memory
-if sys.argv[1] == "keep":
+from resdet.memory import keep_freed_memory, return_freed_memory
+if sys.argv[1] != "leave":
     assert keep_freed_memory()
+if sys.argv[1] == "return":
+    assert return_freed_memory()
 def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(20):
@@ -36,3 +38,9 @@ def test_freed_memory_is_used_again() -> None:
         pytest.skip("this C library cannot be told to keep memory")
     # 80 MB are 19,531 pages of 4 kB, or 39 of 2 MB where the kernel gives huge ones; ten times that if unmapped.
     assert page_faults("keep") < 30 < page_faults("leave")
+
+
+def test_what_was_kept_can_be_returned() -> None:
+    if not keep_freed_memory():
+        pytest.skip("this C library cannot be told to keep memory")
+    assert page_faults("return") > 300

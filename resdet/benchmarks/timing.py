@@ -20,7 +20,8 @@ def in_turn(
     """Time each of several things once, then each of them once more, and so on.
 
     A machine that slows down for a while (other programs, heat) slows down all of them alike. What is ours runs with
-    freed memory kept, as our loops have it; everything else as the C library does by itself.
+    freed memory kept, as our loops have it; everything else as the C library does by itself. Each is run once untimed
+    before it is timed, so that it finds memory and caches as its own last run left them.
 
     Args:
         runs: What to time, by name (ours begins with "ours"); each is given the number of the repetition.
@@ -35,6 +36,7 @@ def in_turn(
     for repetition in range(-warmup, repeats):
         for name, run in runs.items():
             (keep_freed_memory if name.startswith("ours") else return_freed_memory)()
+            run(max(repetition, 0))
             _wait_for(device)
             start = time.perf_counter()
             run(max(repetition, 0))
