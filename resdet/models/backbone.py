@@ -18,7 +18,7 @@ from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastL
 
 from resdet.errors import UserError
 from resdet.models.bodies import Body, make_body
-from resdet.models.capture import scripted_as
+from resdet.models.capture import is_captured, scripted_as
 from resdet.models.convolution import conv
 from resdet.models.weights import WeightsSource, load_backbone_weights
 
@@ -30,6 +30,9 @@ class FeaturePyramid(FeaturePyramidNetwork):  # type: ignore[misc]  # torchvisio
 
     def forward(self, x: dict[str, Tensor]) -> dict[str, Tensor]:
         """Compute the levels from features ``[B, C, H, W]`` by name, finest first."""
+        if is_captured():
+            plain: dict[str, Tensor] = super().forward(x)
+            return plain
         features = list(x.values())
         levels: list[Tensor] = []
         inner: Tensor | None = None
