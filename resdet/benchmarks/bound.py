@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from statistics import median
 from typing import NamedTuple
 
 import torch
@@ -115,6 +116,22 @@ def bound_row(
         "ours reaches [%]": 100 * bound / ours_seconds,
         "torchvision reaches [%]": 100 * bound / torchvision_seconds,
     }
+
+
+def bound_rows(
+    rates: Mapping[Precision, Rate], flops: Flops, seconds: Mapping[str, Sequence[float]]
+) -> list[dict[str, str | float]]:
+    """Say it of each precision, by the medians of times as ``in_turn`` gives them."""
+    return [
+        bound_row(
+            precision,
+            rates[precision],
+            flops,
+            ours_seconds=median(seconds[f"ours {precision}"]),
+            torchvision_seconds=median(seconds[f"torchvision {precision}"]),
+        )
+        for precision in PRECISIONS
+    ]
 
 
 def _operations(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, int, Callable[[], Tensor]]]:

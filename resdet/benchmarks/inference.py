@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from statistics import median
 
 import torch
 from torch import Tensor
 
-from resdet.benchmarks.bound import PRECISIONS, best_rates, bound_row, count_flops
+from resdet.benchmarks.bound import best_rates, bound_rows, count_flops
 from resdet.benchmarks.pair import Variant, build_ours, float_images, input_shape, shape_text, variants, weights_text
 from resdet.benchmarks.pictures import photographs
 from resdet.benchmarks.report import Report
@@ -106,16 +105,6 @@ def benchmark_inference(
         flops = {number: count_flops(lambda n=number: reference(batches[n])) for number in set(used)}  # type: ignore[misc]
     middle = sorted((flops[number] for number in used), key=lambda one: one.total)[len(used) // 2]
     rates = best_rates(place, rates)
-    bounds = [
-        bound_row(
-            precision,
-            rates[precision],
-            middle,
-            ours_seconds=median(seconds[f"ours {precision}"]),
-            torchvision_seconds=median(seconds[f"torchvision {precision}"]),
-        )
-        for precision in PRECISIONS
-    ]
     shapes = shape_text([input_shape(reference, pictures.batches[number]) for number in used])
     theirs_fp32, ours_fp32 = (
         [image for number in sorted(found[name]) for image in found[name][number]]
@@ -127,7 +116,7 @@ def benchmark_inference(
         tables={
             f"Inference: {weights_text(ours, weights)}; {batch_size} of {pictures.origin} at {min_size}/{max_size} "
             f"({shapes}), {place.type}; medians of {repeats}": time_rows(seconds),
-            "What arithmetic alone would take": bounds,
+            "What arithmetic alone would take": bound_rows(rates, middle, seconds),
             f"ours fp32 against torchvision fp32, detections of {len(ours_fp32)} images": [
                 agreement(theirs_fp32, ours_fp32)
             ],

@@ -9,7 +9,7 @@ from statistics import median
 import torch
 from torch.nn.utils import get_total_norm
 
-from resdet.benchmarks.bound import PRECISIONS, Flops, best_rates, bound_row, count_flops
+from resdet.benchmarks.bound import Flops, best_rates, bound_rows, count_flops
 from resdet.benchmarks.pair import Variant, build_ours, float_images, input_shape, shape_text, variants, weights_text
 from resdet.benchmarks.pictures import Pictures, annotated_pictures
 from resdet.benchmarks.report import Report
@@ -103,16 +103,7 @@ def benchmark_training(
             f"{pictures.origin} at {min_size}/{max_size} ({shapes}), {place.type}; medians of {repeats}"
         )
         tables[title] = [{**row, "loss": losses[str(row["what"])]} for row in time_rows(seconds)]
-        tables[f"What arithmetic alone would take at {min_size}/{max_size}"] = [
-            bound_row(
-                precision,
-                rates[precision],
-                flops,
-                ours_seconds=median(seconds[f"ours {precision}"]),
-                torchvision_seconds=median(seconds[f"torchvision {precision}"]),
-            )
-            for precision in PRECISIONS
-        ]
+        tables[f"What arithmetic alone would take at {min_size}/{max_size}"] = bound_rows(rates, flops, seconds)
     return Report(work="training", settings=settings, tables=tables)
 
 

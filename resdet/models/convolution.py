@@ -13,8 +13,6 @@ take 2.94 ms one after the other and 1.75 ms in one. Weights that are kept are b
   overwritten.
 * ``torch.compile`` of body and pyramid with inductor's freezing: 447 ms where this took 494 before weights were kept in
   oneDNN's order, which is what it gained by, and 21 s of compiling for each size of image.
-* Trained weights stored channels-last, as oneDNN takes them: 15 of 1,350 ms of a training step, but tensors that
-  safetensors will not write.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ is 0; where values have both signs it is 128. Weights are int8 in -127..127 with
   depends on the size of the map, and packs them anew in every call where that was another: 45 ms for C5's projection.
 
 Measured on 2 cores of an AMD EPYC (Zen 5, AVX512-VNNI), a ResNet-101 FPN fine-tuned on BCCD, 32 training images, AP at
-416 px on val and test: float32 0.590, 0.594; bfloat16 0.591, 0.593; this 0.592, 0.598. An image at 800/1333 takes
+416 px on val and test: float32 0.590, 0.594; bfloat16 0.588, 0.597; this 0.592, 0.597. An image at 800/1333 takes
 0.40 s, in turn with bfloat16's 0.65. The pyramid is 5 % of its norm from float32's (bfloat16 2 %). oneDNN's
 convolutions run at 1.6 to 2.0 TOP/s, twice bfloat16's rate, in nearly every shape of the network. What else was tried:
 

@@ -21,8 +21,8 @@ def suppress(boxes: list[Tensor], scores: list[Tensor], groups: list[Tensor], io
     """Suppress boxes that overlap better ones of their group, in several images.
 
     It gives what torchvision's ``batched_nms`` gives for each image. That runs on one core of a CPU; here the groups of
-    all images are shared out to as many threads as torch has. Measured on 2 cores: the proposals of two images in
-    training, 2,000 of each level, in 25 ms where they had taken 48.
+    all images are shared out to as many threads as torch has. Measured on 2 cores, the proposals of two images in
+    training, 2,000 of each level: 28 ms, clipping and sorting out included, where the operator alone had taken 48.
 
     Args:
         boxes: ``[N, 4]`` of each image.
