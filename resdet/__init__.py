@@ -1,7 +1,7 @@
 """Faster R-CNN on a ResNet-101 with FPN for torchvision: build, fine-tune, evaluate, export.
 
 The names below are the public ones. Each is imported when it is first used, so that ``import resdet`` costs nothing.
-Detections on image files, and drawing them, are in ``resdet.predict``.
+Detections on image files, and drawing them, are in ``resdet.prediction``.
 """
 
 from __future__ import annotations
@@ -10,19 +10,21 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from resdet.classification.grow import grow
     from resdet.config import Config, load_config
     from resdet.data.coco import read_coco
     from resdet.data.dataset import DetectionDataset
     from resdet.data.voc import read_voc
     from resdet.errors import ConfigError, DataError, TrainingError, UserError, WeightsError
     from resdet.evaluation.detect import evaluate
-    from resdet.export import export_backbone, export_detector, load_backbone
-    from resdet.memory import keep_freed_memory
+    from resdet.export.export import export_backbone, export_detector, load_backbone
+    from resdet.malloc import keep_freed_memory
     from resdet.models.backbone import ResNetFPN, resnet_fpn
-    from resdet.models.detector import Detector, DetectorSpec, build_detector, fasterrcnn_resnet101_fpn, load_detector
-    from resdet.models.grow import grow
-    from resdet.models.int8 import quantize_detector, save_int8_detector
-    from resdet.models.tricks import Tricks
+    from resdet.models.checkpoint import load_detector, save_int8_detector
+    from resdet.models.detector import Detector, build_detector
+    from resdet.models.fasterrcnn import fasterrcnn_resnet101_fpn
+    from resdet.models.int8 import quantize_detector
+    from resdet.models.spec import DetectorSpec, Tricks
     from resdet.training.loop import train
     from resdet.types import Category, Detections, Prediction, Target
 
@@ -36,29 +38,29 @@ _HOMES = {
     "DetectionDataset": "resdet.data.dataset",
     "Detections": "resdet.types",
     "Detector": "resdet.models.detector",
-    "DetectorSpec": "resdet.models.detector",
+    "DetectorSpec": "resdet.models.spec",
     "Prediction": "resdet.types",
     "ResNetFPN": "resdet.models.backbone",
     "Target": "resdet.types",
     "TrainingError": "resdet.errors",
-    "Tricks": "resdet.models.tricks",
+    "Tricks": "resdet.models.spec",
     "UserError": "resdet.errors",
     "WeightsError": "resdet.errors",
     "build_detector": "resdet.models.detector",
     "evaluate": "resdet.evaluation.detect",
-    "export_backbone": "resdet.export",
-    "export_detector": "resdet.export",
-    "fasterrcnn_resnet101_fpn": "resdet.models.detector",
-    "grow": "resdet.models.grow",
-    "keep_freed_memory": "resdet.memory",
-    "load_backbone": "resdet.export",
+    "export_backbone": "resdet.export.export",
+    "export_detector": "resdet.export.export",
+    "fasterrcnn_resnet101_fpn": "resdet.models.fasterrcnn",
+    "grow": "resdet.classification.grow",
+    "keep_freed_memory": "resdet.malloc",
+    "load_backbone": "resdet.export.export",
     "load_config": "resdet.config",
-    "load_detector": "resdet.models.detector",
+    "load_detector": "resdet.models.checkpoint",
     "quantize_detector": "resdet.models.int8",
     "read_coco": "resdet.data.coco",
     "read_voc": "resdet.data.voc",
     "resnet_fpn": "resdet.models.backbone",
-    "save_int8_detector": "resdet.models.int8",
+    "save_int8_detector": "resdet.models.checkpoint",
     "train": "resdet.training.loop",
 }
 

@@ -12,30 +12,25 @@ import torch
 import yaml
 from torch import Tensor
 
+from resdet.check.anchor_coverage import AnchorLayout
+from resdet.check.browse import write_browse_page
+from resdet.check.check import DataSplit, coco_split, table_split, voc_split
 from resdet.config import CocoSource, Config, ModelConfig, ShapesSource, Source, config_from_plain
-from resdet.data.augment import MIN_VISIBILITY, build_augment
-from resdet.data.browse import write_browse_page
-from resdet.data.check import DataSplit, coco_split, table_split, voc_split
+from resdet.data.augment.pipeline import MIN_VISIBILITY, build_augment
 from resdet.data.coco import read_coco
-from resdet.data.coverage import AnchorLayout
 from resdet.data.dataset import DetectionDataset
 from resdet.data.images import FolderImages, check_files
 from resdet.data.shapes import ShapesImages, shapes_table
 from resdet.data.voc import read_voc
 from resdet.errors import DataError, UserError, WeightsError
-from resdet.models.detector import (
-    WEIGHTS_FACTS,
-    Detector,
-    DetectorSpec,
-    build_detector,
-    holds_detector,
-    load_detector_weights,
-    weights_settings,
-)
+from resdet.models.checkpoint import holds_detector, load_detector_weights, weights_settings
+from resdet.models.detector import Detector, build_detector
 from resdet.models.losses import class_balanced_weights
 from resdet.models.norm import calibrate_norm, has_fresh_frozen_norm
-from resdet.models.rcnn import Anchors
-from resdet.models.weights import locate, read_checkpoint
+from resdet.models.proposals import Anchors
+from resdet.models.spec import WEIGHTS_FACTS, DetectorSpec
+from resdet.weights.files import read_checkpoint
+from resdet.weights.source import locate
 
 logger = logging.getLogger(__name__)
 

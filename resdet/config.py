@@ -21,8 +21,7 @@ from typing_extensions import Self
 
 from resdet.errors import ConfigError
 from resdet.models.archs import VGGArch, find_arch
-from resdet.models.detector import DetectorSpec
-from resdet.models.tricks import Tricks
+from resdet.models.spec import DetectorSpec, Tricks
 from resdet.yaml12 import KeyPath, dotted, read_yaml
 
 _SECTION = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
@@ -281,7 +280,7 @@ class Config(BaseModel):
     augment: list[dict[str, dict[str, Any]]] = [{"HorizontalFlip": {"p": 0.5}}]
     """Steps applied in this order to training images: ``- HorizontalFlip: {p: 0.5}``. Any transform of albumentations
     by its name (ColorJitter for colours, GaussianBlur, CoarseDropout for cutout, ...), and LargeScaleJitter, Mosaic and
-    CopyPaste (``resdet/data/augment_steps.py`` documents their parameters); images that the last two mix in go through
+    CopyPaste (``resdet/data/augment/steps.py`` documents their parameters); images that the last two mix in go through
     the steps before them. The length of the short side is not set here: ``model.min_size`` draws one of several for
     each training image, and the detector scales whatever comes out of these steps to it."""
     min_visibility: float = Field(0.1, ge=0, le=1)

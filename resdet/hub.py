@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from torchvision.models._api import BUILTIN_MODELS
 
-from resdet.models.detector import fasterrcnn_resnet101_fpn
+from resdet.models.fasterrcnn import fasterrcnn_resnet101_fpn
 
 HUB_NAME = "resdet_fasterrcnn_resnet101_fpn"
 

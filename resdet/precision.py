@@ -12,7 +12,14 @@ _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def autocast(device: torch.device, precision: Precision) -> torch.autocast:
-    """Give the autocast context of a precision; for ``fp32`` one that switches autocast off."""
+    """Return the autocast context of a precision; for ``fp32`` one that switches autocast off."""
     if precision == "fp32":
         return torch.autocast(device.type, enabled=False)
     return torch.autocast(device.type, _DTYPES[precision])
+
+
+def widened(dtype: torch.dtype) -> torch.dtype:
+    """Return float32, or float64 for float64: the type in which boxes are computed."""
+    if dtype == torch.float64:
+        return torch.float64
+    return torch.float32

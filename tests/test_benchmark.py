@@ -6,10 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from benchmarks import WORK, run_benchmark
+from benchmarks.coco_json import write_coco_json
+from benchmarks.report import Report
 
-from resdet.benchmarks import WORK, run_benchmark
-from resdet.benchmarks.coco_json import write_coco_json
-from resdet.benchmarks.report import Report
 from resdet.data.coco import read_coco
 from resdet.errors import UserError
 

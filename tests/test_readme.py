@@ -16,7 +16,8 @@ from resdet.data.annotations import AnnotationTable
 from resdet.data.dataset import DetectionDataset
 from resdet.data.loader import train_loader
 from resdet.data.shapes import ShapesImages, shapes_table
-from resdet.models.detector import Detector, DetectorSpec, build_detector
+from resdet.models.detector import Detector, build_detector
+from resdet.models.spec import DetectorSpec
 from resdet.training import guards
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -39,7 +39,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from resdet.cli import run_tool
+from resdet.commands.run import run_tool
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -47,7 +47,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("settings", nargs="+", metavar="key=value", help="work=NAME, output=FILE, settings of the work")
     settings = parser.parse_args(arguments).settings
 
-    from resdet.benchmarks import run_benchmark
+    from benchmarks import run_benchmark
 
     outputs = [Path(setting.removeprefix("output=")) for setting in settings if setting.startswith("output=")]
     report = run_benchmark([setting for setting in settings if not setting.startswith("output=")])

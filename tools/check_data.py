@@ -18,7 +18,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from resdet.cli import run_tool
+from resdet.commands.run import run_tool
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -40,9 +40,9 @@ def main(arguments: Sequence[str]) -> int:
         parser.error(f"--browse-images must be at least 1, got {options.browse_images}")
 
     from resdet.build import anchor_layout, build_browse_page, build_split
+    from resdet.check.check import check_dataset, report_text
+    from resdet.check.image_facts import default_num_workers
     from resdet.config import load_config
-    from resdet.data.check import check_dataset, report_text
-    from resdet.data.image_facts import default_num_workers
     from resdet.errors import DataError
     from resdet.files import written_whole
 
@@ -61,7 +61,7 @@ def main(arguments: Sequence[str]) -> int:
             beside.write_text(json.dumps(report.to_plain(), indent=1), encoding="utf-8")
         print(f"\nwritten: {options.json}")
     if options.fix is not None:
-        from resdet.data.repair import write_fixed
+        from resdet.check.repair import write_fixed
 
         changes = write_fixed(next(split for split in splits if split.name == options.split), report, options.fix)
         print(f"\nchanged in {options.split}:")

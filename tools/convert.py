@@ -14,7 +14,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from resdet.cli import run_tool
+from resdet.commands.run import run_tool
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -27,8 +27,8 @@ def main(arguments: Sequence[str]) -> None:
     )
     options = parser.parse_args(arguments)
 
-    from resdet.convert import convert_file
-    from resdet.models.weights import name_some
+    from resdet.weights.convert_file import convert_file
+    from resdet.weights.files import name_some
 
     report = convert_file(options.source, options.to, options.output, source_format=options.source_format)
     read, written = report.read, report.written

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from resdet.cli import run_tool
+from resdet.commands.run import run_tool
 from resdet.errors import UserError
 
 
@@ -50,7 +50,7 @@ def main(arguments: Sequence[str]) -> None:
     from resdet.config import config_to_plain
     from resdet.evaluation.report import ReportedRun, check_same_ground_truth, read_log, write_report
     from resdet.evaluation.write import metrics_table, write_evaluation
-    from resdet.training.distributed import choose_device
+    from resdet.processes import choose_device
 
     configs = [config_of_checkpoint(checkpoint, overrides) for checkpoint in checkpoints]
     datasets = [build_dataset(config.data.val, training=False) for config in configs]

@@ -12,7 +12,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from resdet.cli import run_tool
+from resdet.commands.run import run_tool
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -23,10 +23,10 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--images", type=Path, metavar="FOLDER", help="a folder of class-named folders of images")
     options = parser.parse_intermixed_args(arguments)  # overrides may stand after options
 
-    from resdet.pretraining.build import build_images, eval_config
-    from resdet.pretraining.evaluate import evaluate_classifier
-    from resdet.pretraining.model import load_classifier
-    from resdet.training.distributed import choose_device
+    from resdet.classification.build import build_images, eval_config
+    from resdet.classification.evaluate import evaluate_classifier
+    from resdet.classification.model import load_classifier
+    from resdet.processes import choose_device
 
     config = eval_config(options.weights, arch=options.arch, images=options.images, overrides=options.overrides)
     classifier = load_classifier(options.weights, arch=options.arch)

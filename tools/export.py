@@ -16,7 +16,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from resdet.cli import run_tool
+from resdet.commands.run import run_tool
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -45,7 +45,7 @@ def main(arguments: Sequence[str]) -> None:
     import resdet
     from resdet.data.images import read_image
     from resdet.errors import UserError
-    from resdet.predict import find_images
+    from resdet.prediction import find_images
 
     if options.what == "detector" and (options.fpn or options.names != "torchvision"):
         raise UserError("--fpn and --names are for a backbone; a detector is exported whole")

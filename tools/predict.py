@@ -10,7 +10,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from resdet.cli import run_tool
+from resdet.commands.run import run_tool
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -31,8 +31,8 @@ def main(arguments: Sequence[str]) -> None:
 
     import resdet
     from resdet.config import parse_tricks
-    from resdet.predict import find_images, predict_files, shown_from
-    from resdet.training.distributed import choose_device
+    from resdet.prediction import find_images, predict_files, shown_from
+    from resdet.processes import choose_device
 
     tricks = parse_tricks(options.tricks)
     model = resdet.load_detector(options.checkpoint).to(choose_device(options.device))

@@ -8,19 +8,19 @@ torchrun --nproc-per-node 8 tools/pretrain.py configs/pretrain_imagenet_resnet50
 import argparse
 from collections.abc import Sequence
 
-from resdet.cli import run_tool
+from resdet.commands.run import run_tool
 
 
 def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "config", metavar="CONFIG", help="a YAML file; resdet/pretraining/config.py documents every key"
+        "config", metavar="CONFIG", help="a YAML file; resdet/classification/config.py documents every key"
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted keys, as in optim.lr=0.01")
     options = parser.parse_args(arguments)
 
-    from resdet.pretraining.config import load_pretrain_config
-    from resdet.pretraining.loop import pretrain
+    from resdet.classification.config import load_pretrain_config
+    from resdet.classification.loop import pretrain
 
     config = load_pretrain_config(options.config, options.overrides)
     result = pretrain(config)

@@ -12,7 +12,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from resdet.cli import run_tool
+from resdet.commands.run import run_tool
 
 
 def main(arguments: Sequence[str]) -> None:

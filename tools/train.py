@@ -8,7 +8,7 @@ torchrun --nproc-per-node 8 tools/train.py configs/frcnn_r101.yaml
 import argparse
 from collections.abc import Sequence
 
-from resdet.cli import run_tool
+from resdet.commands.run import run_tool
 
 
 def main(arguments: Sequence[str]) -> None:

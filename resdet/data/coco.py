@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from resdet.data.annotations import AnnotationTable, FileNames
 from resdet.data.cache import cached_table
-from resdet.data.records import MAX_SIDE, as_boxes, as_integers, load_records, record_problems
+from resdet.data.coco_rules import MAX_SIDE, as_boxes, as_integers, load_records, record_problems
 from resdet.errors import DataError
 from resdet.types import Category
 

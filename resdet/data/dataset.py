@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
 from resdet.data.annotations import MIN_TRAINABLE_SIDE, AnnotationTable
-from resdet.data.augment import Augment
+from resdet.data.augment.pipeline import Augment
+from resdet.data.augment.sample import Sample
 from resdet.data.images import Images
-from resdet.data.sample import Sample
 from resdet.errors import DataError, UnreadableImageError
 from resdet.types import Category, Target
 

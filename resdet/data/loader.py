@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from resdet.data.dataset import DetectionDataset
-from resdet.data.sampling import REPEAT_THRESHOLD, Sampling, TrainBatches, image_order
+from resdet.data.order import REPEAT_THRESHOLD, Sampling, TrainBatches, image_order
 from resdet.errors import DataError, UserError
 from resdet.types import Target
 

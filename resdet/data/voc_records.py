@@ -7,7 +7,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 from resdet.data import voc
-from resdet.data.records import CocoRecords, Problem, Record
+from resdet.data.coco_rules import CocoRecords, Problem, Record
 from resdet.errors import DataError
 
 

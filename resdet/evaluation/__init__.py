@@ -1,12 +1,6 @@
 """What a detector found, and how good that is."""
 
-from resdet.evaluation.coco import (
-    ClassMetrics,
-    CocoMetrics,
-    coco_metrics,
-    detections_to_coco,
-    read_coco_detections,
-)
+from resdet.evaluation.coco import ClassMetrics, CocoMetrics, coco_metrics, detections_to_coco, read_coco_detections
 from resdet.evaluation.confusion import ConfusionMatrix, confusion_matrix
 from resdet.evaluation.curves import BestF1, Curve, Curves, best_score_threshold, precision_recall
 from resdet.evaluation.detect import Evaluation, detect, evaluate

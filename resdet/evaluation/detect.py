@@ -21,8 +21,9 @@ from resdet.evaluation.coco import ClassMetrics, CocoMetrics, coco_metrics
 from resdet.evaluation.curves import best_score_threshold
 from resdet.evaluation.state import evaluation_mode, placed, random_states_kept
 from resdet.evaluation.voc import VocMetrics, voc_metrics
-from resdet.memory import keep_freed_memory
-from resdet.models.tricks import Tricks, detect_with_tricks
+from resdet.malloc import keep_freed_memory
+from resdet.models.spec import Tricks
+from resdet.models.test_time import detect_with_tricks
 from resdet.precision import Precision, autocast
 from resdet.types import Category, Detections, Prediction, Target
 

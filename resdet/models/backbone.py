@@ -18,9 +18,10 @@ from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastL
 
 from resdet.errors import UserError
 from resdet.models.bodies import Body, make_body
-from resdet.models.capture import is_captured, scripted_as
 from resdet.models.convolution import conv
-from resdet.models.weights import WeightsSource, load_backbone_weights
+from resdet.models.loading import load_backbone_weights
+from resdet.models.tracing import is_captured, scripted_as
+from resdet.weights.source import WeightsSource
 
 ExtraBlocks = Literal["pool", "p6p7"]
 

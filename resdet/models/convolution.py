@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from resdet.models.capture import is_captured
+from resdet.models.tracing import is_captured
 
 # A 1x1 convolution's weight gradient is a matrix product, and oneDNN's product is faster than its convolution (in
 # bfloat16, 512 -> 2048 channels of 600 pixels 1.4 ms for 2.1) up to some number of pixels to sum over: of 27,200

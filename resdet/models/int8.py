@@ -34,10 +34,8 @@ from __future__ import annotations
 
 import copy
 import math
-import os
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -47,13 +45,12 @@ from torchvision.models.detection.faster_rcnn import TwoMLPHead
 from torchvision.models.detection.rpn import RPNHead
 
 from resdet.errors import UserError, WeightsError
-from resdet.files import save_tensors, written_whole
-from resdet.graphs import folded_copy, frozen_copy
 from resdet.models.archs import ResNetArch, find_arch
 from resdet.models.backbone import ResNetFPN, resnet_fpn
-from resdet.models.detector import INT8_FORMAT, Detector, DetectorSpec, checkpoint_payload
-from resdet.models.norm import FrozenBatchNorm2d
+from resdet.models.detector import Detector
+from resdet.models.norm import FrozenBatchNorm2d, folded_copy, frozen_copy
 from resdet.models.resnet import BasicBlock, Bottleneck, Projection, ResNet
+from resdet.models.spec import DetectorSpec
 from resdet.types import Category
 
 MIDDLE = 128
@@ -532,26 +529,6 @@ def quantize_detector(model: Detector, images: Iterable[Tensor]) -> Int8Detector
     fill(int8_head.fc6, head.fc6, pooled, vectors, pyramid)  # pooled values keep the scale of the levels
     fill(int8_head.fc7, head.fc7, vectors, None, vectors)
     return int8
-
-
-def save_int8_detector(
-    model: Int8Detector, path: str | os.PathLike[str], config: Mapping[str, Any] | None = None
-) -> None:
-    """Write a detector in int8, which ``load_detector`` reads.
-
-    Args:
-        model: What ``quantize_detector`` gave.
-        path: The file.
-        config: The configuration of the run it comes from, as plain values, by which ``tools/eval.py`` finds data.
-
-    Raises:
-        UserError: If the file's directory does not exist.
-    """
-    payload: dict[str, Any] = {**checkpoint_payload(model), "format": INT8_FORMAT}
-    if config is not None:
-        payload["config"] = dict(config)
-    with written_whole(Path(path)) as beside:
-        save_tensors(payload, beside)
 
 
 def _check_engine() -> None:

@@ -6,7 +6,6 @@ Legend: ``N`` sampled proposals of all images, ``K`` foreground classes.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -15,8 +14,7 @@ from torchvision.models.detection._utils import BoxCoder
 from torchvision.models.detection.roi_heads import fastrcnn_loss
 from torchvision.ops import generalized_box_iou_loss
 
-ClassLoss = Literal["cross_entropy", "focal"]
-BoxLoss = Literal["smooth_l1", "giou"]
+from resdet.models.spec import BoxLoss, ClassLoss
 
 FOCAL_GAMMA = 2.0
 """How much focal lowers the weight of what is already right (Lin et al. 2017, section 3.2: best of those tried)."""

@@ -9,9 +9,10 @@ Legend: ``B`` images, ``C`` channels, ``H, W`` pixels, ``O, I`` output and input
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -19,11 +20,13 @@ import torchvision
 from torch import Tensor, nn
 
 from resdet.errors import UserError
-from resdet.models.capture import is_captured
 from resdet.models.convolution import Geometry, PackedWeight, compute_dtype, convolve, has_hooks, takes_packed
+from resdet.models.spec import NormName
+from resdet.models.tracing import is_captured
 
-NormName = Literal["frozen", "batch", "group"]
 NORM_NAMES: tuple[NormName, ...] = ("frozen", "batch", "group")
+
+_Module = TypeVar("_Module", bound=nn.Module)
 
 GROUP_NORM_GROUPS = 32  # Wu & He, "Group Normalization" (arXiv:1803.08494), table 3
 
@@ -218,6 +221,25 @@ def conv_norm_names(model: nn.Module) -> list[tuple[str, str]]:
             pairs.append((conv_name, name))
             conv_name = ""
     return pairs
+
+
+def frozen_copy(module: _Module) -> _Module:
+    """Give a copy in evaluation mode and float32 on the CPU, without gradients."""
+    return copy.deepcopy(module).to("cpu", torch.float32).eval().requires_grad_(False)
+
+
+def folded_copy(module: _Module) -> _Module:
+    """Give such a copy with its frozen norms folded into the convolutions before them."""
+    module = frozen_copy(module)
+    for conv_name, norm_name in conv_norm_names(module):
+        conv, norm = module.get_submodule(conv_name), module.get_submodule(norm_name)
+        if isinstance(norm, FrozenBatchNorm2d):
+            assert isinstance(conv, nn.Conv2d)
+            weight, bias = norm.fold(conv.weight, torch.float32, conv.bias)
+            conv.weight = nn.Parameter(weight, requires_grad=False)
+            conv.bias = nn.Parameter(bias, requires_grad=False)
+            module.set_submodule(norm_name, nn.Identity())
+    return module
 
 
 def has_fresh_frozen_norm(model: nn.Module) -> bool:

@@ -25,8 +25,8 @@ from torch import Tensor, nn
 
 from resdet.errors import UserError
 from resdet.models.archs import ResNetArch, Shortcut, find_arch
-from resdet.models.capture import is_scripting
 from resdet.models.norm import conv_norm, norm_layer
+from resdet.models.tracing import is_scripting
 
 MakeNorm = Callable[[int], nn.Module]
 

@@ -51,7 +51,7 @@ from torchvision.ops.poolers import (
 )
 
 from resdet.errors import UserError
-from resdet.models.capture import is_captured, is_scripting
+from resdet.models.tracing import is_captured, is_scripting
 
 # Entries of M held at a time, about 100 MB with what is made of them on the way. All boxes of a usual batch fit; only
 # adaptive sampling of large boxes needs several rounds (each round of the backward passes over the whole gradient).

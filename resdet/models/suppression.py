@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torchvision.ops import batched_nms, box_iou, nms
 
-from resdet.models.capture import is_captured, is_scripting
+from resdet.models.tracing import is_captured, is_scripting
 
 # From this many numbers in an image's boxes on torchvision goes through the groups one by one, on a CPU.
 _MANY = 4000

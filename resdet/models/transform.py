@@ -9,8 +9,8 @@ from torch import Tensor
 from torchvision.models.detection.transform import resize_boxes
 
 from resdet.errors import UserError
-from resdet.models.capture import is_captured
-from resdet.models.sampling import SeededTransform
+from resdet.models.seeded import SeededTransform
+from resdet.models.tracing import is_captured
 
 
 class PilTransform(SeededTransform):

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from resdet.errors import UserError
 from resdet.models.archs import VGGArch, find_arch
-from resdet.models.capture import is_scripting
 from resdet.models.convolution import conv
 from resdet.models.norm import conv_norm, norm_layer
 from resdet.models.resnet import check_stages
+from resdet.models.tracing import is_scripting
 
 _CHANNELS = (64, 128, 256, 512, 512)
 

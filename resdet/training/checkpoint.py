@@ -2,7 +2,7 @@
 
 A file holds tensors and plain values only and loads with ``torch.load(weights_only=True)``. ``best.pt`` is a model
 alone; ``last.pt`` carries the training state too, and ``previous.pt`` is the ``last.pt`` before it. All of them open
-with ``resdet.load_detector``, or ``resdet.pretraining.model.load_classifier``.
+with ``resdet.load_detector``, or ``resdet.classification.model.load_classifier``.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 from resdet.errors import WeightsError
 from resdet.files import save_tensors, written_whole
-from resdet.models.detector import Detector, checkpoint_payload
-from resdet.models.weights import read_checkpoint
+from resdet.models.checkpoint import checkpoint_payload
+from resdet.models.detector import Detector
+from resdet.weights.files import read_checkpoint
 
 logger = logging.getLogger(__name__)
 

@@ -19,10 +19,11 @@ from resdet.data.annotations import AnnotationTable
 from resdet.data.loader import Batch
 from resdet.errors import TrainingError, WeightsError
 from resdet.files import save_tensors, written_whole
-from resdet.models.detector import Detector, checkpoint_payload, load_detector
-from resdet.models.weights import read_checkpoint
+from resdet.models.checkpoint import checkpoint_payload, load_detector
+from resdet.models.detector import Detector
 from resdet.precision import Precision
 from resdet.training.step import accumulate_gradients
+from resdet.weights.files import read_checkpoint
 
 logger = logging.getLogger(__name__)
 

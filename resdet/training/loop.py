@@ -20,16 +20,16 @@ from resdet.build import build_dataset, build_model
 from resdet.config import Config, config_to_plain, config_to_yaml
 from resdet.data.dataset import DetectionDataset
 from resdet.data.loader import train_loader
+from resdet.drawing import draw, legible_scale
 from resdet.errors import Interrupted
 from resdet.evaluation.detect import Evaluation, evaluate, match_labels
 from resdet.evaluation.loss import validation_loss
 from resdet.evaluation.report import write_run_report
-from resdet.memory import keep_freed_memory
+from resdet.malloc import keep_freed_memory
 from resdet.models.detector import Detector
-from resdet.predict import draw, legible_scale
+from resdet.processes import Processes, processes
 from resdet.training import guards
 from resdet.training.checkpoint import BEST, TrainingState, load_training_state, save_checkpoint, save_last
-from resdet.training.distributed import Processes, processes
 from resdet.training.folder import checkpoint_to_resume, claimed
 from resdet.training.interrupt import StopSignals
 from resdet.training.optim import build_optimizer, lr_factor, scale_lr, set_lr

@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from resdet.data.loader import Batch
 from resdet.models.detector import Detector
-from resdet.models.sampling import image_seeds
+from resdet.models.seeded import image_seeds
 from resdet.precision import Precision, autocast
 from resdet.types import target_to
 

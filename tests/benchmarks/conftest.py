@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from benchmarks import bound
 
-from resdet.benchmarks import bound
-from resdet.models.detector import DetectorSpec, build_detector, checkpoint_payload
+from resdet.models.checkpoint import checkpoint_payload
+from resdet.models.detector import build_detector
 from resdet.models.norm import calibrate_norm
+from resdet.models.spec import DetectorSpec
 
 
 @pytest.fixture(autouse=True)

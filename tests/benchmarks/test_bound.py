@@ -3,10 +3,10 @@
 import pytest
 import torch
 import torchvision
+from benchmarks.bound import Flops, Rate, best_rates, bound_row, count_flops
 from torch import nn
 
-from resdet.benchmarks.bound import Flops, Rate, best_rates, bound_row, count_flops
-from resdet.models.summary import summarise
+from resdet.classification.summary import summarise
 
 
 def test_operations_of_a_resnet_are_twice_the_published_multiply_adds():

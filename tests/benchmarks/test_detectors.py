@@ -5,18 +5,20 @@ import sys
 
 import pytest
 import torch
+from benchmarks import run_benchmark
+from benchmarks.inference import agreement
+from benchmarks.memory import measure_steps
+from benchmarks.pair import build_ours, build_torchvision, float_images, variants
+from benchmarks.pictures import GENERATED_SIZE, annotated_pictures, photographs
+from benchmarks.roi_align import random_boxes
+from benchmarks.timing import in_turn, time_rows
+from benchmarks.training import make_step
 from PIL import Image
 
-from resdet.benchmarks import run_benchmark
-from resdet.benchmarks.inference import agreement
-from resdet.benchmarks.memory import measure_steps
-from resdet.benchmarks.pair import build_ours, build_torchvision, float_images, variants
-from resdet.benchmarks.pictures import GENERATED_SIZE, annotated_pictures, photographs
-from resdet.benchmarks.roi_align import random_boxes
-from resdet.benchmarks.timing import in_turn, time_rows
-from resdet.benchmarks.training import make_step
 from resdet.errors import DataError, TrainingError, UserError
-from resdet.models.detector import DetectorSpec, build_detector, checkpoint_payload
+from resdet.models.checkpoint import checkpoint_payload
+from resdet.models.detector import build_detector
+from resdet.models.spec import DetectorSpec
 from resdet.types import Prediction
 
 CPU = torch.device("cpu")

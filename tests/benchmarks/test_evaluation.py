@@ -2,8 +2,7 @@ import importlib.util
 
 import numpy as np
 import pytest
-
-from resdet.benchmarks.evaluation import benchmark_evaluation, generated_case
+from benchmarks.evaluation import benchmark_evaluation, generated_case
 
 # What the README promises of the twelve numbers.
 PROMISED_DIFFERENCE = 1e-9

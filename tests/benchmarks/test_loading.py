@@ -5,10 +5,10 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from benchmarks import loading
+from benchmarks.loading import PIPELINES, benchmark_loading, measure_loading, write_photos
 from PIL import Image
 
-from resdet.benchmarks import loading
-from resdet.benchmarks.loading import PIPELINES, benchmark_loading, measure_loading, write_photos
 from resdet.errors import UserError
 
 

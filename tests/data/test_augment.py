@@ -7,8 +7,8 @@ import sys
 import numpy as np
 import pytest
 
-from resdet.data.augment import Augment, _LibraryPart, build_augment
-from resdet.data.sample import Sample
+from resdet.data.augment.pipeline import Augment, _LibraryPart, build_augment
+from resdet.data.augment.sample import Sample
 from resdet.errors import DataError
 
 HEIGHT, WIDTH = 90, 120
@@ -208,7 +208,7 @@ def test_a_step_that_changes_the_kind_of_image_is_named():
 def test_albumentations_is_imported_late_and_asks_no_network():
     code = (
         "import sys, socket, warnings; warnings.simplefilter('error', UserWarning)\n"
-        "import resdet.data.augment as augment\n"
+        "import resdet.data.augment.pipeline as augment\n"
         "assert 'albumentations' not in sys.modules\n"
         "def refuse(*args): raise AssertionError('network')\n"
         "socket.socket.connect = refuse\n"

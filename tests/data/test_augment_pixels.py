@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import yaml
 
-from resdet.data.augment import OWN_STEPS, build_augment
-from resdet.data.augment_library import COMPOSITES, import_albumentations, transform_names
-from resdet.data.sample import Sample
+from resdet.data.augment.library import COMPOSITES, import_albumentations, transform_names
+from resdet.data.augment.pipeline import OWN_STEPS, build_augment
+from resdet.data.augment.sample import Sample
 
 HEIGHT, WIDTH = 90, 120
 MIN_VISIBILITY = 0.1

@@ -4,9 +4,9 @@ import cv2
 import numpy as np
 import pytest
 
-from resdet.data.augment import build_augment
-from resdet.data.augment_steps import _WHOLE, _scaled_pixels
-from resdet.data.sample import Sample, uncovered
+from resdet.data.augment.pipeline import build_augment
+from resdet.data.augment.sample import Sample, uncovered
+from resdet.data.augment.steps import _WHOLE, _scaled_pixels
 from resdet.errors import DataError
 
 RNG = np.random.default_rng(0)

@@ -11,8 +11,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from benchmarks.coco_json import write_coco_json
 
-from resdet.benchmarks.coco_json import write_coco_json
 from resdet.data import cache, coco, mapped
 from resdet.data.coco import read_coco
 from resdet.errors import DataError

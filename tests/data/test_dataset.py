@@ -12,7 +12,7 @@ from torch.utils.data import Subset, random_split
 
 from resdet.build import build_dataset
 from resdet.config import parse_config
-from resdet.data.augment import build_augment
+from resdet.data.augment.pipeline import build_augment
 from resdet.data.dataset import MAX_SUBSTITUTES, DetectionDataset, without_subset
 from resdet.data.loader import train_loader
 from resdet.data.shapes import ShapesImages, shapes_table

@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from resdet.data import loader
-from resdet.data.augment import build_augment
+from resdet.data.augment.pipeline import build_augment
 from resdet.data.dataset import DetectionDataset
 from resdet.data.loader import WorkerError, eval_loader, train_loader
-from resdet.data.sampling import TrainBatches, image_order
+from resdet.data.order import TrainBatches, image_order
 from resdet.data.shapes import ShapesImages, shapes_table
 from resdet.errors import DataError
 

@@ -4,10 +4,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from benchmarks.coco_json import write_coco_json
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from resdet.benchmarks.coco_json import write_coco_json
 from resdet.data import coco
 from resdet.data.coco import read_coco
 from resdet.errors import DataError

@@ -25,7 +25,8 @@ from resdet.data.dataset import DetectionDataset
 from resdet.data.shapes import ShapesImages, shapes_table
 from resdet.errors import DataError, UserError, WeightsError
 from resdet.evaluation import validation_loss
-from resdet.models.detector import Detector, DetectorSpec, build_detector
+from resdet.models.detector import Detector, build_detector
+from resdet.models.spec import DetectorSpec
 from resdet.training.loop import train
 from resdet.types import Category, target_to
 

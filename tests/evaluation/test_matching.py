@@ -8,15 +8,7 @@ import pytest
 from resdet.data.annotations import AnnotationTable
 from resdet.errors import DataError
 from resdet.evaluation import matching
-from resdet.evaluation.matching import (
-    AREA_RANGES,
-    COCO_IOU_THRESHOLDS,
-    Matches,
-    match,
-    match_areas,
-    overlaps,
-    to_xywh,
-)
+from resdet.evaluation.matching import AREA_RANGES, COCO_IOU_THRESHOLDS, Matches, match, match_areas, overlaps, to_xywh
 from resdet.types import Category, Detections
 
 

@@ -10,21 +10,16 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
+from resdet.classification.summary import summarise
 from resdet.errors import UserError, WeightsError
 from resdet.models.archs import ARCHS
 from resdet.models.bodies import Classifier, build_classifier, make_body
-from resdet.models.convert import FACTS_ENTRY
-from resdet.models.detector import (
-    Detector,
-    DetectorSpec,
-    build_detector,
-    checkpoint_payload,
-    load_detector,
-    weights_settings,
-)
+from resdet.models.checkpoint import checkpoint_payload, load_detector, weights_settings
+from resdet.models.detector import Detector, build_detector
 from resdet.models.norm import calibrate_norm, has_fresh_frozen_norm
 from resdet.models.resnet import Bottleneck, ResNet
-from resdet.models.summary import summarise
+from resdet.models.spec import DetectorSpec
+from resdet.weights.convert import FACTS_ENTRY
 
 TORCHVISION = [arch for arch in ARCHS if arch in torchvision.models.list_models(module=torchvision.models)]
 

@@ -15,16 +15,10 @@ from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 
 from resdet.errors import UserError, WeightsError
-from resdet.models.detector import (
-    WEIGHTS_FIELDS,
-    Detector,
-    DetectorSpec,
-    build_detector,
-    checkpoint_payload,
-    fasterrcnn_resnet101_fpn,
-    load_detector,
-    load_detector_weights,
-)
+from resdet.models.checkpoint import checkpoint_payload, load_detector, load_detector_weights
+from resdet.models.detector import Detector, build_detector
+from resdet.models.fasterrcnn import fasterrcnn_resnet101_fpn
+from resdet.models.spec import WEIGHTS_FIELDS, DetectorSpec
 from resdet.types import Category
 
 SMALL = {"arch": "resnet18", "min_size": 128, "max_size": 160, "rpn_pre_nms_top_n_train": 100}

@@ -19,30 +19,23 @@ from torchvision import ops
 
 from resdet.build import build_model
 from resdet.config import ModelConfig
-from resdet.convert import convert_file
 from resdet.data.coco import read_coco
 from resdet.data.dataset import DetectionDataset
 from resdet.data.images import read_image
 from resdet.data.shapes import ShapesImages, shapes_table
 from resdet.errors import UserError, WeightsError
 from resdet.evaluation.detect import match_labels
-from resdet.models.convert import from_torchvision
-from resdet.models.detector import (
-    CONVENTIONS,
-    WEIGHTS_FIELDS,
-    Detector,
-    DetectorSpec,
-    build_detector,
-    checkpoint_payload,
-    fasterrcnn_resnet101_fpn,
-    load_detector,
-    load_detector_weights,
-    weights_settings,
-)
-from resdet.models.rcnn import Anchors, BoxHeads, ProposalNetwork
+from resdet.models.box_heads import BoxHeads
+from resdet.models.checkpoint import checkpoint_payload, load_detector, load_detector_weights, weights_settings
+from resdet.models.detector import Detector, build_detector
+from resdet.models.fasterrcnn import fasterrcnn_resnet101_fpn
+from resdet.models.proposals import Anchors, ProposalNetwork
 from resdet.models.roi_align import MultiScaleRoIAlign
+from resdet.models.spec import CONVENTIONS, WEIGHTS_FIELDS, DetectorSpec
 from resdet.models.transform import scaled_size
 from resdet.types import Category
+from resdet.weights.convert import from_torchvision
+from resdet.weights.convert_file import convert_file
 
 MEAN = (123.675 / 255, 116.28 / 255, 103.53 / 255)
 MSRA: dict[str, Any] = {

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 import resdet
 from resdet.errors import UserError, WeightsError
 from resdet.models import int8
-from resdet.models.detector import Detector, DetectorSpec, build_detector
+from resdet.models.detector import Detector, build_detector
 from resdet.models.int8 import MIDDLE, Int8Detector, Int8Layer, Range, quantize_detector, save_int8_detector
 from resdet.models.norm import calibrate_norm
+from resdet.models.spec import DetectorSpec
 
 pytestmark = pytest.mark.skipif(
     not torch.cpu._is_vnni_supported(), reason="int8 needs a CPU with AVX512-VNNI, which this one lacks"

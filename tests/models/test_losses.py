@@ -15,8 +15,9 @@ from resdet.config import ModelConfig
 from resdet.data.dataset import DetectionDataset
 from resdet.data.shapes import ShapesImages, shapes_table
 from resdet.errors import UserError
-from resdet.models.detector import DetectorSpec, build_detector
+from resdet.models.detector import build_detector
 from resdet.models.losses import box_head_losses, class_balanced_weights
+from resdet.models.spec import DetectorSpec
 
 CODER = BoxCoder((10.0, 10.0, 5.0, 5.0))
 

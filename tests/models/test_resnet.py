@@ -10,9 +10,8 @@ from torch import nn
 from torchvision.models._utils import IntermediateLayerGetter
 
 from resdet.errors import UserError
-from resdet.graphs import folded_copy
 from resdet.models.archs import ARCHS, ResNetArch
-from resdet.models.norm import FrozenBatchNorm2d, conv_norm_names
+from resdet.models.norm import FrozenBatchNorm2d, conv_norm_names, folded_copy
 from resdet.models.resnet import ResNet
 
 RandomiseNorms = Callable[[nn.Module], None]

@@ -9,11 +9,10 @@ import torchvision
 from torch import nn
 
 from resdet.errors import UserError
-from resdet.export import export_backbone, load_backbone
-from resdet.graphs import folded_copy
+from resdet.export.export import export_backbone, load_backbone
 from resdet.models.backbone import freeze_stages, resnet_fpn
 from resdet.models.bodies import make_body
-from resdet.models.norm import FrozenBatchNorm2d, conv_norm_names
+from resdet.models.norm import FrozenBatchNorm2d, conv_norm_names, folded_copy
 from resdet.models.vgg import VGG
 
 

@@ -9,7 +9,8 @@ import torch
 from small_runs import logged, train
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from resdet.models.detector import DetectorSpec, build_detector
+from resdet.models.detector import build_detector
+from resdet.models.spec import DetectorSpec
 
 STILL = ("optim.warmup_steps=0", "optim.schedule=constant")
 

@@ -20,7 +20,8 @@ from torch import Tensor
 from resdet.data.loader import Batch
 from resdet.data.shapes import ShapesImages, shapes_table
 from resdet.errors import TrainingError, UserError, WeightsError
-from resdet.models.detector import Detector, DetectorSpec, build_detector
+from resdet.models.detector import Detector, build_detector
+from resdet.models.spec import DetectorSpec
 from resdet.training import guards
 from resdet.training.checkpoint import damage, newest_whole
 from resdet.training.folder import claimed

@@ -6,8 +6,9 @@ from torch import Tensor
 from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 
-from resdet.models.detector import Detector, DetectorSpec, build_detector
+from resdet.models.detector import Detector, build_detector
 from resdet.models.norm import calibrate_norm
+from resdet.models.spec import DetectorSpec
 from resdet.training.optim import build_optimizer
 
 SETTINGS = {

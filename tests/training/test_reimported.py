@@ -7,9 +7,11 @@ import pytest
 import torch
 
 from resdet.config import load_config
-from resdet.convert import convert_file
-from resdet.models.detector import DetectorSpec, build_detector, checkpoint_payload
+from resdet.models.checkpoint import checkpoint_payload
+from resdet.models.detector import build_detector
+from resdet.models.spec import DetectorSpec
 from resdet.training.loop import train
+from resdet.weights.convert_file import convert_file
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = ["model.arch=resnet18", "model.out_channels=64", "model.box_head_channels=64"]

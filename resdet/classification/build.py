@@ -1,0 +1,156 @@
+"""Where the configuration of a classification run meets the library. Nothing below takes a PretrainConfig."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import yaml
+from torch import Tensor
+
+from resdet.classification.config import (
+    AugmentConfig,
+    Cifar10Source,
+    DigitsSource,
+    NetworkConfig,
+    PretrainConfig,
+    Source,
+)
+from resdet.classification.data import LabelledImages, read_cifar10, read_class_names, read_digits, read_folder
+from resdet.classification.model import (
+    ClassifierSpec,
+    ImageClassifier,
+    load_classifier,
+    load_first_weights,
+    make_classifier,
+)
+from resdet.classification.views import TrainView, centre_views
+from resdet.config import parse_settings
+from resdet.errors import UserError, WeightsError
+from resdet.weights.files import read_checkpoint
+
+logger = logging.getLogger(__name__)
+
+
+def build_images(source: Source, *, classes: Sequence[str] | None = None) -> LabelledImages:
+    """Read or list a dataset.
+
+    Args:
+        source: One of the configuration's ``data`` sections.
+        classes: Classes of a folder whose section names none; None: its own.
+
+    Raises:
+        DataError: If anything of it is missing or damaged.
+    """
+    if isinstance(source, DigitsSource):
+        return read_digits(source.split)
+    if isinstance(source, Cifar10Source):
+        return read_cifar10(source.root, source.split)
+    return read_folder(source.root, classes if source.classes is None else read_class_names(source.classes))
+
+
+def build_pretrained(
+    config: NetworkConfig, train_set: LabelledImages, *, resize: int, resume_from: Path | None
+) -> ImageClassifier:
+    """Make the classifier of a run, with its first weights and the mean of its images.
+
+    Args:
+        config: The configuration's ``model`` section.
+        train_set: Gives the classes, and the images whose mean is measured.
+        resize: Length of the short side of the images that are measured.
+        resume_from: The checkpoint that will be loaded over the weights; the mean is read from it.
+
+    Raises:
+        WeightsError: If the first weights or the checkpoint cannot be had or do not fit.
+    """
+    spec = ClassifierSpec.model_validate(config.model_dump(include=set(ClassifierSpec.model_fields)))
+    if resume_from is not None:
+        before = load_classifier(resume_from)
+        if before.classes != train_set.classes:
+            raise UserError(
+                f"{resume_from}: its run has {len(before.classes)} classes, {', '.join(before.classes[:3])}, ...; "
+                f"data.train has {len(train_set.classes)}, {', '.join(train_set.classes[:3])}, ..."
+            )
+        # The mean was measured when the run began.
+        spec = spec.model_copy(update={"image_mean": before.spec.image_mean})
+        made = make_classifier(spec, train_set.classes)
+        return ImageClassifier(spec, made.classes, made.network, before.mean)
+    classifier = make_classifier(spec, train_set.classes)
+    if config.weights is not None:
+        load_first_weights(classifier, config.weights)
+    if config.measured_mean == "no":
+        return classifier
+    mean = measure_mean(train_set, num_images=config.measured_images, resize=resize, size=spec.image_size)
+    colours = mean.mean((1, 2))
+    logger.info(
+        "mean colour of %d training images: %s",
+        min(config.measured_images, len(train_set)),
+        ", ".join(f"{value:.4f}" for value in colours.tolist()),
+    )
+    spec = spec.model_copy(update={"image_mean": tuple(colours.tolist())})
+    mean = mean if config.measured_mean == "pixel" else colours[:, None, None]
+    return ImageClassifier(spec, classifier.classes, classifier.network, mean)
+
+
+def measure_mean(images: LabelledImages, *, num_images: int, resize: int, size: int) -> Tensor:
+    """Average the centres of images.
+
+    Args:
+        images: The images.
+        num_images: How many of them, evenly spread; all if there are fewer.
+        resize: Length of the short side before the centre is cut.
+        size: Side of the centre.
+
+    Returns:
+        float32 ``[3, size, size]`` in [0, 1].
+    """
+    total = torch.zeros(3, size, size, dtype=torch.float64)
+    rows = np.unique(np.linspace(0, len(images) - 1, min(num_images, len(images))).round().astype(int))
+    for row in rows.tolist():
+        total += centre_views(images.image(row), resize=resize, size=size)[0]
+    return (total / (255 * len(rows))).float()
+
+
+def build_train_view(augment: AugmentConfig, classifier: ImageClassifier) -> TrainView:
+    """Make what training sees of images."""
+    size = classifier.spec.image_size
+    red, green, blue = (round(255 * value) for value in classifier.spec.image_mean)
+    return TrainView(augment, size=augment.size or size, resize=size, mean_colour=(red, green, blue))
+
+
+def eval_config(
+    weights: Path, *, arch: str | None, images: Path | None, overrides: Sequence[str] = ()
+) -> PretrainConfig:
+    """Give the configuration by which weights are judged: that of their run, or ImageNet's usual one.
+
+    Args:
+        weights: A checkpoint of tools/pretrain.py, or with ``arch`` and ``images`` torchvision's weights.
+        arch: The network of the latter.
+        images: A folder of class-named folders, in the place of the run's ``data.val``.
+        overrides: ``key=value`` with dotted keys.
+
+    Raises:
+        WeightsError: If the file cannot be read or carries no configuration, and ``arch`` or ``images`` are not given.
+        ConfigError: If an override does not fit.
+    """
+    tree = read_checkpoint(weights).get("config")
+    if tree is None:
+        if arch is None or images is None:
+            raise WeightsError(
+                f"{weights}: carries no configuration (it is not a checkpoint of tools/pretrain.py): name its network "
+                "and a folder of images (--arch, --images)"
+            )
+        folder = {"format": "folder", "root": str(images)}
+        tree = {
+            "model": {"arch": arch},
+            "data": {"train": folder, "val": folder},
+            "train": {"steps": 1},
+            "eval": {"resize": 256},
+            "output_dir": str(weights.parent),
+        }
+    if images is not None:
+        tree = {**tree, "data": {**tree["data"], "val": {"format": "folder", "root": str(images)}}}
+    return parse_settings(PretrainConfig, yaml.safe_dump(tree, sort_keys=False), overrides, source=str(weights))

@@ -1,0 +1,326 @@
+"""Images with one class each: folders, CIFAR-10, handwritten digits."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+from torch import Tensor
+
+from resdet.data.images import IMAGE_SUFFIXES, read_image
+from resdet.errors import DataError, UserError
+from resdet.weights.pickles import read_pickle
+
+Split: TypeAlias = Literal["train", "val", "trainval", "test"]
+
+CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+_CIFAR_RECORDS = 10_000
+_CIFAR_PLACE = "https://www.cs.toronto.edu/~kriz/"
+_CIFAR_VAL_EVERY, _DIGITS_VAL_EVERY, _DIGITS_TEST_EVERY = 10, 8, 5
+
+
+class Pictures(Protocol):
+    """Whatever gives image ``index``; must pickle where workers are spawned."""
+
+    def __call__(self, index: int) -> npt.NDArray[np.uint8]:
+        """Give image ``index``, uint8 RGB ``[H, W, 3]``."""
+        ...
+
+    def name(self, index: int) -> str:
+        """Say what messages call it."""
+        ...
+
+
+@dataclass(frozen=True)
+class LabelledImages:
+    """Images with one class each.
+
+    Attributes:
+        name: What messages call them.
+        classes: Names of the classes, in label order.
+        labels: Class of each image, int64 ``[N]``, 0-based: there is no background.
+        pictures: Gives the images.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    labels: npt.NDArray[np.int64]
+    pictures: Pictures
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def image(self, index: int) -> Image.Image:
+        """Give image ``index``, 8-bit RGB.
+
+        Raises:
+            DataError: If it cannot be read; the message names it.
+        """
+        return Image.fromarray(self.pictures(index))
+
+
+class StoredPictures:
+    """Images in memory.
+
+    Args:
+        pixels: uint8 RGB ``[N, H, W, 3]``.
+        name: What they are called, with their row after it.
+    """
+
+    def __init__(self, pixels: npt.NDArray[np.uint8], name: str) -> None:
+        assert pixels.ndim == 4
+        assert pixels.shape[3] == 3
+        self._pixels = pixels
+        self._name = name
+
+    def __call__(self, index: int) -> npt.NDArray[np.uint8]:
+        """Give image ``index``, uint8 RGB ``[H, W, 3]``."""
+        pixels: npt.NDArray[np.uint8] = self._pixels[index]
+        return pixels
+
+    def name(self, index: int) -> str:
+        """Say what messages call it."""
+        return f"{self._name} image {index}"
+
+
+class FolderPictures:
+    """Image files in folders of one folder.
+
+    Args:
+        root: The folder of folders.
+        folders: Their names.
+        of_folder: Which of them each image is in, ``[N]``.
+        files: File names as bytes ``[N]``: a million of them are one array, which workers share without copies.
+    """
+
+    def __init__(
+        self, root: Path, folders: Sequence[str], of_folder: npt.NDArray[np.int64], files: npt.NDArray[np.bytes_]
+    ) -> None:
+        self._root = root
+        self._folders = tuple(folders)
+        self._of_folder = of_folder
+        self._files = files
+
+    def __call__(self, index: int) -> npt.NDArray[np.uint8]:
+        """Read image ``index``, uint8 RGB ``[H, W, 3]``.
+
+        Raises:
+            DataError: If it cannot be read.
+        """
+        return read_image(Path(self.name(index)))
+
+    def name(self, index: int) -> str:
+        """Give its path."""
+        return str(self._root / self._folders[self._of_folder[index]] / os.fsdecode(self._files[index]))
+
+
+def read_folder(root: Path, classes: Sequence[str] | None = None) -> LabelledImages:
+    """List a folder of folders of images, one for each class. No image is opened.
+
+    A million files take a second or two: each folder is listed once. Hidden files and files that are no images by
+    their suffix are passed over.
+
+    Args:
+        root: The folder of folders.
+        classes: Names of the classes in label order; None: the folders' names, sorted. Of given classes some may have
+            no folder here, as a small validation set has not.
+
+    Raises:
+        DataError: If there is no such folder, it has no folders of images or one that is none of ``classes``, or a
+            class that was not given has no images.
+    """
+    if not root.is_dir():
+        raise DataError(f"{root}: no such folder of class folders")
+    folders = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
+    if not folders:
+        raise DataError(f"{root}: must hold one folder of images for each class, named by it; it holds no folders")
+    names = tuple(folders) if classes is None else tuple(classes)
+    label_of = {name: label for label, name in enumerate(names)}
+    strange = [folder for folder in folders if folder not in label_of]
+    if strange:
+        raise DataError(
+            f"{root}: {len(strange)} of its {len(folders)} folders are none of the {len(names)} classes: "
+            f"{', '.join(strange[:3])}; the classes are {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
+        )
+    files: list[bytes] = []
+    counts = np.zeros(len(folders), dtype=np.int64)
+    for number, folder in enumerate(folders):
+        listed = sorted(
+            os.fsencode(entry.name)
+            for entry in os.scandir(root / folder)
+            if entry.name.lower().endswith(IMAGE_SUFFIXES) and not entry.name.startswith(".")
+        )
+        if not listed and classes is None:
+            raise DataError(f"{root / folder}: holds no images ({', '.join(IMAGE_SUFFIXES)}); a class needs some")
+        files += listed
+        counts[number] = len(listed)
+    if not files:
+        raise DataError(f"{root}: holds no images ({', '.join(IMAGE_SUFFIXES)}) in its {len(folders)} folders")
+    of_folder = np.repeat(np.arange(len(folders), dtype=np.int64), counts)
+    labels = np.array([label_of[folder] for folder in folders], dtype=np.int64)[of_folder]
+    pictures = FolderPictures(root, folders, of_folder, np.array(files))
+    return LabelledImages(str(root), names, labels, pictures)
+
+
+def read_class_names(path: Path) -> tuple[str, ...]:
+    """Read a text file with one class a line, in label order; what follows a space or comma is left out.
+
+    Raises:
+        DataError: If it cannot be read, is empty, or names a class twice.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: the list of classes cannot be read: {error}") from None
+    names = tuple(line.replace(",", " ").split()[0] for line in lines if line.strip(" ,"))
+    if not names:
+        raise DataError(f"{path}: must have one class a line, and is empty")
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise DataError(f"{path}: names {', '.join(twice[:3])} more than once; each class has one line")
+    return names
+
+
+def stratified_split(labels: npt.NDArray[np.int64], every: int) -> npt.NDArray[np.bool_]:
+    """Choose every ``every``-th image of each class, in the order of the data.
+
+    It draws no random numbers, so that it is the same in every version of everything.
+
+    Returns:
+        bool ``[N]``, true for the chosen.
+    """
+    chosen = np.zeros(len(labels), dtype=np.bool_)
+    for label in np.unique(labels):
+        chosen[np.flatnonzero(labels == label)[every - 1 :: every]] = True
+    return chosen
+
+
+def read_cifar10(root: Path, split: Split) -> LabelledImages:
+    """Read CIFAR-10 in its binary or its Python version. Pickles are read without running anything they name.
+
+    Args:
+        root: ``cifar-10-batches-bin``, ``cifar-10-batches-py``, or the folder that one of them is in.
+        split: ``trainval`` (50,000), its parts ``train`` (45,000) and ``val`` (5,000), or ``test`` (10,000).
+
+    Raises:
+        DataError: If it is not there (the message says where to get it), incomplete or damaged.
+
+    Source: Krizhevsky, "Learning Multiple Layers of Features from Tiny Images", 2009; the formats are described at
+        https://www.cs.toronto.edu/~kriz/cifar.html. The papers do not say which 5,000 images they validate on; here it
+        is every tenth of each class.
+    """
+    stems = ["test_batch"] if split == "test" else [f"data_batch_{number}" for number in range(1, 6)]
+    folder, is_binary = _find_cifar(root)
+    parts = [_read_cifar_binary(folder / f"{stem}.bin") for stem in stems] if is_binary else []
+    parts = parts or [_read_cifar_pickle(folder / stem) for stem in stems]
+    pixels = np.concatenate([pixels for pixels, _ in parts])
+    labels = np.concatenate([labels for _, labels in parts])
+    if split in ("train", "val"):
+        held_out = stratified_split(labels, _CIFAR_VAL_EVERY)
+        keep = held_out if split == "val" else ~held_out
+        pixels, labels = pixels[keep], labels[keep]
+    name = f"CIFAR-10 {split}"
+    return LabelledImages(name, CIFAR10_CLASSES, labels, StoredPictures(pixels, name))
+
+
+def _find_cifar(root: Path) -> tuple[Path, bool]:
+    for folder in (root, root / "cifar-10-batches-bin", root / "cifar-10-batches-py"):
+        if (folder / "data_batch_1.bin").is_file() or (folder / "test_batch.bin").is_file():
+            return folder, True
+        if (folder / "data_batch_1").is_file() or (folder / "test_batch").is_file():
+            return folder, False
+    archives = sorted(root.glob("cifar-10-*.tar.gz")) if root.is_dir() else []
+    how = (
+        f"unpack {archives[0]}: tar -xzf {archives[0].name}"
+        if archives
+        else f"get {_CIFAR_PLACE}cifar-10-binary.tar.gz (or cifar-10-python.tar.gz) and unpack it there"
+    )
+    raise DataError(f"{root}: no CIFAR-10 here (cifar-10-batches-bin or cifar-10-batches-py); {how}")
+
+
+def _planes_to_pixels(planes: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    return np.ascontiguousarray(planes.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
+
+
+def _read_cifar_binary(path: Path) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
+    try:
+        content = np.fromfile(path, dtype=np.uint8)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}; get it anew from {_CIFAR_PLACE}") from None
+    if content.size != _CIFAR_RECORDS * 3073:
+        expected = _CIFAR_RECORDS * 3073
+        raise DataError(f"{path}: must have {expected} bytes, has {content.size}; it is cut short or damaged")
+    records = content.reshape(-1, 3073)
+    return _planes_to_pixels(records[:, 1:]), _checked_labels(records[:, 0].astype(np.int64), path)
+
+
+def _read_cifar_pickle(path: Path) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
+    try:
+        content = read_pickle(path)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}; get it anew from {_CIFAR_PLACE}") from None
+    except UserError as error:
+        raise DataError(str(error)) from error
+    planes = content.get("data") if isinstance(content, dict) else None
+    labels = content.get("labels") if isinstance(content, dict) else None
+    if (
+        not isinstance(planes, Tensor)
+        or planes.dtype != torch.uint8
+        or tuple(planes.shape) != (_CIFAR_RECORDS, 3072)
+        or not isinstance(labels, list)
+        or len(labels) != _CIFAR_RECORDS
+        or not all(isinstance(label, int) for label in labels)
+    ):
+        raise DataError(
+            f"{path}: must hold data, uint8 [{_CIFAR_RECORDS}, 3072], and labels, a list of {_CIFAR_RECORDS}; "
+            "it is not a batch of CIFAR-10"
+        )
+    return _planes_to_pixels(planes.numpy()), _checked_labels(np.array(labels, dtype=np.int64), path)
+
+
+def _checked_labels(labels: npt.NDArray[np.int64], path: Path) -> npt.NDArray[np.int64]:
+    if labels.min() < 0 or labels.max() >= len(CIFAR10_CLASSES):
+        raise DataError(f"{path}: labels must lie in 0..9, got {labels.min()}..{labels.max()}; it is damaged")
+    return labels
+
+
+def read_digits(split: Split) -> LabelledImages:
+    """Give the handwritten digits that come with scikit-learn, 8 x 8 pixels, as RGB.
+
+    Real digits by 13 people. The same people wrote the images of all splits, which lie interleaved: these are new
+    digits by known hands.
+
+    Args:
+        split: ``test`` (355: every fifth image of each class), ``trainval`` (the other 1,442), or its parts ``val``
+            (177: every eighth of each class) and ``train`` (1,265).
+
+    Raises:
+        DataError: If scikit-learn is not installed.
+
+    Source: E. Alpaydin, C. Kaynak, "Optical Recognition of Handwritten Digits", UCI Machine Learning Repository, 1998
+        (its test set); ``sklearn.datasets.load_digits``.
+    """
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError:
+        raise DataError(
+            "format digits: the images come with scikit-learn, which is not installed: pip install 'resdet[digits]'"
+        ) from None
+    content = load_digits()
+    labels = np.asarray(content.target, dtype=np.int64)
+    gray = np.rint(np.asarray(content.images) * (255 / 16)).astype(np.uint8)  # 0..16
+    in_test = stratified_split(labels, _DIGITS_TEST_EVERY)
+    rows = np.flatnonzero(in_test if split == "test" else ~in_test)
+    if split in ("train", "val"):
+        held_out = stratified_split(labels[rows], _DIGITS_VAL_EVERY)
+        rows = rows[held_out if split == "val" else ~held_out]
+    name = f"digits {split}"
+    pixels = np.repeat(gray[rows][..., None], 3, axis=3)
+    return LabelledImages(name, tuple(map(str, range(10))), labels[rows], StoredPictures(pixels, name))

@@ -1,0 +1,314 @@
+"""A classifier with what it must be told beside its weights: how images reach it, and what its classes are called.
+
+Legend: ``B`` images, ``K`` classes, ``S`` side of the square images it was trained on, ``H, W`` pixels.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator
+from torch import Tensor
+
+from resdet.errors import DataError, WeightsError
+from resdet.models.archs import find_arch
+from resdet.models.bodies import Classifier, build_classifier
+from resdet.weights.convert import FACTS_ENTRY
+from resdet.weights.files import LoadReport, name_some, read_checkpoint, tensors_in
+from resdet.weights.source import locate
+
+logger = logging.getLogger(__name__)
+
+CHECKPOINT_FORMAT = "resdet-classifier-1"
+
+Positive = Annotated[float, Field(gt=0)]
+
+_HEADS = ("fc.", "classifier.6.")
+_WORDNET_ID = re.compile(r"n\d{8}")
+
+
+class ClassifierSpec(BaseModel):
+    """Everything that makes a classifier what it is, apart from its weights and its classes."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    arch: str = Field(default="resnet50", description="The network, a key of resdet.models.archs.ARCHS.")
+    norm: Literal["batch", "group"] = Field(
+        default="batch", description="Normalisation: batch, or group (32 groups), which small batches do not harm."
+    )
+    norm_eps: float = Field(default=1e-5, ge=0, description="Added to the variance by every norm.")
+    stride_in_1x1: bool = Field(
+        default=False,
+        description="Bottlenecks stride in their first 1x1 convolution, as He et al. 2016 do, and not in the 3x3.",
+    )
+    image_size: PositiveInt = Field(default=224, description="Side in pixels of the square images it is made for.")
+    image_mean: tuple[float, float, float] = Field(
+        default=(0.485, 0.456, 0.406), description="Subtracted from the red, green and blue of images in [0, 1]."
+    )
+    image_std: tuple[Positive, Positive, Positive] = Field(
+        default=(0.229, 0.224, 0.225),
+        description="What red, green and blue are divided by after that; 1/255 leaves differences of 8-bit pixels.",
+    )
+
+    @field_validator("arch")
+    @classmethod
+    def _arch_is_known(cls, arch: str) -> str:
+        find_arch(arch)
+        return arch
+
+
+@dataclass(frozen=True)
+class ImageClassifier:
+    """A network, and how images reach it.
+
+    Attributes:
+        spec: What it is.
+        classes: Names of its ``K`` classes by label.
+        network: Takes normalised images, gives scores ``[B, K]``.
+        mean: Subtracted from images in [0, 1]: float32 ``[3, 1, 1]``, or ``[3, S, S]`` for a mean of each pixel.
+    """
+
+    spec: ClassifierSpec
+    classes: tuple[str, ...]
+    network: Classifier
+    mean: Tensor
+
+    def normalise(self, pixels: Tensor, shifts: Tensor | None = None) -> Tensor:
+        """Make 8-bit images what the network takes.
+
+        Args:
+            pixels: uint8 ``[B, 3, H, W]``, on the network's device. Where they are not ``S`` x ``S``, a mean of each
+                pixel is replaced by its mean over all pixels.
+            shifts: Added to the colours of each image in [0, 1], ``[B, 3]``.
+
+        Returns:
+            float32 ``[B, 3, H, W]``.
+        """
+        mean = self.mean.to(pixels.device, non_blocking=True)
+        if mean.shape[1:] not in ((1, 1), pixels.shape[2:]):
+            mean = mean.mean((1, 2), keepdim=True)
+        images = pixels.float().div_(255)
+        if shifts is not None:
+            images += shifts[:, :, None, None]
+        return images.sub_(mean).div_(images.new_tensor(self.spec.image_std)[:, None, None])
+
+    def dense_scores(self, images: Tensor) -> Tensor:
+        """Give the scores of images of any size, averaged over all places where the network could look.
+
+        The network made fully convolutional: its last pooling and its classifier are applied to every window of the
+        last feature map of the size that it has for ``S`` x ``S`` images, at stride 1. Features smaller than that are
+        pooled as a whole.
+
+        Args:
+            images: ``[B, 3, H, W]``, normalised.
+
+        Returns:
+            ``[B, K]``.
+
+        Source: Simonyan & Zisserman (arXiv:1409.1556), section 3.2.
+        """
+        *_, features = self.network.body(images).values()
+        window = max(1, self.spec.image_size // find_arch(self.spec.arch).strides[-1])
+        if min(features.shape[2:]) < window:
+            return self.network(images)  # type: ignore[no-any-return]
+        if hasattr(self.network, "classifier"):
+            windows = F.unfold(features, window).transpose(1, 2)  # [B, places, C * window * window]
+            scores: Tensor = self.network.classifier(windows)
+            return scores.mean(1)
+        # The classifier is linear: the mean of its scores over windows is its score of the mean window.
+        vectors = F.avg_pool2d(features, window, stride=1).mean((2, 3))
+        return self.network.fc(vectors)  # type: ignore[no-any-return]
+
+
+def make_classifier(spec: ClassifierSpec, classes: Sequence[str]) -> ImageClassifier:
+    """Build a classifier with random weights: He et al. 2015 for convolutions.
+
+    Raises:
+        UserError: If the architecture does not allow what the spec asks of it.
+    """
+    network = build_classifier(
+        spec.arch,
+        num_classes=len(classes),
+        norm=spec.norm,
+        norm_eps=spec.norm_eps,
+        stride_in_1x1=spec.stride_in_1x1,
+    )
+    return ImageClassifier(spec, tuple(classes), network, torch.tensor(spec.image_mean)[:, None, None])
+
+
+def classifier_payload(classifier: ImageClassifier) -> dict[str, Any]:
+    """Give a classifier as plain values and tensors, from which ``load_classifier`` builds it again.
+
+    It is also what ``resdet.weights.files`` takes for a detector's first weights: the state dict under torchvision's
+    names, and the facts that travel with it (mean and deviation of images, eps of the norms, where it strides).
+
+    Returns:
+        ``format``, ``spec``, ``classes`` (plain values), ``mean`` and ``model`` (the state dict, not copied).
+    """
+    spec = classifier.spec
+    payload: OrderedDict[str, Any] = OrderedDict(
+        format=CHECKPOINT_FORMAT,
+        spec=spec.model_dump(mode="json"),
+        classes=list(classifier.classes),
+        mean=classifier.mean.cpu(),
+        model=classifier.network.state_dict(),
+    )
+    facts = {
+        "format": "torchvision",
+        "arch": spec.arch,
+        "stride_in_1x1": spec.stride_in_1x1,
+        "channel_order": "rgb",
+        "image_mean": list(spec.image_mean),
+        "image_std": list(spec.image_std),
+        "norm_eps": spec.norm_eps,
+        "background": "first",
+        "num_classes": len(classifier.classes),
+    }
+    setattr(payload, FACTS_ENTRY, facts)  # where resdet.weights.convert_file puts them in torchvision's files
+    return payload
+
+
+def load_classifier(path: Path, *, arch: str | None = None) -> ImageClassifier:
+    """Build the classifier that a file holds, in evaluation mode, on the CPU.
+
+    Args:
+        path: A checkpoint of tools/pretrain.py, or with ``arch`` weights in torchvision's layout. Those tell nothing
+            beside their tensors: images are taken as torchvision's ImageNet weights take them, and 1,000 classes to be
+            ImageNet's.
+        arch: The network of weights that do not tell it.
+
+    Raises:
+        WeightsError: If the file is missing, damaged, or holds no classifier (of this architecture).
+        UserError: If there is no such architecture.
+    """
+    content = read_checkpoint(path)
+    tensors = tensors_in(content, str(path))
+    if content.get("format") == CHECKPOINT_FORMAT:
+        try:
+            spec = ClassifierSpec.model_validate(content["spec"])
+            classifier = make_classifier(spec, content["classes"])
+            mean = content["mean"]
+            if not isinstance(mean, Tensor) or mean.dim() != 3:
+                raise TypeError("mean")
+        except (KeyError, TypeError, ValidationError) as error:
+            raise WeightsError(f"{path}: its description is not one of this version ({error!r})") from error
+        classifier = ImageClassifier(spec, classifier.classes, classifier.network, mean)
+    elif arch is None:
+        raise WeightsError(
+            f"{path}: is no checkpoint of tools/pretrain.py and does not tell its network: name it (--arch)"
+        )
+    else:
+        num_classes = _num_classes(tensors)
+        if num_classes is None:
+            raise WeightsError(f"{path}: holds no classifier; its tensors are {name_some(tensors)}")
+        classifier = make_classifier(ClassifierSpec(arch=arch), _class_names(num_classes))
+    _load_network(classifier.network, tensors, str(path), classifier.spec.arch)
+    classifier.network.eval()
+    return classifier
+
+
+def load_first_weights(classifier: ImageClassifier, source: str) -> LoadReport:
+    """Continue from another classifier's weights: all of them, or all but its last layer for other classes.
+
+    Args:
+        classifier: Its network is changed in place.
+        source: A torchvision name, a file or a URL.
+
+    Returns:
+        What was loaded and what was not; it is also logged.
+
+    Raises:
+        WeightsError: If the weights cannot be had or are not those of this network.
+    """
+    path = locate(source, classifier.spec.arch)
+    content = read_checkpoint(path)
+    tensors = tensors_in(content, str(path))
+    names = content.get("classes")
+    same = _num_classes(tensors) == len(classifier.classes) and names in (None, list(classifier.classes))
+    own = classifier.network.state_dict()
+    kept = () if same else tuple(name for name in own if name.startswith(_HEADS))
+    tensors = {name: value for name, value in tensors.items() if not (name.startswith(_HEADS) and not same)}
+    _load_network(classifier.network, tensors | {name: own[name] for name in kept}, str(path), classifier.spec.arch)
+    report = LoadReport(str(path), tuple(name for name in own if name not in kept), (), kept)
+    logger.info("%s: %s", classifier.spec.arch, report)
+    return report
+
+
+def match_classes(classes: Sequence[str], known: Sequence[str], *, where: str) -> npt.NDArray[np.int64]:
+    """Find a dataset's classes among a classifier's, by name.
+
+    A thousand folders named by WordNet ids (``n01440764``) are ImageNet's classes, which are numbered in that order.
+    Otherwise names are compared without regard to case, and underscores are spaces.
+
+    Args:
+        classes: The dataset's, in label order.
+        known: The classifier's, in label order.
+        where: What messages call the dataset.
+
+    Returns:
+        The classifier's label of each of the dataset's, int64 ``[len(classes)]``.
+
+    Raises:
+        DataError: If a class is unknown, or its name is that of two.
+    """
+
+    def plain(name: str) -> str:
+        return name.replace("_", " ").strip().lower()
+
+    if list(classes) == list(known):
+        return np.arange(len(classes))
+    if len(classes) == len(known) == 1000 and all(_WORDNET_ID.fullmatch(name) for name in classes):
+        return np.argsort(np.argsort(np.array(classes)))
+    labels: dict[str, list[int]] = {}
+    for label, name in enumerate(known):
+        labels.setdefault(plain(name), []).append(label)
+    unknown = [name for name in classes if plain(name) not in labels]
+    if unknown:
+        raise DataError(
+            f"{where}: {len(unknown)} of its {len(classes)} classes are none of the model's {len(known)}: "
+            f"{name_some(unknown, 3)}; the model has {name_some(known, 3)}"
+        )
+    double = [name for name in classes if len(labels[plain(name)]) > 1]
+    if double:
+        raise DataError(f"{where}: the model has two classes called {name_some(double, 3)}; rename the folder's")
+    return np.array([labels[plain(name)][0] for name in classes], dtype=np.int64)
+
+
+def _num_classes(tensors: dict[str, Tensor]) -> int | None:
+    weight = next((tensors[f"{head}weight"] for head in _HEADS if f"{head}weight" in tensors), None)
+    return None if weight is None or weight.dim() != 2 else len(weight)
+
+
+def _class_names(num_classes: int) -> tuple[str, ...]:
+    from torchvision.models import ResNet50_Weights
+
+    names: list[str] = ResNet50_Weights.IMAGENET1K_V1.meta["categories"]
+    return tuple(names) if len(names) == num_classes else tuple(map(str, range(num_classes)))
+
+
+def _load_network(network: Classifier, tensors: dict[str, Tensor], source: str, arch: str) -> None:
+    expected = network.state_dict()
+    missing = [name for name in expected if name not in tensors and not name.endswith("num_batches_tracked")]
+    extra = [name for name in tensors if name not in expected and not name.endswith("num_batches_tracked")]
+    wrong = [
+        f"{name} is {list(tensors[name].shape)} and not {list(value.shape)}"
+        for name, value in expected.items()
+        if name in tensors and tensors[name].shape != value.shape
+    ]
+    faults = [f"without {name_some(missing)}"] if missing else []
+    faults += [f"with {name_some(extra)}"] if extra else []
+    faults += [name_some(wrong)] if wrong else []
+    if faults:
+        raise WeightsError(f"{os.fspath(source)}: is not this {arch} classifier: {'; '.join(faults)}")
+    network.load_state_dict(expected | {name: tensors[name] for name in expected if name in tensors})

@@ -1,0 +1,118 @@
+"""Curves of training and test error of several runs in one figure, as figures 4 and 6 of He et al. 2016 show them.
+
+python -m resdet.classification.plots RUN [RUN ...] --output FILE.png
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from resdet.commands.run import run_tool
+from resdet.errors import UserError
+
+
+@dataclass(frozen=True)
+class ErrorCurves:
+    """What a run's metrics.jsonl tells of its errors.
+
+    Attributes:
+        name: Of the run.
+        train_steps: Optimizer steps at the end of each interval that was logged.
+        train_errors: Share of wrong answers in it, in [0, 1], images as they were augmented.
+        test_steps: Optimizer steps at each evaluation.
+        test_errors: Share of wrong answers in it.
+    """
+
+    name: str
+    train_steps: list[int]
+    train_errors: list[float]
+    test_steps: list[int]
+    test_errors: list[float]
+
+
+def read_curves(run: Path) -> ErrorCurves:
+    """Read the errors of a run of tools/pretrain.py.
+
+    Args:
+        run: Its folder.
+
+    Raises:
+        UserError: If it is no such run.
+    """
+    path = run / "metrics.jsonl"
+    try:
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: must be the log of a run of tools/pretrain.py: {error}") from None
+    train = [(line["step"], line["error"]) for line in lines if line.get("error") is not None]
+    test = [(line["step"], 1 - line["top1"]) for line in lines if line.get("top1") is not None]
+    if not train and not test:
+        raise UserError(f"{path}: holds no errors of classification; is it a run of tools/pretrain.py?")
+    return ErrorCurves(
+        run.name, [step for step, _ in train], [e for _, e in train], [step for step, _ in test], [e for _, e in test]
+    )
+
+
+def smoothed(values: Sequence[float], window: int) -> list[float]:
+    """Average each value with those before it, ``window`` of them at most."""
+    return [sum(values[max(0, end - window) : end]) / min(end, window) for end in range(1, len(values) + 1)]
+
+
+def plot_errors(runs: Sequence[ErrorCurves], path: Path, *, window: int = 1, top: float | None = None) -> None:
+    """Draw training error (thin) and test error (bold) over steps, one colour for each run, in percent.
+
+    Args:
+        runs: What to draw, in the order of the legend.
+        path: The picture; its suffix says which kind (.png, .svg, .pdf).
+        window: Training errors are averaged over so many logged intervals: each is that of a few batches.
+        top: Largest error shown, in percent; None shows all.
+
+    Raises:
+        UserError: If matplotlib is not installed, or the picture cannot be written.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UserError("plots are drawn by matplotlib, which is not installed: pip install 'resdet[plots]'") from None
+    figure = Figure(figsize=(7, 4.5), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for number, run in enumerate(runs):
+        colour = f"C{number}"
+        train = [100 * error for error in smoothed(run.train_errors, window)]
+        axes.plot(run.train_steps, train, color=colour, linewidth=0.8, alpha=0.7)
+        last = f" ({100 * run.test_errors[-1]:.2f} %)" if run.test_errors else ""
+        test = [100 * error for error in run.test_errors]
+        axes.plot(run.test_steps, test, color=colour, linewidth=2, label=f"{run.name}{last}")
+    axes.set_xlabel("step")
+    axes.set_ylabel("error (%), thin: training, bold: test")
+    axes.set_ylim(0, top)
+    axes.set_xlim(left=0)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    try:
+        figure.savefig(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: the plot cannot be written: {error}") from None
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Draw the plot that the command line asks for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of a run of tools/pretrain.py")
+    parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="the picture: .png, .svg or .pdf")
+    parser.add_argument("--window", type=int, default=1, help="logged intervals that training errors are averaged over")
+    parser.add_argument("--top", type=float, help="largest error shown, in percent")
+    options = parser.parse_args(arguments)
+    if options.window < 1:
+        raise UserError(f"--window must be at least 1, got {options.window}")
+    plot_errors([read_curves(run) for run in options.runs], options.output, window=options.window, top=options.top)
+
+
+if __name__ == "__main__":
+    run_tool(main)

@@ -1,0 +1,130 @@
+"""From a stored image to what the network sees of it: random crops in training, one or many views in evaluation.
+
+All of it is torchvision's transforms on 8-bit pixels, in Pillow's arithmetic. What is random follows from the image's
+own seed, whoever computes it.
+
+Legend: ``S`` side of a square crop, ``H, W`` pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional as F
+
+if TYPE_CHECKING:
+    from resdet.classification.config import AugmentConfig
+
+# Principal components of the colours of ImageNet's training images in [0, 1] and their standard deviations.
+# Source: facebookarchive/fb.resnet.torch, datasets/imagenet.lua.
+_PCA_STD = torch.tensor([0.2175, 0.0188, 0.0045])
+_PCA_VECTORS = torch.tensor([[-0.5675, 0.7192, 0.4009], [-0.5808, -0.0045, -0.8140], [-0.5836, -0.6948, 0.4203]])
+
+
+def scale_short_side(image: Image.Image, length: int) -> Image.Image:
+    """Scale an image so that its short side has ``length`` pixels: bilinear, antialiased."""
+    if min(image.size) == length:
+        return image
+    scaled: Image.Image = F.resize(image, [length], interpolation=InterpolationMode.BILINEAR)
+    return scaled
+
+
+def centre_views(image: Image.Image, *, resize: int, size: int) -> list[Tensor]:
+    """Give the centre of an image whose short side was scaled to ``resize``: one uint8 ``[3, size, size]``."""
+    return [F.pil_to_tensor(F.center_crop(scale_short_side(image, resize), [size, size]))]
+
+
+def ten_crop_views(image: Image.Image, *, resize: int, size: int) -> list[Tensor]:
+    """Give the four corners and the centre, then the same of the mirrored image: ten uint8 ``[3, size, size]``.
+
+    Source: Krizhevsky et al. 2012, section 4.1. The image whose corners they are is not cut square first.
+    """
+    return [F.pil_to_tensor(crop) for crop in F.ten_crop(scale_short_side(image, resize), [size, size])]
+
+
+def dense_views(image: Image.Image, *, scales: Sequence[int]) -> list[Tensor]:
+    """Give the whole image at every scale, and mirrored: uint8 ``[3, H, W]``, two for each scale.
+
+    Source: He et al. 2016, section 3.4, "the fully-convolutional form as in [41, 13], and average the scores at
+        multiple scales"; the mirrored images are those of [41] (Simonyan & Zisserman 2015, section 3.2).
+    """
+    views = []
+    for length in scales:
+        view = F.pil_to_tensor(scale_short_side(image, length))
+        views += [view, F.horizontal_flip(view)]
+    return views
+
+
+class TrainView:
+    """Makes the random view of an image that one step of training sees.
+
+    Args:
+        augment: What is done to it.
+        size: Side of the view in pixels.
+        mean_colour: Red, green and blue in 0..255 with which ``erase`` paints.
+        resize: Length of the short side where ``augment.crop`` is ``pad`` or ``none``.
+    """
+
+    def __init__(
+        self, augment: AugmentConfig, *, size: int, resize: int, mean_colour: tuple[int, int, int] = (0, 0, 0)
+    ) -> None:
+        from torchvision.transforms import v2
+
+        bilinear = InterpolationMode.BILINEAR
+        steps: list[Callable[[Any], Any]] = []
+        if augment.crop == "short_side":
+            shortest, longest = augment.short_side
+            steps += [v2.RandomShortestSize(list(range(shortest, longest + 1)), interpolation=bilinear)]
+            # A rounded side may come out a pixel short of the crop.
+            steps += [v2.RandomCrop(size, pad_if_needed=True, padding_mode="edge")]
+        elif augment.crop == "area":
+            steps += [v2.RandomResizedCrop(size, scale=augment.area, interpolation=bilinear)]
+        else:
+            steps += [v2.Resize(resize, interpolation=bilinear)]
+            pads = augment.crop == "pad"
+            steps += [v2.RandomCrop(size, padding=augment.pad)] if pads else [v2.CenterCrop(size)]
+        if augment.flip:
+            steps += [v2.RandomHorizontalFlip(augment.flip)]
+        if augment.rotate or augment.shift or augment.scale != 1:
+            steps += [
+                v2.RandomAffine(
+                    augment.rotate,
+                    translate=(augment.shift, augment.shift),
+                    scale=(1 / augment.scale, augment.scale),
+                    interpolation=bilinear,
+                )
+            ]
+        if augment.trivial:
+            steps += [v2.TrivialAugmentWide(interpolation=bilinear)]
+        steps += [F.pil_to_tensor]
+        if augment.erase:
+            steps += [v2.RandomErasing(augment.erase, value=list(mean_colour))]
+        self._steps = steps
+        self._colour_pca = augment.colour_pca
+
+    def __call__(self, image: Image.Image, seed: int) -> tuple[Tensor, Tensor]:
+        """Make the view.
+
+        Args:
+            image: As stored.
+            seed: Decides all random choices, in 0..2**63 - 1.
+
+        Returns:
+            The view, uint8 ``[3, S, S]``, and what is to be added to its red, green and blue in [0, 1], float32
+            ``[3]``: eight bits would round small shifts away.
+        """
+        # torchvision draws from torch's global generator, which training depends on.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            view: Any = image
+            for step in self._steps:
+                view = step(view)
+            shift = torch.zeros(3)
+            if self._colour_pca:
+                shift = _PCA_VECTORS @ (_PCA_STD * torch.randn(3) * self._colour_pca)
+        return view, shift

@@ -1,0 +1,1 @@
+"""The subcommands of ``resdet``, one file each."""

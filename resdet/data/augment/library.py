@@ -1,0 +1,156 @@
+"""albumentations: which of its transforms detectors can use, and boxes for those that it loses sight of.
+
+Findings in 2.0.8, its last release under the MIT license:
+
+* Dropouts judge boxes on whole pixels: a box that meets a hole comes back up to a pixel shorter at the right and at the
+  bottom, also where the hole lies in its middle. PixelDropout's boxes can shrink though nothing moved.
+* Distortions draw each box as a mask and take the last painted pixel for the box's end, a pixel too short; where no
+  pixel is left ThinPlateSpline and its like give the old box back. GridElasticDeform is a pixel short too.
+* Morphological treats the axes of its boxes' masks in the wrong order.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+import types
+import warnings
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from resdet.data.augment.sample import uncovered
+
+COMPOSITES = ("OneOf", "SomeOf", "RandomOrder", "Sequential")
+"""Transforms made of transforms."""
+
+_NORMALISES = "the detector takes uint8 images and normalises them itself"
+UNFIT = {
+    **dict.fromkeys(("Normalize", "ToFloat", "FromFloat", "ToTensorV2", "ToTensor3D"), _NORMALISES),
+    "Morphological": "albumentations gives wrong boxes with it",
+    "RandomGridShuffle": "it tears objects apart, and each piece would be labelled as a whole one",
+}
+"""Transforms that must not be used, and why."""
+
+BOX_COLUMNS = 7
+"""Of the rows given to transforms: four fractions of the image, the label, the row in the sample, the visible share."""
+
+Rows = npt.NDArray[np.float64]
+
+
+def import_albumentations() -> ModuleType:
+    """Import albumentations without its greeting and its look for news."""
+    # Unless told not to, it asks the network for a newer version of itself while being imported.
+    os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import albumentations
+    module: ModuleType = albumentations
+    return module
+
+
+def transform_names(albumentations: ModuleType) -> list[str]:
+    """Name the transforms of images and boxes."""
+    leaf = (albumentations.ImageOnlyTransform, albumentations.DualTransform)
+    other_inputs = (
+        albumentations.Transform3D,
+        albumentations.Lambda,
+        albumentations.Mosaic,
+        albumentations.CropNonEmptyMaskIfExists,
+    )
+    names = [
+        name
+        for name, value in vars(albumentations).items()
+        if inspect.isclass(value)
+        and issubclass(value, leaf)
+        and value not in leaf
+        and not issubclass(value, other_inputs)
+        and name not in UNFIT
+    ]
+    return [*names, *COMPOSITES]
+
+
+def with_exact_boxes(albumentations: ModuleType, transform_class: type[Any]) -> type[Any]:
+    """Give a transform whose boxes are those of its pixels: the same class, or one derived from it."""
+    dropout = albumentations.augmentations.dropout.transforms.BaseDropout
+    distortion = albumentations.augmentations.geometric.distortion.BaseDistortion
+    apply_to_bboxes: Callable[..., Rows]
+    if issubclass(transform_class, dropout):
+        apply_to_bboxes = _under_holes
+    elif issubclass(transform_class, distortion):
+        apply_to_bboxes = _distorted
+    elif transform_class is albumentations.PixelDropout:
+        apply_to_bboxes = _as_they_are
+    elif transform_class is albumentations.GridElasticDeform:
+        apply_to_bboxes = _longer_by_a_pixel(transform_class)
+    else:
+        return transform_class
+    return types.new_class(
+        transform_class.__name__,
+        (transform_class,),
+        exec_body=lambda body: body.update(apply_to_bboxes=apply_to_bboxes),
+    )
+
+
+def knows_strict(transform_class: type[Any]) -> bool:
+    """Say whether a class checks its parameters against a schema.
+
+    Those that do replace parameters which they cannot read by defaults, unless strict; the others refuse the word.
+    """
+    owner = next(base for base in transform_class.__mro__ if "__init__" in vars(base))
+    return "InitSchema" in vars(owner)
+
+
+def _pixels_of(shape: tuple[int, ...]) -> Rows:
+    return np.array([shape[1], shape[0], shape[1], shape[0]], dtype=np.float64)
+
+
+def _as_they_are(transform: Any, bboxes: Rows, **params: Any) -> Rows:
+    return bboxes
+
+
+def _under_holes(transform: Any, bboxes: Rows, holes: npt.NDArray[Any], shape: tuple[int, ...], **params: Any) -> Rows:
+    scale = _pixels_of(shape)
+    boxes, shares = uncovered(bboxes[:, :4] * scale, np.asarray(holes, dtype=np.float64).reshape(-1, 4))
+    met = shares < 1
+    if not met.any():
+        return bboxes
+    result = bboxes.copy()
+    result[met, :4] = boxes[met] / scale
+    result[:, -1] *= shares
+    return result
+
+
+def _distorted(
+    transform: Any,
+    bboxes: Rows,
+    map_x: npt.NDArray[Any],
+    map_y: npt.NDArray[Any],
+    shape: tuple[int, ...],
+    **params: Any,
+) -> Rows:
+    """Surround the pixels whose origin, by the maps, lies in a box; a box that no pixel comes from gets no area."""
+    scale = _pixels_of(shape)
+    result = bboxes.copy()
+    # Maps give origins as indices of pixels, whose centres lie half a pixel on.
+    x, y = map_x + 0.5, map_y + 0.5
+    for row, (x1, y1, x2, y2) in zip(result, bboxes[:, :4] * scale, strict=True):
+        inside = (x >= x1) & (x < x2) & (y >= y1) & (y < y2)
+        columns, rows = np.flatnonzero(inside.any(axis=0)), np.flatnonzero(inside.any(axis=1))
+        row[:4] = 0
+        if len(rows):
+            row[:4] = np.array([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]) / scale
+    return result
+
+
+def _longer_by_a_pixel(transform_class: type[Any]) -> Callable[..., Rows]:
+    def apply_to_bboxes(transform: Any, bboxes: Rows, **params: Any) -> Rows:
+        result = np.array(transform_class.apply_to_bboxes(transform, bboxes, **params), dtype=np.float64)
+        if len(result):
+            result[:, 2:4] += 1 / _pixels_of(params["shape"])[:2]
+        return result
+
+    return apply_to_bboxes

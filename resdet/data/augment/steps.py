@@ -1,0 +1,268 @@
+"""Augmentation that albumentations has not: large-scale jitter, and steps that mix several images.
+
+A step takes a ``Sample`` with float64 boxes and gives another one: boxes clipped to its image, ``visible`` multiplied
+by the share of each box that the step has left. Boxes with too little left are dropped by ``Augment``, after each step.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Annotated
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+from resdet.data.augment.sample import Sample, joined, uncovered
+
+Boxes = npt.NDArray[np.float64]
+Image = npt.NDArray[np.uint8]
+Partner = Callable[[np.random.Generator], Sample]
+"""Draws another image of the dataset, with its boxes, as the steps before this one give it."""
+
+
+def _rising(pair: tuple[float, float]) -> tuple[float, float]:
+    if pair[0] > pair[1]:
+        raise ValueError(f"must not fall, got {list(pair)}")
+    return pair
+
+
+Probability = Annotated[float, Field(ge=0, le=1)]
+Share = Annotated[float, Field(gt=0, le=1)]
+Side = Annotated[int, Field(ge=1, le=16384)]
+ScaleRange = Annotated[tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]], AfterValidator(_rising)]
+ShareRange = Annotated[tuple[Probability, Probability], AfterValidator(_rising)]
+CountRange = Annotated[tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]], AfterValidator(_rising)]
+
+
+class Step(BaseModel):
+    """What all steps share."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+    p: Probability = 0.5
+    """Probability of being applied."""
+
+    @abstractmethod
+    def apply(self, sample: Sample, rng: np.random.Generator, partner: Partner) -> Sample:
+        """Give the sample after this step."""
+
+
+class LargeScaleJitter(Step):
+    """Scale an image at random, keeping its shape, into a picture of one fixed size, by cropping or padding.
+
+    At scale 1 the image just fits into the picture. Where it is larger a random window is cut out; where it is smaller
+    it lies at the top left and the rest is filled. Give the detector ``min_size`` equal to the shorter side of
+    ``size`` and ``max_size`` to the longer: otherwise it scales the picture once more.
+
+    Attributes:
+        scale_range: Between what and what the scale is drawn, uniformly.
+        size: ``(height, width)`` of the picture, pixels.
+        fill: Value of the padding, 0..255, in all channels.
+        p: Probability of being applied.
+
+    Source: Ghiasi et al. 2021 (Simple Copy-Paste), section 3; the details are those of detectron2's ``ResizeScale``
+    and ``FixedSizeCrop``. Deviation: pixels are averaged over their area where the image shrinks and interpolated by
+    OpenCV where it grows; detectron2 uses Pillow's bilinear filter for both.
+    """
+
+    scale_range: ScaleRange = (0.1, 2.0)
+    size: tuple[Side, Side] = (1024, 1024)
+    fill: Annotated[int, Field(ge=0, le=255)] = 128
+    p: Probability = 1.0
+
+    def apply(self, sample: Sample, rng: np.random.Generator, partner: Partner) -> Sample:
+        """Give the jittered sample."""
+        height, width = sample.image.shape[:2]
+        fit = min(self.size[0] / height, self.size[1] / width)
+        new_height, new_width = _scaled(height, width, fit * rng.uniform(*self.scale_range))
+        top = int(rng.integers(max(new_height - self.size[0], 0) + 1))
+        left = int(rng.integers(max(new_width - self.size[1], 0) + 1))
+        inside = min(new_height, self.size[0]), min(new_width, self.size[1])
+        seen = _scaled_window(sample, (new_height, new_width), (top, left), inside)
+        if inside == self.size:
+            return seen
+        picture = np.full((*self.size, 3), self.fill, dtype=np.uint8)
+        picture[: inside[0], : inside[1]] = seen.image
+        return replace(seen, image=picture)
+
+
+class Mosaic(Step):
+    """Put four images together, one in each quarter around a random centre.
+
+    Each image, this one at the top left and three others, is scaled, keeping its shape, and cut out at random so that
+    it fills its quarter. At scale 1 it would just fit into the whole picture; it is drawn larger where its quarter
+    would not be filled otherwise.
+
+    Attributes:
+        size: ``(height, width)`` of the picture, pixels; null takes those of the image itself.
+        center_range: Between what and what shares of height and width the centre is drawn, uniformly.
+        scale_range: Between what and what the scale of each image is drawn, uniformly.
+        p: Probability of being applied.
+
+    Source: Bochkovskiy et al. 2020 (YOLOv4), section 3.3, with the cuts between 0.2 and 0.8 of darknet's
+    ``data.c``. Deviation: images keep their shape, and colours and flips are steps of their own.
+    """
+
+    size: tuple[Side, Side] | None = None
+    center_range: ShareRange = (0.2, 0.8)
+    scale_range: ScaleRange = (0.4, 1.0)
+
+    def apply(self, sample: Sample, rng: np.random.Generator, partner: Partner) -> Sample:
+        """Give the mosaic, with the boxes of all four images."""
+        height, width = self.size or sample.image.shape[:2]
+        middle = round(height * rng.uniform(*self.center_range)), round(width * rng.uniform(*self.center_range))
+        picture = np.empty((height, width, 3), dtype=np.uint8)
+        parts = []
+        for quarter in range(4):
+            top, bottom = (0, middle[0]) if quarter < 2 else (middle[0], height)
+            left, right = (0, middle[1]) if quarter % 2 == 0 else (middle[1], width)
+            part = sample if quarter == 0 else partner(rng)
+            scale = rng.uniform(*self.scale_range)
+            # A centre on the border leaves nothing of a quarter; the image and its boxes are gone then.
+            if bottom == top or right == left:
+                parts.append(part.select(np.zeros(0, dtype=np.int64)))
+                continue
+            seen = _fill_window(part, scale, (height, width), (bottom - top, right - left), rng)
+            picture[top:bottom, left:right] = seen.image
+            parts.append(replace(seen, boxes=_shifted(seen.boxes, left, top)))
+        return replace(joined(parts), image=picture)
+
+
+class CopyPaste(Step):
+    """Paste objects of another image: the rectangles of their boxes, as there are no masks here.
+
+    The rectangles are scaled and lie at random places wholly inside the image, one over the other in the order drawn.
+    Whatever else of the other image lies within a rectangle comes along with its box, crowd regions and difficult
+    objects too: nothing is pasted without a label. Of a box under pasted rectangles, the share that is covered is
+    lost, and the box shrinks to what surrounds the rest.
+
+    Attributes:
+        num_objects: Between how many and how many objects are pasted; fewer where the other image has fewer. Crowd
+            regions and difficult objects are not among those drawn.
+        scale_range: Between what and what each rectangle's scale is drawn, uniformly.
+        max_area: Share of the image that a rectangle may cover; larger ones are scaled down to it.
+        p: Probability of being applied.
+
+    Source: Dwibedi et al. 2017 (Cut, Paste and Learn), section 4, random places and occlusion; Ghiasi et al. 2021,
+    section 3, objects of another training image. Deviations: rectangles and not segments, and so a limit to their
+    area; no blending of edges.
+    """
+
+    num_objects: CountRange = (1, 3)
+    scale_range: ScaleRange = (0.5, 1.5)
+    max_area: Share = 0.25
+
+    def apply(self, sample: Sample, rng: np.random.Generator, partner: Partner) -> Sample:
+        """Give the sample with objects pasted over it."""
+        other = partner(rng)
+        candidates = np.flatnonzero(~other.crowd & ~other.difficult)
+        num_objects = min(int(rng.integers(self.num_objects[0], self.num_objects[1] + 1)), len(candidates))
+        if num_objects == 0:
+            return sample
+        height, width = sample.image.shape[:2]
+        picture = sample.image.copy()
+        layers, covers = [sample], []
+        for row in rng.choice(candidates, size=num_objects, replace=False):
+            patch = _cut_out(other, other.boxes[row])
+            patch_height, patch_width = patch.image.shape[:2]
+            largest = min(
+                height / patch_height,
+                width / patch_width,
+                (self.max_area * height * width / (patch_height * patch_width)) ** 0.5,
+            )
+            new_size = _scaled(patch_height, patch_width, min(rng.uniform(*self.scale_range), largest))
+            new_height, new_width = min(new_size[0], height), min(new_size[1], width)
+            patch = _scaled_window(patch, (new_height, new_width), (0, 0), (new_height, new_width))
+            top, left = int(rng.integers(height - new_height + 1)), int(rng.integers(width - new_width + 1))
+            picture[top : top + new_height, left : left + new_width] = patch.image
+            layers.append(replace(patch, boxes=_shifted(patch.boxes, left, top)))
+            covers.append((left, top, left + new_width, top + new_height))
+        above = np.array(covers, dtype=np.float64)
+        layers = [_under(layer, above[i:]) for i, layer in enumerate(layers)]
+        return replace(joined(layers), image=picture)
+
+
+def _shifted(boxes: Boxes, x: int, y: int) -> Boxes:
+    return boxes + np.array([x, y, x, y], dtype=np.float64)
+
+
+def _scaled(height: int, width: int, scale: float) -> tuple[int, int]:
+    return max(1, round(height * scale)), max(1, round(width * scale))
+
+
+def _fill_window(
+    sample: Sample, scale: float, picture: tuple[int, int], window: tuple[int, int], rng: np.random.Generator
+) -> Sample:
+    """Scale a sample and cut a random window out of it.
+
+    Args:
+        sample: Whose image and boxes.
+        scale: As a share of the largest size at which the image fits into ``picture``; more where the window asks it.
+        picture: ``(height, width)``, pixels.
+        window: ``(height, width)`` of what is cut out.
+        rng: Draws the place.
+    """
+    height, width = sample.image.shape[:2]
+    fit = min(picture[0] / height, picture[1] / width)
+    new_height, new_width = _scaled(height, width, max(scale * fit, window[0] / height, window[1] / width))
+    # Rounding may leave it a pixel short.
+    new_height, new_width = max(new_height, window[0]), max(new_width, window[1])
+    top, left = int(rng.integers(new_height - window[0] + 1)), int(rng.integers(new_width - window[1] + 1))
+    return _scaled_window(sample, (new_height, new_width), (top, left), window)
+
+
+def _cut_out(sample: Sample, box: Boxes) -> Sample:
+    """Give the pixels that a box touches, and what lies in them."""
+    left, top = np.floor(box[:2]).astype(int).tolist()
+    right, bottom = np.ceil(box[2:]).astype(int).tolist()
+    inside = sample.moved(sample.image[top:bottom, left:right], _shifted(sample.boxes, -left, -top))
+    return inside.select(inside.visible > 0)
+
+
+def _scaled_window(
+    sample: Sample, new_size: tuple[int, int], corner: tuple[int, int], window: tuple[int, int]
+) -> Sample:
+    """Scale a sample to ``new_size`` and give the window ``(height, width)`` with its top left pixel at ``corner``."""
+    height, width = sample.image.shape[:2]
+    (new_height, new_width), (top, left) = new_size, corner
+    ratio = np.array([new_width / width, new_height / height] * 2)
+    image = _scaled_pixels(sample.image, new_size, corner, window)
+    return sample.moved(image, _shifted(sample.boxes * ratio, -left, -top))
+
+
+_WHOLE = 4
+"""Up to this many times the window's area, resizing the whole image is faster than computing the window alone (1.9 ms
+against 3.5 ms for 1024x1024 out of 1536x2048 on one core)."""
+
+
+def _scaled_pixels(image: Image, new_size: tuple[int, int], corner: tuple[int, int], window: tuple[int, int]) -> Image:
+    import cv2
+
+    (height, width), (new_height, new_width), (top, left) = image.shape[:2], new_size, corner
+    if new_size == (height, width):
+        return image[top : top + window[0], left : left + window[1]]
+    shrinks = new_height <= height and new_width <= width
+    if shrinks or new_height * new_width <= _WHOLE * window[0] * window[1]:
+        how = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
+        whole = cv2.resize(image, (new_width, new_height), interpolation=how)
+        return np.asarray(whole[top : top + window[0], left : left + window[1]])
+    # Only what is seen is computed: pixel centres of the window, at x + 0.5, back in the image.
+    per_y, per_x = height / new_height, width / new_width
+    back = np.array([[per_x, 0, (left + 0.5) * per_x - 0.5], [0, per_y, (top + 0.5) * per_y - 0.5]])
+    large = cv2.warpAffine(
+        image,
+        back,
+        (window[1], window[0]),
+        flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP,
+        borderMode=cv2.BORDER_REPLICATE,
+    )
+    return np.asarray(large)
+
+
+def _under(sample: Sample, covers: Boxes) -> Sample:
+    """Give a sample's boxes as rectangles ``[R, 4]`` painted over its image leave them."""
+    boxes, share = uncovered(sample.boxes, covers)
+    return replace(sample, boxes=boxes, visible=sample.visible * share)

@@ -1,0 +1,366 @@
+"""COCO's instances json as it stands in the file, and every rule that its records must obey.
+
+``read_coco`` refuses a file at its first problem; ``resdet.check.check`` lists them all. Both ask ``record_problems``.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeGuard
+
+import numpy as np
+import numpy.typing as npt
+
+from resdet.errors import DataError
+
+HOW_TO_GET_COCO = (
+    "COCO 2017 is three archives from https://cocodataset.org/#download: train2017.zip, val2017.zip and "
+    "annotations_trainval2017.zip, unpacked side by side into one folder, which then holds train2017/, val2017/ and "
+    "annotations/instances_{train,val}2017.json"
+)
+
+Record = dict[str, Any]
+Severity = Literal["error", "warning", "info"]
+SECTIONS = ("images", "annotations", "categories")
+MAX_SIDE = 2**31 - 1
+"""Pixels: an image's sides are kept in 32 bits."""
+
+_KINDS = {"images": "image", "annotations": "annotation", "categories": "category"}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something about a dataset that its owner should know.
+
+    Attributes:
+        kind: What kind of problem, the same words for all of its kind (``"duplicate_image_id"``).
+        message: One line: what must hold, what was got, and which record it is.
+        severity: ``"error"``: the data are refused, or training on them would be wrong. ``"warning"``: training works,
+            and may be worse for it. ``"info"``: good to know.
+        image_ids: Images concerned, by the dataset's ids.
+        annotation_ids: Annotations concerned, by the dataset's ids.
+        file: The file in which it is.
+        count: How many records, files or pairs it stands for.
+    """
+
+    kind: str
+    message: str
+    severity: Severity = "error"
+    image_ids: tuple[int, ...] = ()
+    annotation_ids: tuple[int, ...] = ()
+    file: str = ""
+    count: int = 1
+
+    @property
+    def fatal(self) -> bool:
+        """Whether the data are refused, or training on them would be wrong."""
+        return self.severity == "error"
+
+    def __str__(self) -> str:
+        return f"{self.file}: {self.message}" if self.file else self.message
+
+
+@dataclass(frozen=True)
+class CocoRecords:
+    """A COCO json: three lists, whose entries may still be anything.
+
+    Attributes:
+        path: The file.
+        document: All of it; the three sections below are its entries.
+        images: ``document["images"]``.
+        annotations: ``document["annotations"]``.
+        categories: ``document["categories"]``.
+    """
+
+    path: Path
+    document: Record
+    images: list[Any]
+    annotations: list[Any]
+    categories: list[Any]
+
+
+def load_records(path: Path) -> CocoRecords:
+    """Read a COCO json without looking at its records.
+
+    Raises:
+        DataError: If the file is missing, is not json, or does not hold the three lists. The message names the file.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise DataError(f"{path}: no such annotation file. {HOW_TO_GET_COCO}")
+    if path.is_dir():
+        raise DataError(f"{path}: an annotation file (.json) is needed, got a folder")
+    try:
+        with path.open("rb") as file:
+            data = json.load(file)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from error
+    except RecursionError as error:
+        raise DataError(f"{path}: not a COCO annotation file: nested too deeply") from error
+    # Besides what is not json or not text: numbers of thousands of digits, which Python does not read.
+    except ValueError as error:
+        raise DataError(f"{path}: not a json file, or cut short ({path.stat().st_size} bytes): {error}") from error
+    return records_of(data, path)
+
+
+def records_of(data: object, path: Path) -> CocoRecords:
+    """Take the three sections out of what a json parser gave for a file.
+
+    Raises:
+        DataError: If these are not the three lists of a COCO json. The message names the file.
+    """
+    if isinstance(data, list):
+        if data and isinstance(data[0], dict) and "score" in data[0]:
+            what = "these are detection results; the ground truth they were scored against is needed"
+        else:
+            what = "got a json list"
+        raise DataError(f"{path}: not a COCO annotation file: {what}")
+    if not isinstance(data, dict):
+        raise DataError(f"{path}: not a COCO annotation file: got a json {type(data).__name__}")
+    for key in SECTIONS:
+        if key not in data:
+            hint = {
+                "annotations": " (COCO's image_info files have none)",
+                "categories": " (COCO's captions files have none; instances_*.json is needed)",
+            }.get(key, "")
+            raise DataError(f"{path}: not a COCO annotation file: no {key!r}{hint}; its keys are {sorted(data)[:8]}")
+        if not isinstance(data[key], list):
+            raise DataError(f"{path}: {key!r} must be a list, got {_show(data[key])}")
+    return CocoRecords(path, data, *(data[key] for key in SECTIONS))
+
+
+def record_problems(records: CocoRecords) -> Iterator[Problem]:
+    """Give every violation of the format, whatever else is wrong; all of them are fatal.
+
+    In this order: entries that are no objects, empty sections, then categories, images and annotations, each rule in
+    the order of the file. Values are judged column by column, so a sound file of 860,000 annotations takes a second;
+    records are looked at one by one only where a column is not sound.
+    """
+    sections = {key: _Section.of(key, getattr(records, key)) for key in SECTIONS}
+    problems = _problems(records, sections)
+    file = str(records.path)
+    for kind, message, image_ids, annotation_ids in problems:
+        # What refers to something that is not there is one problem for all of its kind.
+        count = max(len(annotation_ids), 1)
+        yield Problem(kind, message, "error", tuple(image_ids), tuple(annotation_ids), file, count)
+
+
+_Found = tuple[str, str, Sequence[int], Sequence[int]]
+
+
+@dataclass(frozen=True)
+class _Section:
+    """The objects of a section: ``ids`` int64 ``[R]``, meaningful where ``has_id``; ``numbers`` their places from 1."""
+
+    kind: str
+    records: list[Record]
+    numbers: npt.NDArray[np.int64]
+    ids: npt.NDArray[np.int64]
+    has_id: npt.NDArray[np.bool_]
+
+    @classmethod
+    def of(cls, key: str, entries: list[Any]) -> _Section:
+        numbers = np.array([n for n, entry in enumerate(entries, start=1) if isinstance(entry, dict)], dtype=np.int64)
+        objects = entries if len(numbers) == len(entries) else [entries[n - 1] for n in numbers]
+        ids, has_id = as_integers([record.get("id") for record in objects])
+        return cls(_KINDS[key], objects, numbers, ids, has_id)
+
+    def name(self, row: int) -> str:
+        """Name a record in a message: by its id, or its place in the file where it has none."""
+        return f"{self.kind} {self.ids[row]}" if self.has_id[row] else f"{self.kind} number {self.numbers[row]}"
+
+    def id_of(self, row: int) -> list[int]:
+        """Give a record's id, or nothing."""
+        return [int(self.ids[row])] if self.has_id[row] else []
+
+    def column(self, key: str) -> list[Any]:
+        """Give one value of each record."""
+        return [record.get(key) for record in self.records]
+
+
+def _problems(records: CocoRecords, sections: dict[str, _Section]) -> Iterator[_Found]:
+    for key in SECTIONS:
+        entries = getattr(records, key)
+        if len(sections[key].records) < len(entries):
+            for position, entry in enumerate(entries):
+                if not isinstance(entry, dict):
+                    yield "not_an_object", f"{key!r}[{position}] must be an object, got {_show(entry)}", (), ()
+    for key in ("images", "categories"):
+        if not getattr(records, key):
+            yield f"no_{key}", f"{key!r} is empty", (), ()
+    categories, images, objects = (sections[key] for key in ("categories", "images", "annotations"))
+    yield from _id_problems(categories)
+    yield from _category_name_problems(categories)
+    yield from _id_problems(images)
+    yield from _file_name_problems(images)
+    for key in ("height", "width"):
+        yield from _side_problems(images, key)
+    yield from _id_problems(objects)
+    image_ids, has_image_id = as_integers(objects.column("image_id"))
+    for key, known in (("image_id", images), ("category_id", categories)):
+        yield from _reference_problems(objects, key, known, image_ids, has_image_id)
+    for kind, row, message in _value_problems(objects):
+        yield kind, message, [int(image_ids[row])] if has_image_id[row] else [], objects.id_of(row)
+
+
+def _id_problems(section: _Section) -> Iterator[_Found]:
+    kind = section.kind
+    for row in np.flatnonzero(~section.has_id).tolist():
+        got = _show(section.records[row].get("id"))
+        yield f"bad_{kind}_id", f"{kind} number {section.numbers[row]}: id must be an integer, got {got}", (), ()
+    unique, first, counts = np.unique(section.ids[section.has_id], return_index=True, return_counts=True)
+    repeated = np.flatnonzero(counts > 1)
+    for i in repeated[np.argsort(first[repeated])].tolist():
+        ids = {kind: [int(unique[i])]}
+        message = f"{kind} id {unique[i]} is given {counts[i]} times"
+        yield f"duplicate_{kind}_id", message, ids.get("image", ()), ids.get("annotation", ())
+
+
+def _category_name_problems(categories: _Section) -> Iterator[_Found]:
+    name_of: dict[str, str] = {}
+    # Of a category given twice, which is a problem of its own, only the first is looked at.
+    _, first = np.unique(categories.ids[categories.has_id], return_index=True)
+    for row in np.flatnonzero(categories.has_id)[first].tolist():
+        name = categories.records[row].get("name")
+        category_id = str(categories.ids[row])
+        if not isinstance(name, str) or not name:
+            yield "bad_category_name", f"category {category_id}: name must be a text, got {_show(name)}", (), ()
+        elif name in name_of:
+            message = f"categories {name_of[name]} and {category_id} have the same name {name!r}"
+            yield "duplicate_category_name", message, (), ()
+        else:
+            name_of[name] = category_id
+
+
+def _file_name_problems(images: _Section) -> Iterator[_Found]:
+    for row, name in enumerate(images.column("file_name")):
+        if is_file_name(name):
+            continue
+        what = "a text" if not isinstance(name, str) or not name else "a name that files can have"
+        message = f"{images.name(row)}: file_name must be {what}, got {_show(name)}"
+        yield "bad_file_name", message, images.id_of(row), ()
+
+
+def is_file_name(name: object) -> TypeGuard[str]:
+    """Say whether a value is a text that a file can be called."""
+    if not isinstance(name, str) or not name or "\0" in name:
+        return False
+    try:
+        # Half of a surrogate pair, which json allows, has no encoding.
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _side_problems(images: _Section, key: str) -> Iterator[_Found]:
+    values = images.column(key)
+    sides, whole = as_integers(values)
+    for row in np.flatnonzero(~whole | (sides < 1) | (sides > MAX_SIDE)).tolist():
+        message = f"{images.name(row)}: {key} must be a whole number of pixels > 0, got {_show(values[row])}"
+        yield "bad_image_size", message, images.id_of(row), ()
+
+
+def _reference_problems(
+    objects: _Section,
+    key: str,
+    known: _Section,
+    image_ids: npt.NDArray[np.int64],
+    has_image_id: npt.NDArray[np.bool_],
+) -> Iterator[_Found]:
+    values = objects.column(key)
+    wanted, whole = (image_ids, has_image_id) if key == "image_id" else as_integers(values)
+    for row in np.flatnonzero(~whole).tolist():
+        message = f"{objects.name(row)}: {key} must be an integer, got {_show(values[row])}"
+        images = [int(image_ids[row])] if has_image_id[row] else []
+        yield f"bad_{known.kind}_reference", message, images, objects.id_of(row)
+    unknown = np.flatnonzero(whole & ~np.isin(wanted, known.ids[known.has_id]))
+    if len(unknown):
+        section = {"image": "images", "category": "categories"}[known.kind]
+        more = f" ({len(unknown)} annotations of this kind)" if len(unknown) > 1 else ""
+        first = int(unknown[0])
+        message = f"{objects.name(first)}: {key} {wanted[first]} is not among its {section!r}{more}"
+        images = np.unique(image_ids[unknown][has_image_id[unknown]]).tolist()
+        yield f"unknown_{known.kind}", message, images, objects.ids[unknown][objects.has_id[unknown]].tolist()
+
+
+def _value_problems(objects: _Section) -> Iterator[tuple[str, int, str]]:
+    """Give the kind, row and message of what is wrong with boxes, crowd flags and areas."""
+    boxes = objects.column("bbox")
+    if as_boxes(boxes) is None:
+        for row, box in enumerate(boxes):
+            numbers = box if isinstance(box, list) else []
+            if len(numbers) != 4 or not all(map(_is_finite, numbers)):
+                image_id = _show(objects.records[row].get("image_id"))
+                message = f"bbox must be 4 finite numbers [x, y, width, height], got {_show(box)}"
+                yield "bad_box", row, f"{objects.name(row)} of image {image_id}: {message}"
+    for row, value in enumerate(objects.column("iscrowd")):
+        if (value or 0) not in (0, 1):
+            yield "bad_iscrowd", row, f"{objects.name(row)}: iscrowd must be 0 or 1, got {_show(value)}"
+    for row, value in enumerate(objects.column("area")):
+        if value is not None and not _is_finite(value):
+            yield "bad_area", row, f"{objects.name(row)}: area must be a finite number, got {_show(value)}"
+
+
+def _is_finite(value: object) -> bool:
+    # Compared as they are: an integer of 400 digits has no float.
+    return isinstance(value, (int, float)) and abs(value) <= sys.float_info.max
+
+
+def as_integers(values: Sequence[Any]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
+    """Give values as integers: int64 ``[V]``, and bool ``[V]`` that says which are; the others are 0.
+
+    ``640.0`` is an integer, because JSON writers of some languages have no others; ``"640"`` is not.
+    """
+    column = _integer_column(values)
+    if column is not None:
+        return column, np.ones(len(values), dtype=np.bool_)
+    singles = [_integer_column([value]) for value in values]
+    whole = np.array([single is not None for single in singles], dtype=np.bool_)
+    return np.array([0 if single is None else single[0] for single in singles], dtype=np.int64), whole
+
+
+def _integer_column(values: Sequence[Any]) -> npt.NDArray[np.int64] | None:
+    """Give int64 ``[V]``, or None if they cannot be told to be whole numbers all at once."""
+    if not values:
+        return np.zeros(0, dtype=np.int64)
+    try:
+        array = np.array(values)
+    except (ValueError, OverflowError):
+        return None
+    if array.ndim != 1 or array.dtype.kind not in "iuf":
+        return None
+    if array.dtype.kind != "i" and not (np.abs(array) < 2**53).all():
+        return None
+    whole = array.astype(np.int64)
+    return whole if (whole == array).all() else None
+
+
+def as_boxes(values: Sequence[Any]) -> npt.NDArray[np.float64] | None:
+    """Give ``[x, y, width, height]`` of each as float64 ``[V, 4]``, or None if some are not four finite numbers.
+
+    It may also be None for boxes that mix numbers with true and false, which ``record_problems`` lets pass as 1 and 0.
+    """
+    if not values:
+        return np.zeros((0, 4))
+    # Checked before conversion: NumPy would turn the texts ["1", "2", "3", "4"] into numbers.
+    try:
+        array = np.array(values)
+    except (ValueError, OverflowError):
+        return None
+    if array.shape != (len(values), 4) or array.dtype.kind not in "iuf" or not np.isfinite(array).all():
+        return None
+    return array.astype(np.float64)
+
+
+def _show(value: object) -> str:
+    """Give a value for a message, short and on one line."""
+    try:
+        text = "nothing" if value is None else repr(value)
+    except RecursionError:
+        text = f"a {type(value).__name__} nested too deeply"
+    return text if len(text) <= 80 else text[:77] + "..."

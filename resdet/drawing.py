@@ -1,0 +1,105 @@
+"""Draw boxes and their names on pictures."""
+
+from __future__ import annotations
+
+import colorsys
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+from resdet.types import Category, Prediction
+
+
+def draw(
+    image: npt.NDArray[np.uint8],
+    prediction: Prediction,
+    categories: Sequence[Category],
+    *,
+    score_threshold: float = 0.0,
+    scale: int = 1,
+) -> npt.NDArray[np.uint8]:
+    """Draw boxes with class names and scores; a class has the same colour in every picture.
+
+    Lines and letters grow with the image. The best detections lie on top; a name stands above its box, or inside or
+    below it where that place is taken, and never outside the image.
+
+    Args:
+        image: uint8 RGB ``[H, W, 3]``; left as it is.
+        prediction: Boxes in pixels of ``image``.
+        categories: The model's classes; labels without one are written as numbers.
+        score_threshold: Detections below it are not drawn.
+        scale: Whole factor by which the picture is larger than the image; ``legible_scale`` gives one.
+
+    Returns:
+        uint8 RGB ``[scale * H, scale * W, 3]``.
+    """
+    image = image.repeat(scale, axis=0).repeat(scale, axis=1)
+    height, width = image.shape[:2]
+    picture = Image.fromarray(image)
+    canvas = ImageDraw.Draw(picture)
+    line = max(1, round((height + width) / 500))
+    font = ImageFont.load_default(size=max(10, round((height + width) / 95)))
+    ascent, descent = font.getmetrics() if isinstance(font, ImageFont.FreeTypeFont) else (10, 2)
+    pad = max(1, line)
+    names = {category.label: category.name for category in categories}
+
+    shown = above(prediction, score_threshold)
+    best_first = torch.argsort(shown["scores"], descending=True, stable=True).tolist()
+    boxes, labels, scores = (scale * shown["boxes"]).tolist(), shown["labels"].tolist(), shown["scores"].tolist()
+    for i in reversed(best_first):
+        x1, y1, x2, y2 = boxes[i]
+        # Pillow's corners are pixels, the last one included.
+        left, top = min(max(round(x1), 0), width - 1), min(max(round(y1), 0), height - 1)
+        right, bottom = min(max(round(x2) - 1, left), width - 1), min(max(round(y2) - 1, top), height - 1)
+        canvas.rectangle((left, top, right, bottom), outline=class_color(labels[i]), width=line)
+
+    plates: list[tuple[int, int, int, int]] = []
+    texts: list[str] = []
+    for i in best_first:
+        text = f"{names.get(labels[i], labels[i])} {scores[i]:.2f}"
+        text_width, text_height = round(canvas.textlength(text, font=font)) + 2 * pad, ascent + descent
+        left = max(min(round(boxes[i][0]), width - text_width), 0)
+        above_box, inside, below = round(boxes[i][1]) - text_height, round(boxes[i][1]), round(boxes[i][3])
+        tops = [top for top in (above_box, inside, below) if 0 <= top <= height - text_height] or [0]
+        places = [(left, top, left + text_width, top + text_height) for top in tops]
+        free = [place for place in places if not any(_overlap(place, plate) for plate in plates)]
+        plates.append((free or places)[0])
+        texts.append(text)
+    for i, plate, text in reversed(list(zip(best_first, plates, texts, strict=True))):
+        color = class_color(labels[i])
+        red, green, blue = color
+        ink = (0, 0, 0) if 299 * red + 587 * green + 114 * blue > 128_000 else (255, 255, 255)
+        left, top, right, bottom = plate
+        canvas.rectangle((left, top, right - 1, bottom - 1), fill=color)
+        canvas.text((left + pad, top), text, fill=ink, font=font)
+    return np.asarray(picture).copy()
+
+
+def legible_scale(image: npt.NDArray[np.uint8]) -> int:
+    """Give a scale for ``draw`` at which names do not cover a small image: its shorter side comes to 320 px or more."""
+    shorter = int(min(image.shape[:2]))
+    return max(1, math.ceil(320 / shorter))
+
+
+def class_color(label: int) -> tuple[int, int, int]:
+    """Give a label's colour, RGB in 0..255: hues a golden angle apart, so that neighbours differ most."""
+    hue = (label - 1) * 0.6180339887 % 1
+    lightness = (0.5, 0.65, 0.38)[(label - 1) // 8 % 3]
+    red, green, blue = colorsys.hls_to_rgb(hue, lightness, 0.9)
+    return round(255 * red), round(255 * green), round(255 * blue)
+
+
+def _overlap(one: tuple[int, int, int, int], other: tuple[int, int, int, int]) -> bool:
+    return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
+
+
+def above(prediction: Prediction, score_threshold: float) -> Prediction:
+    """Give the detections whose score is at least ``score_threshold``."""
+    keep = prediction["scores"] >= score_threshold
+    return Prediction(
+        boxes=prediction["boxes"][keep], labels=prediction["labels"][keep], scores=prediction["scores"][keep]
+    )

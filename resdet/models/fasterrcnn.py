@@ -1,0 +1,61 @@
+"""Build Faster R-CNN by torchvision's convention for its builders."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from resdet.errors import UserError, WeightsError
+from resdet.models.checkpoint import _CLASS_SCORES, _load_whole, _read_detector
+from resdet.models.detector import Detector, build_detector
+from resdet.models.spec import DetectorSpec
+from resdet.weights.source import WeightsSource, fetch
+
+
+def fasterrcnn_resnet101_fpn(
+    *,
+    weights: str | os.PathLike[str] | None = None,
+    num_classes: int | None = None,
+    weights_backbone: WeightsSource = None,
+    trainable_backbone_layers: int = 3,
+    spec: DetectorSpec | None = None,
+) -> Detector:
+    """Build Faster R-CNN on a ResNet-101 with FPN, by torchvision's convention for its builders.
+
+    Args:
+        weights: A whole detector's weights: a file or URL of a checkpoint of ours, of a state dict of torchvision's
+            FasterRCNN of this shape, or of another library's Faster R-CNN (see ``load_detector``).
+            ``weights_backbone`` is ignored then.
+        num_classes: The background counts. By default what ``weights`` has, or else 91 (COCO).
+        weights_backbone: First weights of the body: None (random), a torchvision weight name or enum, a file or a URL.
+        trainable_backbone_layers: How many stages of the body take gradients, 0 to 5; see ``resnet_fpn``.
+        spec: Everything else; by default that of the checkpoint, or else ``DetectorSpec()``.
+
+    Raises:
+        UserError: If an argument is out of its range.
+        WeightsError: If the weights cannot be had, or are for another model or number of classes.
+    """
+    if spec is not None and spec.arch != "resnet101":
+        raise UserError(f"spec.arch must be 'resnet101' here, got {spec.arch!r}; build_detector takes any")
+    if spec is not None and spec.layout != "fpn":
+        raise UserError(f"spec.layout must be 'fpn' here, got {spec.layout!r}; build_detector takes any")
+    if weights is None:
+        return build_detector(
+            DetectorSpec() if spec is None else spec,
+            num_classes=91 if num_classes is None else num_classes,
+            weights_backbone=weights_backbone,
+            trainable_layers=trainable_backbone_layers,
+        )
+    path = fetch(os.fspath(weights)) if "://" in os.fspath(weights) else Path(weights)
+    described, tensors = _read_detector(path)
+    found = len(tensors[_CLASS_SCORES])
+    if num_classes not in (None, found):
+        raise WeightsError(f"{path}: was made for {found} classes (background included), num_classes is {num_classes}")
+    if spec is None:
+        spec = described.spec or DetectorSpec()
+    model = build_detector(
+        spec, num_classes=found, trainable_layers=trainable_backbone_layers, categories=described.categories
+    )
+    _load_whole(model, tensors, path)
+    model.score_threshold = described.score_threshold
+    return model

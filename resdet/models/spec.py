@@ -1,0 +1,319 @@
+"""What a detector is, as plain settings: reading a configuration imports neither torch nor torchvision."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
+
+from resdet.models.archs import ARCHS, VGGArch, find_arch
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+NormName = Literal["frozen", "batch", "group"]
+ClassLoss = Literal["cross_entropy", "focal"]
+BoxLoss = Literal["smooth_l1", "giou"]
+
+Positive = Annotated[float, Field(gt=0)]
+
+
+class DetectorSpec(BaseModel):
+    """Everything that makes a detector what it is, apart from its weights and its classes.
+
+    A checkpoint carries it, so that the model can be built again from the file alone. Names and defaults of the knobs
+    of Faster R-CNN are torchvision's.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    arch: str = Field(
+        default="resnet101",
+        description="Body of the backbone; the table of architectures is resdet/models/archs.py.",
+        json_schema_extra={"enum": list(ARCHS)},
+    )
+    layout: Literal["fpn", "c4", "dc5"] = Field(
+        default="fpn",
+        description="What proposals and boxes are found on. fpn: a feature pyramid. c4: C4 alone, at stride 16, and "
+        "conv5 run on each proposal's 14x14 features, as the first ResNet detectors did. dc5: C5 alone, at stride 16, "
+        "conv5 dilated and not strided; of a VGG that is conv5_3, as the first Faster R-CNN had it.",
+    )
+    norm: NormName = Field(
+        default="frozen",
+        description="Normalisation in the body: frozen (fixed statistics, for fine-tuning from pretrained weights), "
+        "batch (needs large batches) or group (32 groups).",
+    )
+    norm_eps: float = Field(
+        default=1e-5,
+        ge=0,
+        description="Added to the variance by every norm of the body; 0 for weights from before 2020.",
+    )
+    out_channels: PositiveInt = Field(
+        default=256, description="Channels of every level of the feature pyramid; without one, of no effect."
+    )
+    fast: bool = Field(
+        default=True,
+        description="Frozen norms folded into the convolutions, channels-last, RoIAlign on every core, boxes in "
+        "float32 whatever the precision. Off: torchvision's operations bit for bit. Parameters are the same.",
+    )
+    min_size: PositiveInt | tuple[PositiveInt, ...] = Field(
+        default=800,
+        description="Length in pixels to which an image's shorter side is scaled. Of several one is drawn at random "
+        "for each training image, and the last is used otherwise.",
+    )
+    max_size: PositiveInt = Field(
+        default=1333, description="Longest side allowed after scaling, in pixels; it overrides min_size."
+    )
+    image_mean: tuple[float, float, float] = Field(
+        default=(0.485, 0.456, 0.406), description="Subtracted from the red, green and blue of images in [0, 1]."
+    )
+    image_std: tuple[Positive, Positive, Positive] = Field(
+        default=(0.229, 0.224, 0.225), description="What red, green and blue are divided by after that."
+    )
+    anchor_sizes: tuple[PositiveInt, ...] = Field(
+        default=(32, 64, 128, 256, 512),
+        min_length=1,
+        description="Side of the square anchor of each level P2..P6, in pixels of the scaled image; a pyramid of other "
+        "strides has 8 times the stride of each level by default. Without a pyramid, sides of the anchors at every "
+        "place.",
+    )
+    aspect_ratios: tuple[Positive, ...] = Field(
+        default=(0.5, 1.0, 2.0),
+        min_length=1,
+        description="Height over width of the anchors at every place of every level.",
+    )
+    box_head_channels: PositiveInt = Field(
+        default=1024,
+        description="Width of the two fully connected layers of the box head; c4 has conv5 in their place.",
+    )
+    rpn_pre_nms_top_n_train: PositiveInt = Field(
+        default=2000, description="Proposals of each level that enter non-maximum suppression, in training."
+    )
+    rpn_pre_nms_top_n_test: PositiveInt = Field(default=1000, description="The same, outside training.")
+    rpn_post_nms_top_n_train: PositiveInt = Field(
+        default=2000, description="Proposals of each image that are kept after non-maximum suppression, in training."
+    )
+    rpn_post_nms_top_n_test: PositiveInt = Field(default=1000, description="The same, outside training.")
+    rpn_nms_thresh: Fraction = Field(
+        default=0.7, description="IoU above which the weaker of two proposals of one level is dropped."
+    )
+    rpn_fg_iou_thresh: Fraction = Field(
+        default=0.7, description="IoU with an object from which an anchor is a positive."
+    )
+    rpn_bg_iou_thresh: Fraction = Field(
+        default=0.3, description="IoU with every object below which an anchor is a negative."
+    )
+    rpn_batch_size_per_image: PositiveInt = Field(
+        default=256, description="Anchors of each image that the RPN's loss is taken over."
+    )
+    rpn_positive_fraction: Fraction = Field(default=0.5, description="Share of positives among them, at most.")
+    rpn_score_thresh: Fraction = Field(default=0.0, description="Proposals with a lower objectness are dropped.")
+    box_score_thresh: Fraction = Field(default=0.05, description="Detections with a lower score are dropped.")
+    box_nms_thresh: Fraction = Field(
+        default=0.5, description="IoU above which the weaker of two detections of one class is dropped."
+    )
+    box_detections_per_img: PositiveInt = Field(
+        default=100, description="Detections of each image that are kept, best first."
+    )
+    box_fg_iou_thresh: Fraction = Field(
+        default=0.5, description="IoU with an object from which a proposal is a positive."
+    )
+    box_bg_iou_thresh: Fraction = Field(
+        default=0.5, description="IoU with every object below which a proposal is a negative."
+    )
+    box_batch_size_per_image: PositiveInt = Field(
+        default=512, description="Proposals of each image that the box head is trained on."
+    )
+    box_positive_fraction: Fraction = Field(default=0.25, description="Share of positives among them, at most.")
+    class_loss: ClassLoss = Field(
+        default="cross_entropy",
+        description="How the box head's scores are judged in training: cross_entropy, or focal (Lin et al. 2017), "
+        "which lowers the weight of what is already right.",
+    )
+    box_loss: BoxLoss = Field(
+        default="smooth_l1",
+        description="How its boxes are judged: smooth_l1 on the regressed deltas, or giou (Rezatofighi et al. 2019) on "
+        "the boxes they make.",
+    )
+    class_weights: tuple[Positive, ...] | None = Field(
+        default=None,
+        description="Weights of the background and of each class in the loss of the scores; null weighs all alike. "
+        "class_balance_beta makes them from the training data.",
+    )
+
+    # Where libraries differ, so that weights keep the meaning they were trained to have. torchvision's way by default;
+    # that of others is CONVENTIONS.
+    stride_in_1x1: bool = Field(
+        default=False,
+        description="Bottlenecks stride in their first 1x1 convolution, as MSRA's ImageNet weights and what was "
+        "trained from them need it, and not in the 3x3.",
+    )
+    resize: Literal["torch", "pil"] = Field(
+        default="torch",
+        description="How images are scaled: torch interpolates normalised float pixels without antialiasing; pil is "
+        "Pillow's antialiased bilinear filter on 8-bit pixels, which no whole exported detector can hold.",
+    )
+    anchor_rounding: bool = Field(default=True, description="Round the corners of anchors to whole pixels.")
+    anchor_stride: Literal["measured", "nominal"] = Field(
+        default="measured",
+        description="Distance between anchors: measured is the padded image's size over the level's, rounded down (61 "
+        "and not 64 pixels on P6 of an image 800 pixels high); nominal is 4, 8, 16, 32, 64.",
+    )
+    rpn_rank_by: Literal["probability", "logit"] = Field(
+        default="probability",
+        description="What proposals are ranked by in non-maximum suppression. Probabilities near 1 tie in float32.",
+    )
+    rpn_min_size: float = Field(
+        default=1e-3,
+        ge=0,
+        description="Proposals with a side below this, in pixels of the scaled image, are dropped; 0 drops those "
+        "without extent.",
+    )
+    roi_sampling_ratio: int = Field(
+        default=2,
+        ge=0,
+        description="Samples that RoIAlign takes of a bin along each axis; 0 takes one for each pixel of the level.",
+    )
+    roi_aligned: bool = Field(
+        default=False, description="RoIAlign shifts boxes by half a pixel of the level, which puts bins where they are."
+    )
+    box_min_size: float = Field(
+        default=1e-2,
+        ge=0,
+        description="Detections with a side below this, in pixels of the scaled image, are dropped before non-maximum "
+        "suppression; 0 drops those without extent, after it.",
+    )
+
+    @field_validator("arch")
+    @classmethod
+    def _arch_is_known(cls, arch: str) -> str:
+        find_arch(arch)
+        return arch
+
+    @field_validator("min_size")
+    @classmethod
+    def _min_size_is_given(cls, min_size: int | tuple[int, ...]) -> int | tuple[int, ...]:
+        if min_size == ():
+            raise ValueError("must hold at least one size")
+        return min_size
+
+    @model_validator(mode="after")
+    def _layout_fits_the_arch(self) -> DetectorSpec:
+        arch = find_arch(self.arch)
+        if self.layout == "c4" and isinstance(arch, VGGArch):
+            raise ValueError(
+                f"layout c4 runs conv5 on each proposal, which is for ResNets; {self.arch} can be dc5 or fpn"
+            )
+        if self.layout != "fpn" and len(arch.strides) < 4:
+            raise ValueError(f"layout {self.layout} needs a network with a C5; {self.arch} can be fpn")
+        if self.stride_in_1x1 and (isinstance(arch, VGGArch) or arch.block == "basic"):
+            raise ValueError(f"stride_in_1x1 is for bottlenecks; {self.arch} has no 1x1 convolution to stride in")
+        return self
+
+    @model_validator(mode="after")
+    def _one_anchor_size_per_level(self) -> DetectorSpec:
+        if self.layout != "fpn":
+            return self
+        arch = find_arch(self.arch)
+        strides = [arch.strides[stage - 1] for stage in arch.pyramid]
+        strides.append(2 * strides[-1])
+        if "anchor_sizes" not in self.model_fields_set:
+            # 8 times the strides 4 to 64 is the default; pyramids of other strides have anchors in the same proportion.
+            self.__dict__["anchor_sizes"] = tuple(8 * stride for stride in strides)
+        elif len(self.anchor_sizes) != len(strides):
+            names = [f"P{stride.bit_length() - 1}" for stride in strides]
+            raise ValueError(
+                f"anchor_sizes must hold one size for each of the {len(strides)} levels {names[0]}..{names[-1]}, got "
+                f"{len(self.anchor_sizes)}: {list(self.anchor_sizes)} (the strides of {self.arch}'s pyramid are "
+                f"{', '.join(map(str, strides))})"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _thresholds_are_ordered(self) -> DetectorSpec:
+        for part in ("rpn", "box"):
+            low, high = getattr(self, f"{part}_bg_iou_thresh"), getattr(self, f"{part}_fg_iou_thresh")
+            if low > high:
+                raise ValueError(f"{part}_bg_iou_thresh ({low}) must not be above {part}_fg_iou_thresh ({high})")
+        return self
+
+
+_MMDETECTION: dict[str, Any] = {
+    "anchor_rounding": False,
+    "anchor_stride": "nominal",
+    "rpn_post_nms_top_n_train": 1000,
+    "rpn_min_size": 0.0,
+    "roi_sampling_ratio": 0,
+    "roi_aligned": True,
+    "box_min_size": 0.0,
+}
+
+CONVENTIONS: dict[str, dict[str, Any]] = {
+    "detectron2": _MMDETECTION | {"resize": "pil", "rpn_rank_by": "logit"},
+    "mmdetection": _MMDETECTION,
+    "mmdetection-caffe": _MMDETECTION,
+}
+"""How other libraries run a Faster R-CNN with FPN, where that is not torchvision's way: fields of ``DetectorSpec``.
+
+Proved on recorded outputs for detectron2, read in the sources for mmdetection (whose cv2 resize, in 8 bits without
+antialiasing, is taken for torchvision's). The statistics of pixels and where a bottleneck strides are not here: they
+differ from file to file, and ``resdet.weights.convert`` tells them. Left as torchvision's: the losses of box regression
+(smooth L1 with its knee at 1/9 where these have L1), and the level of a box whose side is within a millionth of the
+border between two.
+
+Source: detectron2's ``config/defaults.py`` and ``configs/Base-RCNN-FPN.yaml``; ``modeling/anchor_generator.py``,
+``modeling/proposal_generator/proposal_utils.py``, ``modeling/roi_heads/fast_rcnn.py``, ``modeling/postprocessing.py``.
+mmdetection's ``configs/_base_/models/faster-rcnn_r50_fpn.py`` and ``models/dense_heads/rpn_head.py``.
+"""
+
+WEIGHTS_FACTS = ("norm_eps", "image_mean", "image_std", "stride_in_1x1")
+"""Fields of ``DetectorSpec`` without which weights mean nothing."""
+
+WEIGHTS_FIELDS = (
+    *WEIGHTS_FACTS,
+    "resize",
+    "anchor_rounding",
+    "anchor_stride",
+    "rpn_rank_by",
+    "rpn_min_size",
+    "roi_sampling_ratio",
+    "roi_aligned",
+    "box_min_size",
+)
+"""These, and fields to which weights can be trained anew, but with which they are best as they are."""
+
+
+class Tricks(BaseModel):
+    """What to do at test time beyond running the model once; all of it is off by default."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+    scales: tuple[PositiveInt, ...] = ()
+    """Lengths in pixels to which the shorter side is scaled, one after another; empty keeps the model's own. The
+    longest side allowed grows and shrinks along. The time is that of all sizes together."""
+    flip: bool = False
+    """Detect on the mirrored image too, at every scale. Doubles the time."""
+    refine: int = Field(0, ge=0)
+    """How often boxes are fed back: their features are pooled anew, which gives new scores and boxes beside the old
+    ones (He et al. 2016, appendix B, where it is 1). Each round costs one more pass through the box head."""
+    voting: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Replace each detection by the mean of all boxes of its class that overlap it by at least this IoU, weighted by
+    their scores (Gidaris and Komodakis 2015, who take 0.5; Detectron takes 0.8); null does not. Takes no time."""
+    nms: Literal["hard", "soft-linear", "soft-gaussian"] = "hard"
+    """What happens to a box that overlaps a better one: hard drops it; soft lowers its score (Bodla et al. 2017), down
+    to 0.001, whatever the model's own threshold of scores. Takes no time."""
+    nms_threshold: Fraction | None = None
+    """IoU above which hard drops a box, and from which soft-linear lowers its score; null takes the model's own (0.5
+    unless built otherwise; He et al. use 0.3 with refine). soft-gaussian has none."""
+    nms_sigma: float = Field(0.5, gt=0)
+    """Of soft-gaussian: scores are multiplied by exp(-IoU^2 / sigma)."""
+    class_agnostic: bool = False
+    """Boxes suppress those of other classes too, so that an object is found once. Where classes overlap this costs
+    recall."""
+
+    @field_validator("scales")
+    @classmethod
+    def _scales_differ(cls, scales: tuple[int, ...]) -> tuple[int, ...]:
+        if len(set(scales)) < len(scales):
+            raise ValueError(f"must differ from each other, got {list(scales)}")
+        return scales

@@ -1,0 +1,219 @@
+"""Detections in image files: find them, run the model, draw the boxes, write them down."""
+
+from __future__ import annotations
+
+import glob
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+from torch import nn
+from tqdm import tqdm
+
+from resdet.data.images import IMAGE_SUFFIXES, read_image
+from resdet.drawing import above, draw, legible_scale
+from resdet.errors import DataError
+from resdet.evaluation.detect import inference, model_categories
+from resdet.models.spec import Tricks
+from resdet.precision import Precision
+from resdet.types import Category, Prediction
+
+
+def find_images(paths: Iterable[Path | str]) -> list[Path]:
+    """List image files.
+
+    Args:
+        paths: Files (taken as they are, whatever their suffix), folders (their image files by name; folders inside
+            them are left alone), and patterns such as ``photos/**/*.jpg`` for shells that do not expand them.
+
+    Returns:
+        Each file once, in the order of ``paths``.
+
+    Raises:
+        DataError: If one of ``paths`` does not exist, matches nothing or holds no image.
+    """
+    found: list[Path] = []
+    for path in map(Path, paths):
+        if path.is_dir():
+            files = sorted(file for file in path.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file())
+            if not files:
+                raise DataError(f"{path}: no images in this folder (looked for {', '.join(IMAGE_SUFFIXES)})")
+        elif path.is_file():
+            files = [path]
+        elif glob.has_magic(str(path)):
+            matches = map(Path, sorted(glob.glob(str(path), recursive=True)))
+            files = [file for file in matches if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file()]
+            if not files:
+                raise DataError(f"{path}: no image matches this pattern")
+        else:
+            raise DataError(f"{path}: no such file or folder")
+        found += files
+    if not found:
+        raise DataError("no images given: expected files, folders or patterns")
+    return list(dict.fromkeys(found))
+
+
+def predict(
+    model: nn.Module,
+    images: Sequence[Path | npt.NDArray[np.uint8]],
+    *,
+    batch_size: int = 1,
+    score_threshold: float = 0.0,
+    device: torch.device | None = None,
+    precision: Precision = "fp32",
+    tricks: Tricks | None = None,
+    progress: bool = False,
+) -> Iterator[tuple[Path | None, npt.NDArray[np.uint8], Prediction]]:
+    """Detect objects in images, giving each as soon as it is done.
+
+    Nothing is kept between batches, so any number of images can be gone through. While the iterator lives, the model
+    is in evaluation mode; when it ends or is closed, its training flags are restored.
+
+    Args:
+        model: A ``Detector`` or any torchvision ``FasterRCNN``.
+        images: Image files, or uint8 RGB arrays ``[H, W, 3]``. Files are read as training reads them: their stored
+            pixels, without EXIF orientation.
+        batch_size: Images per forward pass.
+        score_threshold: Detections below it are dropped, in [0, 1]. The model's own ``roi_heads.score_thresh`` (0.05
+            unless built otherwise) applies before.
+        device: Where to compute; the model is moved there and stays. None: where it is.
+        precision: fp32, or autocast to bf16 or fp16.
+        tricks: What to do at test time beyond running the model once; None does nothing.
+        progress: Show a progress bar on standard error.
+
+    Yields:
+        The file (None for an array), the image as uint8 RGB ``[H, W, 3]``, and its detections, in the order given.
+
+    Raises:
+        DataError: If an image cannot be read, or an array is not uint8 ``[H, W, 3]``.
+        WeightsError: If the model computes NaN or infinity.
+        UserError: If ``tricks`` cannot be done with this model.
+    """
+    with (
+        inference(model, device=device, precision=precision, tricks=tricks) as run,
+        tqdm(total=len(images), unit="image", disable=not progress) as bar,
+    ):
+        for start in range(0, len(images), batch_size):
+            sources = images[start : start + batch_size]
+            paths = [None if isinstance(source, np.ndarray) else source for source in sources]
+            pixels = [_pixels(source, start + offset) for offset, source in enumerate(sources)]
+            where = ", ".join(str(path or f"images[{start + offset}]") for offset, path in enumerate(paths))
+            tensors = [torch.from_numpy(image.transpose(2, 0, 1).copy()) for image in pixels]
+            for path, image, prediction in zip(paths, pixels, run(tensors, where), strict=True):
+                bar.update()
+                yield path, image, above(prediction, score_threshold)
+
+
+def predict_files(
+    model: nn.Module,
+    files: Sequence[Path],
+    output_dir: Path,
+    *,
+    batch_size: int = 1,
+    score_threshold: float = 0.5,
+    device: torch.device | None = None,
+    precision: Precision = "fp32",
+    tricks: Tricks | None = None,
+) -> int:
+    """Detect objects in image files; write a drawn picture for each and ``detections.json`` for all.
+
+    The json holds every detection the model gives, in COCO's result format (``to_coco_json``). The pictures show those
+    above the threshold, small images enlarged, and are named as their files are, with a number where two would have
+    the same name.
+
+    Args:
+        model: As for ``predict``, like the others.
+        files: Image files.
+        output_dir: Made if it is not there.
+        batch_size: Images per forward pass.
+        score_threshold: Detections below it are not drawn.
+        device: Where to compute.
+        precision: fp32, bf16 or fp16.
+        tricks: What to do beyond running the model once.
+
+    Returns:
+        The number of detections in the json.
+
+    Raises:
+        DataError: If an image cannot be read; what was drawn before it stays.
+        WeightsError: If the model computes NaN or infinity.
+        UserError: If ``tricks`` cannot be done with this model.
+    """
+    output_dir.mkdir(parents=True, exist_ok=True)
+    categories = model_categories(model)
+    taken: set[str] = set()
+    predictions = []
+    found = predict(
+        model, files, batch_size=batch_size, device=device, precision=precision, tricks=tricks, progress=True
+    )
+    for file, (_, image, prediction) in zip(files, found, strict=True):
+        predictions.append(prediction)
+        name, number = file.stem, 1
+        while name in taken:
+            number += 1
+            name = f"{file.stem}_{number}"
+        taken.add(name)
+        drawn = draw(image, prediction, categories, score_threshold=score_threshold, scale=legible_scale(image))
+        Image.fromarray(drawn).save(output_dir / f"{name}.png")
+    entries = to_coco_json(files, predictions, categories)
+    (output_dir / "detections.json").write_text(json.dumps(entries) + "\n", encoding="utf-8")
+    return len(entries)
+
+
+def shown_from(model: nn.Module) -> tuple[float, str]:
+    """Give the score from which a model's detections are worth showing, and where it comes from, in words.
+
+    It is that of a ``Detector``'s last evaluation (``Detector.score_threshold``), or 0.5 where there was none.
+    """
+    best: float | None = getattr(model, "score_threshold", None)
+    return (0.5, "the checkpoint knows no better") if best is None else (best, "best F1 of the run's last evaluation")
+
+
+def to_coco_json(
+    paths: Sequence[Path], predictions: Sequence[Prediction], categories: Sequence[Category]
+) -> list[dict[str, Any]]:
+    """Give detections in COCO's result format, ready for ``json.dump`` and for pycocotools' ``loadRes``.
+
+    ``image_id`` is the file's name as a number (``000000000139.jpg`` is 139, as COCO names its images) where all files
+    have such names and no two the same; otherwise files count from 1 in the order given, and ``file_name`` says which
+    is which.
+
+    Args:
+        paths: Image files.
+        predictions: Detections of each.
+        categories: The model's classes; without any, ``category_id`` is the label and ``category_name`` is left out.
+
+    Returns:
+        For each detection ``image_id``, ``file_name``, ``category_id``, ``category_name``, ``bbox`` (x, y, width,
+        height; pixels) and ``score``.
+    """
+    numbers = [int(path.stem) for path in paths if path.stem.isascii() and path.stem.isdecimal()]
+    image_ids = numbers if len(set(numbers)) == len(paths) else range(1, len(paths) + 1)
+    by_label = {category.label: category for category in categories}
+    entries: list[dict[str, Any]] = []
+    for image_id, path, prediction in zip(image_ids, paths, predictions, strict=True):
+        boxes_xywh = prediction["boxes"].double()
+        boxes_xywh = torch.cat([boxes_xywh[:, :2], boxes_xywh[:, 2:] - boxes_xywh[:, :2]], dim=1)
+        for bbox, label, score in zip(
+            boxes_xywh.tolist(), prediction["labels"].tolist(), prediction["scores"].tolist(), strict=True
+        ):
+            entry: dict[str, Any] = {"image_id": image_id, "file_name": path.name}
+            if categories:
+                entry |= {"category_id": by_label[label].category_id, "category_name": by_label[label].name}
+            else:
+                entry["category_id"] = label
+            entries.append(entry | {"bbox": bbox, "score": score})
+    return entries
+
+
+def _pixels(source: Path | npt.NDArray[np.uint8], index: int) -> npt.NDArray[np.uint8]:
+    if not isinstance(source, np.ndarray):
+        return read_image(source)
+    if source.dtype != np.uint8 or source.ndim != 3 or source.shape[2] != 3 or 0 in source.shape:
+        raise DataError(f"images[{index}]: expected uint8 RGB [H, W, 3], got {source.dtype} {list(source.shape)}")
+    return source

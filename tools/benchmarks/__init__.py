@@ -1,0 +1,78 @@
+"""Measurements behind every figure that the documentation claims, one module each.
+
+A benchmark is a function of keyword arguments with defaults (int, float, bool, str or Path) that gives a ``Report``.
+It measures what it compares in turn; memory, and what a cache would change, in processes of their own.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from benchmarks.annotations import benchmark_annotations
+from benchmarks.evaluation import benchmark_evaluation
+from benchmarks.inference import benchmark_inference
+from benchmarks.loading import benchmark_loading
+from benchmarks.memory import benchmark_memory
+from benchmarks.report import Report
+from benchmarks.roi_align import benchmark_roi_align
+from benchmarks.training import benchmark_training
+from resdet.errors import UserError
+
+WORK: dict[str, Callable[..., Report]] = {
+    "annotations": benchmark_annotations,
+    "evaluation": benchmark_evaluation,
+    "inference": benchmark_inference,
+    "training": benchmark_training,
+    "roi_align": benchmark_roi_align,
+    "memory": benchmark_memory,
+    "loading": benchmark_loading,
+}
+"""Every kind of work, by its name on the command line."""
+
+_WITH_PYCOCOTOOLS = ("annotations", "evaluation")
+
+
+def run_benchmark(arguments: Sequence[str]) -> Report:
+    """Run the benchmark that ``work=NAME`` names, with its settings changed by further ``key=value``.
+
+    Raises:
+        UserError: If the work or a key is unknown or given twice, a value is not of its type, or the work compares with
+            pycocotools and that is not installed.
+    """
+    given: dict[str, str] = {}
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        if not equals or not key:
+            raise UserError(f"settings are given as key=value, got {argument!r}")
+        if key in given:
+            raise UserError(f"{key} is given twice: {given[key]!r} and {value!r}")
+        given[key] = value
+    work = given.pop("work", None)
+    if work not in WORK:
+        raise UserError(f"work= must be one of {', '.join(WORK)}; got {'nothing' if work is None else repr(work)}")
+    types = get_type_hints(WORK[work])
+    known = list(inspect.signature(WORK[work]).parameters)
+    for key in given:
+        if key not in known:
+            raise UserError(f"work={work} has no setting {key!r}; its settings are {', '.join(known)}")
+    if work in _WITH_PYCOCOTOOLS and importlib.util.find_spec("pycocotools") is None:
+        raise UserError(f"work={work} compares with pycocotools, which is not installed: pip install 'resdet[dev]'")
+    return WORK[work](**{key: _parse(key, value, types[key]) for key, value in given.items()})
+
+
+def _parse(key: str, value: str, kind: type) -> Any:
+    if kind in (str, Path):
+        return kind(value)
+    if kind is bool:
+        if value not in ("true", "false"):
+            raise UserError(f"{key} must be true or false, got {value!r}")
+        return value == "true"
+    assert kind in (int, float)
+    try:
+        return kind(value)
+    except ValueError as error:
+        raise UserError(f"{key} must be {'an integer' if kind is int else 'a number'}, got {value!r}") from error

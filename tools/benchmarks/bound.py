@@ -1,0 +1,162 @@
+"""The least time that a network's arithmetic can take on this machine: its operations over the best rate seen."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from statistics import median
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from resdet.malloc import keep_freed_memory
+from resdet.precision import Precision
+
+MATMUL_SIDES = (1024, 2048, 4096, 8192)
+"""Sides of the square matrices whose product is timed; a device that takes long for one is spared the next."""
+
+CONV_SIZE = (200, 304)
+"""Pixels of the map (P2 of an image of 800x1216) on which a 3x3 convolution of 256 to 256 channels is timed."""
+
+_LONG_S = 0.2  # the next product takes eight times as long
+_RUNS = 5
+_DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class Rate(NamedTuple):
+    """The best rate of arithmetic that was seen in a precision.
+
+    Attributes:
+        flops_per_second: Two for each multiply-add.
+        seen_in: The operation that reached it.
+    """
+
+    flops_per_second: float
+    seen_in: str
+
+
+class Flops(NamedTuple):
+    """Floating-point operations, two for each multiply-add, of convolutions and matrix products alone.
+
+    Attributes:
+        forward: Of the forward pass.
+        total: Of all that was run; with a backward pass that of the gradients too.
+    """
+
+    forward: int
+    total: int
+
+
+PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16")
+"""What is measured."""
+
+
+def best_rates(device: torch.device, known: Mapping[Precision, Rate] | None = None) -> dict[Precision, Rate]:
+    """Give the best rate of each precision over products of square matrices and a 3x3 convolution, five runs of each.
+
+    Both, because neither is always the faster: torch gives float32 products to MKL, which on CPUs of AMD reaches half
+    of what oneDNN's convolutions do.
+
+    Args:
+        device: What to measure.
+        known: Rates seen before, which count too. Other programs can only lower a rate, so of two looks at different
+            times the higher one is nearer to what the machine can do.
+    """
+    keep_freed_memory()
+    best = dict(known or {})
+    for precision in PRECISIONS:
+        for name, flops, run in _operations(device, _DTYPES[precision]):
+            rate = Rate(flops / _least_seconds(run, device), name)
+            best[precision] = max(best.get(precision, rate), rate)
+    return best
+
+
+def count_flops(forward: Callable[[], object], *, backward: bool = False) -> Flops:
+    """Run something once and count the operations it takes.
+
+    Args:
+        forward: Gives losses by name if ``backward``, or whatever it likes.
+        backward: Also run back through the sum of the losses.
+
+    Source: ``torch.utils.flop_counter``, which counts a backward pass by the gradients that are computed: none of what
+        is frozen, and none with respect to the input of the first layer that is trained.
+    """
+    with FlopCounterMode(display=False) as counter:
+        output = forward()
+        forward_flops = counter.get_total_flops()
+        if backward:
+            assert isinstance(output, Mapping)
+            torch.stack(list(output.values())).sum().backward()  # type: ignore[no-untyped-call]
+    return Flops(forward_flops, counter.get_total_flops())
+
+
+def bound_row(
+    precision: Precision, rate: Rate, flops: Flops, *, ours_seconds: float, torchvision_seconds: float
+) -> dict[str, str | float]:
+    """Say how near to the bound two measured times come.
+
+    Args:
+        precision: That of the times and of the rate.
+        rate: The best that was seen.
+        flops: What was computed in that time.
+        ours_seconds: What it took.
+        torchvision_seconds: What it took torchvision, in the same precision.
+    """
+    bound = flops.total / rate.flops_per_second
+    return {
+        "precision": precision,
+        "TFLOP": flops.total / 1e12,
+        "times forward": flops.total / flops.forward,
+        "best rate [TFLOP/s]": rate.flops_per_second / 1e12,
+        "seen in": rate.seen_in,
+        "bound [s]": bound,
+        "ours reaches [%]": 100 * bound / ours_seconds,
+        "torchvision reaches [%]": 100 * bound / torchvision_seconds,
+    }
+
+
+def bound_rows(
+    rates: Mapping[Precision, Rate], flops: Flops, seconds: Mapping[str, Sequence[float]]
+) -> list[dict[str, str | float]]:
+    """Say it of each precision, by the medians of times as ``in_turn`` gives them."""
+    return [
+        bound_row(
+            precision,
+            rates[precision],
+            flops,
+            ours_seconds=median(seconds[f"ours {precision}"]),
+            torchvision_seconds=median(seconds[f"torchvision {precision}"]),
+        )
+        for precision in PRECISIONS
+    ]
+
+
+def _operations(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, int, Callable[[], Tensor]]]:
+    """Give names, operations and calls."""
+    height, width = CONV_SIZE
+    image = torch.randn(1, 256, height, width, device=device).to(dtype, memory_format=torch.channels_last)
+    weight = torch.randn(256, 256, 3, 3, device=device).to(dtype, memory_format=torch.channels_last)
+    flops = 2 * height * width * 256 * 256 * 9
+    yield f"3x3 convolution of 256 channels, {height}x{width}", flops, lambda: F.conv2d(image, weight, padding=1)
+    for side in MATMUL_SIDES:
+        a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+        yield f"matrix product, {side}", 2 * side**3, lambda a=a, b=b: a @ b  # type: ignore[misc]
+        if _seconds(lambda a=a, b=b: a @ b, device) > _LONG_S:  # type: ignore[misc]
+            return
+
+
+@torch.no_grad()
+def _least_seconds(run: Callable[[], Tensor], device: torch.device) -> float:
+    _seconds(run, device)
+    return min(_seconds(run, device) for _ in range(_RUNS))
+
+
+def _seconds(run: Callable[[], Tensor], device: torch.device) -> float:
+    start = time.perf_counter()
+    run()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start

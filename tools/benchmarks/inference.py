@@ -1,0 +1,165 @@
+"""Detection: torchvision's Faster R-CNN and ours with the same weights, in turn."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from benchmarks.bound import best_rates, bound_rows, count_flops
+from benchmarks.pair import Variant, build_ours, float_images, input_shape, shape_text, variants, weights_text
+from benchmarks.pictures import photographs
+from benchmarks.report import Report
+from benchmarks.settings import check_counts, check_size, find_device
+from benchmarks.timing import in_turn, time_rows
+from resdet.models.int8 import quantize_detector
+from resdet.precision import autocast
+from resdet.types import Prediction
+
+MATCH_PX = 1.0
+"""Corners of a detection may be this far from those of another, in pixels, for the two to be the same."""
+
+
+def benchmark_inference(
+    *,
+    images: str = "",
+    weights: str = "",
+    arch: str = "resnet101",
+    min_size: int = 800,
+    max_size: int = 1333,
+    batch_size: int = 1,
+    num_images: int = 8,
+    repeats: int = 8,
+    warmup: int = 1,
+    int8: bool = False,
+    device: str = "auto",
+    seed: int = 0,
+) -> Report:
+    """Time ``model(images)`` of torchvision's Faster R-CNN and of ours, in float32 and under bfloat16 autocast.
+
+    Both have the same weights and knobs and are given the same float images on the device; scaling, padding and
+    non-maximum suppression are inside. Each repetition runs each of the four on the next batch, in turn.
+
+    The bound is the multiply-adds of torchvision's convolutions and fully connected layers over the best rate that any
+    matrix product or convolution reached on this machine: pooling, norms, proposals and suppression come for nothing.
+
+    Args:
+        images: Folder of photographs, the first of which are taken; empty for generated pictures.
+        weights: A detector's file, a body's (heads are random then), or empty for random ones; see ``build_ours``.
+        arch: The body, unless ``weights`` holds a detector.
+        min_size: Shorter side that images are scaled to, in pixels.
+        max_size: Longest side allowed.
+        batch_size: Images of a call.
+        num_images: Images to go through.
+        repeats: Calls of each, of which medians are given.
+        warmup: Calls of each before these.
+        int8: Whether to time ours in int8 too, calibrated on the same images.
+        device: auto, cpu or cuda.
+        seed: Of random weights.
+
+    Raises:
+        UserError: If a setting is out of range, there are too few images, or torchvision has no such detector.
+    """
+    settings = dict(locals())
+    check_counts(settings, "batch_size", "num_images", "repeats")
+    check_counts(settings, "warmup", "seed", least=0)
+    check_size(min_size, max_size)
+    place = find_device(device)
+    pictures = photographs(images, num_images=num_images, batch_size=batch_size)
+    # Generated pictures have boxes, but nothing here is trained on them.
+    ours = build_ours(
+        arch=arch,
+        weights=weights,
+        batches=pictures.batches,
+        min_size=min_size,
+        max_size=max_size,
+        num_classes=0,
+        seed=seed,
+    )
+    settings |= {"arch": ours.spec.arch, "device": str(place)}
+    batches = [float_images(batch, place) for batch in pictures.batches]
+    models = variants(ours, place, training=False)
+    found: dict[str, dict[int, list[Prediction]]] = {name: {} for name in models}
+
+    def detects(name: str, variant: Variant) -> Callable[[int], None]:
+        @torch.no_grad()
+        def detect(repetition: int) -> None:
+            number = repetition % len(batches)
+            with autocast(place, variant.precision):
+                found[name][number] = variant.model(batches[number])
+
+        return detect
+
+    rates = best_rates(place)
+    runs = {name: detects(name, variant) for name, variant in models.items()}
+    if int8:
+        quantized = quantize_detector(ours.eval(), [image for batch in batches for image in batch])
+        found["ours int8"] = {}
+        runs["ours int8"] = detects("ours int8", Variant(quantized, "fp32", is_ours=True))
+    seconds = in_turn(runs, repeats=repeats, warmup=warmup, device=place)
+
+    reference = models["torchvision fp32"].model
+    used = [repetition % len(batches) for repetition in range(repeats)]
+    with torch.no_grad():
+        flops = {number: count_flops(lambda n=number: reference(batches[n])) for number in set(used)}  # type: ignore[misc]
+    middle = sorted((flops[number] for number in used), key=lambda one: one.total)[len(used) // 2]
+    rates = best_rates(place, rates)
+    shapes = shape_text([input_shape(reference, pictures.batches[number]) for number in used])
+    theirs_fp32, ours_fp32 = (
+        [image for number in sorted(found[name]) for image in found[name][number]]
+        for name in ("torchvision fp32", "ours fp32")
+    )
+    return Report(
+        work="inference",
+        settings=settings,
+        tables={
+            f"Inference: {weights_text(ours, weights)}; {batch_size} of {pictures.origin} at {min_size}/{max_size} "
+            f"({shapes}), {place.type}; medians of {repeats}": time_rows(seconds),
+            "What arithmetic alone would take": bound_rows(rates, middle, seconds),
+            f"ours fp32 against torchvision fp32, detections of {len(ours_fp32)} images": [
+                agreement(theirs_fp32, ours_fp32)
+            ],
+        },
+    )
+
+
+def agreement(reference: Sequence[Prediction], others: Sequence[Prediction]) -> dict[str, str | float]:
+    """Compare detections in the same images, given in any order.
+
+    A detection's counterpart is the nearest of the same class that no better one has, no corner further off than
+    ``MATCH_PX``.
+
+    Args:
+        reference: Of each image, best first.
+        others: Of each image.
+
+    Returns:
+        How many there are, how many of both sides have no counterpart, and the largest differences of those that have.
+    """
+    num_unmatched = 0
+    box_difference = score_difference = 0.0
+    for one, other in zip(reference, others, strict=True):
+        distances = (one["boxes"][:, None] - other["boxes"][None]).abs().amax(dim=2)  # [N, M]
+        distances[one["labels"][:, None] != other["labels"][None]] = torch.inf
+        num_matched = 0
+        for index, row in enumerate(distances if distances.shape[1] else []):
+            nearest = int(row.argmin())
+            distance = float(row[nearest])
+            if distance > MATCH_PX:
+                continue
+            num_matched += 1
+            box_difference = max(box_difference, distance)
+            score_difference = max(score_difference, _difference(one["scores"][index], other["scores"][nearest]))
+            distances[:, nearest] = torch.inf
+        num_unmatched += len(one["boxes"]) + len(other["boxes"]) - 2 * num_matched
+    return {
+        "detections": sum(len(image["boxes"]) for image in reference),
+        "unmatched": num_unmatched,
+        "largest difference of a corner [px]": f"{box_difference:.1e}",
+        "of a score": f"{score_difference:.1e}",
+    }
+
+
+def _difference(one: Tensor, other: Tensor) -> float:
+    return abs(float(one) - float(other))

@@ -1,0 +1,72 @@
+"""Times taken in turn, and what is said of them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from statistics import median
+
+import torch
+
+from resdet.malloc import keep_freed_memory, return_freed_memory
+
+REFERENCES = ("torchvision fp32", "torchvision bf16")
+"""What everything is compared with."""
+
+
+def in_turn(
+    runs: Mapping[str, Callable[[int], object]], *, repeats: int, warmup: int, device: torch.device
+) -> dict[str, list[float]]:
+    """Time each of several things once, then each of them once more, and so on.
+
+    A machine that slows down for a while (other programs, heat) slows down all of them alike. What is ours runs with
+    freed memory kept, as our loops have it; everything else as the C library does by itself. Each is run once untimed
+    before it is timed, so that it finds memory and caches as its own last run left them.
+
+    Args:
+        runs: What to time, by name (ours begins with "ours"); each is given the number of the repetition.
+        repeats: Repetitions that count.
+        warmup: Repetitions before these, which do not.
+        device: Waited for before and after each run.
+
+    Returns:
+        Seconds of wall clock by name, one for each repetition.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for repetition in range(-warmup, repeats):
+        for name, run in runs.items():
+            (keep_freed_memory if name.startswith("ours") else return_freed_memory)()
+            run(max(repetition, 0))
+            _wait_for(device)
+            start = time.perf_counter()
+            run(max(repetition, 0))
+            _wait_for(device)
+            if repetition >= 0:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def time_rows(seconds: Mapping[str, Sequence[float]]) -> list[dict[str, str | float]]:
+    """Lay times out: medians, extremes, and speed against what each is compared with.
+
+    Args:
+        seconds: By name, ``REFERENCES`` among them.
+
+    Returns:
+        A row for each; speeds are ratios of medians.
+    """
+    return [
+        {
+            "what": name,
+            "median [s]": median(runs),
+            "fastest [s]": min(runs),
+            "slowest [s]": max(runs),
+            **{f"speed ({reference} = 1)": median(seconds[reference]) / median(runs) for reference in REFERENCES},
+        }
+        for name, runs in seconds.items()
+    ]
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
