@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from resdet.data.voc import read_voc
     from resdet.errors import ConfigError, DataError, TrainingError, UserError, WeightsError
     from resdet.evaluation.detect import evaluate
+    from resdet.evaluation.settings import InferenceSettings
     from resdet.export.export import export_backbone, export_detector, load_backbone
     from resdet.malloc import keep_freed_memory
     from resdet.models.backbone import ResNetFPN, resnet_fpn
@@ -39,6 +40,7 @@ _HOMES = {
     "Detections": "resdet.types",
     "Detector": "resdet.models.detector",
     "DetectorSpec": "resdet.models.spec",
+    "InferenceSettings": "resdet.evaluation.settings",
     "Prediction": "resdet.types",
     "ResNetFPN": "resdet.models.backbone",
     "Target": "resdet.types",
@@ -73,6 +75,7 @@ __all__ = [
     "Detections",
     "Detector",
     "DetectorSpec",
+    "InferenceSettings",
     "Prediction",
     "ResNetFPN",
     "Target",

@@ -19,8 +19,7 @@ from resdet.data.images import IMAGE_SUFFIXES, read_image
 from resdet.drawing import above, draw, legible_scale
 from resdet.errors import DataError
 from resdet.evaluation.detect import inference, model_categories
-from resdet.models.spec import Tricks
-from resdet.precision import Precision
+from resdet.evaluation.settings import InferenceSettings
 from resdet.types import Category, Prediction
 
 
@@ -61,30 +60,22 @@ def find_images(paths: Iterable[Path | str]) -> list[Path]:
 def predict(
     model: nn.Module,
     images: Sequence[Path | npt.NDArray[np.uint8]],
+    settings: InferenceSettings = InferenceSettings(),
     *,
-    batch_size: int = 1,
     score_threshold: float = 0.0,
-    device: torch.device | None = None,
-    precision: Precision = "fp32",
-    tricks: Tricks | None = None,
-    progress: bool = False,
 ) -> Iterator[tuple[Path | None, npt.NDArray[np.uint8], Prediction]]:
-    """Detect objects in images, giving each as soon as it is done.
+    """Detect objects in images, yielding each image's as soon as they are known.
 
-    Nothing is kept between batches, so any number of images can be gone through. While the iterator lives, the model
-    is in evaluation mode; when it ends or is closed, its training flags are restored.
+    Nothing is kept between batches, so the number of images is not bounded by memory. While the iterator lives, the
+    model is in evaluation mode; when it ends or is closed, its training flags are restored.
 
     Args:
         model: A ``Detector`` or any torchvision ``FasterRCNN``.
         images: Image files, or uint8 RGB arrays ``[H, W, 3]``. Files are read as training reads them: their stored
             pixels, without EXIF orientation.
-        batch_size: Images per forward pass.
+        settings: How to run the model; ``num_workers`` has no effect.
         score_threshold: Detections below it are dropped, in [0, 1]. The model's own ``roi_heads.score_thresh`` (0.05
             unless built otherwise) applies before.
-        device: Where to compute; the model is moved there and stays. None: where it is.
-        precision: fp32, or autocast to bf16 or fp16.
-        tricks: What to do at test time beyond running the model once; None does nothing.
-        progress: Show a progress bar on standard error.
 
     Yields:
         The file (None for an array), the image as uint8 RGB ``[H, W, 3]``, and its detections, in the order given.
@@ -92,14 +83,14 @@ def predict(
     Raises:
         DataError: If an image cannot be read, or an array is not uint8 ``[H, W, 3]``.
         WeightsError: If the model computes NaN or infinity.
-        UserError: If ``tricks`` cannot be done with this model.
+        UserError: If this model does not support ``settings.tricks``.
     """
     with (
-        inference(model, device=device, precision=precision, tricks=tricks) as run,
-        tqdm(total=len(images), unit="image", disable=not progress) as bar,
+        inference(model, settings) as run,
+        tqdm(total=len(images), unit="image", disable=not settings.progress) as bar,
     ):
-        for start in range(0, len(images), batch_size):
-            sources = images[start : start + batch_size]
+        for start in range(0, len(images), settings.batch_size):
+            sources = images[start : start + settings.batch_size]
             paths = [None if isinstance(source, np.ndarray) else source for source in sources]
             pixels = [_pixels(source, start + offset) for offset, source in enumerate(sources)]
             where = ", ".join(str(path or f"images[{start + offset}]") for offset, path in enumerate(paths))
@@ -113,12 +104,9 @@ def predict_files(
     model: nn.Module,
     files: Sequence[Path],
     output_dir: Path,
+    settings: InferenceSettings = InferenceSettings(),
     *,
-    batch_size: int = 1,
     score_threshold: float = 0.5,
-    device: torch.device | None = None,
-    precision: Precision = "fp32",
-    tricks: Tricks | None = None,
 ) -> int:
     """Detect objects in image files; write a drawn picture for each and ``detections.json`` for all.
 
@@ -130,11 +118,8 @@ def predict_files(
         model: As for ``predict``, like the others.
         files: Image files.
         output_dir: Made if it is not there.
-        batch_size: Images per forward pass.
+        settings: How to run the model.
         score_threshold: Detections below it are not drawn.
-        device: Where to compute.
-        precision: fp32, bf16 or fp16.
-        tricks: What to do beyond running the model once.
 
     Returns:
         The number of detections in the json.
@@ -142,15 +127,13 @@ def predict_files(
     Raises:
         DataError: If an image cannot be read; what was drawn before it stays.
         WeightsError: If the model computes NaN or infinity.
-        UserError: If ``tricks`` cannot be done with this model.
+        UserError: If this model does not support ``settings.tricks``.
     """
     output_dir.mkdir(parents=True, exist_ok=True)
     categories = model_categories(model)
     taken: set[str] = set()
     predictions = []
-    found = predict(
-        model, files, batch_size=batch_size, device=device, precision=precision, tricks=tricks, progress=True
-    )
+    found = predict(model, files, settings)
     for file, (_, image, prediction) in zip(files, found, strict=True):
         predictions.append(prediction)
         name, number = file.stem, 1

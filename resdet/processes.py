@@ -92,6 +92,14 @@ class Processes:
             for buffer in model.buffers():
                 dist.broadcast(buffer, src=0)
 
+    def gather(self, share: _Result) -> list[_Result]:
+        """Return what each process has, by rank, in all of them. It must pickle."""
+        if self.world_size == 1:
+            return [share]
+        shares: list[Any] = [None] * self.world_size
+        dist.all_gather_object(shares, share)
+        return shares
+
     def mean(self, value: Tensor) -> Tensor:
         """Give the mean of ``value`` over all processes (on each of them)."""
         if self.world_size > 1:

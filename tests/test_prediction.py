@@ -11,6 +11,7 @@ from resdet.data.shapes import ShapesImages, shapes_table
 from resdet.drawing import class_color, draw, legible_scale
 from resdet.errors import DataError
 from resdet.evaluation.coco import read_coco_detections
+from resdet.evaluation.settings import InferenceSettings
 from resdet.prediction import above, find_images, predict, shown_from, to_coco_json
 from resdet.types import Category, Prediction
 
@@ -86,7 +87,7 @@ def test_predictions_come_in_order_with_their_images(tmp_path):
     paths = [write_image(tmp_path / f"{i}.png", height=8 + i) for i in range(4)]
     array = np.zeros((20, 30, 3), dtype=np.uint8)
     model = Corner().train()
-    results = list(predict(model, [*paths, array], batch_size=2, score_threshold=0.5))
+    results = list(predict(model, [*paths, array], InferenceSettings(batch_size=2), score_threshold=0.5))
     assert model.batch_sizes == [2, 2, 1]
     assert [path for path, _, _ in results] == [*paths, None]
     assert model.training

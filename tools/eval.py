@@ -60,15 +60,14 @@ def main(arguments: Sequence[str]) -> None:
     runs = []
     for name, checkpoint, config in zip(names, checkpoints, configs, strict=True):
         model = resdet.load_detector(checkpoint).to(choose_device(config.train.device))
-        evaluation = resdet.evaluate(
-            model,
-            dataset,
+        settings = resdet.InferenceSettings(
             batch_size=config.eval.batch_size,
             num_workers=config.loader.num_workers,
             precision=config.eval.precision or config.train.precision,
             tricks=config.eval.tricks,
             progress=True,
         )
+        evaluation = resdet.evaluate(model, dataset, settings)
         folder = output if len(paths) == 1 else output / name
         write_evaluation(folder, evaluation, dataset.table)
         runs.append(ReportedRun(name, evaluation, config_to_plain(config), read_log(checkpoint.parent)))

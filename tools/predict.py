@@ -38,15 +38,10 @@ def main(arguments: Sequence[str]) -> None:
     model = resdet.load_detector(options.checkpoint).to(choose_device(options.device))
     score, source = (options.score, "--score") if options.score is not None else shown_from(model)
     files = find_images(options.images)
-    num_detections = predict_files(
-        model,
-        files,
-        options.output,
-        score_threshold=score,
-        batch_size=options.batch_size,
-        precision=options.precision,
-        tricks=tricks,
+    settings = resdet.InferenceSettings(
+        batch_size=options.batch_size, precision=options.precision, tricks=tricks, progress=True
     )
+    num_detections = predict_files(model, files, options.output, settings, score_threshold=score)
     print(f"{len(files)} images, {num_detections} detections; drawn those of score >= {score:.3g} ({source})")
     print(f"written: {options.output / 'detections.json'} and {options.output}/*.png")
 

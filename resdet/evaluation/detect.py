@@ -5,32 +5,29 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import Subset
 from tqdm import tqdm
 
 from resdet.data.annotations import AnnotationTable
+from resdet.data.dataset import DetectionDataset, without_subset
+from resdet.data.loader import eval_loader
 from resdet.errors import DataError, WeightsError
 from resdet.evaluation.coco import ClassMetrics, CocoMetrics, coco_metrics
 from resdet.evaluation.curves import best_score_threshold
+from resdet.evaluation.settings import InferenceSettings
 from resdet.evaluation.state import evaluation_mode, placed, random_states_kept
 from resdet.evaluation.voc import VocMetrics, voc_metrics
 from resdet.malloc import keep_freed_memory
-from resdet.models.spec import Tricks
 from resdet.models.test_time import detect_with_tricks
 from resdet.precision import Precision, autocast
+from resdet.processes import Processes
 from resdet.types import Category, Detections, Prediction, Target
-
-if TYPE_CHECKING:
-    from resdet.data.dataset import DetectionDataset
-
-Share = TypeVar("Share")
 
 Detect = Callable[[Sequence[Tensor], str], list[Prediction]]
 """Takes uint8 images ``[3, H, W]`` and what to call them in messages; gives their detections, on the CPU."""
@@ -67,56 +64,31 @@ class Evaluation:
 def evaluate(
     model: nn.Module,
     dataset: DetectionDataset | Subset[tuple[Tensor, Target]],
-    *,
-    batch_size: int = 1,
-    num_workers: int = 0,
-    device: torch.device | None = None,
-    precision: Precision = "fp32",
-    tricks: Tricks | None = None,
-    rank: int = 0,
-    world_size: int = 1,
-    progress: bool = False,
+    settings: InferenceSettings = InferenceSettings(),
+    team: Processes | None = None,
 ) -> Evaluation:
     """Run a model over a dataset and measure it.
 
     A dataset may list the model's classes in another order: they are matched by name.
 
     Args:
-        model: A ``Detector``, or any of torchvision's ``FasterRCNN`` (which knows no names: its number of classes is
-            compared, and its labels are taken to be the dataset's).
+        model: A ``Detector``, or any of torchvision's ``FasterRCNN`` (which has no class names: its number of classes
+            is compared, and its labels are taken to be the dataset's).
         dataset: Images and ground truth: a dataset, or a ``Subset`` of one (of a ``Subset``, ...), which counts as the
-            dataset of its images: repeated indices are images of their own. What is found refers to the table of
+            dataset of its images: repeated indices are images of their own. Detections refer to the table of
             ``without_subset(dataset)``.
-        batch_size: Images per forward pass. Images of a batch are padded to one size, which can move scores a little.
-        num_workers: Processes that read images; 0 reads them in this one.
-        device: Where to compute; the model is moved there and stays. None: where it is.
-        precision: fp32, or autocast to bf16 or fp16.
-        tricks: What to do at test time beyond running the model once; None does nothing.
-        rank: This process's number, 0..world_size - 1.
-        world_size: Processes that share the work; each must call this, and each is given the whole result.
-        progress: Show a progress bar on standard error.
+        settings: How to run the model.
+        team: The processes that share the work, each of which must call this and gets the whole result; None: this
+            process alone. Where it computes is up to ``settings``.
 
     Raises:
         DataError: If model and dataset do not have the same classes, or there is no image.
-        WeightsError: If the model answers with NaN or infinity.
-        UserError: If ``tricks`` cannot be done with this model.
+        WeightsError: If the model computes NaN or infinity.
+        UserError: If this model does not support ``settings.tricks``.
     """
-    from resdet.data.dataset import without_subset
-
     dataset = without_subset(dataset)
     labels = match_labels(model, dataset.table)
-    found = detect(
-        model,
-        dataset,
-        batch_size=batch_size,
-        num_workers=num_workers,
-        device=device,
-        precision=precision,
-        tricks=tricks,
-        rank=rank,
-        world_size=world_size,
-        progress=progress,
-    )
+    found = detect(model, dataset, settings, team)
     if labels is not None:
         found = Detections(found.image_index, found.boxes, labels[found.labels], found.scores)
     return Evaluation(
@@ -130,57 +102,47 @@ def evaluate(
 def detect(
     model: nn.Module,
     dataset: DetectionDataset | Subset[tuple[Tensor, Target]],
-    *,
-    batch_size: int = 1,
-    num_workers: int = 0,
-    device: torch.device | None = None,
-    precision: Precision = "fp32",
-    tricks: Tricks | None = None,
-    rank: int = 0,
-    world_size: int = 1,
-    progress: bool = False,
+    settings: InferenceSettings = InferenceSettings(),
+    team: Processes | None = None,
 ) -> Detections:
     """Run a model over every image of a dataset, each once.
 
     The model's training flags and the random states of torch, NumPy and Python are afterwards what they were.
 
     Args:
-        model: As for ``evaluate``.
-        dataset: Images, as for ``evaluate``.
-        batch_size: As for ``evaluate``, like all that follow.
-        num_workers: Processes that read images.
-        device: Where to compute.
-        precision: fp32, bf16 or fp16.
-        tricks: What to do beyond running the model once.
-        rank: This process's number.
-        world_size: Processes that share the work; above 1, ``torch.distributed`` must be initialised.
-        progress: Show a progress bar on standard error (rank 0).
+        model: As for ``evaluate``, like the others.
+        dataset: Images.
+        settings: How to run the model.
+        team: The processes that share the work.
 
     Returns:
         The model's own labels; images in the dataset's order, by falling score in each.
 
     Raises:
-        WeightsError: If the model answers with NaN or infinity.
-        UserError: If ``tricks`` cannot be done with this model.
+        WeightsError: If the model computes NaN or infinity.
+        UserError: If this model does not support ``settings.tricks``.
     """
-    from resdet.data.dataset import without_subset
-    from resdet.data.loader import eval_loader
-
-    dataset, device = without_subset(dataset), placed(model, device)
+    dataset, device = without_subset(dataset), placed(model, settings.device)
+    team = team or Processes(0, 1, device)
     image_ids = dataset.table.image_ids
     seen: list[int] = []
     predictions: list[Prediction] = []
-    with random_states_kept(device), inference(model, device=device, precision=precision, tricks=tricks) as run:
-        loader = eval_loader(dataset, batch_size=batch_size, num_workers=num_workers, rank=rank, world_size=world_size)
-        with tqdm(
-            total=len(range(rank, len(image_ids), world_size)), unit="image", disable=not progress or rank > 0
-        ) as bar:
+    with random_states_kept(device), inference(model, settings) as run:
+        loader = eval_loader(
+            dataset,
+            batch_size=settings.batch_size,
+            num_workers=settings.num_workers,
+            rank=team.rank,
+            world_size=team.world_size,
+        )
+        num_images = len(range(team.rank, len(image_ids), team.world_size))
+        with tqdm(total=num_images, unit="image", disable=not settings.progress or not team.is_main) as bar:
             for batch in loader:
                 where = f"image_id={image_ids[batch.indices].tolist()} of {dataset.table.name}"
                 predictions += run(batch.images, where)
                 seen += batch.indices
                 bar.update(len(batch.indices))
-    shares, parts = zip(*gather((seen, _rows(seen, predictions)), world_size), strict=True)
+    shares, parts = zip(*team.gather((seen, _rows(seen, predictions))), strict=True)
     assert sorted(index for share in shares for index in share) == list(range(len(image_ids)))
     image_index, boxes, labels, scores = (np.concatenate(columns) for columns in zip(*parts, strict=True))
     order = np.argsort(image_index, kind="stable")
@@ -188,30 +150,22 @@ def detect(
 
 
 @contextmanager
-def inference(
-    model: nn.Module,
-    *,
-    device: torch.device | None = None,
-    precision: Precision = "fp32",
-    tricks: Tricks | None = None,
-) -> Iterator[Detect]:
-    """Put a model into evaluation mode and give a function that runs it on uint8 images.
+def inference(model: nn.Module, settings: InferenceSettings = InferenceSettings()) -> Iterator[Detect]:
+    """Put a model into evaluation mode and yield a function that runs it on uint8 images.
 
     Every module's training flag is restored at the end. Gradients are off inside that function only, and by
     ``no_grad``: tensors that a model caches in ``inference_mode`` could not take part in training afterwards.
 
     Args:
         model: A torchvision ``FasterRCNN``.
-        device: Where to compute; the model is moved there and stays. None: where it is.
-        precision: fp32, or autocast to bf16 or fp16.
-        tricks: What to do beyond running the model once; None does nothing.
+        settings: ``device``, ``precision`` and ``tricks`` count here.
 
     Raises:
-        UserError: By the given function, if ``tricks`` cannot be done with this model.
-        WeightsError: By the given function, if the model computes NaN or infinity. Thresholds drop such boxes, so
+        UserError: By the yielded function, if this model does not support ``settings.tricks``.
+        WeightsError: By the yielded function, if the model computes NaN or infinity. Thresholds drop such boxes, so
             without a look at what comes before them a diverged model would pass for one that finds nothing.
     """
-    device = placed(model, device)
+    device, precision, tricks = placed(model, settings.device), settings.precision, settings.tricks
     if device.type == "cpu":
         keep_freed_memory()
     finite: list[Tensor] = []
@@ -246,15 +200,6 @@ def inference(
     finally:
         for handle in handles:
             handle.remove()
-
-
-def gather(share: Share, world_size: int) -> list[Share]:
-    """Give what each process has, by rank, to all of them; above one, ``torch.distributed`` must be initialised."""
-    if world_size == 1:
-        return [share]
-    shares: list[Any] = [None] * world_size
-    dist.all_gather_object(shares, share)
-    return shares
 
 
 def model_categories(model: nn.Module) -> tuple[Category, ...]:

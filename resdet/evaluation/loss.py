@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -12,14 +11,15 @@ from torch.utils.data import Subset
 from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.image_list import ImageList
 
+from resdet.data.dataset import DetectionDataset, without_subset
+from resdet.data.loader import eval_loader
 from resdet.errors import UserError, WeightsError
-from resdet.evaluation.detect import gather, match_labels, suspect
+from resdet.evaluation.detect import match_labels, suspect
+from resdet.evaluation.settings import InferenceSettings
 from resdet.evaluation.state import evaluation_mode, placed, random_states_kept, seed_torch
-from resdet.precision import Precision, autocast
+from resdet.precision import autocast
+from resdet.processes import Processes
 from resdet.types import Target, target_to
-
-if TYPE_CHECKING:
-    from resdet.data.dataset import DetectionDataset
 
 _PARTS = ("loss_classifier", "loss_box_reg", "loss_objectness", "loss_rpn_box_reg")
 
@@ -28,13 +28,8 @@ _PARTS = ("loss_classifier", "loss_box_reg", "loss_objectness", "loss_rpn_box_re
 def validation_loss(
     model: nn.Module,
     dataset: DetectionDataset | Subset[tuple[Tensor, Target]],
-    *,
-    batch_size: int = 1,
-    num_workers: int = 0,
-    device: torch.device | None = None,
-    precision: Precision = "fp32",
-    rank: int = 0,
-    world_size: int = 1,
+    settings: InferenceSettings = InferenceSettings(),
+    team: Processes | None = None,
 ) -> dict[str, float]:
     """Compute the losses of training on every image of a dataset, each once, without changing anything of the model.
 
@@ -48,14 +43,9 @@ def validation_loss(
     Args:
         model: A ``Detector`` or any of torchvision's ``FasterRCNN``.
         dataset: Images and ground truth, as for ``evaluate``; classes are matched by name.
-        batch_size: Images that go through the backbone together. They are padded to one size, which can move losses a
-            little, as it can scores.
-        num_workers: Processes that read images; 0 reads them in this one.
-        device: Where to compute; the model is moved there and stays. None: where it is.
-        precision: fp32, or autocast to bf16 or fp16.
-        rank: This process's number, 0..world_size - 1.
-        world_size: Processes that share the work; each must call this, and each is given the whole result: the same
-            bits as one process gives (for ``batch_size=1``; with more, others are padded together).
+        settings: How to run the model; ``tricks`` and ``progress`` have no effect.
+        team: The processes that share the work, as for ``evaluate``. The result has the same bits as that of one
+            process if ``batch_size`` is 1; otherwise other images are padded together.
 
     Returns:
         ``val_loss``, and the four it is the sum of: ``val_loss_classifier``, ``val_loss_box_reg``,
@@ -67,14 +57,12 @@ def validation_loss(
         UserError: If the model is no ``FasterRCNN``.
         WeightsError: If the losses of an image are NaN or infinite.
     """
-    from resdet.data.dataset import without_subset
-    from resdet.data.loader import eval_loader
-
     if not isinstance(model, FasterRCNN):
         raise UserError(
             f"the validation loss is that of torchvision's FasterRCNN or a subclass, got {type(model).__name__}"
         )
-    dataset, device = without_subset(dataset), placed(model, device)
+    dataset, device = without_subset(dataset), placed(model, settings.device)
+    team = team or Processes(0, 1, device)
     image_ids = dataset.table.image_ids
     labels = match_labels(model, dataset.table)
     own_label = None if labels is None else torch.from_numpy(np.argsort(labels))
@@ -83,18 +71,24 @@ def validation_loss(
     with random_states_kept(device), evaluation_mode(model):
         # torchvision's parts compute losses where their own flag says so; those of the layers in them stay off.
         model.rpn.training = model.roi_heads.training = True
-        loader = eval_loader(dataset, batch_size=batch_size, num_workers=num_workers, rank=rank, world_size=world_size)
+        loader = eval_loader(
+            dataset,
+            batch_size=settings.batch_size,
+            num_workers=settings.num_workers,
+            rank=team.rank,
+            world_size=team.world_size,
+        )
         for batch in loader:
             images = [image.to(device, non_blocking=True).float() / 255 for image in batch.images]
             targets = batch.targets
             if own_label is not None:
                 targets = [Target(**{**target, "labels": own_label[target["labels"]]}) for target in targets]
             seeds = image_ids[batch.indices].tolist()
-            with autocast(device, precision):
+            with autocast(device, settings.precision):
                 losses += _losses(model, images, [target_to(target, device) for target in targets], seeds)
             seen += batch.indices
     own = torch.stack(losses).double().cpu().numpy() if losses else np.empty((0, len(_PARTS)))
-    all_seen, all_losses = zip(*gather((seen, own), world_size), strict=True)
+    all_seen, all_losses = zip(*team.gather((seen, own)), strict=True)
     indices, values = np.concatenate(all_seen).astype(np.int64), np.concatenate(all_losses)
     assert sorted(indices.tolist()) == list(range(len(image_ids)))
     # In the dataset's order, so that the sum does not depend on who did what.
@@ -103,7 +97,7 @@ def validation_loss(
     if broken.size:
         raise WeightsError(
             f"the validation loss is NaN or infinite on image_id={image_ids[broken[:10]].tolist()} of "
-            f"{dataset.table.name} ({suspect(model, precision)})"
+            f"{dataset.table.name} ({suspect(model, settings.precision)})"
         )
     means = dict(zip(_PARTS, values.mean(axis=0).tolist(), strict=True))
     return {"val_loss": sum(means.values()), **{f"val_{name}": value for name, value in means.items()}}

@@ -25,6 +25,7 @@ from resdet.errors import Interrupted
 from resdet.evaluation.detect import Evaluation, evaluate, match_labels
 from resdet.evaluation.loss import validation_loss
 from resdet.evaluation.report import write_run_report
+from resdet.evaluation.settings import InferenceSettings
 from resdet.malloc import keep_freed_memory
 from resdet.models.detector import Detector
 from resdet.processes import Processes, processes
@@ -172,6 +173,12 @@ def train(config: Config) -> TrainResult:
                 with guards.full_disk_told():
                     save_last(config.output_dir, model, config=config_to_plain(config), training=now)
 
+        inference_settings = InferenceSettings(
+            batch_size=config.eval.batch_size,
+            num_workers=config.loader.num_workers,
+            precision=config.eval.precision or config.train.precision,
+            tricks=config.eval.tricks,
+        )
         num_pieces = 1
         model.train()
         while True:
@@ -184,28 +191,11 @@ def train(config: Config) -> TrainResult:
                     save()  # an evaluation can take long; what was trained must not hang on it
                 paused = time.perf_counter()
                 team.share_buffers(judged)
-                evaluation = evaluate(
-                    judged,
-                    val_set,
-                    batch_size=config.eval.batch_size,
-                    num_workers=config.loader.num_workers,
-                    precision=config.eval.precision or config.train.precision,
-                    tricks=config.eval.tricks,
-                    rank=team.rank,
-                    world_size=team.world_size,
-                )
+                evaluation = evaluate(judged, val_set, inference_settings, team)
                 metrics, evaluated = evaluation.metrics, step
                 model.score_threshold = judged.score_threshold = evaluation.score_threshold
                 if config.eval.loss:
-                    metrics |= validation_loss(
-                        judged,
-                        val_set,
-                        batch_size=config.eval.batch_size,
-                        num_workers=config.loader.num_workers,
-                        precision=config.eval.precision or config.train.precision,
-                        rank=team.rank,
-                        world_size=team.world_size,
-                    )
+                    metrics |= validation_loss(judged, val_set, inference_settings, team)
                 log.evaluation(step, metrics)
                 if best is None or metrics[config.eval.best_metric] > best:
                     best, num_worse = metrics[config.eval.best_metric], 0

@@ -305,6 +305,7 @@ import torch.distributed as dist
 from resdet.data.dataset import DetectionDataset
 from resdet.data.shapes import ShapesImages, shapes_table
 from resdet.evaluation.detect import evaluate
+from resdet.processes import Processes
 
 class Noisy(torch.nn.Module):
     # Answers by the picture alone: the same boxes whichever process is shown it.
@@ -328,7 +329,7 @@ class Noisy(torch.nn.Module):
 
 DATASET = DetectionDataset(shapes_table(7, 96, 3), ShapesImages(image_size=96, seed=3), training=False)
 dist.init_process_group("gloo")
-result = evaluate(Noisy(), DATASET, rank=dist.get_rank(), world_size=2)
+result = evaluate(Noisy(), DATASET, team=Processes(dist.get_rank(), 2, torch.device("cpu")))
 with open(f"{sys.argv[1]}/{dist.get_rank()}.pickle", "wb") as file:
     pickle.dump((DATASET.table, result), file)
 dist.destroy_process_group()

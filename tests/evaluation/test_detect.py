@@ -19,6 +19,8 @@ from resdet.data.shapes import ShapesImages, shapes_table
 from resdet.errors import DataError, WeightsError
 from resdet.evaluation import best_score_threshold, coco_metrics, detect, evaluate
 from resdet.evaluation.detect import inference
+from resdet.evaluation.settings import InferenceSettings
+from resdet.processes import Processes
 from resdet.types import Category, Detections, Prediction
 
 NUM_IMAGES, IMAGE_SIZE, SEED = 7, 96, 3
@@ -85,7 +87,7 @@ def small_rcnn(num_classes: int = 4) -> FasterRCNN:
 def test_ground_truth_as_answers_is_perfect(batch_size, num_workers):
     dataset = shapes()
     model = Oracle(dataset, dataset.categories)
-    result = evaluate(model, dataset, batch_size=batch_size, num_workers=num_workers)
+    result = evaluate(model, dataset, InferenceSettings(batch_size=batch_size, num_workers=num_workers))
     assert sum(model.calls) == NUM_IMAGES
     assert max(model.calls) == batch_size
     for name in ("AP", "AP50", "AP75", "AR_100", "voc_AP50", "voc_AP50_11point"):
@@ -141,7 +143,7 @@ def test_a_subset_is_the_dataset_of_its_images(indices):
     )
     turned = Subset(dataset, range(NUM_IMAGES - 1, -1, -1))
     for subset in (Subset(dataset, indices), Subset(turned, (NUM_IMAGES - 1 - rows).tolist())):
-        result = evaluate(model, subset, batch_size=2, num_workers=1 if len(rows) > 2 else 0)
+        result = evaluate(model, subset, InferenceSettings(batch_size=2, num_workers=1 if len(rows) > 2 else 0))
         assert result.coco == coco_metrics(table, by_hand)
         np.testing.assert_array_equal(result.detections.image_index, by_hand.image_index)
         np.testing.assert_array_equal(result.detections.boxes, by_hand.boxes)
@@ -171,7 +173,7 @@ def test_training_flags_and_random_states_are_restored():
     expected = draw_random_numbers()
     assert draw_random_numbers() != expected
     seed_everything()
-    detect(model, dataset, num_workers=1)
+    detect(model, dataset, InferenceSettings(num_workers=1))
     assert draw_random_numbers() == expected
     assert model.training
     assert not model.dropout.training
@@ -191,7 +193,7 @@ def losses_and_gradients(model: nn.Module, dataset: DetectionDataset) -> dict[st
 
 def check_training_goes_on_as_if_nothing_had_been(model: nn.Module, dataset: DetectionDataset) -> None:
     untouched = copy.deepcopy(model)
-    detect(model, dataset, batch_size=2)
+    detect(model, dataset, InferenceSettings(batch_size=2))
     seen, expected = losses_and_gradients(model, dataset), losses_and_gradients(untouched, dataset)
     assert seen.keys() == expected.keys()
     assert any(name.startswith("backbone") for name in seen)
@@ -227,7 +229,7 @@ def test_nan_is_an_error_and_not_an_empty_answer(name):
         model.get_parameter(name).view(-1)[0] = torch.nan
         assert all(len(output["scores"]) == 0 for output in model([torch.rand(3, 64, 64)]))
     with pytest.raises(WeightsError, match=rf"NaN or infinity on image_id=\[\d+, \d+\] of .*its {name} is not finite"):
-        evaluate(model, dataset, batch_size=2)
+        evaluate(model, dataset, InferenceSettings(batch_size=2))
     assert not model.rpn.head._forward_hooks
     assert not model.roi_heads.box_predictor._forward_hooks
 
@@ -245,7 +247,7 @@ def test_bf16_answers_are_close_to_fp32():
     dataset = shapes()
     model = small_rcnn()
     model.roi_heads.score_thresh = 0.0
-    exact, rough = detect(model, dataset), detect(model, dataset, precision="bf16")
+    exact, rough = detect(model, dataset), detect(model, dataset, InferenceSettings(precision="bf16"))
     assert rough.boxes.dtype == rough.scores.dtype == np.float64
     # bf16 keeps 8 bits: scores of a softmax over random weights move by about 1 %.
     assert len(exact) > 0
@@ -254,7 +256,7 @@ def test_bf16_answers_are_close_to_fp32():
 
 
 def test_order_within_an_image_is_by_falling_score():
-    found = detect(small_rcnn(), shapes(), batch_size=3)
+    found = detect(small_rcnn(), shapes(), InferenceSettings(batch_size=3))
     for index in range(NUM_IMAGES):
         assert (np.diff(found.scores[found.image_index == index]) <= 0).all()
 
@@ -264,7 +266,7 @@ def evaluate_as_one_of(rank: int, world_size: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
     dataset = shapes()
     model = Oracle(dataset, dataset.categories)
-    result = evaluate(model, dataset, batch_size=2, rank=rank, world_size=world_size)
+    result = evaluate(model, dataset, InferenceSettings(batch_size=2), Processes(rank, world_size, torch.device("cpu")))
     torch.save(
         {
             "metrics": result.metrics,
@@ -304,7 +306,7 @@ def test_progress_is_shown_only_when_asked(capsys):
     detect(Oracle(dataset), dataset)
     captured = capsys.readouterr()
     assert captured.out == captured.err == ""
-    detect(Oracle(dataset), dataset, progress=True)
+    detect(Oracle(dataset), dataset, InferenceSettings(progress=True))
     captured = capsys.readouterr()
     assert "7/7" in captured.err
     assert captured.out == ""

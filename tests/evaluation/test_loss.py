@@ -25,8 +25,10 @@ from resdet.data.dataset import DetectionDataset
 from resdet.data.shapes import ShapesImages, shapes_table
 from resdet.errors import DataError, UserError, WeightsError
 from resdet.evaluation import validation_loss
+from resdet.evaluation.settings import InferenceSettings
 from resdet.models.detector import Detector, build_detector
 from resdet.models.spec import DetectorSpec
+from resdet.processes import Processes
 from resdet.training.loop import train
 from resdet.types import Category, target_to
 
@@ -142,12 +144,12 @@ def test_nothing_is_changed(make: Callable[[], FasterRCNN], device: str) -> None
     model.backbone.fpn.eval()  # a flag that a user set
     before, states = everything(model), random_states()
     assert any(isinstance(value, bytes) for name, value in before.items() if name.endswith("gradient"))
-    first = validation_loss(model, shapes(), batch_size=2)
+    first = validation_loss(model, shapes(), InferenceSettings(batch_size=2))
     assert everything(model) == before
     assert random_states() == states
     torch.rand(1), np.random.rand(), random.random()  # noqa: NPY002
     assert random_states() != states
-    again = validation_loss(model, shapes(), batch_size=2)  # the same draws, from another random state
+    again = validation_loss(model, shapes(), InferenceSettings(batch_size=2))  # the same draws
     # A GPU may choose another algorithm the second time.
     assert again == (first if device == "cpu" else pytest.approx(first, rel=1e-3))
     # What a forward pass in training would change.
@@ -175,7 +177,7 @@ def test_an_image_has_the_same_loss_whatever_is_beside_it(model: Detector, alone
         assert np.mean([one[name] for one in each]) == pytest.approx(value, rel=1e-12)
     assert len({one["val_loss"] for one in each}) == NUM_IMAGES
     # Of equal size nothing is padded: convolutions of several images differ by float32's rounding alone.
-    together = validation_loss(model, dataset, batch_size=2, num_workers=1)
+    together = validation_loss(model, dataset, InferenceSettings(batch_size=2, num_workers=1))
     assert together == pytest.approx(alone, rel=1e-4)
     again = validation_loss(model, Subset(Subset(dataset, [2, 1, 0]), [2, 2, 0]))
     expected = (2 * each[0]["val_loss"] + each[2]["val_loss"]) / 3
@@ -203,7 +205,7 @@ def test_other_models_are_refused() -> None:
 
 
 def test_bf16_is_close_to_fp32(model: Detector, alone: dict[str, float]) -> None:
-    rough = validation_loss(model, shapes(), precision="bf16")
+    rough = validation_loss(model, shapes(), InferenceSettings(precision="bf16"))
     # bf16 keeps 8 bits, and proposals that move are other samples.
     assert rough == pytest.approx(alone, rel=0.2)
     assert rough != alone
@@ -212,7 +214,7 @@ def test_bf16_is_close_to_fp32(model: Detector, alone: dict[str, float]) -> None
 def compute_as_one_of(rank: int, world_size: int, folder: str) -> None:
     torch.set_num_threads(1)  # a forked process has no OpenMP threads to wait for
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
-    losses = validation_loss(detector(), shapes(), rank=rank, world_size=world_size)
+    losses = validation_loss(detector(), shapes(), team=Processes(rank, world_size, torch.device("cpu")))
     Path(folder, f"{rank}.json").write_text(json.dumps(losses))
     dist.destroy_process_group()
 

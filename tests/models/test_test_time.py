@@ -20,6 +20,7 @@ from resdet.data.shapes import ShapesImages, shapes_table
 from resdet.errors import ConfigError, UserError, WeightsError
 from resdet.evaluation import detect
 from resdet.evaluation.detect import inference
+from resdet.evaluation.settings import InferenceSettings
 from resdet.models.detector import Detector, build_detector
 from resdet.models.spec import DetectorSpec, Tricks
 from resdet.models.test_time import detect_with_tricks, merge, mirror_boxes
@@ -401,9 +402,9 @@ def shapes() -> DetectionDataset:
 def test_datasets_and_arrays_are_gone_through_with_tricks(build):
     model, dataset = build(), shapes()
     tricks = Tricks(flip=True, refine=1, voting=0.5)
-    found = detect(model, dataset, batch_size=2, tricks=tricks)
-    [*results] = predict(model, [dataset.image(index) for index in range(3)], tricks=tricks)
-    other = detect(model, dataset, batch_size=2)
+    found = detect(model, dataset, InferenceSettings(batch_size=2, tricks=tricks))
+    [*results] = predict(model, [dataset.image(index) for index in range(3)], InferenceSettings(tricks=tricks))
+    other = detect(model, dataset, InferenceSettings(batch_size=2))
     for index, (_, _, prediction) in enumerate(results):
         assert_same([prediction], [found.of_image(index)], atol=1e-3)
         assert_different([prediction], [other.of_image(index)])
@@ -413,9 +414,9 @@ def test_datasets_and_arrays_are_gone_through_with_tricks(build):
 def test_bf16_answers_are_close_to_fp32(build):
     model, tricks = build(), Tricks(flip=True, refine=1, voting=0.5)
     image = [(picture() * 255).byte()]
-    with inference(model, tricks=tricks) as exact:
+    with inference(model, InferenceSettings(tricks=tricks)) as exact:
         [expected] = exact(image, "the picture")
-    with inference(model, precision="bf16", tricks=tricks) as rough:
+    with inference(model, InferenceSettings(precision="bf16", tricks=tricks)) as rough:
         [found] = rough(image, "the picture")
     # bf16 keeps 8 bits, and scores are those of a softmax whose weights were made large.
     torch.testing.assert_close(found["scores"][:3], expected["scores"][:3], rtol=0.1, atol=0)
@@ -428,7 +429,7 @@ def test_nan_is_an_error_with_tricks_too():
     with torch.no_grad():
         model.roi_heads.box_predictor.cls_score.bias[0] = torch.nan
     with pytest.raises(WeightsError, match=r"NaN or infinity .*cls_score\.bias is not finite"):
-        detect(model, shapes(), tricks=ALL)
+        detect(model, shapes(), InferenceSettings(tricks=ALL))
 
 
 def test_settings_are_checked():

@@ -1,0 +1,32 @@
+"""How a model is run on a dataset: the settings that evaluation, prediction and the validation loss share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from resdet.models.spec import Tricks
+from resdet.precision import Precision
+
+
+@dataclass(frozen=True)
+class InferenceSettings:
+    """How to run a model on images.
+
+    Attributes:
+        batch_size: Images per forward pass in each process. Images of a batch are padded to one size, which can move
+            scores and losses a little.
+        num_workers: Processes that read images; 0 reads them in this one.
+        device: Where to compute; the model is moved there and stays. None: where it is.
+        precision: fp32, or autocast to bf16 or fp16.
+        tricks: What to do at test time beyond running the model once; None does nothing.
+        progress: Show a progress bar on standard error (in rank 0 only).
+    """
+
+    batch_size: int = 1
+    num_workers: int = 0
+    device: torch.device | None = None
+    precision: Precision = "fp32"
+    tricks: Tricks | None = None
+    progress: bool = False
