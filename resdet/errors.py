@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 
 class UserError(ValueError):
     """Something outside the program must change; the message says what must hold, what was got, and where."""
@@ -46,3 +48,16 @@ class Interrupted(Exception):  # noqa: N818 - not an error: what was asked for w
     def __init__(self, message: str, signal_number: int) -> None:
         super().__init__(message)
         self.exit_code = 128 + signal_number
+
+
+def name_some(names: Iterable[str], limit: int = 4) -> str:
+    """Return the first names as a list for a message, with the number of those left out."""
+    names = list(names)
+    rest = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + rest
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's text, or its type where it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".") if lines else type(error).__name__

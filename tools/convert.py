@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from resdet.commands.run import run_tool
+from resdet.errors import name_some
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -28,7 +29,6 @@ def main(arguments: Sequence[str]) -> None:
     options = parser.parse_args(arguments)
 
     from resdet.weights.convert_file import convert_file
-    from resdet.weights.files import name_some
 
     report = convert_file(options.source, options.to, options.output, source_format=options.source_format)
     read, written = report.read, report.written

@@ -29,7 +29,7 @@ from resdet.classification.evaluate import evaluate_classifier
 from resdet.classification.loader import TrainBatch, train_loader
 from resdet.classification.model import ImageClassifier, classifier_payload, match_classes
 from resdet.config import config_to_plain, config_to_yaml
-from resdet.errors import Interrupted, TrainingError
+from resdet.errors import Interrupted, TrainingError, name_some
 from resdet.malloc import keep_freed_memory
 from resdet.models.bodies import Classifier
 from resdet.precision import Precision, autocast
@@ -40,7 +40,6 @@ from resdet.training.folder import checkpoint_to_resume, claimed
 from resdet.training.interrupt import StopSignals
 from resdet.training.optim import build_optimizer, lr_factor, scale_lr, set_lr
 from resdet.training.runlog import RunLog, memory_in_use
-from resdet.weights.files import name_some
 
 logger = logging.getLogger(__name__)
 

@@ -21,11 +21,11 @@ import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator
 from torch import Tensor
 
-from resdet.errors import DataError, WeightsError
+from resdet.errors import DataError, WeightsError, name_some
 from resdet.models.archs import find_arch
 from resdet.models.bodies import Classifier, build_classifier
 from resdet.weights.convert import FACTS_ENTRY
-from resdet.weights.files import LoadReport, name_some, read_checkpoint, tensors_in
+from resdet.weights.files import LoadReport, read_checkpoint, tensors_in
 from resdet.weights.source import locate
 
 logger = logging.getLogger(__name__)

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
 
-from resdet.errors import UserError, WeightsError
+from resdet.errors import UserError, WeightsError, name_some
 from resdet.files import save_tensors, written_whole
 from resdet.models.archs import ARCHS
 from resdet.models.detector import Detector, build_detector
@@ -24,7 +24,7 @@ from resdet.models.int8 import Int8Detector
 from resdet.models.spec import CONVENTIONS, WEIGHTS_FIELDS, DetectorSpec
 from resdet.types import Category, categories_from_plain, categories_to_plain
 from resdet.weights.convert import FACTS_ENTRY, Converted, to_torchvision
-from resdet.weights.files import LoadReport, name_some, read_checkpoint, tensors_in
+from resdet.weights.files import LoadReport, read_checkpoint, tensors_in
 
 logger = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHe
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.models.detection.rpn import RPNHead
 
-from resdet.errors import UserError
+from resdet.errors import UserError, name_some
 from resdet.models import roi_align
 from resdet.models.archs import VGGArch, find_arch
 from resdet.models.backbone import ResNetFPN, SingleLevel, check_anchors, freeze_stages, resnet_fpn
@@ -28,7 +28,6 @@ from resdet.models.seeded import SeededTransform
 from resdet.models.spec import DetectorSpec
 from resdet.models.transform import PilTransform
 from resdet.types import Category
-from resdet.weights.files import name_some
 from resdet.weights.source import WeightsSource
 
 logger = logging.getLogger(__name__)

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from resdet.errors import WeightsError
+from resdet.errors import WeightsError, name_some
 from resdet.models.archs import ARCHS, ResNetArch
 from resdet.models.bodies import Body, make_body
-from resdet.weights.files import LoadReport, body_prefix, name_some, read_checkpoint, tensors_in
+from resdet.weights.files import LoadReport, body_prefix, read_checkpoint, tensors_in
 from resdet.weights.layouts import count_blocks
 from resdet.weights.source import WeightsSource, locate
 

@@ -18,9 +18,9 @@ from typing import Any, Literal, TypeAlias
 
 from torch import Tensor
 
-from resdet.errors import WeightsError
+from resdet.errors import WeightsError, name_some
 from resdet.models.archs import ARCHS, ResNetArch
-from resdet.weights.files import body_prefix, name_some, tensors_in
+from resdet.weights.files import body_prefix, tensors_in
 from resdet.weights.layouts import (
     BACKGROUND_LAST,
     BGR_STEM,

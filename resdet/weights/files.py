@@ -9,7 +9,7 @@ import pickle
 import re
 import zipfile
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from resdet.errors import WeightsError
+from resdet.errors import WeightsError, first_line, name_some
 from resdet.weights.pickles import read_pickle
 
 logger = logging.getLogger(__name__)
@@ -57,13 +57,6 @@ class LoadReport:
         return text
 
 
-def name_some(names: Iterable[str], limit: int = 4) -> str:
-    """List the first names and count the others."""
-    names = list(names)
-    rest = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + rest
-
-
 def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Read a ``.pth``, ``.pt``, ``.safetensors`` or ``.pkl`` file onto the CPU, without running any code it may hold.
 
@@ -90,7 +83,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     except pickle.UnpicklingError as error:
         refused = re.search(r"GLOBAL (\S+)|unrecognized (?:class|function) (.+)", str(error))
         if refused is None:
-            raise WeightsError(f"{path}: is damaged or not a PyTorch file ({_first_line(error)})") from error
+            raise WeightsError(f"{path}: is damaged or not a PyTorch file ({first_line(error)})") from error
         name = refused[1] or refused[2]
         raise WeightsError(
             f"{path}: loading it would run code of its own ({name}), which is refused; "
@@ -102,7 +95,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
         ) from error
     except Exception as error:  # a damaged file fails in the unzipping, the unpickling or anything they call
         raise WeightsError(
-            f"{path}: is damaged, cut short or not a {path.suffix or 'PyTorch'} file ({_first_line(error)})"
+            f"{path}: is damaged, cut short or not a {path.suffix or 'PyTorch'} file ({first_line(error)})"
         ) from error
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise WeightsError(f"{path}: must hold a dictionary of named tensors, got {type(content).__name__}")
@@ -150,8 +143,3 @@ def tensors_in(content: Mapping[str, Any], source: str) -> dict[str, Tensor]:
 def body_prefix(tensors: Mapping[str, Tensor]) -> str | None:
     """Give what stands before the names of a body in torchvision's layout; None if there is no body."""
     return next((prefix for prefix in _BODY_PREFIXES for stem in _STEMS if f"{prefix}{stem}" in tensors), None)
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".") if lines else type(error).__name__

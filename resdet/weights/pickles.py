@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from resdet.errors import WeightsError
+from resdet.errors import WeightsError, first_line
 
 # They ask for objects from outside the stream: the reading program's, or a registry of the process.
 _REFUSED_OPCODES = frozenset({"PERSID", "BINPERSID", "EXT1", "EXT2", "EXT4", "NEXT_BUFFER"})
@@ -58,8 +58,7 @@ def read_pickle(path: str | os.PathLike[str]) -> Any:
     except RecursionError:
         raise WeightsError(f"{path}: is nested too deeply, or in itself") from None
     except Exception as error:  # a damaged stream fails in whatever its bytes happen to mean
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise WeightsError(f"{path}: is damaged, cut short or not a pickle ({first})") from error
+        raise WeightsError(f"{path}: is damaged, cut short or not a pickle ({first_line(error)})") from error
 
 
 def _check_opcodes(content: mmap.mmap, path: Path) -> None:

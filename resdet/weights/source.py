@@ -17,8 +17,8 @@ import torch
 import torchvision
 from torchvision.models import WeightsEnum
 
-from resdet.errors import WeightsError
-from resdet.weights.files import _first_line, name_some, read_checkpoint
+from resdet.errors import WeightsError, first_line, name_some
+from resdet.weights.files import read_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -98,10 +98,10 @@ def fetch(url: str) -> Path:
         read_checkpoint(incoming)
         os.replace(incoming, path)
     except OSError as error:  # URLError and HTTPError among them
-        raise WeightsError(f"{url}: cannot be downloaded ({_first_line(error)}); {by_hand}") from error
+        raise WeightsError(f"{url}: cannot be downloaded ({first_line(error)}); {by_hand}") from error
     except RuntimeError as error:
         raise WeightsError(
-            f"{url}: the download does not have the hash in its name ({_first_line(error)}); {by_hand}"
+            f"{url}: the download does not have the hash in its name ({first_line(error)}); {by_hand}"
         ) from error
     except WeightsError as error:
         raise WeightsError(f"{url}: the download is damaged or no weights file; {by_hand}") from error
