@@ -43,6 +43,7 @@ from resdet.commands.run import run_tool
 
 
 def main(arguments: Sequence[str]) -> None:
+    """Run ``benchmark.py``."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("settings", nargs="+", metavar="key=value", help="work=NAME, output=FILE, settings of the work")
     settings = parser.parse_args(arguments).settings

@@ -1,51 +1,7 @@
-"""Convert weights between torchvision and other libraries, without any of them installed.
+"""Run ``resdet convert`` in a checkout: ``python tools/convert.py --help``."""
 
-    python tools/convert.py model_final_f6e8b1.pkl --to torchvision --output r101_fpn.pth
-    python tools/convert.py runs/frcnn_r101/best.pt --to detectron2 --output model.pkl
-    python tools/convert.py R-101.pkl --to torchvision --output r101_msra.safetensors
-
-Formats: torchvision (and checkpoints of this project), detectron2, detectron (the Caffe2 blobs of MSRA's R-50.pkl and
-R-101.pkl and of Detectron's model zoo), mmdetection (2.0 and later), mmdetection-caffe (its style "caffe"),
-maskrcnn-benchmark, timm. Nothing is computed: there and back gives the same bits. Pickles are read without running what
-they name.
-"""
-
-import argparse
-from collections.abc import Sequence
-from pathlib import Path
-
+from resdet.commands.convert import main
 from resdet.commands.run import run_tool
-from resdet.errors import name_some
-
-
-def main(arguments: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", type=Path, metavar="IN", help=".pth, .pt, .pkl or .safetensors")
-    parser.add_argument("--to", required=True, metavar="FORMAT", help="one of the formats above")
-    parser.add_argument("--from", dest="source_format", metavar="FORMAT", help="default: by its names")
-    parser.add_argument(
-        "--output", type=Path, required=True, metavar="OUT", help=".pth, .safetensors, or .pkl for detectron2"
-    )
-    options = parser.parse_args(arguments)
-
-    from resdet.weights.convert_file import convert_file
-
-    report = convert_file(options.source, options.to, options.output, source_format=options.source_format)
-    read, written = report.read, report.written
-    print(f"{options.source}: {read.facts['format']} {read.kind}, {read.facts['arch'] or 'no known architecture'}")
-    print(f"  read:    {', '.join(read.rules) or 'as it is'}")
-    print(f"  written: {', '.join(written.rules) or 'as it is'}")
-    print(f"{len(written.tensors)} tensors -> {options.output} ({options.to})")
-    if read.left_over:
-        print(f"left over, torchvision has no place for it: {name_some(read.left_over)}")
-    if written.left_over:
-        print(f"left over, {options.to} has no place for it: {name_some(written.left_over)}")
-    if report.beside:
-        print(f"not taken along: {name_some(report.beside)}")
-    print("the model must be built with:")
-    for name, value in report.settings.items():
-        print(f"  {name}: {value}")
-
 
 if __name__ == "__main__":
     run_tool(main)

@@ -1,64 +1,7 @@
-r"""Show what a network is made of: its stages, parameters, multiply-adds and receptive fields; how its layers respond.
+"""Run ``resdet describe`` in a checkout: ``python tools/describe.py --help``."""
 
-    python tools/describe.py resnet50
-    python tools/describe.py resnet101 --image-size 800 1216
-    python tools/describe.py cifar20 cifar_plain20 --weights runs/residual/best.pt runs/plain/best.pt \
-        --responses images/ --output responses.png
-
-Counts are exact, for one image: multiply-adds are those of convolutions and fully connected layers. A receptive field
-is the side of the square of pixels that one pixel of a stage's output can depend on. Responses are the standard
-deviations of each 3x3 layer's output after its norm, before the addition and the nonlinearity (He et al. 2016, figure
-7); they say something of trained networks only. Architectures are the table in resdet/models/archs.py.
-"""
-
-import argparse
-from collections.abc import Sequence
-
+from resdet.commands.describe import main
 from resdet.commands.run import run_tool
-
-
-def main(arguments: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("archs", nargs="+", metavar="ARCH", help="name of an architecture; several are compared")
-    parser.add_argument("--image-size", nargs=2, type=int, metavar=("H", "W"), help="default: 224 224; CIFAR's 32 32")
-    parser.add_argument("--weights", nargs="+", metavar="FILE", help="one for each ARCH: torchvision name, file or URL")
-    parser.add_argument("--responses", nargs="+", metavar="IMAGES", help="image files, folders, or glob patterns")
-    parser.add_argument(
-        "--output", metavar="PLOT", help="picture of the responses, by its ending .png, .pdf, .svg, ..."
-    )
-    options = parser.parse_args(arguments)
-    if options.image_size and min(options.image_size) < 1:
-        parser.error("--image-size: height and width must be at least 1")
-    if bool(options.responses) != bool(options.weights):
-        parser.error("--weights and --responses go together: responses are those of trained networks to images")
-    if options.output and not options.responses:
-        parser.error("--output is for the plot of --responses")
-    if options.weights and len(options.weights) != len(options.archs):
-        parser.error(f"--weights: one for each of the {len(options.archs)} ARCH, got {len(options.weights)}")
-
-    from resdet.classification.summary import summarise, summary_table
-
-    size = tuple(options.image_size) if options.image_size else None
-    for arch in options.archs:
-        if len(options.archs) > 1:
-            print(f"{arch}:")
-        print(summary_table(summarise(arch, size)))
-    if not options.responses:
-        return
-
-    from resdet.classification.describe import measure_responses, plot_responses
-
-    measured = {}
-    for arch, weights in zip(options.archs, options.weights, strict=True):
-        name = arch if arch not in measured else f"{arch} ({weights})"
-        measured[name] = measure_responses(arch, weights, options.responses, image_size=size)
-        print(f"\nstandard deviation of responses, {name}:")
-        for layer, deviation in measured[name].items():
-            print(f"{layer:30}  {deviation:.4f}")
-    if options.output:
-        plot_responses(measured, options.output)
-        print(f"written: {options.output}")
-
 
 if __name__ == "__main__":
     run_tool(main)

@@ -1,34 +1,7 @@
-"""Train a classifier as a configuration says; its best.pt is a detector's first weights (model.weights).
+"""Run ``resdet pretrain`` in a checkout: ``python tools/pretrain.py --help``."""
 
-python tools/pretrain.py configs/pretrain_digits_resnet20.yaml
-python tools/pretrain.py configs/pretrain_imagenet_resnet50.yaml data.train.root=ILSVRC/train data.val.root=ILSVRC/val
-torchrun --nproc-per-node 8 tools/pretrain.py configs/pretrain_imagenet_resnet50.yaml
-"""
-
-import argparse
-from collections.abc import Sequence
-
+from resdet.commands.pretrain import main
 from resdet.commands.run import run_tool
-
-
-def main(arguments: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "config", metavar="CONFIG", help="a YAML file; resdet/classification/config.py documents every key"
-    )
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted keys, as in optim.lr=0.01")
-    options = parser.parse_args(arguments)
-
-    from resdet.classification.config import load_pretrain_config
-    from resdet.classification.loop import pretrain
-
-    config = load_pretrain_config(options.config, options.overrides)
-    result = pretrain(config)
-    numbers = "  ".join(f"{name} {value:.4f}" for name, value in result.metrics.items())
-    metric = config.eval.best_metric
-    print(f"{numbers}  (best {metric} {result.best:.4f}) after {result.steps} steps, {result.seconds:.0f} s")
-    print(f"run: {result.output_dir}  weights for a detector: model.weights={result.output_dir / 'best.pt'}")
-
 
 if __name__ == "__main__":
     run_tool(main)

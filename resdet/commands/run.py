@@ -1,40 +1,70 @@
-"""What all tools share: exit codes and logging. 0 done, 2 a user's mistake in readable lines, 1 a fault of ours.
+"""Shared by all commands: exit codes, logging, and help that shows how the command was started.
 
-A run that a signal stopped in good order ends with 128 + the signal's number.
+Exit codes: 0 success, 2 user error (the message says what to change), 1 internal error, 128 + the signal's number after
+a signal stopped a run in good order.
 """
 
 from __future__ import annotations
 
+import argparse
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from resdet.errors import Interrupted, UserError
 
+_SCRIPTS = {"check": "check_data"}  # tools/NAME.py where NAME is not the command's
 
-def run_tool(main: Callable[[Sequence[str]], int | None]) -> None:
-    """Run a tool's ``main`` on the command line and leave with its exit code.
+
+def command_parser(name: str, description: str, arguments: str | None = None) -> argparse.ArgumentParser:
+    """Return the parser of ``resdet NAME``.
 
     Args:
-        main: Takes the arguments without the program's name; gives an exit code, or None for 0.
+        name: The command.
+        description: Help text. Its examples read ``resdet NAME ...``; they are shown as ``python tools/NAME.py ...``
+            if that is how the command was started.
+        arguments: What the usage line shows after the command, where argparse would not put it well.
+    """
+    prog = f"resdet {name}"
+    if sys.argv[0].endswith(".py"):
+        prog = Path(sys.argv[0]).name
+        description = re.sub(r"--no-python resdet (\w+)", lambda match: _script(match[1]), description)
+        description = re.sub(r"\bresdet (\w+)", lambda match: f"python {_script(match[1])}", description)
+    usage = None if arguments is None else f"%(prog)s {arguments}"
+    formatter = argparse.RawDescriptionHelpFormatter
+    return argparse.ArgumentParser(prog=prog, usage=usage, description=description, formatter_class=formatter)
+
+
+def run_tool(main: Callable[[Sequence[str]], int | None]) -> None:
+    """Run a command's ``main`` on the command line and exit with its code.
+
+    Args:
+        main: Takes the arguments without the program's name; returns an exit code, or None for 0.
     """
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("resdet").setLevel(logging.INFO)
+    program = os.path.basename(sys.argv[0])
     try:
         code = main(sys.argv[1:]) or 0
         sys.stdout.flush()
     except UserError as error:
-        print(f"{os.path.basename(sys.argv[0])}: {error}", file=sys.stderr)  # noqa: T201 - the tools' own output
+        print(f"{program}: {error}", file=sys.stderr)
         code = 2
     except Interrupted as interruption:
-        if os.environ.get("RANK", "0") == "0":  # of all processes of a run one is enough
-            print(f"{os.path.basename(sys.argv[0])}: {interruption}", file=sys.stderr)  # noqa: T201
+        if os.environ.get("RANK", "0") == "0":  # one process of a run is enough
+            print(f"{program}: {interruption}", file=sys.stderr)
         code = interruption.exit_code
     except KeyboardInterrupt:
         code = 130
     except BrokenPipeError:
-        # The reader of our output has gone (`| head`); Python would complain again while closing stdout.
+        # The reader of stdout has gone (`| head`); closing stdout would raise again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
     sys.exit(code)
+
+
+def _script(name: str) -> str:
+    return f"tools/{_SCRIPTS.get(name, name)}.py"

@@ -66,7 +66,7 @@ def test_the_tool_says_what_it_did(model_zoo: Path, tmp_path: Path) -> None:
         f"{model_zoo}: detectron2 detector, resnet18",
         "names, BGR stem, background row last, no box regression of the background, stride in 1x1",
         f"-> {tmp_path / 'out.pth'} (torchvision)",
-        "not taken along: __author__",
+        "not converted: __author__",
         "stride_in_1x1: True",
         "num_classes: 5",
     ):

@@ -1,0 +1,51 @@
+"""Convert weights between torchvision and other libraries, without any of them installed.
+
+    resdet convert model_final_f6e8b1.pkl --to torchvision --output r101_fpn.pth
+    resdet convert runs/frcnn_r101/best.pt --to detectron2 --output model.pkl
+    resdet convert R-101.pkl --to torchvision --output r101_msra.safetensors
+
+Formats: torchvision (and checkpoints of this project), detectron2, detectron (the Caffe2 blobs of MSRA's R-50.pkl and
+R-101.pkl and of Detectron's model zoo), mmdetection (2.0 and later), mmdetection-caffe (its style "caffe"),
+maskrcnn-benchmark, timm. Values are copied, not recomputed: a round trip returns the same bits. Pickles are
+read without running any code they hold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from resdet.commands.run import command_parser
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Run ``resdet convert``."""
+    parser = command_parser("convert", __doc__)
+    parser.add_argument("source", type=Path, metavar="IN", help=".pth, .pt, .pkl or .safetensors")
+    parser.add_argument("--to", required=True, metavar="FORMAT", help="one of the formats above")
+    parser.add_argument(
+        "--from", dest="source_format", metavar="FORMAT", help="default: recognised by its tensors' names"
+    )
+    parser.add_argument(
+        "--output", type=Path, required=True, metavar="OUT", help=".pth, .safetensors, or .pkl for detectron2"
+    )
+    options = parser.parse_args(arguments)
+
+    from resdet.errors import name_some
+    from resdet.weights.convert_file import convert_file
+
+    report = convert_file(options.source, options.to, options.output, source_format=options.source_format)
+    read, written = report.read, report.written
+    print(f"{options.source}: {read.facts['format']} {read.kind}, {read.facts['arch'] or 'no known architecture'}")
+    print(f"  read:    {', '.join(read.rules) or 'unchanged'}")
+    print(f"  written: {', '.join(written.rules) or 'unchanged'}")
+    print(f"{len(written.tensors)} tensors -> {options.output} ({options.to})")
+    if read.left_over:
+        print(f"left over, without a counterpart in torchvision: {name_some(read.left_over)}")
+    if written.left_over:
+        print(f"left over, without a counterpart in {options.to}: {name_some(written.left_over)}")
+    if report.beside:
+        print(f"not converted: {name_some(report.beside)}")
+    print("build the model with:")
+    for name, value in report.settings.items():
+        print(f"  {name}: {value}")

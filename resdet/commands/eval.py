@@ -1,0 +1,88 @@
+"""Evaluate detectors on a dataset: COCO's metrics, VOC's AP, both per class, and report.html with their errors.
+
+    resdet eval runs/quickstart
+    resdet eval runs/frcnn_r101/last.pt data.val.images=/coco/val2017 data.val.annotations=/coco/instances.json
+    resdet eval runs/frcnn_r101 eval.tricks.refine=1 eval.tricks.voting=0.8 eval.tricks.flip=true
+    resdet eval runs/short runs/long --output comparison
+
+RUN is a run's folder, which stands for its best.pt, or a checkpoint. The dataset is data.val of each checkpoint's own
+configuration unless overridden. Several runs must share one dataset; report.html shows them side by side.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from resdet.commands.run import command_parser
+from resdet.errors import UserError
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Run ``resdet eval``."""
+    parser = command_parser("eval", __doc__, arguments="[-h] [--output OUTPUT] RUN [RUN ...] [key=value ...]")
+    parser.add_argument(
+        "arguments",
+        nargs="+",
+        metavar="RUN | key=value",
+        help="folders of runs or checkpoints (best.pt, last.pt), and dotted keys, as in eval.batch_size=4",
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        help="folder for the results (default: eval/ beside the checkpoint; for several runs, eval/ in the current "
+        "folder, with one subfolder per run)",
+    )
+    options = parser.parse_intermixed_args(arguments)
+    # A folder may be called lr=0.01.
+    overrides = [text for text in options.arguments if "=" in text and not Path(text).exists()]
+    paths = [Path(text) for text in options.arguments if text not in overrides]
+    if not paths:
+        parser.error("give at least one RUN: a run's folder or a checkpoint")
+    checkpoints = [path / "best.pt" if path.is_dir() else path for path in paths]
+    names = name_runs(checkpoints)
+
+    from resdet.build import build_dataset, config_of_checkpoint
+    from resdet.config import config_to_plain
+    from resdet.evaluation.detect import evaluate
+    from resdet.evaluation.report import ReportedRun, check_same_ground_truth, read_log, write_report
+    from resdet.evaluation.settings import InferenceSettings
+    from resdet.evaluation.write import metrics_table, write_evaluation
+    from resdet.models.checkpoint import load_detector
+    from resdet.processes import choose_device
+
+    configs = [config_of_checkpoint(checkpoint, overrides) for checkpoint in checkpoints]
+    datasets = [build_dataset(config.data.val, training=False) for config in configs]
+    check_same_ground_truth([(name, dataset.table) for name, dataset in zip(names, datasets, strict=True)])
+    dataset = datasets[0]
+    output = options.output or (checkpoints[0].parent / "eval" if len(paths) == 1 else Path("eval"))
+    runs = []
+    for name, checkpoint, config in zip(names, checkpoints, configs, strict=True):
+        model = load_detector(checkpoint).to(choose_device(config.train.device))
+        settings = InferenceSettings(
+            batch_size=config.eval.batch_size,
+            num_workers=config.loader.num_workers,
+            precision=config.eval.precision or config.train.precision,
+            tricks=config.eval.tricks,
+            progress=True,
+        )
+        evaluation = evaluate(model, dataset, settings)
+        folder = output if len(paths) == 1 else output / name
+        write_evaluation(folder, evaluation, dataset.table)
+        runs.append(ReportedRun(name, evaluation, config_to_plain(config), read_log(checkpoint.parent)))
+        print(f"{name}\n{metrics_table(evaluation)}" if len(paths) > 1 else metrics_table(evaluation))
+        print(f"written: {folder / 'metrics.json'}, {folder / 'detections.json'}")
+    write_report(output / "report.html", dataset, runs)
+    print(f"written: {output / 'report.html'}")
+
+
+def name_runs(checkpoints: Sequence[Path]) -> list[str]:
+    """Return a distinct name for each run: its folder, with the checkpoint where folders repeat, or with a number."""
+    files = [checkpoint.resolve() for checkpoint in checkpoints]
+    twice = [str(file) for file, count in Counter(files).items() if count > 1]
+    if twice:
+        raise UserError(f"{twice[0]}: given twice")
+    names = [file.parent.name for file in files]
+    names = [name if names.count(name) == 1 else f"{name}_{file.stem}" for name, file in zip(names, files, strict=True)]
+    return [name if names.count(name) == 1 else f"{number}_{name}" for number, name in enumerate(names, start=1)]

@@ -1,0 +1,49 @@
+"""Detect objects in images: draw them, and write the detections in COCO's result format.
+
+    resdet predict runs/quickstart/best.pt photo.jpg folder/ --output out
+    resdet predict runs/quickstart/best.pt folder/ --tricks refine=1 voting=0.8 flip=true
+
+The keys of --tricks are those of eval.tricks in a configuration.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from resdet.commands.run import command_parser
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Run ``resdet predict``."""
+    parser = command_parser("predict", __doc__)
+    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="best.pt or last.pt of a run")
+    parser.add_argument("images", nargs="+", metavar="IMAGE_OR_FOLDER", help="image files, folders, or glob patterns")
+    parser.add_argument("--output", type=Path, default=Path("predictions"), help="folder for the results")
+    parser.add_argument(
+        "--score",
+        type=float,
+        help="draw detections from this score on (default: that of the best F1 in the run's last evaluation, else 0.5)",
+    )
+    parser.add_argument("--batch-size", type=int, default=1, help="images per forward pass (default 1)")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    parser.add_argument("--precision", choices=["fp32", "bf16", "fp16"], default="fp32")
+    parser.add_argument("--tricks", nargs="+", default=[], metavar="key=value", help="more computation for each image")
+    options = parser.parse_args(arguments)
+
+    from resdet.config import parse_tricks
+    from resdet.evaluation.settings import InferenceSettings
+    from resdet.models.checkpoint import load_detector
+    from resdet.prediction import find_images, predict_files, shown_from
+    from resdet.processes import choose_device
+
+    tricks = parse_tricks(options.tricks)
+    model = load_detector(options.checkpoint).to(choose_device(options.device))
+    score, source = (options.score, "--score") if options.score is not None else shown_from(model)
+    files = find_images(options.images)
+    settings = InferenceSettings(
+        batch_size=options.batch_size, precision=options.precision, tricks=tricks, progress=True
+    )
+    num_detections = predict_files(model, files, options.output, settings, score_threshold=score)
+    print(f"{len(files)} images, {num_detections} detections; drawn those of score >= {score:.3g} ({source})")
+    print(f"written: {options.output / 'detections.json'} and {options.output}/*.png")
