@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from resdet.commands.run import command_parser
+from resdet.errors import name_some
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -31,7 +32,6 @@ def main(arguments: Sequence[str]) -> None:
     )
     options = parser.parse_args(arguments)
 
-    from resdet.errors import name_some
     from resdet.weights.convert_file import convert_file
 
     report = convert_file(options.source, options.to, options.output, source_format=options.source_format)
