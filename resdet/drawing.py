@@ -79,6 +79,17 @@ def draw(
     return np.asarray(picture).copy()
 
 
+def shown_from(evaluated: object) -> tuple[float, str]:
+    """Return the score from which detections are worth drawing, and where it comes from, in words.
+
+    Args:
+        evaluated: A ``Detector`` or an ``Evaluation``, whose ``score_threshold`` it is (the best F1 of the model's last
+            evaluation). 0.5 where that is None, and for models that have none.
+    """
+    best: float | None = getattr(evaluated, "score_threshold", None)
+    return (0.5, "no threshold has been evaluated yet") if best is None else (best, "best F1 of the last evaluation")
+
+
 def legible_scale(image: npt.NDArray[np.uint8]) -> int:
     """Give a scale for ``draw`` at which names do not cover a small image: its shorter side comes to 320 px or more."""
     shorter = int(min(image.shape[:2]))

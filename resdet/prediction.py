@@ -1,4 +1,4 @@
-"""Detections in image files: find them, run the model, draw the boxes, write them down."""
+"""Images in, results out: find image files, run a detector on them, write pictures and COCO's JSON."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import glob
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +18,8 @@ from tqdm import tqdm
 from resdet.data.images import IMAGE_SUFFIXES, read_image
 from resdet.drawing import above, draw, legible_scale
 from resdet.errors import DataError
-from resdet.evaluation.detect import inference, model_categories
+from resdet.evaluation.inference import inference
+from resdet.evaluation.labels import model_categories
 from resdet.evaluation.settings import InferenceSettings
 from resdet.types import Category, Prediction
 
@@ -57,13 +58,27 @@ def find_images(paths: Iterable[Path | str]) -> list[Path]:
     return list(dict.fromkeys(found))
 
 
+class Result(NamedTuple):
+    """An image and what was found in it.
+
+    Attributes:
+        path: The image file; None for an array.
+        image: uint8 RGB ``[H, W, 3]``.
+        prediction: Its detections, by falling score.
+    """
+
+    path: Path | None
+    image: npt.NDArray[np.uint8]
+    prediction: Prediction
+
+
 def predict(
     model: nn.Module,
     images: Sequence[Path | npt.NDArray[np.uint8]],
     settings: InferenceSettings = InferenceSettings(),
     *,
     score_threshold: float = 0.0,
-) -> Iterator[tuple[Path | None, npt.NDArray[np.uint8], Prediction]]:
+) -> Iterator[Result]:
     """Detect objects in images, yielding each image's as soon as they are known.
 
     Nothing is kept between batches, so the number of images is not bounded by memory. While the iterator lives, the
@@ -78,7 +93,7 @@ def predict(
             unless built otherwise) applies before.
 
     Yields:
-        The file (None for an array), the image as uint8 RGB ``[H, W, 3]``, and its detections, in the order given.
+        A result for each image, in the order given.
 
     Raises:
         DataError: If an image cannot be read, or an array is not uint8 ``[H, W, 3]``.
@@ -97,7 +112,7 @@ def predict(
             tensors = [torch.from_numpy(image.transpose(2, 0, 1).copy()) for image in pixels]
             for path, image, prediction in zip(paths, pixels, run(tensors, where), strict=True):
                 bar.update()
-                yield path, image, above(prediction, score_threshold)
+                yield Result(path, image, above(prediction, score_threshold))
 
 
 def predict_files(
@@ -146,15 +161,6 @@ def predict_files(
     entries = to_coco_json(files, predictions, categories)
     (output_dir / "detections.json").write_text(json.dumps(entries) + "\n", encoding="utf-8")
     return len(entries)
-
-
-def shown_from(model: nn.Module) -> tuple[float, str]:
-    """Give the score from which a model's detections are worth showing, and where it comes from, in words.
-
-    It is that of a ``Detector``'s last evaluation (``Detector.score_threshold``), or 0.5 where there was none.
-    """
-    best: float | None = getattr(model, "score_threshold", None)
-    return (0.5, "the checkpoint knows no better") if best is None else (best, "best F1 of the run's last evaluation")
 
 
 def to_coco_json(

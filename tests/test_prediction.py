@@ -8,11 +8,11 @@ from PIL import Image
 from torch import nn
 
 from resdet.data.shapes import ShapesImages, shapes_table
-from resdet.drawing import class_color, draw, legible_scale
+from resdet.drawing import above, class_color, draw, legible_scale, shown_from
 from resdet.errors import DataError
 from resdet.evaluation.coco import read_coco_detections
 from resdet.evaluation.settings import InferenceSettings
-from resdet.prediction import above, find_images, predict, shown_from, to_coco_json
+from resdet.prediction import find_images, predict, to_coco_json
 from resdet.types import Category, Prediction
 
 CATEGORIES = (Category(1, 7, "cat"), Category(2, 3, "dog"))
@@ -248,8 +248,8 @@ def test_coco_json_is_read_back_as_detections(tmp_path):
 
 def test_detections_are_shown_from_the_last_evaluations_best_f1_or_a_half():
     model = Corner()
-    assert shown_from(model) == (0.5, "the checkpoint knows no better")
+    assert shown_from(model) == (0.5, "no threshold has been evaluated yet")
     model.score_threshold = None
     assert shown_from(model)[0] == 0.5
     model.score_threshold = 0.0
-    assert shown_from(model) == (0.0, "best F1 of the run's last evaluation")
+    assert shown_from(model) == (0.0, "best F1 of the last evaluation")

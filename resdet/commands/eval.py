@@ -46,11 +46,11 @@ def main(arguments: Sequence[str]) -> None:
     from resdet.build import build_dataset, config_of_checkpoint
     from resdet.config import config_to_plain
     from resdet.evaluation.detect import evaluate
+    from resdet.evaluation.inference import device_for
     from resdet.evaluation.report import ReportedRun, check_same_ground_truth, read_log, write_report
     from resdet.evaluation.settings import InferenceSettings
     from resdet.evaluation.write import metrics_table, write_evaluation
     from resdet.models.checkpoint import load_detector
-    from resdet.processes import choose_device
 
     configs = [config_of_checkpoint(checkpoint, overrides) for checkpoint in checkpoints]
     datasets = [build_dataset(config.data.val, training=False) for config in configs]
@@ -59,10 +59,11 @@ def main(arguments: Sequence[str]) -> None:
     output = options.output or (checkpoints[0].parent / "eval" if len(paths) == 1 else Path("eval"))
     runs = []
     for name, checkpoint, config in zip(names, checkpoints, configs, strict=True):
-        model = load_detector(checkpoint).to(choose_device(config.train.device))
+        model = load_detector(checkpoint)
         settings = InferenceSettings(
             batch_size=config.eval.batch_size,
             num_workers=config.loader.num_workers,
+            device=device_for(model, config.train.device),
             precision=config.eval.precision or config.train.precision,
             tricks=config.eval.tricks,
             progress=True,

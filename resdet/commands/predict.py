@@ -32,17 +32,22 @@ def main(arguments: Sequence[str]) -> None:
     options = parser.parse_args(arguments)
 
     from resdet.config import parse_tricks
+    from resdet.drawing import shown_from
+    from resdet.evaluation.inference import device_for
     from resdet.evaluation.settings import InferenceSettings
     from resdet.models.checkpoint import load_detector
-    from resdet.prediction import find_images, predict_files, shown_from
-    from resdet.processes import choose_device
+    from resdet.prediction import find_images, predict_files
 
     tricks = parse_tricks(options.tricks)
-    model = load_detector(options.checkpoint).to(choose_device(options.device))
+    model = load_detector(options.checkpoint)
     score, source = (options.score, "--score") if options.score is not None else shown_from(model)
     files = find_images(options.images)
     settings = InferenceSettings(
-        batch_size=options.batch_size, precision=options.precision, tricks=tricks, progress=True
+        batch_size=options.batch_size,
+        device=device_for(model, options.device),
+        precision=options.precision,
+        tricks=tricks,
+        progress=True,
     )
     num_detections = predict_files(model, files, options.output, settings, score_threshold=score)
     print(f"{len(files)} images, {num_detections} detections; drawn those of score >= {score:.3g} ({source})")

@@ -1,4 +1,4 @@
-"""The losses of training on data that is not trained on."""
+"""The training losses on data that is not trained on."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.image_list import ImageList
 
 from resdet.data.dataset import DetectionDataset, without_subset
-from resdet.data.loader import eval_loader
 from resdet.errors import UserError, WeightsError
-from resdet.evaluation.detect import match_labels, suspect
+from resdet.evaluation.inference import own_batches, suspect
+from resdet.evaluation.labels import match_labels
 from resdet.evaluation.settings import InferenceSettings
 from resdet.evaluation.state import evaluation_mode, placed, random_states_kept, seed_torch
 from resdet.precision import autocast
@@ -31,12 +31,12 @@ def validation_loss(
     settings: InferenceSettings = InferenceSettings(),
     team: Processes | None = None,
 ) -> dict[str, float]:
-    """Compute the losses of training on every image of a dataset, each once, without changing anything of the model.
+    """Compute the training losses on every image of a dataset, each once, without changing anything of the model.
 
-    Norms and sizes of images are those of evaluation; proposals, their number too, and what the losses are taken over
-    are those of training. Boxes are drawn at random for the losses as in training, but for each image the same ones
-    every time, whatever is evaluated beside it. Parameters, buffers, gradients, training flags and random states are
-    afterwards bit for bit what they were.
+    Norms and image sizes are those of evaluation; proposals, their number too, and the samples that the losses are
+    taken over are those of training. Boxes are sampled at random as in training, but from a seed of each image: the
+    same boxes every time, whatever else is in the batch. Parameters, buffers, gradients, training flags and random
+    states are afterwards bit for bit what they were.
 
     Targets are the dataset's: crowd regions and, unless it uses them, difficult objects are background.
 
@@ -54,7 +54,7 @@ def validation_loss(
 
     Raises:
         DataError: If model and dataset do not have the same classes.
-        UserError: If the model is no ``FasterRCNN``.
+        UserError: If the model is not a ``FasterRCNN``.
         WeightsError: If the losses of an image are NaN or infinite.
     """
     if not isinstance(model, FasterRCNN):
@@ -63,36 +63,11 @@ def validation_loss(
         )
     dataset, device = without_subset(dataset), placed(model, settings.device)
     team = team or Processes(0, 1, device)
+    own = _losses_of_images(model, dataset, settings, team, device)
+    losses = dict(pair for share in team.gather(own) for pair in share)
     image_ids = dataset.table.image_ids
-    labels = match_labels(model, dataset.table)
-    own_label = None if labels is None else torch.from_numpy(np.argsort(labels))
-    seen: list[int] = []
-    losses: list[Tensor] = []
-    with random_states_kept(device), evaluation_mode(model):
-        # torchvision's parts compute losses where their own flag says so; those of the layers in them stay off.
-        model.rpn.training = model.roi_heads.training = True
-        loader = eval_loader(
-            dataset,
-            batch_size=settings.batch_size,
-            num_workers=settings.num_workers,
-            rank=team.rank,
-            world_size=team.world_size,
-        )
-        for batch in loader:
-            images = [image.to(device, non_blocking=True).float() / 255 for image in batch.images]
-            targets = batch.targets
-            if own_label is not None:
-                targets = [Target(**{**target, "labels": own_label[target["labels"]]}) for target in targets]
-            seeds = image_ids[batch.indices].tolist()
-            with autocast(device, settings.precision):
-                losses += _losses(model, images, [target_to(target, device) for target in targets], seeds)
-            seen += batch.indices
-    own = torch.stack(losses).double().cpu().numpy() if losses else np.empty((0, len(_PARTS)))
-    all_seen, all_losses = zip(*team.gather((seen, own)), strict=True)
-    indices, values = np.concatenate(all_seen).astype(np.int64), np.concatenate(all_losses)
-    assert sorted(indices.tolist()) == list(range(len(image_ids)))
-    # In the dataset's order, so that the sum does not depend on who did what.
-    values = values[np.argsort(indices)]
+    # In the dataset's order, so that the sum does not depend on which process had which image.
+    values = np.array([losses[index] for index in range(len(image_ids))])  # [I, 4]
     broken = np.flatnonzero(~np.isfinite(values).all(axis=1))
     if broken.size:
         raise WeightsError(
@@ -103,16 +78,41 @@ def validation_loss(
     return {"val_loss": sum(means.values()), **{f"val_{name}": value for name, value in means.items()}}
 
 
+def _losses_of_images(
+    model: FasterRCNN, dataset: DetectionDataset, settings: InferenceSettings, team: Processes, device: torch.device
+) -> list[tuple[int, list[float]]]:
+    """Return the row and the four losses of each image of this process's share."""
+    image_ids = dataset.table.image_ids
+    labels = match_labels(model, dataset.table)
+    own_label = None if labels is None else torch.from_numpy(np.argsort(labels))  # the model's, by the dataset's
+    seen: list[int] = []
+    losses: list[Tensor] = []
+    with random_states_kept(device), evaluation_mode(model):
+        # torchvision's parts compute losses if their own flag is set; the flags of the layers in them stay off.
+        model.rpn.training = model.roi_heads.training = True
+        for batch in own_batches(dataset, settings, team):
+            images = [image.to(device, non_blocking=True).float() / 255 for image in batch.images]
+            targets = batch.targets
+            if own_label is not None:
+                targets = [Target(**{**target, "labels": own_label[target["labels"]]}) for target in targets]
+            seeds = image_ids[batch.indices].tolist()
+            with autocast(device, settings.precision):
+                losses += _losses(model, images, [target_to(target, device) for target in targets], seeds)
+            seen += batch.indices
+    values = torch.stack(losses).double().tolist() if losses else []  # [n, 4]; waits for the device
+    return list(zip(seen, values, strict=True))
+
+
 def _losses(
     model: FasterRCNN, images: Sequence[Tensor], targets: Sequence[Target], seeds: Sequence[int]
 ) -> list[Tensor]:
-    """Give the four losses of each image, float32 ``[4]``.
+    """Return the four losses of each image, float32 ``[4]``.
 
-    The heads take one image at a time: torchvision's losses of several are means over all boxes drawn of them, in which
-    an image counts by how many were, and what is drawn for one depends on those before it.
+    The heads take one image at a time. On several, torchvision averages over the boxes sampled in all of them, so that
+    images with more samples weigh more and the samples of one depend on the images before it.
     """
-    batch, scaled = model.transform(list(images), list(targets))
-    features = model.backbone(batch.tensors)
+    batch, scaled = model.transform(list(images), list(targets))  # [B, 3, H, W], padded
+    features = model.backbone(batch.tensors)  # a level: [B, C, h, w]
     if isinstance(features, Tensor):
         features = {"0": features}
     losses = []

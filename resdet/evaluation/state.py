@@ -1,4 +1,4 @@
-"""What an evaluation leaves as it was: training flags and random states."""
+"""What an evaluation leaves unchanged: training flags and random states."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import nn
 
 
 def placed(model: nn.Module, device: torch.device | None) -> torch.device:
-    """Move a model to a device, or leave it where it is (None); give its device."""
+    """Move a model to a device, unless it is None; return the model's device."""
     if device is None:
         return next(model.parameters()).device
     model.to(device)
@@ -35,7 +35,7 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def random_states_kept(device: torch.device) -> Iterator[None]:
-    """Give the global random generators their states back: torch's (of CPU and ``device``), NumPy's and Python's."""
+    """Restore the states of the global random generators: torch's (of CPU and ``device``), NumPy's and Python's."""
     numpy_state, python_state = np.random.get_state(), random.getstate()  # noqa: NPY002 - others use the global one
     try:
         with torch.random.fork_rng([device] if device.type == "cuda" else []):

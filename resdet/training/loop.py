@@ -22,7 +22,8 @@ from resdet.data.dataset import DetectionDataset
 from resdet.data.loader import train_loader
 from resdet.drawing import draw, legible_scale
 from resdet.errors import Interrupted
-from resdet.evaluation.detect import Evaluation, evaluate, match_labels
+from resdet.evaluation.detect import Evaluation, evaluate
+from resdet.evaluation.labels import match_labels
 from resdet.evaluation.loss import validation_loss
 from resdet.evaluation.report import write_run_report
 from resdet.evaluation.settings import InferenceSettings

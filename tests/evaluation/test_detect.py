@@ -18,7 +18,7 @@ from resdet.data.dataset import DetectionDataset
 from resdet.data.shapes import ShapesImages, shapes_table
 from resdet.errors import DataError, WeightsError
 from resdet.evaluation import best_score_threshold, coco_metrics, detect, evaluate
-from resdet.evaluation.detect import inference
+from resdet.evaluation.inference import inference
 from resdet.evaluation.settings import InferenceSettings
 from resdet.processes import Processes
 from resdet.types import Category, Detections, Prediction

@@ -24,7 +24,7 @@ from resdet.data.dataset import DetectionDataset
 from resdet.data.images import read_image
 from resdet.data.shapes import ShapesImages, shapes_table
 from resdet.errors import UserError, WeightsError
-from resdet.evaluation.detect import match_labels
+from resdet.evaluation.labels import match_labels
 from resdet.models.box_heads import BoxHeads
 from resdet.models.checkpoint import checkpoint_payload, load_detector, load_detector_weights, weights_settings
 from resdet.models.detector import Detector, build_detector

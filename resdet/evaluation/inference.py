@@ -1,0 +1,117 @@
+"""Run a detector on images: in evaluation mode, without gradients, and never silently on NaN."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from resdet.data.dataset import DetectionDataset
+from resdet.data.loader import Batch, eval_loader
+from resdet.errors import WeightsError
+from resdet.evaluation.settings import InferenceSettings
+from resdet.evaluation.state import evaluation_mode, placed
+from resdet.malloc import keep_freed_memory
+from resdet.models.int8 import Int8Detector
+from resdet.models.test_time import detect_with_tricks
+from resdet.precision import Precision, autocast
+from resdet.processes import Processes, choose_device
+from resdet.types import Prediction
+
+logger = logging.getLogger(__name__)
+
+Detect = Callable[[Sequence[Tensor], str], list[Prediction]]
+"""Takes uint8 images ``[3, H, W]`` and what to call them in messages; returns their detections, on the CPU."""
+
+
+def device_for(model: nn.Module, name: Literal["auto", "cpu", "cuda"]) -> torch.device:
+    """Return the device of that name, or the CPU for an int8 detector, which runs nowhere else.
+
+    Raises:
+        UserError: If it is ``cuda``, the model is not int8 and there is no GPU.
+    """
+    if not isinstance(model, Int8Detector):
+        return choose_device(name)
+    if name == "cuda" or (name == "auto" and torch.cuda.device_count() > 0):
+        logger.info("the detector is int8 and runs on the CPU (device %s is ignored)", name)
+    return torch.device("cpu")
+
+
+def own_batches(dataset: DetectionDataset, settings: InferenceSettings, team: Processes) -> Iterator[Batch]:
+    """Return this process's share of a dataset's images, each once, in batches."""
+    return eval_loader(
+        dataset,
+        batch_size=settings.batch_size,
+        num_workers=settings.num_workers,
+        rank=team.rank,
+        world_size=team.world_size,
+    )
+
+
+@contextmanager
+def inference(model: nn.Module, settings: InferenceSettings = InferenceSettings()) -> Iterator[Detect]:
+    """Put a model into evaluation mode and yield a function that runs it on uint8 images.
+
+    Every module's training flag is restored at the end. Gradients are off inside that function only, and by
+    ``no_grad``: tensors that a model caches in ``inference_mode`` could not take part in training afterwards.
+
+    Args:
+        model: A torchvision ``FasterRCNN``.
+        settings: ``device``, ``precision`` and ``tricks`` count here.
+
+    Raises:
+        UserError: By the yielded function, if this model does not support ``settings.tricks``.
+        WeightsError: By the yielded function, if the model computes NaN or infinity. Thresholds drop such boxes, so
+            unless the heads' raw outputs are checked, a diverged model would pass for one that finds nothing.
+    """
+    device = placed(model, settings.device)
+    if device.type == "cpu":
+        keep_freed_memory()
+    finite: list[Tensor] = []  # bool [] each, on the device
+
+    def watch(_module: nn.Module, _inputs: Any, outputs: Sequence[Tensor | Sequence[Tensor]]) -> None:
+        for output in outputs:
+            finite.extend(torch.isfinite(part).all() for part in ([output] if isinstance(output, Tensor) else output))
+
+    @torch.no_grad()
+    def run(images: Sequence[Tensor], where: str) -> list[Prediction]:
+        finite.clear()
+        batch = [image.to(device, non_blocking=True).float() / 255 for image in images]  # [3, H, W] each, in [0, 1]
+        with autocast(device, settings.precision):
+            outputs = model(batch) if settings.tricks is None else detect_with_tricks(model, batch, settings.tricks)
+        finite.extend(torch.isfinite(output[key]).all() for output in outputs for key in ("boxes", "scores"))
+        if finite and not torch.stack(finite).all():  # waits for the device
+            raise WeightsError(f"the model computes NaN or infinity on {where} ({suspect(model, settings.precision)})")
+        return _to_cpu(outputs)
+
+    watched = [name for name, _ in model.named_modules() if name in ("rpn.head", "roi_heads.box_predictor")]
+    handles = [model.get_submodule(name).register_forward_hook(watch) for name in watched]
+    try:
+        with evaluation_mode(model):
+            yield run
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _to_cpu(outputs: Sequence[Prediction]) -> list[Prediction]:
+    """Copy a model's outputs to the CPU, each key in one piece, so that waits count per batch and not per image."""
+    counts = [len(output["scores"]) for output in outputs]
+    boxes = torch.cat([output["boxes"] for output in outputs]).float().cpu()  # [D, 4]; waits for the device
+    labels = torch.cat([output["labels"] for output in outputs]).cpu()  # [D]
+    scores = torch.cat([output["scores"] for output in outputs]).float().cpu()  # [D]
+    rows = zip(*(torch.split(column, counts) for column in (boxes, labels, scores)), strict=True)
+    return [Prediction(boxes=boxes, labels=labels, scores=scores) for boxes, labels, scores in rows]
+
+
+def suspect(model: nn.Module, precision: Precision) -> str:
+    """Return a guess, in words, at where NaN or infinity comes from."""
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():  # waits for the device
+            return f"its {name} is not finite: training diverged"
+    hint = ": fp16 ends at 65504, try bf16 or fp32" if precision == "fp16" else ""
+    return f"its weights are finite{hint}"

@@ -1,0 +1,61 @@
+"""Where a detector runs."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from resdet.commands import predict
+from resdet.errors import UserError
+from resdet.evaluation.inference import device_for
+from resdet.models.checkpoint import save_int8_detector
+from resdet.models.detector import build_detector
+from resdet.models.int8 import Int8Detector, quantize_detector
+from resdet.models.norm import calibrate_norm
+from resdet.models.spec import DetectorSpec
+
+
+@pytest.fixture
+def host_with_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+
+
+@pytest.fixture
+def int8_detector() -> Int8Detector:
+    detector = Int8Detector.__new__(Int8Detector)  # building a real one needs a CPU with AVX512-VNNI
+    nn.Module.__init__(detector)
+    return detector
+
+
+@pytest.mark.usefixtures("host_with_a_gpu")
+@pytest.mark.parametrize("name", ["auto", "cuda"])
+def test_an_int8_detector_runs_on_the_cpu_of_a_host_with_a_gpu_and_says_so(int8_detector, name, caplog):
+    with caplog.at_level("INFO"):
+        assert device_for(int8_detector, name) == torch.device("cpu")
+    assert "int8 and runs on the CPU" in caplog.text
+    assert device_for(nn.Linear(1, 1), name) == torch.device("cuda", 0)
+
+
+def test_nothing_is_said_where_the_cpu_was_asked_for_or_is_all_there_is(int8_detector, monkeypatch, caplog):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with caplog.at_level("INFO"):
+        assert device_for(int8_detector, "cpu") == device_for(int8_detector, "auto") == torch.device("cpu")
+    assert not caplog.text
+    with pytest.raises(UserError, match="needs a GPU"):
+        device_for(nn.Linear(1, 1), "cuda")
+
+
+@pytest.mark.skipif(not torch.cpu._is_vnni_supported(), reason="int8 needs a CPU with AVX512-VNNI")
+@pytest.mark.usefixtures("host_with_a_gpu")
+def test_the_tool_runs_an_int8_file_on_a_host_with_a_gpu(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    detector = build_detector(DetectorSpec(arch="resnet18", min_size=64, max_size=96, out_channels=32), num_classes=2)
+    images = [torch.rand(3, 64, 64) for _ in range(2)]
+    calibrate_norm(detector.backbone.body, [torch.stack(images)])
+    save_int8_detector(quantize_detector(detector.eval(), images), tmp_path / "int8.pt")
+    Image.fromarray(np.zeros((64, 64, 3), dtype=np.uint8)).save(tmp_path / "black.png")
+    predict.main([str(tmp_path / "int8.pt"), str(tmp_path / "black.png"), "--output", str(tmp_path / "out")])
+    assert (tmp_path / "out" / "detections.json").is_file()
