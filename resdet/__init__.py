@@ -9,6 +9,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from resdet.version import VERSION
+
 if TYPE_CHECKING:
     from resdet.classification.grow import grow
     from resdet.config import Config, load_config
@@ -18,7 +20,8 @@ if TYPE_CHECKING:
     from resdet.errors import ConfigError, DataError, TrainingError, UserError, WeightsError
     from resdet.evaluation.detect import evaluate
     from resdet.evaluation.settings import InferenceSettings
-    from resdet.export.export import export_backbone, export_detector, load_backbone
+    from resdet.export.backbone import export_backbone, load_backbone
+    from resdet.export.detector import export_detector
     from resdet.malloc import keep_freed_memory
     from resdet.models.backbone import ResNetFPN, resnet_fpn
     from resdet.models.checkpoint import load_detector, save_int8_detector
@@ -29,7 +32,7 @@ if TYPE_CHECKING:
     from resdet.training.loop import train
     from resdet.types import Category, Detections, Prediction, Target
 
-__version__ = "0.1.0"
+__version__ = VERSION
 
 _HOMES = {
     "Category": "resdet.types",
@@ -50,12 +53,12 @@ _HOMES = {
     "WeightsError": "resdet.errors",
     "build_detector": "resdet.models.detector",
     "evaluate": "resdet.evaluation.detect",
-    "export_backbone": "resdet.export.export",
-    "export_detector": "resdet.export.export",
+    "export_backbone": "resdet.export.backbone",
+    "export_detector": "resdet.export.detector",
     "fasterrcnn_resnet101_fpn": "resdet.models.fasterrcnn",
     "grow": "resdet.classification.grow",
     "keep_freed_memory": "resdet.malloc",
-    "load_backbone": "resdet.export.export",
+    "load_backbone": "resdet.export.backbone",
     "load_config": "resdet.config",
     "load_detector": "resdet.models.checkpoint",
     "quantize_detector": "resdet.models.int8",

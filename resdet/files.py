@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from resdet.errors import UserError
 
 
@@ -49,8 +51,6 @@ def save_tensors(content: Any, path: Path) -> None:
         OSError: If it cannot be written. ``torch.save`` reports a full disk as one of several RuntimeErrors of its zip
             writer, which nobody would know for what they are.
     """
-    import torch
-
     try:
         torch.save(content, path)
     except RuntimeError as error:

@@ -46,7 +46,8 @@ def main(arguments: Sequence[str]) -> None:
     options = parser.parse_args(arguments)
 
     from resdet.data.images import read_image
-    from resdet.export.export import export_backbone, export_detector
+    from resdet.export.backbone import export_backbone
+    from resdet.export.detector import export_detector
     from resdet.models.checkpoint import load_detector
     from resdet.prediction import find_images
 

@@ -1,8 +1,8 @@
-"""Networks as graphs that run without Python: TorchScript, ``torch.export`` programs, ONNX; written, and run again.
+"""Write networks as programs that run without Python (TorchScript, ``torch.export``, ONNX), and load them again.
 
-The size an image is scaled to is computed in float64, as in Python. torchvision's own scripted and traced transforms
-compute the scale in float32, and where a side should come out whole it often comes out a pixel smaller, and the boxes
-with it (of 40,000 random sizes at min_size 800 or 416, scripted 48 % differ from Python, traced 13 %).
+The size that an image is scaled to is computed in float64, as in Python. torchvision's own scripted and traced
+transforms compute the scale in float32: a side that should come out whole is often a pixel smaller, which moves the
+boxes (of 40,000 random sizes at min_size 800 or 416, 48 % differ from Python when scripted, 13 % when traced).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from resdet.models.tracing import is_scripting
 from resdet.types import Prediction
 
 BackboneGraph = Literal["torchscript", "export", "onnx"]
-DetectorGraph = Literal["torchscript", "onnx"]
+DetectorFormat = Literal["torchscript", "onnx"]
 
 _Module = TypeVar("_Module", bound=nn.Module)
 
@@ -37,7 +37,7 @@ _ONNX_PACKAGES = ("onnx", "onnxruntime", "onnxscript")
 
 
 def _as_sizes(height_width: Tensor) -> tuple[int, int]:
-    """Turn int64 ``[2]`` into two sizes; a tracer's sizes are tensors themselves."""
+    """Return int64 ``[2]`` as two sizes; under a tracer these are tensors."""
     if is_scripting():
         return int(height_width[0]), int(height_width[1])
     return _traced_sizes(height_width)
@@ -50,7 +50,7 @@ def _traced_sizes(height_width: Tensor) -> tuple[int, int]:
 
 
 def graph_scaled_size(image_hw: Tensor, min_size: float, max_size: float) -> Tensor:
-    """Give the size that ``GeneralizedRCNNTransform`` scales an image to, equal to Python's to the last pixel.
+    """Return the size that ``GeneralizedRCNNTransform`` scales an image to, equal to Python's to the last pixel.
 
     Args:
         image_hw: int64 ``[2]``.
@@ -61,14 +61,14 @@ def graph_scaled_size(image_hw: Tensor, min_size: float, max_size: float) -> Ten
         int64 ``[2]``.
     """
     sides = image_hw.to(torch.float64)
-    # A number over a tensor is the tensor's reciprocal times the number, which rounds twice.
+    # TorchScript computes number / tensor as number * reciprocal, which rounds twice; tensor / tensor rounds once.
     limits = torch.tensor([min_size, max_size], dtype=torch.float64)
     scale = (limits / torch.stack([sides.min(), sides.max()])).min()
     return torch.floor(sides * scale).to(torch.int64)
 
 
 class OneImage(nn.Module):
-    """A detector as a function of one uint8 image, in the operations that TorchScript and ONNX hold.
+    """A detector as a function of one uint8 image, in operations that TorchScript and ONNX have.
 
     Source: ``GeneralizedRCNN.forward`` and ``GeneralizedRCNNTransform`` of torchvision. Deviation: the scaled size is
     computed in float64, as Python computes it there.
@@ -88,13 +88,13 @@ class OneImage(nn.Module):
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Detect objects in one image, uint8 ``[3, H, W]``."""
-        image_hw = torch._shape_as_tensor(image)[1:]  # a tensor, so that a tracer follows what is computed from it
+        image_hw = torch._shape_as_tensor(image)[1:]  # [2]; a tensor, so that a tracer records what follows from it
         scaled_hw = graph_scaled_size(image_hw, self.min_size, self.max_size)
         padded_hw = scaled_hw + torch.remainder(-scaled_hw, self.size_divisible)
         height, width = _as_sizes(scaled_hw)
         padded_height, padded_width = _as_sizes(padded_hw)
         mean, std = torch.tensor(self.image_mean).view(3, 1, 1), torch.tensor(self.image_std).view(3, 1, 1)
-        pixels = (image.to(torch.float32) / 255 - mean) / std
+        pixels = (image.to(torch.float32) / 255 - mean) / std  # [3, H, W]
         pixels = F.interpolate(pixels[None], size=[height, width], mode="bilinear", align_corners=False)
         images = ImageList(F.pad(pixels, [0, padded_width - width, 0, padded_height - height]), [(height, width)])
 
@@ -107,7 +107,7 @@ class OneImage(nn.Module):
 
 
 def output_names(exported: Body | ResNetFPN) -> list[str]:
-    """Name the maps by their strides: ``C2`` or ``P2`` for 4, and so on."""
+    """Return names of the maps by their strides: ``C2`` or ``P2`` for 4, and so on."""
     letter = "P" if isinstance(exported, ResNetFPN) else "C"
     return [f"{letter}{stride.bit_length() - 1}" for stride in exported.strides]
 
@@ -126,13 +126,13 @@ def _load_script(path: Path) -> Any:
 
 
 def _example(module: Body | ResNetFPN) -> Tensor:
-    """Give images whose last map is 2 by 3 pixels: a size of 1 is a case of its own to ``torch.export``."""
+    """Return images whose last map is 2 by 3 pixels: ``torch.export`` would specialise on a size of 1."""
     stride = module.strides[-1]
     return torch.zeros(2, 3, 2 * stride, 3 * stride)
 
 
 def exported_program(module: Body | ResNetFPN) -> torch.export.ExportedProgram:
-    """Give a backbone as a ``torch.export`` program of any batch, height and width."""
+    """Return a backbone as a ``torch.export`` program for any batch, height and width."""
     auto = torch.export.Dim.AUTO
     images = _example(module)
     with torch.no_grad():
@@ -140,12 +140,12 @@ def exported_program(module: Body | ResNetFPN) -> torch.export.ExportedProgram:
 
 
 def backbone_to_onnx(module: Body | ResNetFPN, path: Path, output_names: Sequence[str]) -> None:
-    """Write a backbone as ONNX of any batch, height and width.
+    """Write a backbone as ONNX for any batch, height and width.
 
     Raises:
         UserError: If a package is missing.
     """
-    _onnx("onnx", "onnxscript", "onnxruntime")
+    _require("onnx", "onnxscript", "onnxruntime")
     auto = torch.export.Dim.AUTO
     with _quiet_exporter():
         program = torch.onnx.export(
@@ -165,16 +165,16 @@ def detector_to_onnx(module: nn.Module, path: Path, image: Tensor) -> None:
     """Write a detector (``OneImage``) as ONNX for images of any height and width.
 
     Args:
-        module: What is written.
-        path: Where.
+        module: The module to write.
+        path: The file.
         image: uint8 ``[3, H, W]`` to trace it on.
 
     Raises:
         UserError: If a package is missing.
     """
-    _onnx("onnx", "onnxruntime")
+    _require("onnx", "onnxruntime")
     with _quiet_exporter(), torch.no_grad():
-        # torch.export, and with it the newer exporter, stops at suppression: how many boxes remain depends on the data.
+        # torch.export, and the exporter built on it, fail at suppression: the number of boxes depends on the data.
         torch.onnx.export(
             module,
             (image,),
@@ -194,7 +194,7 @@ def detector_to_onnx(module: nn.Module, path: Path, image: Tensor) -> None:
 
 @contextlib.contextmanager
 def _quiet_exporter() -> Iterator[None]:
-    """Silence what exporters say of torchvision's code; whether they were right is measured afterwards."""
+    """Silence the exporters' warnings about torchvision's code; the file is compared with the model afterwards."""
     exporter = logging.getLogger("torch.onnx")
     level = exporter.level
     exporter.setLevel(logging.ERROR)
@@ -206,7 +206,7 @@ def _quiet_exporter() -> Iterator[None]:
         exporter.setLevel(level)
 
 
-def _onnx(*packages: str) -> None:
+def _require(*packages: str) -> None:
     for package in packages:
         try:
             importlib.import_module(package)
@@ -235,7 +235,7 @@ def feature_runner(path: Path, format: BackboneGraph) -> Callable[[Tensor], list
     return lambda images: list(module(images).values())
 
 
-def detection_runner(path: Path, format: DetectorGraph) -> Callable[[Tensor], Prediction]:
+def detection_runner(path: Path, format: DetectorFormat) -> Callable[[Tensor], Prediction]:
     """Load an exported detector as a function from one uint8 image ``[3, H, W]`` to its detections."""
     if format == "onnx":
         session = _session(path)

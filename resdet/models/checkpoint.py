@@ -277,7 +277,7 @@ def _imported_spec(converted: Converted, path: str | os.PathLike[str]) -> Detect
 
 
 def _exported_description(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read what ``resdet.export.export`` wrote beside a backbone's tensors; nothing from another safetensors file."""
+    """Read what ``resdet.export.backbone`` wrote beside a backbone's tensors; nothing from another safetensors file."""
     try:
         with safe_open(path, framework="pt") as file:
             description = json.loads((file.metadata() or {}).get("backbone", "{}"))

@@ -15,9 +15,10 @@ import torchvision
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-import resdet.export.export
+import resdet.export.backbone
 from resdet.errors import UserError, WeightsError
-from resdet.export.export import FEATURE_TOLERANCE, ExportError, export_backbone, load_backbone
+from resdet.export.backbone import export_backbone, load_backbone
+from resdet.export.compare import FEATURE_TOLERANCE, ExportError
 from resdet.models.backbone import ResNetFPN, resnet_fpn
 from resdet.models.detector import build_detector
 from resdet.models.norm import calibrate_norm
@@ -98,7 +99,7 @@ def test_a_failed_export_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest
     def full_disk(source: object, target: object) -> None:
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("resdet.export.export.os.replace", full_disk)
+    monkeypatch.setattr("resdet.export.backbone.os.replace", full_disk)
     with pytest.raises(OSError, match="No space left"):
         export_backbone(ResNet("resnet18"), path)
     assert path.read_bytes() == before
@@ -229,7 +230,7 @@ def test_norms_are_folded_and_the_report_is_kept(tmp_path: Path) -> None:
 def test_a_file_that_computes_something_else_is_not_left_behind(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folded_copy = resdet.export.export.folded_copy
+    folded_copy = resdet.export.backbone.folded_copy
 
     def wrong(module: nn.Module) -> nn.Module:
         folded = folded_copy(module)
@@ -238,7 +239,7 @@ def test_a_file_that_computes_something_else_is_not_left_behind(
         return folded
 
     (tmp_path / "b.pt").write_text("what was there before")
-    monkeypatch.setattr("resdet.export.export.folded_copy", wrong)
+    monkeypatch.setattr("resdet.export.backbone.folded_copy", wrong)
     with pytest.raises(ExportError, match=r"b\.pt: not written, .* features .* \(at most 0.0005\)"):
         export_backbone(calibrated(), tmp_path / "b.pt", format="torchscript")
     assert names_in(tmp_path) == ["b.pt"]

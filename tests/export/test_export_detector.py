@@ -20,10 +20,11 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
-import resdet.export.export
+import resdet.export.detector
 from resdet.data.images import read_image
 from resdet.errors import UserError
-from resdet.export.export import BOX_TOLERANCE, SCORE_TOLERANCE, ExportError, compare_detections, export_detector
+from resdet.export.compare import BOX_TOLERANCE, SCORE_TOLERANCE, ExportError, compare_detections
+from resdet.export.detector import export_detector
 from resdet.export.programs import graph_scaled_size
 from resdet.models.checkpoint import checkpoint_payload
 from resdet.models.detector import Detector, build_detector
@@ -229,14 +230,14 @@ def test_compare_detections() -> None:
 
 
 def test_a_file_that_detects_something_else_is_not_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folded_copy = resdet.export.export.folded_copy
+    folded_copy = resdet.export.detector.folded_copy
 
     def wrong(module: nn.Module) -> nn.Module:
         folded = folded_copy(module)
         folded.transform.image_mean[0] += 0.05  # type: ignore[union-attr, operator, index]
         return folded
 
-    monkeypatch.setattr("resdet.export.export.folded_copy", wrong)
+    monkeypatch.setattr("resdet.export.detector.folded_copy", wrong)
     with pytest.raises(ExportError, match=r"not written, because .* unmatched .* \(at most 0.01\)"):
         export_detector(small_detector(), tmp_path / "d", format="torchscript")
     assert list(tmp_path.iterdir()) == []

@@ -23,7 +23,7 @@ from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.ops import FrozenBatchNorm2d
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
-from resdet.export.export import export_backbone
+from resdet.export.backbone import export_backbone
 from resdet.models.resnet import ResNet
 from resdet.weights.convert import from_torchvision
 

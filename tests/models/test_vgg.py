@@ -9,7 +9,7 @@ import torchvision
 from torch import nn
 
 from resdet.errors import UserError
-from resdet.export.export import export_backbone, load_backbone
+from resdet.export.backbone import export_backbone, load_backbone
 from resdet.models.backbone import freeze_stages, resnet_fpn
 from resdet.models.bodies import make_body
 from resdet.models.norm import FrozenBatchNorm2d, conv_norm_names, folded_copy

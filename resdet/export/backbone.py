@@ -1,0 +1,227 @@
+"""Export a body, or a body with its pyramid; rebuild the backbone that was exported as safetensors."""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from resdet.errors import UserError, WeightsError
+from resdet.export.compare import CHECK_SIZES, FEATURE_TOLERANCE, ExportReport, feature_difference, speed_ratio
+from resdet.export.programs import (
+    BackboneGraph,
+    backbone_to_onnx,
+    exported_program,
+    feature_runner,
+    output_names,
+    write_torchscript,
+)
+from resdet.files import written_whole
+from resdet.models.backbone import ResNetFPN, SingleLevel, freeze_stages
+from resdet.models.bodies import Body, make_body
+from resdet.models.detector import Detector
+from resdet.models.norm import folded_copy, frozen_copy
+from resdet.version import VERSION
+
+BACKBONE_FORMAT = "resdet-backbone-1"
+
+BackboneFormat = Literal["safetensors"] | BackboneGraph
+BACKBONE_FORMATS: tuple[BackboneFormat, ...] = ("safetensors", "torchscript", "export", "onnx")
+
+
+def export_backbone(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    include_fpn: bool = False,
+    format: BackboneFormat = "safetensors",
+    names: Literal["torchvision", "timm"] = "torchvision",
+) -> ExportReport:
+    """Write a body, or a body with its pyramid, and check the file against the model.
+
+    As safetensors, the body alone has the names of torchvision's classifier (``conv1.weight``,
+    ``layer1.0.conv1.weight``, ...), which loads it with only ``fc`` missing; with the pyramid they are those of
+    ``BackboneWithFPN`` (``body.``, ``fpn.``). Tensors are written as they are, nothing is folded.
+
+    In the other formats the network runs without this package, in evaluation mode and float32 on the CPU. TorchScript
+    and ``.pt2`` return the features under their names in Python (``"0"``, ...), ONNX as ``C2``.. or ``P2``.., by
+    stride. A ``.pt2`` refuses images whose last map would be one pixel high or wide (64 pixels with P6, 32 without):
+    ``torch.export`` specialises on a size of 1.
+
+    Args:
+        model: A ResNet, a ResNetFPN, or a detector on one; not changed.
+        path: The file to write; its directory must exist. It appears whole or not at all.
+        include_fpn: Whether to write the pyramid too.
+        format: ``"safetensors"``, ``"torchscript"``, ``"export"`` (a ``torch.export`` program, ``.pt2``) or ``"onnx"``.
+        names: Naming of the tensors in safetensors. timm's ResNets have torchvision's names, and it has no pyramids, so
+            both give the same file of a body.
+
+    Raises:
+        UserError: If the model has no backbone of this package, or no pyramid though it is asked for; if the directory
+            is missing, format or names unknown, or a package that the format needs is not installed.
+        ExportError: If the file computes something else than the model.
+    """
+    exported = _part_to_export(model, include_fpn)
+    _check_arguments(format, names, include_fpn)
+    description = _describe(exported)
+    about = description.copy()
+    if isinstance(model, Detector):
+        about |= {"image_mean": model.spec.image_mean, "image_std": model.spec.image_std}
+    if format == "onnx":
+        about["outputs"] = output_names(exported)
+    with written_whole(Path(path)) as temporary:
+        if format == "safetensors":
+            _write_safetensors(exported, temporary, about)
+            run = _rebuilt(temporary, exported)
+        else:
+            _write_program(folded_copy(exported), temporary, format, output_names(exported))
+            run = feature_runner(temporary, format)
+        report = _compare(frozen_copy(exported), run, Path(path), "backbone" if include_fpn else "body", format)
+        report.check()
+    report.write(about)
+    return report
+
+
+def load_backbone(path: str | os.PathLike[str], *, trainable_layers: int = 3, fast: bool = True) -> Body | ResNetFPN:
+    """Build the backbone that ``export_backbone`` wrote, with the same outputs bit for bit.
+
+    Args:
+        path: The file.
+        trainable_layers: How many stages of the body take gradients, 0 to 5; see ``resnet_fpn``.
+        fast: As in ``resnet_fpn``; outputs are the same bit for bit if the exported backbone had the same.
+
+    Returns:
+        A ResNetFPN if the file has the pyramid, else a ResNet; in training mode, like every new module.
+
+    Raises:
+        WeightsError: If the file is missing, damaged or not of this format.
+        UserError: If ``trainable_layers`` is not in 0..5.
+    """
+    path = Path(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            about = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a mapping
+    except FileNotFoundError as error:
+        raise WeightsError(f"{path}: there is no such file") from error
+    except (SafetensorError, OSError) as error:
+        raise WeightsError(f"{path}: is damaged, cut short or not a safetensors file ({error})") from error
+    if about.get("format") != BACKBONE_FORMAT:
+        raise WeightsError(
+            f"{path}: was not written by export_backbone ('format' is {about.get('format')!r}, "
+            f"not {BACKBONE_FORMAT!r}); resnet_fpn(arch, weights=path) takes any ResNet weights"
+        )
+    try:
+        description = json.loads(about["backbone"])
+        backbone: Body | ResNetFPN
+        body = make_body(
+            description["arch"],
+            norm=description["norm"],
+            norm_eps=description["norm_eps"],
+            returned_layers=description["returned_layers"],
+            stride_in_1x1=description.get("stride_in_1x1", False),
+            dilate_c5=description.get("dilate_c5", False),
+            fast=fast,
+        )
+        if "out_channels" in description:
+            backbone = ResNetFPN(
+                body, out_channels=description["out_channels"], extra_blocks=description["extra_blocks"]
+            )
+        else:
+            backbone = body
+        backbone.load_state_dict(tensors)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise WeightsError(f"{path}: its description and its tensors do not fit together ({error})") from error
+    freeze_stages(body, trainable_layers)
+    return backbone
+
+
+def _part_to_export(model: nn.Module, include_fpn: bool) -> Body | ResNetFPN:
+    backbone = model if isinstance(model, Body | ResNetFPN) else getattr(model, "backbone", None)
+    if isinstance(backbone, SingleLevel):
+        backbone = backbone.body
+    if not isinstance(backbone, Body | ResNetFPN):
+        raise UserError(f"export_backbone takes a ResNet, a ResNetFPN or a detector on one, got {type(model).__name__}")
+    if include_fpn and not isinstance(backbone, ResNetFPN):
+        raise UserError("include_fpn needs a ResNetFPN or a detector on one, got a ResNet, which has no pyramid")
+    return backbone if include_fpn or isinstance(backbone, Body) else backbone.body
+
+
+def _check_arguments(format: str, names: str, include_fpn: bool) -> None:
+    if format not in BACKBONE_FORMATS:
+        raise UserError(f"format of a backbone must be one of {', '.join(BACKBONE_FORMATS)}, got {format!r}")
+    if names not in ("torchvision", "timm"):
+        raise UserError(f"names must be torchvision or timm, got {names!r}")
+    if names == "timm" and (include_fpn or format != "safetensors"):
+        raise UserError("timm's names are for the body as safetensors: timm has no pyramid, and other formats no names")
+
+
+def _write_safetensors(exported: Body | ResNetFPN, path: Path, description: dict[str, Any]) -> None:
+    metadata = {"format": BACKBONE_FORMAT, "backbone": json.dumps(description), "resdet_version": VERSION}
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in exported.state_dict().items()}
+    path.write_bytes(save(tensors, metadata))
+
+
+def _write_program(folded: Body | ResNetFPN, path: Path, format: BackboneGraph, map_names: list[str]) -> None:
+    if format == "torchscript":
+        write_torchscript(folded, path)
+    elif format == "export":
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it takes channels-last weights for parts of larger tensors
+            torch.export.save(exported_program(folded), path)
+    else:
+        backbone_to_onnx(folded, path, map_names)
+
+
+def _rebuilt(path: Path, exported: Body | ResNetFPN) -> Callable[[Tensor], list[Tensor]]:
+    """Load an exported state dict as a function from images to its maps."""
+    body = exported.body if isinstance(exported, ResNetFPN) else exported
+    backbone = load_backbone(path, fast=body.fast).eval()
+    return lambda images: list(backbone(images).values())
+
+
+@torch.no_grad()
+def _compare(
+    model: nn.Module, run: Callable[[Tensor], list[Tensor]], path: Path, what: str, format: BackboneFormat
+) -> ExportReport:
+    """Compare the exported file, as ``run``, with the model on random images."""
+    generator = torch.Generator().manual_seed(0)
+    batches = [torch.randn(1 + i, 3, *size, generator=generator) for i, size in enumerate(CHECK_SIZES)]
+    difference = max(feature_difference(run(batch), list(model(batch).values())) for batch in batches)
+    ratio = None
+    if format != "safetensors":
+        ratio = speed_ratio(lambda: [model(batch) for batch in batches], lambda: [run(batch) for batch in batches])
+    return ExportReport(
+        path=path,
+        what=what,
+        format=format,
+        sizes=CHECK_SIZES,
+        differences={"features": difference},
+        tolerances={"features": 0.0 if format == "safetensors" else FEATURE_TOLERANCE},
+        num_detections=None,
+        speed_ratio=ratio,
+    )
+
+
+def _describe(exported: Body | ResNetFPN) -> dict[str, Any]:
+    """Return what ``load_backbone`` builds the backbone from."""
+    body = exported.body if isinstance(exported, ResNetFPN) else exported
+    description: dict[str, Any] = {
+        "arch": body.arch,
+        "norm": body.norm,
+        "norm_eps": body.norm_eps,
+        "returned_layers": list(body.returned_layers),
+        "stride_in_1x1": body.stride_in_1x1,
+        "dilate_c5": body.dilate_c5,
+    }
+    if isinstance(exported, ResNetFPN):
+        description |= {"out_channels": exported.out_channels, "extra_blocks": exported.extra_blocks}
+    return description
