@@ -1,4 +1,4 @@
-"""What is taken for what: a confusion matrix of classes and background."""
+"""Which class is mistaken for which: a confusion matrix of classes and background."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ class ConfusionMatrix:
     iou_threshold: float
 
     def normalised(self) -> npt.NDArray[np.float64]:
-        """Give each row divided by its sum, float64 ``[K + 1, K + 1]``; rows without any count are 0.
+        """Divide each row by its sum, float64 ``[K + 1, K + 1]``; rows without any count are 0.
 
-        A class's diagonal element is then the share of its boxes that were found and rightly named.
+        A class's diagonal element is then the share of its boxes that were found as that class.
         """
         sums = self.counts.sum(axis=1, keepdims=True)
         shares: npt.NDArray[np.float64] = self.counts / np.maximum(sums, 1)
@@ -46,16 +46,16 @@ def confusion_matrix(
     score_threshold: float,
     iou_threshold: float = 0.5,
 ) -> ConfusionMatrix:
-    """Count what was taken for what.
+    """Count which class was detected as which.
 
-    In each image, the detections of at least ``score_threshold`` take their turn by falling score (equal scores in
-    the order given), whatever their class. Each takes the box it overlaps most, of any class, of those that are still
+    In each image, the detections of at least ``score_threshold`` are matched by falling score (equal scores in the
+    order given), whatever their class. Each takes the box it overlaps most, of any class, among those that are still
     free and that it overlaps by ``iou_threshold`` or more; of equal overlaps one of its own class, then the first.
-    What is left over goes to the background's row (detections) and column (boxes).
+    Unmatched detections are counted in the background's row, unmatched boxes in its column.
 
-    Crowd regions and difficult objects are not counted, and neither is a left-over detection of any class that lies
-    in a crowd region by the share ``iou_threshold`` of its area, or overlaps a difficult object by that IoU: there is
-    an object, but nobody says how many or which.
+    Crowd regions and difficult objects are not counted, and neither is an unmatched detection of any class with at
+    least the share ``iou_threshold`` of its area in a crowd region, or with that IoU with a difficult object: objects
+    are there, but the ground truth does not say how many or of which kind.
 
     Unlike average precision this depends on a score threshold, and unlike COCO's matching, which is per class, it lets
     a detection take a box of another class. A class's row is therefore not its recall at that threshold.
@@ -63,7 +63,7 @@ def confusion_matrix(
     Args:
         table: Ground truth.
         detections: What a model found in the images of ``table``.
-        score_threshold: The least score that counts; the model's working point.
+        score_threshold: The lowest score that counts; the model's working point.
         iou_threshold: In (0, 1].
 
     Raises:
@@ -73,8 +73,8 @@ def confusion_matrix(
     if not 0 < iou_threshold <= 1:
         raise ValueError(f"iou_threshold: must be in (0, 1], got {iou_threshold}")
     pairs = overlaps(table, detections, min_iou=iou_threshold, same_class=False)
-    shown = detections.scores >= score_threshold
-    uncounted = table.crowd | table.difficult
+    shown = detections.scores >= score_threshold  # [D]
+    uncounted = table.crowd | table.difficult  # [N]
     excused = np.zeros(len(detections), dtype=np.bool_)
     excused[pairs.detection[uncounted[pairs.box]]] = True
 
@@ -82,7 +82,7 @@ def confusion_matrix(
     detection, box, iou = (column[of_interest] for column in (pairs.detection, pairs.box, pairs.iou))
     same_class = detections.labels[detection] == table.labels[box]
     order = np.lexsort((box, ~same_class, -iou, detection, -detections.scores[detection]))
-    # Few pairs overlap by so much: a plain walk through them is short.
+    # Few pairs overlap by so much: a plain loop over them is short.
     box_of: dict[int, int] = {}
     taken: set[int] = set()
     for d, b in zip(detection[order].tolist(), box[order].tolist(), strict=True):
@@ -93,12 +93,12 @@ def confusion_matrix(
     matched = np.fromiter(box_of, dtype=np.int64, count=len(box_of))
     matched_box = np.fromiter(box_of.values(), dtype=np.int64, count=len(box_of))
     shown[matched] = False
-    left_over = detections.labels[shown & ~excused]
+    unmatched = detections.labels[shown & ~excused]
     free = ~uncounted
     free[matched_box] = False
     not_found = table.labels[free]
-    row = np.concatenate([table.labels[matched_box], np.zeros_like(left_over), not_found])
-    column = np.concatenate([detections.labels[matched], left_over, np.zeros_like(not_found)])
+    row = np.concatenate([table.labels[matched_box], np.zeros_like(unmatched), not_found])
+    column = np.concatenate([detections.labels[matched], unmatched, np.zeros_like(not_found)])
     num = table.num_classes
     counts = np.bincount(row * num + column, minlength=num * num).reshape(num, num)
     names = ("background", *(category.name for category in table.categories))

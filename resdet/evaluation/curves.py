@@ -1,4 +1,4 @@
-"""Precision against recall, what COCO's AP is the mean of, and the score threshold that balances the two."""
+"""Precision against recall, the mean of which is COCO's AP, and the score threshold that balances the two."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ class BestF1:
     """Where F1, the harmonic mean of precision and recall, is highest.
 
     Attributes:
-        f1: 2 TP / (detections + boxes) of the detections whose score is at least ``threshold``, in [0, 1]; 0 where
-            there is no hit, -1 where there is no ground truth.
-        threshold: That score; the highest of those with equal F1. None where ``f1`` is 0 or -1.
-        precision: There, in [0, 1]; 0 or -1 where ``f1`` is.
-        recall: There, in [0, 1]; 0 or -1 where ``f1`` is.
+        f1: 2 TP / (detections + boxes) of the detections whose score is at least ``threshold``, in [0, 1]; 0 if there
+            is no hit, -1 if there is no ground truth.
+        threshold: That score; the highest of those with equal F1. None if ``f1`` is 0 or -1.
+        precision: At that threshold, in [0, 1]; 0 or -1 if ``f1`` is.
+        recall: At that threshold, in [0, 1]; 0 or -1 if ``f1`` is.
     """
 
     f1: float
@@ -46,8 +46,7 @@ class Curve:
         iou_threshold: IoU that makes a match.
         num_boxes: Ground-truth boxes that count.
         hits: bool ``[P]``: hit or false positive.
-        scores: float64 ``[P]``, falling: a threshold at ``scores[i]`` gives the point ``i``, or the last one of equal
-            score.
+        scores: float64 ``[P]``, falling: a threshold at ``scores[i]`` gives point ``i``, or the last of equal score.
     """
 
     name: str
@@ -76,7 +75,7 @@ class Curve:
         return average_precision(self.hits, self.num_boxes)
 
     def interpolated(self) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-        """Give precision and score at the 101 ``RECALLS``.
+        """Return precision and score at the 101 ``RECALLS``.
 
         Returns:
             The best precision at that recall or a higher one, float64 ``[101]``: 0 where the recall is not reached,
@@ -90,9 +89,9 @@ class Curve:
         return interpolated_precision(self.hits, self.num_boxes), scores
 
     def best_f1(self) -> BestF1:
-        """Give the score threshold of the highest F1, out of the detections' own scores.
+        """Return the score threshold of the highest F1, out of the detections' own scores.
 
-        Detections of equal score stay or go together, so only the last of them is looked at.
+        A threshold keeps or drops detections of equal score together, so only the last of them is considered.
         """
         if not self.num_boxes:
             return BestF1(UNDEFINED, None, UNDEFINED, UNDEFINED)
@@ -131,7 +130,7 @@ def precision_recall(
     """Compute precision-recall curves over every image of ``table``, matched by COCO's rules.
 
     ``coco_metrics``'s AP of a class is the mean of its curves' ``AP``. The threshold that ``best_f1`` of a class's
-    curve, or of the pooled one, gives at IoU 0.5 is a sound default for showing detections.
+    curve, or of the pooled one, returns at IoU 0.5 is a sound default for showing detections.
 
     Args:
         table: Ground truth.
@@ -161,42 +160,26 @@ def precision_recall(
 
 
 def best_score_threshold(table: AnnotationTable, detections: Detections) -> float | None:
-    """Give the score from which showing detections is best: of the highest F1 at IoU 0.5, all classes pooled.
+    """Return the score threshold of the highest F1 at IoU 0.5, all classes pooled: from it on detections are shown.
 
-    Args:
-        table: Ground truth.
-        detections: What a model found in the images of ``table``.
-
-    Returns:
-        One of the detections' scores; None where there is no ground truth, or nothing of it was found.
-
-    Raises:
-        DataError: If a detection names an image or class that ``table`` does not have, or is not finite.
+    It is one of the detections' scores; None if there is no ground truth, or none of it was found.
     """
     return precision_recall(table, detections, iou_thresholds=[0.5]).pooled[0].best_f1().threshold
 
 
 def average_precision(hits: npt.NDArray[np.bool_], num_boxes: int) -> float:
-    """Give COCO's AP, the mean interpolated precision at 101 recalls.
-
-    Args:
-        hits: bool ``[P]``, hit or false positive, by falling score, of the detections that count.
-        num_boxes: Boxes there were to find.
-
-    Returns:
-        In [0, 1]; -1 without ground truth.
-    """
+    """Compute COCO's AP: the mean of ``interpolated_precision``, in [0, 1]; -1 without ground truth."""
     return float(interpolated_precision(hits, num_boxes).mean())
 
 
 def interpolated_precision(hits: npt.NDArray[np.bool_], num_boxes: int) -> npt.NDArray[np.float64]:
-    """Give the best precision at each of the 101 ``RECALLS`` or beyond it, float64 ``[101]``.
+    """Compute the best precision at each of the 101 ``RECALLS`` or a higher recall, float64 ``[101]``.
 
     It is 0 where the recall is not reached and -1 without ground truth.
 
     Args:
         hits: bool ``[P]``, hit or false positive, by falling score, of the detections that count.
-        num_boxes: Boxes there were to find.
+        num_boxes: Ground-truth boxes that count.
 
     Source: ``COCOeval.accumulate`` of pycocotools. Deviation: it adds 2.2e-16 to the number of detections against a
     division by zero, by which a single perfect detection falls short of precision 1 in the last bit.
@@ -208,25 +191,25 @@ def interpolated_precision(hits: npt.NDArray[np.bool_], num_boxes: int) -> npt.N
 
 
 def interpolated_precisions(number: npt.NDArray[np.int64], num_boxes: int) -> npt.NDArray[np.float64]:
-    """Do what ``interpolated_precision`` does for ``S`` curves of ``T`` hits each at once, float64 ``[S, 101]``.
+    """Compute the ``interpolated_precision`` of ``S`` curves of ``T`` hits each at once, float64 ``[S, 101]``.
 
     Args:
         number: int64 ``[S, T]``, ascending: how many detections count down to each hit, itself included.
-        num_boxes: Boxes there were to find on each of the curves, at least 1.
+        num_boxes: Ground-truth boxes that count on each of the curves, at least 1.
     """
     num_hits = np.arange(1, number.shape[1] + 1)
     at = _first_hits(len(num_hits), num_boxes)
     at = at[at < len(num_hits)]
     interpolated = np.zeros((len(number), len(RECALLS)))
     if at.size:
-        # Precision rises at hits only, so the best one from any point on stands at a hit: the best of the hits between
-        # two recalls, then of those to the right.
+        # Precision rises at hits only, so the best one from any point on is at a hit: take the best of the hits between
+        # two recalls, then of all to the right.
         best = np.maximum.reduceat(num_hits / number, at, axis=1)
         interpolated[:, : len(at)] = np.maximum.accumulate(best[:, ::-1], axis=1)[:, ::-1]
     return interpolated
 
 
 def _first_hits(num_hits: int, num_boxes: int) -> npt.NDArray[np.int64]:
-    """Give the number of the hit that first reaches each of ``RECALLS``, int64 ``[101]``; past the last: never."""
+    """Return the index of the hit that first reaches each of ``RECALLS``, int64 ``[101]``; ``num_hits`` if none."""
     recall = np.arange(1, num_hits + 1) / max(num_boxes, 1)
     return np.searchsorted(recall, RECALLS, side="left")

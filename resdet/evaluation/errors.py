@@ -1,4 +1,33 @@
-"""Why an AP is what it is: the errors of a detector by kind, what each kind costs, and the images that cost most."""
+"""Why an AP is what it is: the errors of a detector by kind, what each kind costs, and the images that cost most.
+
+Boxes and detections are matched as in ``coco_metrics``. With ``t_f`` for ``iou_threshold`` and ``t_b`` for
+``background_threshold``, a false positive is the first of these that applies:
+
+* localisation: its best IoU with a box of its class is in [t_b, t_f];
+* classification: its best IoU with a box of another class is t_f or more;
+* duplicate: its best IoU with a box of its class is above t_f (a better-scored detection has that box);
+* both: it overlaps a box of another class by more than t_b;
+* background: it overlaps no box by more than t_b.
+
+Crowd regions and difficult objects are no boxes here, and a detection that evaluation ignores because of them is an
+error only if fixing it would find an object that nothing found. An object is missed if no detection has it and no
+localisation or classification error is about it.
+
+Each kind is fixed alone, as by an oracle. A localisation or classification error becomes a hit on its box (of the
+box's class, with its score) if no detection has that box and no better-scored error of the two kinds is about it;
+otherwise it is removed, as are the other kinds. A missed object is not counted. A class with nothing left to find then
+has AP 1, or 0 if it still has false positives. Fixing all six kinds at once gives an AP of 1.
+
+Source: Bolya et al., "TIDE: A General Toolbox for Identifying Object Detection Errors", ECCV 2020, sections 2.2 to
+2.4; the order of the kinds and the fixes are those of tidecv 1.0.1. Deviations from tidecv:
+
+* matching, order of equal scores, the cut at ``max_detections`` (tidecv: per image) and the recalls at which precision
+  is read are those of COCO's evaluation; tidecv moves errors before hits of equal score when it fixes them;
+* classes without boxes stay out of the mean (tidecv: AP 0 if anything was detected), so a class stays in the mean when
+  fixing leaves nothing to find in it (tidecv: dropped, unless false positives are left);
+* ignored detections are counted only where a fix changes something (tidecv counts all);
+* numbers are in [0, 1] (tidecv: percent).
+"""
 
 from __future__ import annotations
 
@@ -10,7 +39,7 @@ import numpy.typing as npt
 
 from resdet.data.annotations import AnnotationTable
 from resdet.evaluation.curves import UNDEFINED, interpolated_precisions
-from resdet.evaluation.matching import Matches, Overlaps, match, overlaps
+from resdet.evaluation.matching import Matches, match, overlaps
 from resdet.types import Detections
 
 ERROR_KINDS = ("classification", "localisation", "both", "duplicate", "background", "missed")
@@ -18,8 +47,8 @@ ERROR_KINDS = ("classification", "localisation", "both", "duplicate", "backgroun
 
 _COSTS = (*ERROR_KINDS, "false positives", "false negatives")
 _CLASSIFICATION, _LOCALISATION, _BOTH, _DUPLICATE, _BACKGROUND, _MISSED, _FALSE_POSITIVE, _FALSE_NEGATIVE = range(8)
-_GONE, _NEW, _NOT_COUNTED = range(3)  # what a fix does: a false positive goes, a hit comes, a box does not count
-_NUMBERS_AT_ONCE = 1 << 20  # what one step of ``_fixed`` holds: some arrays of 8 MB
+_GONE, _NEW, _NOT_COUNTED = range(3)  # what a fix does: remove a false positive, add a hit, no longer count a box
+_NUMBERS_AT_ONCE = 1 << 20  # limits the arrays in one step of ``_fixed`` to 8 MB each
 
 
 @dataclass(frozen=True)
@@ -33,9 +62,9 @@ class Errors:
         detection: int64 ``[E]``, row in the detections; -1 for a missed object.
         box: int64 ``[E]``, row in the annotation table of the box that the error is about; -1 for background. It is
             of the detection's class for localisation and duplicate, of another for classification and both.
-        iou: float64 ``[E]``, of that detection with that box; 0 where there are not both.
+        iou: float64 ``[E]``, of that detection with that box; 0 where one of the two is missing.
         score: float64 ``[E]``, the detection's; 0 for a missed object.
-        becomes_hit: bool ``[E]``: fixed, the detection finds ``box``. Every other false positive only goes away.
+        becomes_hit: bool ``[E]``: fixing it makes the detection find ``box``. Other false positives are just removed.
     """
 
     kind: npt.NDArray[np.int8]
@@ -51,7 +80,7 @@ class Errors:
         return len(self.kind)
 
     def of_image(self, index: int) -> slice:
-        """Give the rows of the errors in image ``index``."""
+        """Return the rows of the errors in image ``index``."""
         first, last = np.searchsorted(self.image_index, [index, index + 1]).tolist()
         return slice(first, last)
 
@@ -77,9 +106,9 @@ class ClassErrors:
 
     Attributes:
         AP: In [0, 1], or -1 for a class without boxes that count.
-        kinds: The six of ``ERROR_KINDS``. A count is of detections of this class (missed: of objects of it), while
+        kinds: The six of ``ERROR_KINDS``. A count is of detections of this class (missed: of its objects), while
             ``dAP`` is the rise of this class's AP when the errors of all classes are fixed: a dog found as a cat
-            is the cat's error, and fixing it lifts both.
+            is the cat's error, and fixing it raises both.
         false_positives: As in ``ErrorAnalysis``.
         false_negatives: As in ``ErrorAnalysis``.
         name: Class name.
@@ -96,16 +125,16 @@ class ClassErrors:
 
 @dataclass(frozen=True)
 class ErrorAnalysis:
-    """What ``find_errors`` finds.
+    """The result of ``find_errors``.
 
     Attributes:
         AP: COCO's AP at ``iou_threshold``, in [0, 1], mean over the classes that have boxes; -1 if none has.
         kinds: The six of ``ERROR_KINDS``, each fixed alone. ``dAP`` is the mean of the classes' and need not
             add up to 1 - AP: errors hide each other.
-        false_positives: All unmatched detections, fixed by taking them away.
+        false_positives: All unmatched detections, fixed by removing them.
         false_negatives: All boxes that were not found, fixed by not counting them.
         iou_threshold: IoU that makes a match.
-        background_threshold: IoU up to which a detection has nothing to do with a box.
+        background_threshold: IoU up to which a detection is unrelated to a box.
         max_detections: Detections that count per class and image.
         per_class: One row per class, in label order.
         errors: Every single error.
@@ -124,7 +153,7 @@ class ErrorAnalysis:
     image_loss: npt.NDArray[np.float64]
 
     def worst_images(self, num_images: int) -> npt.NDArray[np.int64]:
-        """Give the indices of the images that cost most AP, worst first; images that cost nothing are left out."""
+        """Return the indices of the images that cost most AP, worst first; images that cost nothing are left out."""
         order = np.argsort(-self.image_loss, kind="stable")[:num_images]
         return order[self.image_loss[order] > 0]
 
@@ -137,29 +166,10 @@ def find_errors(
     background_threshold: float = 0.1,
     max_detections: int = 100,
 ) -> ErrorAnalysis:
-    """Say for every false positive and every unfound object what went wrong, and what AP that costs.
+    """Find what went wrong with every false positive and every missed object, and how much AP that costs.
 
-    Boxes and detections are matched as in ``coco_metrics``, so that ``AP`` is its AP at ``iou_threshold``. With
-    ``t_f`` for ``iou_threshold`` and ``t_b`` for ``background_threshold``, a false positive is the first of these
-    that it can be:
-
-    * localisation: its best IoU with a box of its class is in [t_b, t_f];
-    * classification: its best IoU with a box of another class is t_f or more;
-    * duplicate: its best IoU with a box of its class is above t_f (a better-scored detection has that box);
-    * both: it overlaps a box of another class by more than t_b;
-    * background: it overlaps no box by more than t_b.
-
-    Crowd regions and difficult objects are no boxes here, and a detection that evaluation ignores for their sake is an
-    error only where fixing it would find an object that nothing found. An object is missed if no detection has it and
-    no localisation or classification error is about it.
-
-    Each kind is fixed alone, as by an oracle. A localisation or classification error becomes a hit on its box (of the
-    box's class, with its score), if no detection has that box and no better-scored error of the two kinds is about
-    it; otherwise it goes away, as do the kinds that remain. A missed object is not counted. A class with nothing left
-    to find has AP 1 then, or 0 if it still has false positives. Fixing all six kinds at once gives an AP of 1.
-
-    ``image_loss`` is exact, not an estimate: for each image and class, the curve is integrated again with the image's
-    six kinds of errors fixed.
+    The module's docstring defines the kinds of errors and their fixes. ``image_loss`` is exact, not an estimate: for
+    each image and class, the curve is integrated again with the image's six kinds of errors fixed.
 
     Args:
         table: Ground truth.
@@ -171,16 +181,6 @@ def find_errors(
     Raises:
         ValueError: If an option is out of its range.
         DataError: If a detection names an image or class that ``table`` does not have, or is not finite.
-
-    Source: Bolya et al., "TIDE: A General Toolbox for Identifying Object Detection Errors", ECCV 2020, sections 2.2 to
-    2.4; the order of the kinds and the fixes are tidecv 1.0.1's. Deviations from tidecv:
-
-    * matching, order of equal scores, the cut at ``max_detections`` (tidecv: per image) and the recalls at which
-      precision is taken are those of COCO's evaluation; tidecv moves errors before hits of equal score when it fixes;
-    * classes without boxes stay out of the mean (tidecv: AP 0 if anything was detected), and so a class stays in the
-      mean when fixing leaves nothing to find in it (tidecv: dropped, unless false positives are left);
-    * ignored detections are counted only where a fix changes something (tidecv counts all);
-    * numbers are in [0, 1] (tidecv: percent).
     """
     if not 0 < background_threshold < iou_threshold:
         raise ValueError(
@@ -188,10 +188,111 @@ def find_errors(
             f"got {background_threshold}"
         )
     matches = match(table, detections, iou_thresholds=[iou_threshold], max_detections=max_detections)
-    errors, place = _errors(table, detections, matches, iou_threshold, background_threshold)
+    # Evaluation's order, for all classes at once: a detection that changes its class has its place there too.
+    image_place = np.argsort(np.argsort(table.image_ids, kind="stable"))  # [I]
+    place = np.argsort(np.lexsort((image_place[detections.image_index], -detections.scores)))  # [D]
+    errors = _errors(table, detections, matches, place, background_threshold)
+    costs, image_loss = _costs(table, detections, matches, place, errors)
+    return ErrorAnalysis(
+        *costs.of(np.arange(1, table.num_classes)),
+        iou_threshold=iou_threshold,
+        background_threshold=background_threshold,
+        max_detections=max_detections,
+        per_class=tuple(
+            ClassErrors(*costs.of(np.array([category.label])), category.name, int(matches.num_boxes[category.label]))
+            for category in table.categories
+        ),
+        errors=errors,
+        image_loss=image_loss,
+    )
+
+
+def _errors(
+    table: AnnotationTable,
+    detections: Detections,
+    matches: Matches,
+    place: npt.NDArray[np.int64],
+    background_threshold: float,
+) -> Errors:
+    """Find every error; ``place`` is each detection's position by falling score."""
+    (iou_threshold,) = matches.iou_thresholds.tolist()
+    pairs = overlaps(table, detections, min_iou=background_threshold, same_class=False)
+    counts = ~matches.box_ignored[pairs.box]
+    same_class = detections.labels[pairs.detection] == table.labels[pairs.box]
+    own_box, own_iou = pairs.best_box(len(detections), counts & same_class)  # [D]
+    other_box, other_iou = pairs.best_box(len(detections), counts & ~same_class)
+    wrong = matches.detection[~matches.hits[0]]  # [W]
+    wrong = wrong[np.argsort(place[wrong])]
+    own, other = own_iou[wrong], other_iou[wrong]
+    kind = np.select(
+        [
+            (own >= background_threshold) & (own <= iou_threshold),
+            other >= iou_threshold,
+            own > iou_threshold,
+            other > background_threshold,
+        ],
+        [_LOCALISATION, _CLASSIFICATION, _DUPLICATE, _BOTH],
+        _BACKGROUND,
+    )
+    about_own = np.isin(kind, [_LOCALISATION, _DUPLICATE])
+    box = np.where(about_own, own_box[wrong], np.where(kind == _BACKGROUND, -1, other_box[wrong]))
+    iou = np.where(about_own, own, np.where(kind == _BACKGROUND, 0, other))
+
+    found = matches.detection_of_box[0] >= 0  # [N]
+    candidates = np.flatnonzero(np.isin(kind, [_LOCALISATION, _CLASSIFICATION]))
+    candidates = candidates[~found[box[candidates]]]
+    explained, best = np.unique(box[candidates], return_index=True)  # of each box the best-scored candidate
+    becomes_hit = np.zeros(len(wrong), dtype=np.bool_)
+    becomes_hit[candidates[best]] = True
+    missed = ~found & ~matches.box_ignored
+    missed[explained] = False
+    missed_box = np.flatnonzero(missed)
+
+    ignored = np.zeros(len(detections), dtype=np.bool_)
+    ignored[matches.detection[matches.ignored[0]]] = True
+    kept = becomes_hit | ~ignored[wrong]
+    wrong, kind, box, iou, becomes_hit = wrong[kept], kind[kept], box[kept], iou[kept], becomes_hit[kept]
+    num = len(missed_box)
+    image_index = np.concatenate([detections.image_index[wrong], table.image_of_box()[missed_box]])
+    by_image = np.argsort(image_index, kind="stable")
+    return Errors(
+        kind=np.append(kind, np.full(num, _MISSED)).astype(np.int8)[by_image],
+        image_index=image_index[by_image],
+        label=np.append(detections.labels[wrong], table.labels[missed_box])[by_image],
+        detection=np.append(wrong, np.full(num, -1))[by_image],
+        box=np.append(box, missed_box)[by_image],
+        iou=np.append(iou, np.zeros(num))[by_image],
+        score=np.append(detections.scores[wrong], np.zeros(num))[by_image],
+        becomes_hit=np.append(becomes_hit, np.zeros(num, dtype=np.bool_))[by_image],
+    )
+
+
+@dataclass(frozen=True)
+class _Costs:
+    """APs and counts by class (``K + 1`` labels, the background's unused) and by kind of error (``_COSTS``)."""
+
+    before: npt.NDArray[np.float64]  # [K + 1]
+    after: npt.NDArray[np.float64]  # [8, K + 1], each kind fixed alone
+    counts: npt.NDArray[np.int64]  # [8, K + 1]
+    num_boxes: npt.NDArray[np.int64]  # [K + 1]
+
+    def of(self, labels: npt.NDArray[np.int64]) -> tuple[float, tuple[ErrorCost, ...], ErrorCost, ErrorCost]:
+        """Return AP, kinds, false positives and false negatives: means over those of ``labels`` that have boxes."""
+        defined = labels[self.num_boxes[labels] > 0]
+        rise = (self.after - self.before)[:, defined].mean(axis=1) if defined.size else np.full(len(_COSTS), UNDEFINED)
+        rows = zip(_COSTS, self.counts[:, labels].sum(axis=1).tolist(), rise.tolist(), strict=True)
+        *kinds, false_positives, false_negatives = (ErrorCost(*row) for row in rows)
+        ap = float(self.before[defined].mean()) if defined.size else UNDEFINED
+        return ap, tuple(kinds), false_positives, false_negatives
+
+
+def _costs(
+    table: AnnotationTable, detections: Detections, matches: Matches, place: npt.NDArray[np.int64], errors: Errors
+) -> tuple[_Costs, npt.NDArray[np.float64]]:
+    """Integrate the curves again with each kind of error fixed, then with each image's; return the image loss too."""
     curves = _curves(table, matches, place)
     nothing = [np.zeros(0, dtype=np.int64)]
-    before = np.concatenate([curve.average_precision(nothing, nothing, 0) for curve in curves])
+    before = np.concatenate([curve.average_precision(nothing, nothing, 0) for curve in curves])  # [K + 1]
 
     false_positive = matches.detection[(matches.box[0] < 0) & ~matches.ignored[0]]
     not_found = np.flatnonzero((matches.detection_of_box[0] < 0) & ~matches.box_ignored)
@@ -210,110 +311,12 @@ def find_errors(
     np.add.at(counts[_FALSE_POSITIVE], detections.labels[false_positive], 1)
     np.add.at(counts[_FALSE_NEGATIVE], table.labels[not_found], 1)
 
-    defined = np.flatnonzero(matches.num_boxes)
+    num_defined = np.count_nonzero(matches.num_boxes)
     image_loss = np.zeros(table.num_images)
     for label, images, values in _fixed(curves, _fixes(table, errors, errors.image_index, place, on_curve)):
         if matches.num_boxes[label]:
-            image_loss[images] += (values - before[label]) / len(defined)
-
-    def costs(labels: npt.NDArray[np.int64]) -> tuple[float, tuple[ErrorCost, ...], ErrorCost, ErrorCost]:
-        with_boxes = labels[matches.num_boxes[labels] > 0]
-        rise = (after - before)[:, with_boxes].mean(axis=1) if with_boxes.size else np.full(len(_COSTS), UNDEFINED)
-        rows = zip(_COSTS, counts[:, labels].sum(axis=1).tolist(), rise.tolist(), strict=True)
-        *kinds, false_positives, false_negatives = (ErrorCost(*row) for row in rows)
-        value = float(before[with_boxes].mean()) if with_boxes.size else UNDEFINED
-        return value, tuple(kinds), false_positives, false_negatives
-
-    return ErrorAnalysis(
-        *costs(np.arange(1, table.num_classes)),
-        iou_threshold=iou_threshold,
-        background_threshold=background_threshold,
-        max_detections=max_detections,
-        per_class=tuple(
-            ClassErrors(*costs(np.array([category.label])), category.name, int(matches.num_boxes[category.label]))
-            for category in table.categories
-        ),
-        errors=errors,
-        image_loss=image_loss,
-    )
-
-
-def _errors(
-    table: AnnotationTable,
-    detections: Detections,
-    matches: Matches,
-    iou_threshold: float,
-    background_threshold: float,
-) -> tuple[Errors, npt.NDArray[np.int64]]:
-    """Find every error; give each detection's place by falling score as well, int64 ``[D]``."""
-    # Evaluation's order, for all classes: a detection that changes its class has its place there too.
-    image_place = np.empty(table.num_images, dtype=np.int64)
-    image_place[np.argsort(table.image_ids, kind="stable")] = np.arange(table.num_images)
-    place = np.empty(len(detections), dtype=np.int64)
-    place[np.lexsort((image_place[detections.image_index], -detections.scores))] = np.arange(len(detections))
-
-    pairs = overlaps(table, detections, min_iou=background_threshold, same_class=False)
-    judged = ~matches.box_ignored[pairs.box]
-    same_class = detections.labels[pairs.detection] == table.labels[pairs.box]
-    own_box, own_iou = _best(pairs, judged & same_class, len(detections))
-    other_box, other_iou = _best(pairs, judged & ~same_class, len(detections))
-    wrong = matches.detection[~matches.hits[0]]
-    wrong = wrong[np.argsort(place[wrong])]
-    own, other = own_iou[wrong], other_iou[wrong]
-    kind = np.select(
-        [
-            (own >= background_threshold) & (own <= iou_threshold),
-            other >= iou_threshold,
-            own > iou_threshold,
-            other > background_threshold,
-        ],
-        [_LOCALISATION, _CLASSIFICATION, _DUPLICATE, _BOTH],
-        _BACKGROUND,
-    )
-    about_own = np.isin(kind, [_LOCALISATION, _DUPLICATE])
-    box = np.where(about_own, own_box[wrong], np.where(kind == _BACKGROUND, -1, other_box[wrong]))
-    iou = np.where(about_own, own, np.where(kind == _BACKGROUND, 0, other))
-
-    found = matches.detection_of_box[0] >= 0
-    candidates = np.flatnonzero(np.isin(kind, [_LOCALISATION, _CLASSIFICATION]))
-    candidates = candidates[~found[box[candidates]]]
-    explained, best = np.unique(box[candidates], return_index=True)
-    becomes_hit = np.zeros(len(wrong), dtype=np.bool_)
-    becomes_hit[candidates[best]] = True
-    missed = ~found & ~matches.box_ignored
-    missed[explained] = False
-    missed_box = np.flatnonzero(missed)
-
-    ignored = np.zeros(len(detections), dtype=np.bool_)
-    ignored[matches.detection[matches.ignored[0]]] = True
-    kept = becomes_hit | ~ignored[wrong]
-    wrong, kind, box, iou, becomes_hit = wrong[kept], kind[kept], box[kept], iou[kept], becomes_hit[kept]
-    none = np.full(len(missed_box), -1, dtype=np.int64)
-    image_index = np.concatenate([detections.image_index[wrong], table.image_of_box()[missed_box]])
-    by_image = np.argsort(image_index, kind="stable")
-    errors = Errors(
-        kind=np.concatenate([kind, np.full(len(none), _MISSED)]).astype(np.int8)[by_image],
-        image_index=image_index[by_image],
-        label=np.concatenate([detections.labels[wrong], table.labels[missed_box]])[by_image],
-        detection=np.concatenate([wrong, none])[by_image],
-        box=np.concatenate([box, missed_box])[by_image],
-        iou=np.concatenate([iou, np.zeros(len(none))])[by_image],
-        score=np.concatenate([detections.scores[wrong], np.zeros(len(none))])[by_image],
-        becomes_hit=np.concatenate([becomes_hit, np.zeros(len(none), dtype=np.bool_)])[by_image],
-    )
-    return errors, place
-
-
-def _best(
-    pairs: Overlaps, which: npt.NDArray[np.bool_], num_detections: int
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
-    """Give each detection's most overlapped box, int64 ``[D]`` (the first of equals; -1: none), and the IoU or 0."""
-    best_box, best_iou = np.full(num_detections, -1, dtype=np.int64), np.zeros(num_detections)
-    detection, box, iou = pairs.detection[which], pairs.box[which], pairs.iou[which]
-    order = np.lexsort((box, -iou, detection))
-    first = order[np.flatnonzero(np.diff(detection[order], prepend=-1))]
-    best_box[detection[first]], best_iou[detection[first]] = box[first], iou[first]
-    return best_box, best_iou
+            image_loss[images] += (values - before[label]) / num_defined
+    return _Costs(before, after, counts, matches.num_boxes), image_loss
 
 
 @dataclass(frozen=True)
@@ -321,15 +324,15 @@ class _Curve:
     """One class's precision-recall curve, by the places of its detections in the order by falling score."""
 
     detections: npt.NDArray[np.int64]  # ascending; all that count
-    hits: npt.NDArray[np.int64]  # ascending; those of them that are hits
+    hits: npt.NDArray[np.int64]  # [T], ascending; those of them that are hits
     num_boxes: int
 
     def average_precision(
         self, gone: list[npt.NDArray[np.int64]], new: list[npt.NDArray[np.int64]], num_not_counted: int
     ) -> npt.NDArray[np.float64]:
-        """Give COCO's AP after each of ``S`` sets of fixes, float64 ``[S]``.
+        """Compute COCO's AP after each of ``S`` sets of fixes, float64 ``[S]``.
 
-        Only hits can raise the interpolated precision, so a set costs time by the hits and not by the detections.
+        Only hits can raise the interpolated precision, so the cost of a set grows with hits and not with detections.
         Where no box is left the AP is 1, or 0 if false positives are.
 
         Args:
@@ -343,7 +346,8 @@ class _Curve:
             return np.full(num_sets, UNDEFINED)
         if not num_boxes:
             return np.array([float(len(places) == len(self.detections)) for places in gone])
-        number = np.searchsorted(self.detections, self.hits) + 1 - _num_before(gone, self.hits)
+        # How many detections count down to each hit.
+        number = np.searchsorted(self.detections, self.hits) + 1 - _num_before(gone, self.hits)  # [S, T]
         if len(new[0]):
             of_new = np.searchsorted(self.detections, new) + np.arange(1, len(new[0]) + 1)
             of_new -= np.array([np.searchsorted(g, n) for g, n in zip(gone, new, strict=True)])
@@ -353,7 +357,7 @@ class _Curve:
 
 
 def _num_before(places: list[npt.NDArray[np.int64]], hits: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """Give how many of each set's places come before each hit, int64 ``[S, T]``."""
+    """Count how many of each set's places come before each hit, int64 ``[S, T]``."""
     row = np.repeat(np.arange(len(places)), [len(part) for part in places])
     cell = row * (len(hits) + 1) + np.searchsorted(hits, np.concatenate(places))
     counts = np.bincount(cell, minlength=len(places) * (len(hits) + 1)).reshape(len(places), -1)
@@ -361,7 +365,7 @@ def _num_before(places: list[npt.NDArray[np.int64]], hits: npt.NDArray[np.int64]
 
 
 def _curves(table: AnnotationTable, matches: Matches, place: npt.NDArray[np.int64]) -> list[_Curve]:
-    """Give the curve of each label; the background's is empty."""
+    """Return the curve of each label; the background's is empty."""
     curves = []
     for label in range(table.num_classes):
         columns = matches.of_label(label)
@@ -372,7 +376,7 @@ def _curves(table: AnnotationTable, matches: Matches, place: npt.NDArray[np.int6
 
 
 _Fix = npt.NDArray[np.int64]
-"""``[4, F]``: label of the curve, group, what is done, place of the detection (of a box that does not count: any)."""
+"""``[4, F]``: label of the curve, group, what is done, place of the detection (any, for a box that does not count)."""
 
 
 def _fixes(
@@ -382,14 +386,10 @@ def _fixes(
     place: npt.NDArray[np.int64],
     on_curve: npt.NDArray[np.bool_],
 ) -> list[_Fix]:
-    """Give the fixes of all errors.
+    """Return the fixes of all errors.
 
-    Args:
-        table: Ground truth.
-        errors: All of them.
-        group: int64 ``[E]``, which errors are fixed together.
-        place: int64 ``[D]``, of each detection by falling score.
-        on_curve: bool ``[D]``: the detection counts, so that it can go away.
+    Errors of one ``group``, int64 ``[E]``, are fixed together. Detections that are not ``on_curve``, bool ``[D]``, do
+    not count anyway and need not be removed.
     """
     missed = errors.kind == _MISSED
     gone = np.flatnonzero(~missed)
@@ -411,15 +411,16 @@ def _fix(
 def _fixed(
     curves: list[_Curve], fixes: list[_Fix]
 ) -> Iterator[tuple[int, npt.NDArray[np.int64], npt.NDArray[np.float64]]]:
-    """Make the fixes of each group, and no others: a label, groups and the label's AP after the fixes of each group.
+    """Apply the fixes of each group alone; yield a label, groups and the label's AP after the fixes of each group.
 
-    A group comes with the labels that it concerns, once with each.
+    Each group is yielded once with every label that it concerns.
     """
     rows = np.concatenate(fixes, axis=1)
     label, group, what, place = rows[:, np.lexsort(rows[::-1])]
     if not place.size:
         return
-    # Sets of one label that bring as many hits and uncount as many boxes are integrated together.
+    # A set: the fixes of one group on the curve of one label. Sets of a label that add equally many hits and leave out
+    # equally many boxes are integrated together.
     starts = np.flatnonzero((np.diff(label, prepend=-1) != 0) | (np.diff(group, prepend=-1) != 0))
     num_gone, num_new, num_not_counted = (
         np.add.reduceat((what == which).astype(np.int64), starts) for which in (_GONE, _NEW, _NOT_COUNTED)

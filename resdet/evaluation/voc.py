@@ -32,11 +32,11 @@ class VocClassMetrics:
 
 @dataclass(frozen=True)
 class VocMetrics:
-    """VOC's mean AP over the classes that have ground truth, both interpolations; -1 where no class has any.
+    """VOC's mean AP over the classes that have ground truth, by both interpolations; -1 if no class has any.
 
     Attributes:
         AP: VOC2010 and later: area under the interpolated precision-recall curve.
-        AP_11point: VOC2007 to VOC2009: mean precision at eleven recalls. What tables for VOC2007 usually report.
+        AP_11point: VOC2007 to VOC2009: mean precision at eleven recalls, which tables for VOC2007 usually report.
         iou_threshold: IoU that makes a match.
         per_class: One row per class, in label order.
     """
@@ -47,7 +47,7 @@ class VocMetrics:
     per_class: tuple[VocClassMetrics, ...]
 
     def as_dict(self) -> dict[str, float]:
-        """Give ``voc_AP50`` and ``voc_AP50_11point``; the number in the key is the IoU threshold in percent."""
+        """Return ``voc_AP50`` and ``voc_AP50_11point``; the number in the key is the IoU threshold in percent."""
         key = f"voc_AP{100 * self.iou_threshold:g}"
         return {key: self.AP, f"{key}_11point": self.AP_11point}
 
@@ -55,11 +55,10 @@ class VocMetrics:
 def voc_metrics(table: AnnotationTable, detections: Detections, *, iou_threshold: float = 0.5) -> VocMetrics:
     """Compute VOC's average precision over every image of ``table``.
 
-    Per class, detections are taken by falling score (equal scores in the order given). Each is matched to the box of
-    its class and image that it overlaps most: a hit if that IoU reaches ``iou_threshold`` and no better-scored
-    detection had that box, a false positive otherwise - also where another, free box overlaps enough. A match with a
-    difficult object (or a crowd region of COCO data) counts as nothing. A class without ground truth has AP -1 and
-    stays out of the mean.
+    Per class, detections are matched by falling score (equal scores in the order given), each to the box of its class
+    and image that it overlaps most: a hit if that IoU reaches ``iou_threshold`` and no better-scored detection had that
+    box, a false positive otherwise, even if another, free box overlaps enough. A match with a difficult object (or a
+    crowd region of COCO data) does not count. A class without ground truth has AP -1 and stays out of the mean.
 
     IoU is computed in continuous coordinates. The development kit adds 1 to every width and height of its 1-based,
     inclusive corners; reading VOC data into continuous coordinates took 1 off ``xmin`` and ``ymin``, so widths here
@@ -84,9 +83,10 @@ def voc_metrics(table: AnnotationTable, detections: Detections, *, iou_threshold
     num_boxes = np.bincount(table.labels[~ignored], minlength=table.num_classes)
     order = np.argsort(-detections.scores, kind="stable")
     labels = detections.labels[order]
-    best_box = _best_boxes(table, detections, iou_threshold)[order]
+    pairs = overlaps(table, detections, min_iou=iou_threshold, crowd_as_region=False)
+    best_box = pairs.best_box(len(detections))[0][order]  # [D], -1 where none overlaps by the threshold
 
-    nothing = np.append(ignored, False)[best_box]
+    nothing = np.append(ignored, False)[best_box]  # matches with boxes that do not count
     first = np.zeros(len(labels), dtype=np.bool_)
     candidates = np.flatnonzero((best_box >= 0) & ~nothing)
     first[candidates[np.unique(best_box[candidates], return_index=True)[1]]] = True
@@ -107,11 +107,11 @@ def voc_metrics(table: AnnotationTable, detections: Detections, *, iou_threshold
 
 
 def _average_precision(hits: npt.NDArray[np.bool_], num_boxes: int) -> tuple[float, float]:
-    """Give the area under the interpolated curve and the 11-point mean of one class's detections.
+    """Compute the area under the interpolated curve and the 11-point mean of one class's detections.
 
     Args:
         hits: bool ``[D]``, by falling score: hit or false positive.
-        num_boxes: Boxes there were to find, at least 1.
+        num_boxes: Ground-truth boxes, at least 1.
     """
     if not hits.size:
         return 0.0, 0.0
@@ -122,16 +122,3 @@ def _average_precision(hits: npt.NDArray[np.bool_], num_boxes: int) -> tuple[flo
     area = float(np.sum(np.diff(recall, prepend=0.0) * precision))
     at = np.searchsorted(recall, np.arange(11) / 10, side="left")
     return area, float(np.append(precision, 0.0)[at].mean())
-
-
-def _best_boxes(table: AnnotationTable, detections: Detections, min_iou: float) -> npt.NDArray[np.int64]:
-    """Give the row of each detection's most overlapped box of its class and image, int64 ``[D]``.
-
-    Of equal overlaps it is the first box; -1 where none overlaps by ``min_iou``.
-    """
-    pairs = overlaps(table, detections, min_iou=min_iou, crowd_as_region=False)
-    falling = np.lexsort((pairs.box, -pairs.iou, pairs.detection))
-    found, first = np.unique(pairs.detection[falling], return_index=True)
-    best_box = np.full(len(detections), -1, dtype=np.int64)
-    best_box[found] = pairs.box[falling[first]]
-    return best_box

@@ -1,4 +1,4 @@
-"""An evaluation as files for programs and as a table for people."""
+"""Write an evaluation as files for programs and as a table for people."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def write_evaluation(output_dir: Path, evaluation: Evaluation, table: Annotation
     """Write ``metrics.json`` (all numbers, per class too) and ``detections.json`` (COCO's result format).
 
     Args:
-        output_dir: Made if it is not there.
+        output_dir: Created if it does not exist.
         evaluation: What to write.
         table: The ground truth it was measured on; gives the dataset's own image and category ids.
     """
@@ -25,7 +25,8 @@ def write_evaluation(output_dir: Path, evaluation: Evaluation, table: Annotation
         "metrics": evaluation.metrics,
         "score_threshold": evaluation.score_threshold,
         "per_class": {
-            row.name: {key: value for key, value in vars(row).items() if key != "name"}
+            row.name: {"num_boxes": row.num_boxes}
+            | {key: value for key, value in vars(row).items() if key not in ("name", "num_boxes")}
             | {f"voc_{key}": value for key, value in vars(voc).items() if key.startswith("AP")}
             for row, voc in zip(evaluation.per_class, evaluation.voc.per_class, strict=True)
         },
@@ -36,7 +37,7 @@ def write_evaluation(output_dir: Path, evaluation: Evaluation, table: Annotation
 
 
 def metrics_table(evaluation: Evaluation) -> str:
-    """Give a table of one line per class and one for all, then every overall number; ``-`` is undefined."""
+    """Format a table of one line per class and one for all, then every overall number; ``-`` is undefined."""
     columns = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large", "AR_max")
     voc = evaluation.voc.per_class
     width = max(len("all"), *(len(row.name) for row in voc), 5)
