@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-import itertools
-import multiprocessing
-import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Generic, NamedTuple, TypeVar
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from resdet.classification.data import LabelledImages
 from resdet.classification.views import TrainView, centre_views, dense_views, ten_crop_views
-from resdet.data.loader import PREFETCHED_BATCHES
+from resdet.data.loader import eval_keys, piece_slices
 from resdet.data.order import TrainBatches
-from resdet.errors import UserError
-
-Keys = Sequence[tuple[int, int]]
-_Batch = TypeVar("_Batch")
+from resdet.data.workers import STALL_SECONDS, Keys, load_batches
 
 
 class TrainBatch(NamedTuple):
@@ -42,11 +35,9 @@ class TrainBatch(NamedTuple):
 
     def cut(self, num_pieces: int) -> list[TrainBatch]:
         """Give the batch in ``num_pieces`` parts of nearly equal size, or fewer if it has fewer images."""
-        num_images = len(self.images)
-        bounds = np.linspace(0, num_images, min(num_pieces, num_images) + 1).astype(int).tolist()
         return [
-            TrainBatch(self.images[a:b], self.shifts[a:b], self.labels[a:b], self.indices[a:b])
-            for a, b in itertools.pairwise(bounds)
+            TrainBatch(self.images[rows], self.shifts[rows], self.labels[rows], self.indices[rows])
+            for rows in piece_slices(len(self.images), num_pieces)
         ]
 
 
@@ -71,6 +62,8 @@ def train_loader(
     batch_size: int,
     num_micro_batches: int = 1,
     num_workers: int = 0,
+    pin_memory: bool = False,
+    stall_seconds: float = STALL_SECONDS,
     seed: int = 0,
     rank: int = 0,
     world_size: int = 1,
@@ -83,7 +76,9 @@ def train_loader(
         view: Makes what is seen of them.
         batch_size: Images of an optimizer step, over all processes and micro-batches.
         num_micro_batches: Batches in which this process takes its share of a step.
-        num_workers: Processes that read images; 0 does it in this one. Batches do not depend on it.
+        num_workers: As for ``load_batches``, like ``pin_memory`` and ``stall_seconds``. Batches do not depend on it.
+        pin_memory: Whether the run is on a CUDA device.
+        stall_seconds: Waiting time after which a warning is logged.
         seed: Decides order and augmentation.
         rank: This process's number.
         world_size: Number of processes.
@@ -102,7 +97,13 @@ def train_loader(
         seed=seed,
         start_batch=start_batch,
     )
-    return _load(partial(_train_batch, images, view), keys, num_workers=num_workers)
+    return load_batches(
+        partial(_train_batch, images, view),
+        keys,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        stall_seconds=stall_seconds,
+    )
 
 
 def eval_loader(
@@ -114,6 +115,7 @@ def eval_loader(
     scales: Sequence[int] = (),
     batch_size: int,
     num_workers: int = 0,
+    pin_memory: bool = False,
     rank: int = 0,
     world_size: int = 1,
 ) -> Iterator[EvalBatch]:
@@ -126,7 +128,8 @@ def eval_loader(
         size: Side of the crops.
         scales: dense: lengths of the short side.
         batch_size: Images of a batch; whole images (dense) are of different sizes and come one by one.
-        num_workers: Processes that read images; 0 does it in this one.
+        num_workers: As for ``load_batches``, like ``pin_memory``.
+        pin_memory: Whether the model is on a CUDA device.
         rank: This process's number.
         world_size: Number of processes.
 
@@ -138,10 +141,8 @@ def eval_loader(
         look = partial(dense_views, scales=scales)
     else:
         look = partial(ten_crop_views if views == "ten_crop" else centre_views, resize=resize, size=size)
-    share = range(rank, len(images), world_size)
-    step = 1 if views == "dense" else batch_size
-    keys = [[(index, 0) for index in share[start : start + step]] for start in range(0, len(share), step)]
-    return _load(partial(_eval_batch, images, look), keys, num_workers=min(num_workers, len(keys)))
+    keys = eval_keys(len(images), 1 if views == "dense" else batch_size, rank=rank, world_size=world_size)
+    return load_batches(partial(_eval_batch, images, look), keys, num_workers=num_workers, pin_memory=pin_memory)
 
 
 def _train_batch(images: LabelledImages, view: TrainView, keys: Keys) -> TrainBatch:
@@ -162,44 +163,3 @@ def _eval_batch(images: LabelledImages, look: Callable[[Image.Image], list[Tenso
 
 def _labels_of(images: LabelledImages, keys: Keys) -> Tensor:
     return torch.from_numpy(images.labels[[index for index, _ in keys]])
-
-
-class _Batches(Dataset[_Batch | UserError], Generic[_Batch]):
-    """Makes a batch in a worker, mistakes of the user included: torch would bury their message in a traceback."""
-
-    def __init__(self, make: Callable[[Keys], _Batch]) -> None:
-        self._make = make
-
-    def __getitems__(self, keys: Keys) -> _Batch | UserError:
-        try:
-            return self._make(keys)
-        except UserError as error:
-            return error
-
-
-def _load(make: Callable[[Keys], _Batch], keys: Iterable[Keys], *, num_workers: int) -> Iterator[_Batch]:
-    loader: DataLoader[_Batch | UserError] = DataLoader(
-        _Batches(make),
-        batch_sampler=keys,  # type: ignore[arg-type]  # torch's types know lists of indices only
-        num_workers=num_workers,
-        collate_fn=_as_it_is,
-        pin_memory=torch.cuda.is_available(),
-        prefetch_factor=PREFETCHED_BATCHES if num_workers else None,
-        # Forked workers share the lists of files; other ways of starting would copy them to each.
-        multiprocessing_context=multiprocessing.get_context("fork")
-        if num_workers and sys.platform == "linux"
-        else None,
-        # Starting an iterator draws a number, which must not come from the stream that training depends on.
-        generator=torch.Generator(),
-    )
-    return (_raised(batch) for batch in loader)
-
-
-def _raised(batch: _Batch | UserError) -> _Batch:
-    if isinstance(batch, UserError):
-        raise batch
-    return batch
-
-
-def _as_it_is(batch: _Batch) -> _Batch:
-    return batch

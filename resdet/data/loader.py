@@ -1,6 +1,6 @@
-"""Batches of images and targets, and the worker processes that read them.
+"""Batches of images and targets.
 
-Where a worker's time goes is told by ``tools/benchmark.py work=loading``; of a COCO image's 2.3 ms, decoding is 1.3 ms.
+``tools/benchmark.py work=loading`` shows where a worker's time goes; of a COCO image's 2.3 ms, decoding takes 1.3 ms.
 What did not pay:
 
 * Writing pixels into shared memory at once: a fifth fewer images per second and worker (350 against 430), though one
@@ -12,47 +12,30 @@ What did not pay:
 from __future__ import annotations
 
 import itertools
-import logging
-import multiprocessing
-import os
-import shutil
-import signal
-import sys
-import threading
-import time
-from collections.abc import Iterator, Sequence
-from types import FrameType
-from typing import Any, NamedTuple
+import math
+from collections.abc import Iterator
+from functools import partial
+from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
 
 from resdet.data.dataset import DetectionDataset
 from resdet.data.order import REPEAT_THRESHOLD, Sampling, TrainBatches, image_order
-from resdet.errors import DataError, UserError
+from resdet.data.workers import STALL_SECONDS, Keys, load_batches
+from resdet.errors import UserError
 from resdet.types import Target
-
-logger = logging.getLogger(__name__)
-
-PREFETCHED_BATCHES = 2
-"""Batches that each worker prepares ahead (the DataLoader's own default)."""
-
-
-class WorkerError(DataError, RuntimeError):
-    """A process that reads images has died. Also a RuntimeError, which is what torch raises then."""
 
 
 class Batch(NamedTuple):
-    """What one forward pass takes.
+    """The input of one forward pass.
 
     Attributes:
         images: uint8 ``[3, H, W]`` each, of different sizes.
         targets: One for each image.
         indices: Rows of the images in the annotation table.
-        seeds: What is drawn at random for each image is decided by it.
+        seeds: One for each image; decides everything drawn at random for it.
     """
 
     images: list[Tensor]
@@ -61,12 +44,17 @@ class Batch(NamedTuple):
     seeds: list[int]
 
     def cut(self, num_pieces: int) -> list[Batch]:
-        """Give the batch in ``num_pieces`` parts of nearly equal size, or fewer if it has fewer images."""
-        bounds = np.linspace(0, len(self.images), min(num_pieces, len(self.images)) + 1).astype(int).tolist()
+        """Return the batch in ``num_pieces`` parts of nearly equal size, or fewer if it has fewer images."""
         return [
-            Batch(self.images[start:end], self.targets[start:end], self.indices[start:end], self.seeds[start:end])
-            for start, end in itertools.pairwise(bounds)
+            Batch(self.images[rows], self.targets[rows], self.indices[rows], self.seeds[rows])
+            for rows in piece_slices(len(self.images), num_pieces)
         ]
+
+
+def piece_slices(num_images: int, num_pieces: int) -> list[slice]:
+    """Cut ``num_images`` rows into ``num_pieces`` slices of nearly equal size, none of them empty."""
+    bounds = np.linspace(0, num_images, min(num_pieces, num_images) + 1).astype(int).tolist()
+    return [slice(start, end) for start, end in itertools.pairwise(bounds)]
 
 
 def train_loader(
@@ -75,6 +63,8 @@ def train_loader(
     batch_size: int,
     num_micro_batches: int = 1,
     num_workers: int = 0,
+    pin_memory: bool = False,
+    stall_seconds: float = STALL_SECONDS,
     sampling: Sampling = "uniform",
     repeat_threshold: float = REPEAT_THRESHOLD,
     seed: int = 0,
@@ -82,15 +72,17 @@ def train_loader(
     world_size: int = 1,
     start_batch: int = 0,
 ) -> Iterator[Batch]:
-    """Give this process's micro-batches without end, in the order of ``TrainBatches``.
+    """Yield this process's micro-batches without end, in the order of ``TrainBatches``.
 
     Args:
-        dataset: Where images and targets come from.
-        batch_size: Images of an optimizer step, over all processes and micro-batches.
-        num_micro_batches: Batches in which this process takes its share of a step.
-        num_workers: Processes that read and augment images; 0 does it in this one. Batches do not depend on it.
-        sampling: Which images are drawn how often, as ``image_order`` takes it.
-        repeat_threshold: Share of images below which ``repeat_factor`` repeats a class's images.
+        dataset: Images and targets.
+        batch_size: As for ``TrainBatches``, like ``num_micro_batches``, ``seed`` and all arguments from ``rank`` on.
+        num_micro_batches: Micro-batches of an optimizer step in this process.
+        num_workers: As for ``load_batches``, like ``pin_memory`` and ``stall_seconds``. Batches do not depend on it.
+        pin_memory: Whether the run is on a CUDA device.
+        stall_seconds: Waiting time after which a warning is logged.
+        sampling: How often each image is drawn, as for ``image_order``.
+        repeat_threshold: As for ``image_order``.
         seed: Decides order and augmentation.
         rank: This process's number.
         world_size: Number of processes.
@@ -99,7 +91,7 @@ def train_loader(
     Raises:
         UserError: If ``batch_size`` cannot be cut evenly.
         DataError: While iterating, if an image cannot be read or augmented.
-        WorkerError: While iterating, or in whatever the main thread does meanwhile, if a worker dies.
+        WorkerError: As from ``load_batches``.
     """
     keys = TrainBatches(
         dataset.table.sizes,
@@ -111,246 +103,99 @@ def train_loader(
         seed=seed,
         start_batch=start_batch,
     )
-    return _load(dataset, keys, num_workers=num_workers)
+    packed = load_batches(
+        partial(_pack, dataset), keys, num_workers=num_workers, pin_memory=pin_memory, stall_seconds=stall_seconds
+    )
+    return map(_unpacked, packed)
 
 
 def eval_loader(
-    dataset: DetectionDataset, *, batch_size: int, num_workers: int = 0, rank: int = 0, world_size: int = 1
+    dataset: DetectionDataset,
+    *,
+    batch_size: int,
+    num_workers: int = 0,
+    pin_memory: bool = False,
+    rank: int = 0,
+    world_size: int = 1,
 ) -> Iterator[Batch]:
-    """Give every image once over all processes: of each ``world_size`` images in a row, process ``rank`` gets its one.
-
-    The last batch may be smaller, and the shares of two processes may differ by one image; nothing is padded or
-    repeated.
+    """Yield this process's share of the images, as ``eval_keys`` divides them.
 
     Args:
-        dataset: Where images come from.
+        dataset: Images and targets.
         batch_size: Images of a forward pass in this process.
-        num_workers: Processes that read images; 0 does it in this one.
+        num_workers: As for ``load_batches``, like ``pin_memory``.
+        pin_memory: Whether the model is on a CUDA device.
         rank: This process's number.
         world_size: Number of processes.
 
     Raises:
         DataError: While iterating, if an image cannot be read.
-        WorkerError: While iterating, or in whatever the main thread does meanwhile, if a worker dies.
+        WorkerError: As from ``load_batches``.
+    """
+    keys = eval_keys(len(dataset), batch_size, rank=rank, world_size=world_size)
+    packed = load_batches(partial(_pack, dataset), keys, num_workers=num_workers, pin_memory=pin_memory)
+    return map(_unpacked, packed)
+
+
+def eval_keys(num_images: int, batch_size: int, *, rank: int, world_size: int) -> list[list[tuple[int, int]]]:
+    """Divide images over processes, each image once: of every ``world_size`` images in a row, each process gets one.
+
+    The last batch may be smaller, and the shares of two processes may differ by one image; nothing is padded or
+    repeated. All seeds are 0.
     """
     assert batch_size > 0
     assert 0 <= rank < world_size
-    share = range(rank, len(dataset), world_size)
-    keys = [[(index, 0) for index in share[i : i + batch_size]] for i in range(0, len(share), batch_size)]
-    return _load(dataset, keys, num_workers=min(num_workers, len(keys)))
+    share = range(rank, num_images, world_size)
+    return [[(index, 0) for index in share[start : start + batch_size]] for start in range(0, len(share), batch_size)]
 
 
 class _Packed(NamedTuple):
-    """A batch on its way between processes: the pixels of all images in one piece.
+    """A batch on its way between processes, flat: a tensor for each image and target would be 64 for 16 images."""
 
-    A tensor each would take a file descriptor each: 16 images with their targets from 8 workers come to the usual limit
-    of 1024.
-    """
-
-    pixels: Tensor | npt.NDArray[np.uint8]
+    pixels: Tensor  # uint8 [sum of 3 * H * W]
+    boxes: Tensor  # float32 [N, 4]
+    labels: Tensor  # int64 [N]
+    image_ids: Tensor  # int64 [B]
     shapes: list[tuple[int, ...]]
-    boxes: list[npt.NDArray[np.float32]]
-    labels: list[npt.NDArray[np.int64]]
-    image_ids: list[int]
+    num_boxes: list[int]
     indices: list[int]
     seeds: list[int]
 
 
-class _PackedBatches(Dataset[_Packed | UserError]):
-    """Reads a batch in a worker, mistakes of the user included: torch would bury their message in a traceback."""
-
-    def __init__(self, dataset: DetectionDataset, *, num_workers: int) -> None:
-        self._dataset = dataset
-        self._num_workers = num_workers
-
-    def __getitems__(self, keys: Sequence[tuple[int, int]]) -> _Packed | UserError:
-        try:
-            items = [self._item(key) for key in keys]
-        except UserError as error:
-            return error
-        num_bytes = sum(image.numel() for image, _ in items)
-        pixels = torch.cat([image.reshape(-1) for image, _ in items])
-        return _Packed(
-            pixels=pixels if _fits_in_shared_memory(num_bytes, self._num_workers) else pixels.numpy(),
-            shapes=[tuple(image.shape) for image, _ in items],
-            boxes=[target["boxes"].numpy() for _, target in items],
-            labels=[target["labels"].numpy() for _, target in items],
-            image_ids=[int(target["image_id"]) for _, target in items],
-            indices=[index for index, _ in keys],
-            seeds=[seed for _, seed in keys],
-        )
-
-    def _item(self, key: tuple[int, int]) -> tuple[Tensor, Target]:
-        try:
-            return self._dataset[key]
-        except UserError:
-            raise
-        except Exception as error:
-            table, (index, seed) = self._dataset.table, key
-            raise RuntimeError(
-                f"image {table.image_ids[index]} ({table.file_names[index]}) of {table.name}, augmentation seed "
-                f"{seed}: {type(error).__name__}: {error}"
-            ) from error
-
-
-def _load(
-    dataset: DetectionDataset,
-    keys: Sampler[list[tuple[int, int]]] | list[list[tuple[int, int]]],
-    *,
-    num_workers: int,
-) -> Iterator[Batch]:
-    loader = DataLoader(
-        _PackedBatches(dataset, num_workers=num_workers),
-        batch_sampler=keys,
-        num_workers=num_workers,
-        collate_fn=_as_it_is,
-        pin_memory=torch.cuda.is_available(),
-        prefetch_factor=PREFETCHED_BATCHES if num_workers else None,
-        worker_init_fn=_start_worker if num_workers else None,
-        multiprocessing_context=_start_method() if num_workers else None,
-        # Starting an iterator draws a number, which must not come from the stream that training depends on.
-        generator=torch.Generator(),
+def _pack(dataset: DetectionDataset, keys: Keys) -> _Packed:
+    images, targets = zip(*(_item(dataset, key) for key in keys), strict=True)
+    return _Packed(
+        pixels=torch.cat([image.reshape(-1) for image in images]),
+        boxes=torch.cat([target["boxes"] for target in targets]),
+        labels=torch.cat([target["labels"] for target in targets]),
+        image_ids=torch.stack([target["image_id"] for target in targets]),
+        shapes=[tuple(image.shape) for image in images],
+        num_boxes=[len(target["labels"]) for target in targets],
+        indices=[index for index, _ in keys],
+        seeds=[seed for _, seed in keys],
     )
-    batches = iter(loader)  # workers start now, not at the first batch
-    if num_workers:
-        _explain_dead_workers()
-    return _unpacked(batches, num_workers)
 
 
-def _unpacked(packed_batches: Iterator[_Packed | UserError], num_workers: int) -> Iterator[Batch]:
-    """Give batches as they come; when this iterator is dropped, the workers go with it."""
-    warned = False
-    while True:
-        try:
-            packed = next(packed_batches)
-        except StopIteration:
-            return
-        except RuntimeError as error:
-            # torch wraps what its own handler has raised into a vaguer error.
-            known = error.__cause__ if isinstance(error.__cause__, WorkerError) else error
-            raise _explained(known) from known.__cause__
-        except (EOFError, OSError) as error:
-            if num_workers == 0:
-                raise
-            # A worker died while handing a batch over. Its signal arrives any moment, with the reason, and raises here;
-            # unless it came while Python was in a destructor, from which nothing is raised.
-            time.sleep(1)
-            handler = signal.getsignal(signal.SIGCHLD) if sys.platform != "win32" else None
-            if isinstance(handler, _DeadWorkerHandler) and handler.found is not None:
-                raise handler.found from error
-            raise WorkerError(f"a process that reads images died while handing over a batch: {error!r}") from error
-        if isinstance(packed, UserError):
-            raise packed
-        if num_workers and not warned and not isinstance(packed.pixels, Tensor):
-            warned = True
-            logger.warning(
-                "/dev/shm has %d MB free, too few for %d workers: images come through pipes, which is slower "
-                "(docker run --shm-size, or fewer workers)",
-                shutil.disk_usage("/dev/shm").free >> 20,
-                num_workers,
-            )
-        yield _unpack(packed)
+def _item(dataset: DetectionDataset, key: tuple[int, int]) -> tuple[Tensor, Target]:
+    try:
+        return dataset[key]
+    except UserError:
+        raise
+    except Exception as error:
+        table, (index, seed) = dataset.table, key
+        raise RuntimeError(
+            f"image {table.image_ids[index]} ({table.file_names[index]}) of {table.name}, augmentation seed "
+            f"{seed}: {type(error).__name__}: {error}"
+        ) from error
 
 
-def _start_method() -> str | None:
-    """Say how workers start.
-
-    Forked, they are there at once and share what this process has imported; started anew, each imports torch and
-    albumentations for seconds and holds them in memory of its own. They never touch CUDA, which a fork would break.
-    Where forking is unsafe (macOS) or unknown (Windows), Python's own default is taken; the annotation table is shared
-    either way.
-    """
-    return "fork" if sys.platform == "linux" else None
-
-
-def _as_it_is(packed: Any) -> Any:
-    return packed
-
-
-def _start_worker(worker_id: int) -> None:
-    import cv2
-
-    # torch does the same for itself. The number of workers says how many cores are used, not OpenCV's thread pool.
-    cv2.setNumThreads(0)
-    # Ctrl-C reaches the whole terminal; the training process answers it and ends its workers.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_leave_with_parent, daemon=True).start()
-
-
-def _leave_with_parent() -> None:
-    """End this worker when its parent has died, however it died.
-
-    torch's own watch is over once a worker writes into a pipe that nobody empties any more: siblings keep it open.
-    """
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
-
-
-def _fits_in_shared_memory(num_bytes: int, num_workers: int) -> bool:
-    """Say whether to send a batch through /dev/shm, of which containers often have 64 MB: exceeding it kills a worker.
-
-    Other workers, of other processes too, may be about to write as much at this moment, hence the factor.
-    """
-    if num_workers == 0 or not os.path.isdir("/dev/shm"):
-        return True
-    return 4 * num_workers * num_bytes <= shutil.disk_usage("/dev/shm").free
-
-
-class _DeadWorkerHandler:
-    """Says in our words what torch's handler of SIGCHLD finds out, which it raises wherever the main thread is.
-
-    Attributes:
-        found: What was raised last.
-    """
-
-    def __init__(self, handler: Any) -> None:
-        self._handler = handler
-        self.found: RuntimeError | None = None
-
-    def __call__(self, number: int, frame: FrameType | None) -> None:
-        try:
-            self._handler(number, frame)
-        except RuntimeError as error:
-            self.found = _explained(error)
-            raise self.found from error.__cause__
-
-
-def _explain_dead_workers() -> None:
-    if sys.platform == "win32" or threading.current_thread() is not threading.main_thread():
-        return
-    handler = signal.getsignal(signal.SIGCHLD)
-    if isinstance(handler, _DeadWorkerHandler):
-        handler.found = None  # what befell the workers of an earlier loader
-    elif callable(handler):
-        signal.signal(signal.SIGCHLD, _DeadWorkerHandler(handler))
-
-
-def _explained(error: RuntimeError) -> RuntimeError:
-    """Give a dead worker's error with its likely cause; any other as it is."""
-    what = " ".join(str(error).split())
-    if isinstance(error, WorkerError) or not what.startswith("DataLoader worker"):
-        return error
-    if "Bus error" in what:
-        why = "shared memory (/dev/shm) is full: docker run --shm-size, or fewer loader.num_workers"
-    elif "Killed" in what or "pid(s)" in what:
-        why = (
-            "most often the kernel ends a process so when memory runs out (dmesg or the container's events tell): "
-            "fewer loader.num_workers or a smaller train.batch_size need less"
-        )
-    else:
-        why = "loader.num_workers=0 reads images in the training process and shows where it happens"
-    return WorkerError(f"a process that reads images died: {what.rstrip('. ')}; {why}")
-
-
-def _unpack(packed: _Packed) -> Batch:
-    pixels = packed.pixels if isinstance(packed.pixels, Tensor) else torch.from_numpy(packed.pixels)
-    lengths = [int(np.prod(shape)) for shape in packed.shapes]
-    parts = torch.split(pixels, lengths)
-    images = [part.view(shape) for part, shape in zip(parts, packed.shapes, strict=True)]
+def _unpacked(packed: _Packed) -> Batch:
+    """Return the images and targets as views of the packed tensors, pinned if those are."""
+    pixels = torch.split(packed.pixels, [math.prod(shape) for shape in packed.shapes])
+    boxes, labels = torch.split(packed.boxes, packed.num_boxes), torch.split(packed.labels, packed.num_boxes)
+    images = [part.view(shape) for part, shape in zip(pixels, packed.shapes, strict=True)]  # [3, H, W] each
     targets = [
-        Target(boxes=torch.from_numpy(boxes), labels=torch.from_numpy(labels), image_id=torch.tensor(image_id))
-        for boxes, labels, image_id in zip(packed.boxes, packed.labels, packed.image_ids, strict=True)
+        Target(boxes=own_boxes, labels=own_labels, image_id=image_id)
+        for own_boxes, own_labels, image_id in zip(boxes, labels, packed.image_ids, strict=True)
     ]
     return Batch(images, targets, packed.indices, packed.seeds)

@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 import torch
 
-from resdet.data import loader
+from resdet.data import workers
 from resdet.data.augment.pipeline import build_augment
 from resdet.data.dataset import DetectionDataset
-from resdet.data.loader import WorkerError, eval_loader, train_loader
+from resdet.data.loader import eval_loader, train_loader
 from resdet.data.order import TrainBatches, image_order
 from resdet.data.shapes import ShapesImages, shapes_table
+from resdet.data.workers import WorkerError
 from resdet.errors import DataError
 
 linux_only = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -136,13 +137,13 @@ def test_a_worker_uses_one_core():
 def test_small_shared_memory_is_worked_around(monkeypatch, caplog):
     dataset = shapes_dataset()
     expected = [as_plain(batch) for batch in take(train_loader(dataset, batch_size=4, num_workers=1), 3)]
-    monkeypatch.setattr(loader, "_start_method", lambda: "fork")  # workers are to see the next line
-    monkeypatch.setattr(loader, "_fits_in_shared_memory", lambda num_bytes, num_workers: False)
+    monkeypatch.setattr(workers, "_start_method", lambda: "fork")  # workers are to see the next line
+    monkeypatch.setattr(workers, "_fits_in_shared_memory", lambda num_bytes, num_workers: False)
     assert [as_plain(batch) for batch in take(train_loader(dataset, batch_size=4, num_workers=1), 3)] == expected
     assert len([message for message in caplog.messages if "images come through pipes" in message]) == 1
     monkeypatch.undo()
-    assert loader._fits_in_shared_memory(1 << 60, num_workers=0)
-    assert not loader._fits_in_shared_memory(1 << 60, num_workers=1) or sys.platform != "linux"
+    assert workers._fits_in_shared_memory(1 << 60, num_workers=0)
+    assert not workers._fits_in_shared_memory(1 << 60, num_workers=1) or sys.platform != "linux"
 
 
 def test_many_prefetched_images_take_few_file_descriptors():
@@ -172,7 +173,7 @@ def test_workers_may_start_in_any_way(monkeypatch, method):
         pytest.skip(f"no {method} on this platform")
     dataset = shapes_dataset(augment=build_augment([{"HorizontalFlip": {"p": 0.5}}]))
     expected = [as_plain(batch) for batch in take(train_loader(dataset, batch_size=4), 3)]
-    monkeypatch.setattr(loader, "_start_method", lambda: method)
+    monkeypatch.setattr(workers, "_start_method", lambda: method)
     assert [as_plain(batch) for batch in take(train_loader(dataset, batch_size=4, num_workers=1), 3)] == expected
 
 
@@ -234,10 +235,10 @@ def test_workers_end_with_their_parent(fits):
     """Through pipes, a worker whose parent is gone would wait for ever for somebody to take its batch."""
     code = (
         "import multiprocessing, os, signal, time\n"
-        "from resdet.data import loader\n"
+        "from resdet.data import loader, workers\n"
         "from resdet.data.dataset import DetectionDataset\n"
         "from resdet.data.shapes import ShapesImages, shapes_table\n"
-        f"loader._fits_in_shared_memory = lambda num_bytes, num_workers: {fits}\n"
+        f"workers._fits_in_shared_memory = lambda num_bytes, num_workers: {fits}\n"
         "dataset = DetectionDataset(shapes_table(8, 256, 0), ShapesImages(256, 0), training=True)\n"
         "batches = loader.train_loader(dataset, batch_size=8, num_workers=2)\n"
         "next(batches)\n"

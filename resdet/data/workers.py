@@ -1,0 +1,265 @@
+"""The worker processes that make batches, for detection and classification: torch's DataLoader with readable failures.
+
+A batch is a NamedTuple whose fields are tensors, lists of tensors and plain values. From a worker it comes through
+shared memory; with ``pin_memory``, torch's pinning thread then copies each of its tensors into page-locked memory. So
+a batch should hold few, large tensors: each takes a file descriptor on its way, and one transfer to the device.
+"""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any, Generic, TypeVar
+
+import cv2
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from resdet.errors import DataError, UserError
+
+logger = logging.getLogger(__name__)
+
+STALL_SECONDS = 60.0
+"""After this long without a batch, and again after each such time, a warning is logged."""
+
+Keys = Sequence[tuple[int, int]]
+"""The images of a batch: ``(image index, seed)`` each."""
+
+_Batch = TypeVar("_Batch", bound="tuple[Any, ...]")
+
+
+class WorkerError(DataError, RuntimeError):
+    """A worker process has died. Also a RuntimeError, which is what torch raises then."""
+
+
+def load_batches(
+    make: Callable[[Keys], _Batch],
+    keys: Iterable[Keys],
+    *,
+    num_workers: int,
+    pin_memory: bool,
+    stall_seconds: float = STALL_SECONDS,
+) -> Iterator[_Batch]:
+    """Start workers that make batches, and yield the batches in the order of their keys.
+
+    The workers start at once, not with the first batch, and end when the iterator is dropped.
+
+    Args:
+        make: Makes a batch (see the top of this file). Must pickle where workers are spawned.
+        keys: The images of each batch; a list of them takes no more workers than it has entries.
+        num_workers: Worker processes; 0 makes batches in this process, when they are asked for.
+        pin_memory: Whether to copy batches into page-locked memory, out of which a CUDA device fetches them while the
+            host goes on. Only for runs on such a device.
+        stall_seconds: Waiting time after which a warning is logged, again and again; not for ``num_workers=0``.
+
+    Raises:
+        UserError: While iterating, as ``make`` raised it.
+        WorkerError: While iterating, or in whatever the main thread does meanwhile, if a worker dies.
+    """
+    if isinstance(keys, list):
+        num_workers = min(num_workers, len(keys))
+    loader: DataLoader[Any] = DataLoader(
+        _Batches(make, num_workers),
+        batch_sampler=keys,  # type: ignore[arg-type]  # torch's types know lists of indices only
+        num_workers=num_workers,
+        collate_fn=_as_it_is,
+        pin_memory=pin_memory,
+        timeout=stall_seconds if num_workers else 0,
+        worker_init_fn=_start_worker if num_workers else None,
+        multiprocessing_context=_start_method() if num_workers else None,
+        # Starting an iterator draws a number, which must not come from the stream that training depends on.
+        generator=torch.Generator(),
+    )
+    batches = iter(loader)
+    if num_workers:
+        _explain_dead_workers()
+    return _received(batches, num_workers, stall_seconds)
+
+
+@dataclass(frozen=True)
+class _Piped(Generic[_Batch]):
+    """A batch with NumPy arrays in the place of its tensors, which therefore comes through a pipe. It is not pinned."""
+
+    kind: Callable[..., _Batch]
+    fields: list[Any]
+
+
+class _Batches(Dataset[Any]):
+    """Makes a batch in a worker. Returns a user's error instead of raising it: torch would bury it in a traceback."""
+
+    def __init__(self, make: Callable[[Keys], Any], num_workers: int) -> None:
+        self._make = make
+        self._num_workers = num_workers
+
+    def __getitems__(self, keys: Keys) -> Any:
+        try:
+            batch = self._make(keys)
+        except UserError as error:
+            return error
+        if _fits_in_shared_memory(_num_bytes(batch), self._num_workers):
+            return batch
+        return _Piped(type(batch), [_converted(field, Tensor, Tensor.numpy) for field in batch])
+
+
+def _num_bytes(value: Any) -> int:
+    if isinstance(value, Tensor):
+        return value.nbytes
+    return sum(map(_num_bytes, value)) if isinstance(value, (list, tuple)) else 0
+
+
+def _converted(value: Any, kind: type[Any], convert: Callable[[Any], Any]) -> Any:
+    """Convert a field, or the items of a list, if they are of ``kind``."""
+    if isinstance(value, list):
+        return [_converted(item, kind, convert) for item in value]
+    return convert(value) if isinstance(value, kind) else value
+
+
+def _fits_in_shared_memory(num_bytes: int, num_workers: int) -> bool:
+    """Return whether /dev/shm has room for a batch: containers often have 64 MB, and exceeding it kills a worker.
+
+    Other workers, also of other processes, may be about to write as much at this moment, hence the factor.
+    """
+    if num_workers == 0 or not os.path.isdir("/dev/shm"):
+        return True
+    return 4 * num_workers * num_bytes <= shutil.disk_usage("/dev/shm").free
+
+
+def _received(batches: Iterator[Any], num_workers: int, stall_seconds: float) -> Iterator[Any]:
+    waited, warned_of_pipes = 0.0, False
+    while True:
+        try:
+            batch = next(batches)
+        except StopIteration:
+            return
+        except RuntimeError as error:
+            # A DataLoader that timed out has lost nothing and can be asked again.
+            if str(error).startswith("DataLoader timed out after"):
+                # It looks after its pinning thread only where it has no timeout.
+                if not getattr(batches, "_pin_memory_thread", threading.current_thread()).is_alive():
+                    raise RuntimeError("the thread that pins batches died; its traceback is above") from error
+                waited += stall_seconds
+                logger.warning(
+                    "waiting for images for %g s: slow storage, heavy augmentation, or a worker that hangs; "
+                    "loader.num_workers and data_s in metrics.jsonl tell more",
+                    waited,
+                )
+                continue
+            # torch wraps what its own handler has raised into a vaguer error.
+            known = error.__cause__ if isinstance(error.__cause__, WorkerError) else error
+            raise _explained(known) from known.__cause__
+        except (EOFError, OSError) as error:
+            if num_workers == 0:
+                raise
+            # A worker died while handing a batch over. Its signal arrives any moment, with the reason, and raises here;
+            # unless it came while Python was in a destructor, from which nothing is raised.
+            time.sleep(1)
+            handler = signal.getsignal(signal.SIGCHLD) if sys.platform != "win32" else None
+            if isinstance(handler, _DeadWorkerHandler) and handler.found is not None:
+                raise handler.found from error
+            raise WorkerError(f"a process that reads images died while handing over a batch: {error!r}") from error
+        waited = 0.0
+        if isinstance(batch, UserError):
+            raise batch
+        if isinstance(batch, _Piped):
+            if not warned_of_pipes:
+                warned_of_pipes = True
+                logger.warning(
+                    "/dev/shm has %d MB free, too few for %d workers: images come through pipes, which is slower "
+                    "(docker run --shm-size, or fewer workers)",
+                    shutil.disk_usage("/dev/shm").free >> 20,
+                    num_workers,
+                )
+            batch = batch.kind(*(_converted(field, np.ndarray, torch.from_numpy) for field in batch.fields))
+        yield batch
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+def _start_method() -> str | None:
+    """Return how workers start; None is Python's default.
+
+    Forked workers are there at once and share what this process has imported; spawned ones import torch and
+    albumentations for seconds each and hold them in memory of their own. Workers never touch CUDA, which a fork would
+    break. Where forking is unsafe (macOS) or unknown (Windows), Python's default is taken; the annotation table is
+    shared either way.
+    """
+    return "fork" if sys.platform == "linux" else None
+
+
+def _start_worker(worker_id: int) -> None:
+    # torch does the same for itself. num_workers decides how many cores are used, not OpenCV's thread pool.
+    cv2.setNumThreads(0)
+    # Ctrl-C reaches the whole terminal; the training process answers it and ends its workers.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
+
+
+def _exit_with_parent() -> None:
+    """End this worker when its parent has died, however it died.
+
+    torch's own watch cannot: a worker blocks once it writes into a pipe that nobody empties any more, which its
+    siblings keep open.
+    """
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+class _DeadWorkerHandler:
+    """Explains what torch's handler of SIGCHLD finds, which raises wherever the main thread is.
+
+    Attributes:
+        found: What was raised last.
+    """
+
+    def __init__(self, handler: Any) -> None:
+        self._handler = handler
+        self.found: RuntimeError | None = None
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        try:
+            self._handler(number, frame)
+        except RuntimeError as error:
+            self.found = _explained(error)
+            raise self.found from error.__cause__
+
+
+def _explain_dead_workers() -> None:
+    if sys.platform == "win32" or threading.current_thread() is not threading.main_thread():
+        return
+    handler = signal.getsignal(signal.SIGCHLD)
+    if isinstance(handler, _DeadWorkerHandler):
+        handler.found = None  # of an earlier loader's workers
+    elif callable(handler):
+        signal.signal(signal.SIGCHLD, _DeadWorkerHandler(handler))
+
+
+def _explained(error: RuntimeError) -> RuntimeError:
+    """Return a dead worker's error with its likely cause; any other as it is."""
+    what = " ".join(str(error).split())
+    if isinstance(error, WorkerError) or not what.startswith("DataLoader worker"):
+        return error
+    if "Bus error" in what:
+        why = "shared memory (/dev/shm) is full: docker run --shm-size, or fewer loader.num_workers"
+    elif "Killed" in what or "pid(s)" in what:
+        why = (
+            "most often the kernel ends a process so when memory runs out (see dmesg or the container's events): "
+            "fewer loader.num_workers or a smaller train.batch_size need less"
+        )
+    else:
+        why = "loader.num_workers=0 reads images in the training process and shows where it happens"
+    return WorkerError(f"a process that reads images died: {what.rstrip('. ')}; {why}")
