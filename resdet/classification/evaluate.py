@@ -112,6 +112,7 @@ def evaluate_classifier(
         scales=scales,
         batch_size=batch_size,
         num_workers=num_workers,
+        pin_memory=device.type == "cuda",
         rank=rank,
         world_size=world_size,
     )

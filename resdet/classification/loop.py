@@ -139,6 +139,8 @@ def pretrain(config: PretrainConfig) -> PretrainResult:
             batch_size=batch_size,
             num_micro_batches=config.train.accumulate,
             num_workers=config.loader.num_workers,
+            pin_memory=team.device.type == "cuda",
+            stall_seconds=config.loader.stall_seconds,
             seed=config.seed,
             rank=team.rank,
             world_size=team.world_size,
@@ -260,8 +262,7 @@ def pretrain(config: PretrainConfig) -> PretrainResult:
             torch.manual_seed(random_seed)
 
             waiting = time.perf_counter()
-            with guards.stall_noticed(f"step {step + 1}", seconds=config.loader.stall_seconds):
-                micro_batches = [next(batches) for _ in range(config.train.accumulate)]
+            micro_batches = [next(batches) for _ in range(config.train.accumulate)]
             data_s += time.perf_counter() - waiting
             while True:
                 try:

@@ -155,9 +155,7 @@ def _received(batches: Iterator[Any], num_workers: int, stall_seconds: float) ->
                     waited,
                 )
                 continue
-            # torch wraps what its own handler has raised into a vaguer error.
-            known = error.__cause__ if isinstance(error.__cause__, WorkerError) else error
-            raise _explained(known) from known.__cause__
+            raise _explained(error)  # noqa: B904 - it has its cause
         except (EOFError, OSError) as error:
             if num_workers == 0:
                 raise
@@ -170,7 +168,10 @@ def _received(batches: Iterator[Any], num_workers: int, stall_seconds: float) ->
             raise WorkerError(f"a process that reads images died while handing over a batch: {error!r}") from error
         waited = 0.0
         if isinstance(batch, UserError):
-            raise batch
+            try:
+                raise batch
+            finally:
+                del batch, batches  # the error's traceback holds this frame: workers would live as long as the error
         if isinstance(batch, _Piped):
             if not warned_of_pipes:
                 warned_of_pipes = True
@@ -235,7 +236,7 @@ class _DeadWorkerHandler:
             self._handler(number, frame)
         except RuntimeError as error:
             self.found = _explained(error)
-            raise self.found from error.__cause__
+            raise self.found  # noqa: B904 - it has its cause
 
 
 def _explain_dead_workers() -> None:
@@ -249,7 +250,9 @@ def _explain_dead_workers() -> None:
 
 
 def _explained(error: RuntimeError) -> RuntimeError:
-    """Return a dead worker's error with its likely cause; any other as it is."""
+    """Return a dead worker's error with the likely reason; any other as it is."""
+    if isinstance(error.__cause__, WorkerError):  # torch wraps what its own handler has raised into a vaguer error
+        return error.__cause__
     what = " ".join(str(error).split())
     if isinstance(error, WorkerError) or not what.startswith("DataLoader worker"):
         return error
@@ -262,4 +265,6 @@ def _explained(error: RuntimeError) -> RuntimeError:
         )
     else:
         why = "loader.num_workers=0 reads images in the training process and shows where it happens"
-    return WorkerError(f"a process that reads images died: {what.rstrip('. ')}; {why}")
+    explained = WorkerError(f"a process that reads images died: {what.rstrip('. ')}; {why}")
+    explained.__cause__ = error.__cause__
+    return explained

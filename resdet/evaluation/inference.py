@@ -47,6 +47,7 @@ def own_batches(dataset: DetectionDataset, settings: InferenceSettings, team: Pr
         dataset,
         batch_size=settings.batch_size,
         num_workers=settings.num_workers,
+        pin_memory=team.device.type == "cuda",
         rank=team.rank,
         world_size=team.world_size,
     )

@@ -126,6 +126,8 @@ def train(config: Config) -> TrainResult:
             batch_size=batch_size,
             num_micro_batches=config.train.accumulate,
             num_workers=config.loader.num_workers,
+            pin_memory=team.device.type == "cuda",
+            stall_seconds=config.loader.stall_seconds,
             sampling=config.loader.sampling,
             repeat_threshold=config.loader.repeat_threshold,
             seed=config.seed,
@@ -232,8 +234,7 @@ def train(config: Config) -> TrainResult:
             torch.manual_seed(random_seed)
 
             waiting = time.perf_counter()
-            with guards.stall_noticed(f"step {step + 1}", seconds=config.loader.stall_seconds):
-                micro_batches = [next(batches) for _ in range(config.train.accumulate)]
+            micro_batches = [next(batches) for _ in range(config.train.accumulate)]
             data_s += time.perf_counter() - waiting
             while True:
                 try:

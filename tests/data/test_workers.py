@@ -1,3 +1,5 @@
+import gc
+import multiprocessing
 import time
 
 import numpy as np
@@ -11,6 +13,7 @@ from resdet.data import workers
 from resdet.data.dataset import DetectionDataset
 from resdet.data.loader import eval_loader, train_loader
 from resdet.data.shapes import ShapesImages, shapes_table
+from resdet.errors import DataError
 
 
 def shapes_dataset(images=None, *, training=True):
@@ -140,3 +143,19 @@ def test_classification_too_pins_what_it_is_told_to(pinning):
     for batch, plain in zip(views_of(1, pin_memory=True), batches, strict=True):
         assert all(map(pinning.holds, [*batch.views, batch.labels]))
         torch.testing.assert_close(batch.views, plain.views, rtol=0, atol=0)
+
+
+class Broken:
+    def __call__(self, index):
+        raise DataError("image 1: gone.jpg: no such image file")
+
+
+def test_workers_end_with_a_users_error():
+    gc.disable()  # nothing must wait for it
+    try:
+        with pytest.raises(DataError, match=r"gone\.jpg") as caught:
+            next(train_loader(shapes_dataset(Broken()), batch_size=2, num_workers=1))
+        assert multiprocessing.active_children() == []
+        assert caught.tb is not None  # the error, which knows where it was raised, is still here
+    finally:
+        gc.enable()
