@@ -1,5 +1,6 @@
 """The tools as a user runs them: subprocesses, exit codes, output trees."""
 
+import importlib
 import json
 import os
 import shutil
@@ -222,11 +223,47 @@ def test_export_gives_a_backbone_torchvision_loads(finished: Path, tmp_path: Pat
     assert (missing, unexpected) == (["fc.weight", "fc.bias"], [])
 
 
+TOOLS = sorted(path.name for path in (ROOT / "tools").glob("*.py"))
+COMMANDS = sorted(path.stem for path in (ROOT / "resdet" / "commands").glob("[a-z]*.py") if path.stem != "run")
+
+
 @pytest.mark.parametrize("tool", ["train.py", "eval.py", "predict.py", "export.py"])
 def test_help_is_complete_and_quick(tool: str) -> None:
     text = succeeds(tool, "--help")
     assert "usage:" in text
     assert "python tools/" in text
+
+
+def test_help_shows_the_command_as_it_was_started(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for command in COMMANDS:
+        main = importlib.import_module(f"resdet.commands.{command}").main
+        script = "check_data" if command == "check" else command
+        for program, shown, other in (
+            (f"tools/{script}.py", f"python tools/{script}.py ", f"resdet {command}"),
+            ("/usr/bin/resdet", f"resdet {command} ", "tools/"),
+        ):
+            monkeypatch.setattr(sys, "argv", [program])
+            with pytest.raises(SystemExit) as end:
+                main(["--help"])
+            text = capsys.readouterr().out
+            assert end.value.code == 0
+            assert shown in text.split("\n\n", 1)[1], command
+            assert other not in text, command
+
+
+def test_importing_commands_is_quick() -> None:
+    names = ", ".join(f"resdet.commands.{command}" for command in COMMANDS)
+    script = f"import json, sys, {names}; print(json.dumps([n for n in ('torch', 'numpy') if n in sys.modules]))"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout) == []
+
+
+def test_every_command_has_its_tool() -> None:
+    assert [tool for tool in TOOLS if tool != "benchmark.py"] == sorted(
+        "check_data.py" if command == "check" else f"{command}.py" for command in COMMANDS
+    )
 
 
 @pytest.fixture(scope="module")

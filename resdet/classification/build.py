@@ -28,7 +28,7 @@ from resdet.classification.model import (
     make_classifier,
 )
 from resdet.classification.views import TrainView, centre_views
-from resdet.config import parse_settings
+from resdet.config_reading import parse_settings
 from resdet.errors import UserError, WeightsError
 from resdet.weights.files import read_checkpoint
 

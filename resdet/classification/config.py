@@ -13,7 +13,8 @@ from pydantic import BaseModel, Field, model_validator
 from typing_extensions import Self
 
 from resdet.classification.model import ClassifierSpec
-from resdet.config import LoaderConfig, OptimConfig, TrainConfig, json_schema, load_settings
+from resdet.config import LoaderConfig, OptimConfig, TrainConfig
+from resdet.config_reading import json_schema, load_settings
 
 _SECTION = LoaderConfig.model_config  # strict and frozen, as the sections of every configuration are
 

@@ -28,7 +28,7 @@ from resdet.classification.data import LabelledImages
 from resdet.classification.evaluate import evaluate_classifier
 from resdet.classification.loader import TrainBatch, train_loader
 from resdet.classification.model import ImageClassifier, classifier_payload, match_classes
-from resdet.config import config_to_plain, config_to_yaml
+from resdet.config_reading import config_to_plain, config_to_yaml
 from resdet.errors import Interrupted, TrainingError, name_some
 from resdet.malloc import keep_freed_memory
 from resdet.models.bodies import Classifier

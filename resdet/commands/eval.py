@@ -44,7 +44,7 @@ def main(arguments: Sequence[str]) -> None:
     names = name_runs(checkpoints)
 
     from resdet.build import build_dataset, config_of_checkpoint
-    from resdet.config import config_to_plain
+    from resdet.config_reading import config_to_plain
     from resdet.evaluation.detect import evaluate
     from resdet.evaluation.inference import device_for
     from resdet.evaluation.report import ReportedRun, check_same_ground_truth, read_log, write_report

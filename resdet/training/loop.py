@@ -17,7 +17,8 @@ from torch.nn.utils import clip_grad_norm_, get_total_norm
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from resdet.build import build_dataset, build_model
-from resdet.config import Config, config_to_plain, config_to_yaml
+from resdet.config import Config
+from resdet.config_reading import config_to_plain, config_to_yaml
 from resdet.data.dataset import DetectionDataset
 from resdet.data.loader import train_loader
 from resdet.drawing import draw, legible_scale

@@ -9,7 +9,7 @@ import jsonschema
 import pytest
 
 from resdet.classification.config import PretrainConfig, load_pretrain_config
-from resdet.config import config_to_plain, config_to_yaml, json_schema, parse_settings
+from resdet.config_reading import config_to_plain, config_to_yaml, json_schema, parse_settings
 from resdet.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -1,0 +1,189 @@
+"""Read YAML and overrides into pydantic models, and explain every mistake with its line and what must hold."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from resdet.errors import ConfigError
+from resdet.yaml12 import KeyPath, dotted, read_yaml
+
+_Settings = TypeVar("_Settings", bound=BaseModel)
+
+
+class Section(BaseModel):
+    """A part of a configuration: strict, frozen, without unknown keys, documented by its fields' docstrings."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+
+def load_settings(root: type[_Settings], path: str | Path, overrides: Sequence[str] = ()) -> _Settings:
+    """Read the settings of a run from a YAML file and ``key=value`` overrides; see ``load_config``."""
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(str(path), [_missing_file(path)]) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(str(path), [f"cannot be read: {error}"]) from None
+    return parse_settings(root, text, overrides, source=str(path))
+
+
+def parse_settings(
+    root: type[_Settings], text: str, overrides: Sequence[str] = (), *, source: str = "<text>"
+) -> _Settings:
+    """Read the settings of a run from YAML text; ``source`` is what messages call it."""
+    problems: list[str] = []
+    places: dict[KeyPath, str] = {}
+    tree = read_yaml(text, source, problems, places)
+    if not isinstance(tree, dict):
+        problems = problems or [f"must be a mapping of sections, got {_describe(tree)}"]
+        raise ConfigError(source, problems)
+    for override in overrides:
+        _apply_override(tree, override, problems, places)
+    try:
+        # JSON mode is the one in which strict typing still takes a string for a Path and a list for a tuple.
+        config = root.model_validate_json(json.dumps(tree), strict=True)
+    except ValidationError as error:
+        problems.extend(_explain(item, tree, places, source, root) for item in error.errors())
+    if problems:
+        raise ConfigError(source, problems)
+    return config
+
+
+def config_to_plain(config: BaseModel) -> dict[str, Any]:
+    """Return the whole configuration, defaults included, as plain values."""
+    plain: dict[str, Any] = config.model_dump(mode="json")
+    return plain
+
+
+def config_to_yaml(config: BaseModel) -> str:
+    """Return the whole configuration, defaults included, as YAML that reads back to the same."""
+    return yaml.safe_dump(config_to_plain(config), sort_keys=False, default_flow_style=None, width=120)
+
+
+def json_schema(root: type[BaseModel]) -> str:
+    """Return the JSON Schema of the YAML files, for editors."""
+    schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", **root.model_json_schema()}
+    return json.dumps(schema, indent=1) + "\n"
+
+
+def _missing_file(path: Path) -> str:
+    siblings = sorted(path.parent.glob("*.yaml")) if path.parent.is_dir() else []
+    near = difflib.get_close_matches(path.name, [p.name for p in siblings], n=1)
+    hint = f"; did you mean {path.parent / near[0]}?" if near else ""
+    return f"no such file{hint}"
+
+
+def _apply_override(tree: dict[str, Any], override: str, problems: list[str], places: dict[KeyPath, str]) -> None:
+    """Set one ``key=value`` in the tree; replace whatever is no mapping on the way by one."""
+    place = f"command line ({override})"
+    key, equals, text = override.partition("=")
+    keys = key.split(".")
+    if not equals or not all(keys):
+        problems.append(f"{place}: must be key=value with a dotted key, as in optim.lr=0.01")
+        return
+    try:
+        value = read_yaml(text, place, problems, {})
+    except ConfigError as error:
+        problems.extend(f"{place}: {problem}" for problem in error.problems)
+        return
+    node = tree
+    for name in keys[:-1]:
+        if not isinstance(node.get(name), dict):
+            node[name] = {}
+        node = node[name]
+    node[keys[-1]] = value
+    prefix = tuple(keys)
+    for stale in [known for known in places if known[: len(prefix)] == prefix]:
+        del places[stale]
+    places[prefix] = place
+
+
+def _explain(item: Any, tree: Any, places: Mapping[KeyPath, str], source: str, root: type[BaseModel]) -> str:
+    """Return one of pydantic's errors on a ``root`` as ``place: key: what must hold, what was got``."""
+    path = _real_path(item["loc"], tree)
+    # A key's own place; that of something below it, if an override made both; or that of the section around it.
+    below = [place for known, place in places.items() if known[: len(path)] == path]
+    around = [places[path[:n]] for n in range(len(path), -1, -1) if path[:n] in places]
+    place = places.get(path) or (below + around + [source])[0]
+    where = f"{place}: {dotted(path)}" if path else place
+    kind, context = item["type"], item.get("ctx", {})
+    if kind == "extra_forbidden":
+        known = _fields_at(path[:-1], tree, root)
+        near = difflib.get_close_matches(str(path[-1]), known, n=1)
+        hint = f"; did you mean {near[0]}?" if near else f"; known here: {', '.join(known)}"
+        return f"{where}: unknown key{hint}"
+    if kind == "missing":
+        return f"{where}: missing"
+    if kind in ("union_tag_invalid", "union_tag_not_found"):
+        got = item["input"].get("format") if isinstance(item["input"], dict) else item["input"]
+        formats = ", ".join(_formats_at(path, root))
+        return f"{where}.format: must be one of {formats}; got {_describe(got)}"
+    message = item["msg"].removeprefix("Value error, ").removeprefix("Input should be ").removeprefix("a valid ")
+    if kind == "value_error":
+        return f"{where}: {context.get('error', message)}"
+    return f"{where}: must be {message}; got {_describe(item['input'])}"
+
+
+def _real_path(location: KeyPath, tree: Any) -> KeyPath:
+    """Return pydantic's location without what is no key of the file: union tags and type names."""
+    path: list[str | int] = []
+    node = tree
+    for i, part in enumerate(location):
+        is_last = i == len(location) - 1
+        if isinstance(node, dict):
+            if part not in node and (part == node.get("format") or not is_last):
+                continue
+            path.append(part)
+            node = node.get(part)
+        elif isinstance(node, list) and isinstance(part, int):
+            path.append(part)
+            node = node[part] if part < len(node) else None
+    return tuple(path)
+
+
+def _fields_at(path: KeyPath, tree: Any, root: type[BaseModel]) -> list[str]:
+    """Return the keys of the section of ``root`` at ``path``."""
+    model: Any = root
+    node = tree
+    for part in path:
+        annotation = model.model_fields[part].annotation
+        node = node[part] if isinstance(node, dict) else None
+        members: list[type[BaseModel]] = [
+            member
+            for member in (annotation, *get_args(annotation))
+            if isinstance(member, type) and issubclass(member, BaseModel)
+        ]
+        if len(members) > 1 and isinstance(node, dict):
+            members = [m for m in members if node.get("format") in get_args(m.model_fields["format"].annotation)]
+        model = members[0]
+    return list(model.model_fields)
+
+
+def _formats_at(path: KeyPath, root: type[BaseModel]) -> list[str]:
+    """Return the formats that the sources of ``root`` at ``path`` may have."""
+    model: Any = root
+    for part in path[:-1]:
+        model = model.model_fields[part].annotation
+    return [
+        name
+        for source in get_args(model.model_fields[path[-1]].annotation)
+        for name in get_args(source.model_fields["format"].annotation)
+    ]
+
+
+def _describe(value: Any) -> str:
+    text = json.dumps(value, default=str)
+    kind = {str: "text", bool: "true/false", int: "whole number", float: "number", list: "list", dict: "mapping"}
+    if value is None:
+        return "nothing (null)"
+    return f"{text if len(text) <= 60 else text[:57] + '...'} ({kind.get(type(value), type(value).__name__)})"
