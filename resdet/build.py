@@ -23,13 +23,13 @@ from resdet.data.images import FolderImages, check_files
 from resdet.data.shapes import ShapesImages, shapes_table
 from resdet.data.voc import read_voc
 from resdet.errors import DataError, UserError, WeightsError
-from resdet.models.checkpoint import holds_detector, load_detector_weights, weights_settings
+from resdet.models.checkpoint import load_detector_weights
 from resdet.models.detector import Detector, build_detector
 from resdet.models.losses import class_balanced_weights
 from resdet.models.norm import calibrate_norm, has_fresh_frozen_norm
 from resdet.models.proposals import Anchors
 from resdet.models.spec import WEIGHTS_FACTS, DetectorSpec
-from resdet.weights.files import read_checkpoint
+from resdet.weights.files import WeightsFile, WeightsPath, read_weights
 from resdet.weights.source import locate
 
 logger = logging.getLogger(__name__)
@@ -141,15 +141,15 @@ def anchor_layout(config: ModelConfig) -> AnchorLayout:
 
 
 def build_model(config: ModelConfig, train_set: DetectionDataset, *, resume_from: Path | None) -> Detector:
-    """Make the detector for a dataset's classes, with its first weights.
+    """Build the detector for a dataset's classes, with its first weights.
 
-    What the weights were trained under they bring along (``WEIGHTS_FIELDS``), as ``ModelConfig.weights`` says.
+    Settings under which the weights were trained (``WEIGHTS_FIELDS``) are taken over as ``ModelConfig.weights`` says.
 
     Args:
         config: The configuration's ``model`` section.
         train_set: Gives the classes, and the images from which frozen norms are calibrated.
-        resume_from: The checkpoint that will be loaded over whatever the model holds; no first weights are fetched
-            then, and what they brought along is read from it. None for a run that begins.
+        resume_from: The checkpoint that will be loaded over whatever the model holds: no first weights are loaded, and
+            the settings are taken from it. None for a run that begins.
 
     Raises:
         WeightsError: If the first weights are missing or do not fit.
@@ -157,10 +157,12 @@ def build_model(config: ModelConfig, train_set: DetectionDataset, *, resume_from
             calibrated.
     """
     spec = DetectorSpec.model_validate(config.model_dump(include=set(DetectorSpec.model_fields)))
-    file = None if config.weights is None or resume_from is not None else locate(config.weights, config.arch)
-    source = resume_from or file
-    if source is not None:
-        spec = _settle(spec, source)
+    first: WeightsFile | None = None
+    if resume_from is not None:
+        spec = _take_over(spec, read_weights(resume_from))
+    elif config.weights is not None:
+        first = read_weights(locate(config.weights, config.arch))
+        spec = _take_over(spec, first)
     if config.class_balance_beta is not None:
         labels = train_set.table.labels[train_set.trained]
         num_boxes = np.bincount(labels, minlength=train_set.table.num_classes)[1:].tolist()
@@ -168,16 +170,16 @@ def build_model(config: ModelConfig, train_set: DetectionDataset, *, resume_from
         spec = spec.model_copy(update={"class_weights": weights})
         logger.info("weights of the classes: %s", ", ".join(f"{weight:.3g}" for weight in weights))
     # A whole detector's file brings its own backbone; anything else is the backbone's first weights.
-    whole = file is not None and holds_detector(file)
+    whole = first is not None and first.is_detector
     model = build_detector(
         spec,
         num_classes=train_set.table.num_classes,
-        weights_backbone=None if whole else file,
+        weights_backbone=None if whole else first,
         trainable_layers=config.trainable_layers,
         categories=train_set.categories,
     )
-    if whole and file is not None:
-        load_detector_weights(model, file)
+    if whole and first is not None:
+        load_detector_weights(model, first)
     if resume_from is not None or not has_fresh_frozen_norm(model):
         return model
     if config.calibration_images == 0:
@@ -191,12 +193,11 @@ def build_model(config: ModelConfig, train_set: DetectionDataset, *, resume_from
     return model
 
 
-def _settle(spec: DetectorSpec, file: Path) -> DetectorSpec:
-    """Take over from the weights what the configuration leaves at its default."""
-    brought = weights_settings(file)
+def _take_over(spec: DetectorSpec, file: WeightsFile) -> DetectorSpec:
+    """Return the spec with the settings of the weights, where the configuration leaves them at their defaults."""
     contradictions = []
     taken: dict[str, Any] = {}
-    for name, value in brought.items():
+    for name, value in file.settings.items():
         stated, default = getattr(spec, name), DetectorSpec.model_fields[name].default
         if stated == value:
             continue
@@ -205,20 +206,20 @@ def _settle(spec: DetectorSpec, file: Path) -> DetectorSpec:
         elif name in WEIGHTS_FACTS:
             contradictions.append(f"model.{name} is {stated}, the weights were trained with {value}")
         else:
-            logger.info("model.%s is %s; the weights in %s were trained with %s", name, stated, file, value)
+            logger.info("model.%s is %s; the weights in %s were trained with %s", name, stated, file.path, value)
     if contradictions:
         raise UserError(
-            f"{file}: its weights mean nothing under other settings: {'; '.join(contradictions)}. "
-            "Leave these out of the configuration"
+            f"{file.path}: these settings conflict with those the weights were trained with: "
+            f"{'; '.join(contradictions)}. Leave these out of the configuration"
         )
     if taken:
         values = ", ".join(f"{name}={value}" for name, value in taken.items())
-        logger.info("taken over from %s: %s", file, values)
+        logger.info("taken over from %s: %s", file.path, values)
     return spec.model_copy(update=taken)
 
 
 def _calibration_batches(model: Detector, dataset: DetectionDataset, num_images: int) -> Iterator[Tensor]:
-    """Give training images as the backbone sees them, ``[B, 3, H, W]``, at the size used in evaluation."""
+    """Yield training images as the backbone sees them, ``[B, 3, H, W]``, at the size used in evaluation."""
     training = model.transform.training
     model.transform.eval()
     for start in range(0, num_images, 16):
@@ -228,14 +229,14 @@ def _calibration_batches(model: Detector, dataset: DetectionDataset, num_images:
     model.transform.train(training)
 
 
-def config_of_checkpoint(path: Path, overrides: Sequence[str] = ()) -> Config:
-    """Give the configuration that a run's checkpoint carries, with overrides.
+def config_of_checkpoint(path: WeightsPath, overrides: Sequence[str] = ()) -> Config:
+    """Return the configuration that a run's checkpoint carries, with overrides.
 
     Raises:
         WeightsError: If the file cannot be read or carries no configuration.
         ConfigError: If an override does not fit.
     """
-    payload = read_checkpoint(path)
-    if "config" not in payload:
-        raise WeightsError(f"{path}: carries no configuration (it is not a checkpoint of tools/train.py)")
-    return config_from_plain(payload["config"], overrides, source=str(path))
+    file = read_weights(path)
+    if "config" not in file.content:
+        raise WeightsError(f"{file.path}: carries no configuration (it is not a checkpoint of tools/train.py)")
+    return config_from_plain(file.content["config"], overrides, source=str(file.path))

@@ -30,7 +30,7 @@ from resdet.classification.model import (
 from resdet.classification.views import TrainView, centre_views
 from resdet.config_reading import parse_settings
 from resdet.errors import UserError, WeightsError
-from resdet.weights.files import read_checkpoint
+from resdet.weights.files import WeightsPath, read_weights
 
 logger = logging.getLogger(__name__)
 
@@ -122,7 +122,7 @@ def build_train_view(augment: AugmentConfig, classifier: ImageClassifier) -> Tra
 
 
 def eval_config(
-    weights: Path, *, arch: str | None, images: Path | None, overrides: Sequence[str] = ()
+    weights: WeightsPath, *, arch: str | None, images: Path | None, overrides: Sequence[str] = ()
 ) -> PretrainConfig:
     """Give the configuration by which weights are judged: that of their run, or ImageNet's usual one.
 
@@ -136,12 +136,13 @@ def eval_config(
         WeightsError: If the file cannot be read or carries no configuration, and ``arch`` or ``images`` are not given.
         ConfigError: If an override does not fit.
     """
-    tree = read_checkpoint(weights).get("config")
+    file = read_weights(weights)
+    tree = file.content.get("config")
     if tree is None:
         if arch is None or images is None:
             raise WeightsError(
-                f"{weights}: carries no configuration (it is not a checkpoint of tools/pretrain.py): name its network "
-                "and a folder of images (--arch, --images)"
+                f"{file.path}: carries no configuration (it is not a checkpoint of tools/pretrain.py): name its "
+                "network and a folder of images (--arch, --images)"
             )
         folder = {"format": "folder", "root": str(images)}
         tree = {
@@ -149,8 +150,8 @@ def eval_config(
             "data": {"train": folder, "val": folder},
             "train": {"steps": 1},
             "eval": {"resize": 256},
-            "output_dir": str(weights.parent),
+            "output_dir": str(file.path.parent),
         }
     if images is not None:
         tree = {**tree, "data": {**tree["data"], "val": {"format": "folder", "root": str(images)}}}
-    return parse_settings(PretrainConfig, yaml.safe_dump(tree, sort_keys=False), overrides, source=str(weights))
+    return parse_settings(PretrainConfig, yaml.safe_dump(tree, sort_keys=False), overrides, source=str(file.path))

@@ -16,11 +16,10 @@ from resdet.errors import UserError
 from resdet.files import written_whole
 from resdet.models.archs import find_arch
 from resdet.models.bodies import make_body
-from resdet.models.checkpoint import weights_settings
 from resdet.models.loading import load_backbone_weights
 from resdet.models.spec import DetectorSpec
 from resdet.prediction import find_images
-from resdet.weights.files import read_tensors
+from resdet.weights.files import read_weights
 from resdet.weights.source import locate
 
 
@@ -52,9 +51,9 @@ def measure_responses(
     """
     last = len(find_arch(arch).strides)
     files = find_images(images)
-    path = locate(weights, arch)
-    settings = weights_settings(path)
-    has_statistics = any(name.endswith("running_mean") for name in read_tensors(path))
+    file = read_weights(locate(weights, arch))
+    settings = file.settings
+    has_statistics = any(name.endswith("running_mean") for name in file.tensors)
     body = make_body(
         arch,
         norm="frozen" if has_statistics else "group",
@@ -62,7 +61,7 @@ def measure_responses(
         returned_layers=(last,),
         stride_in_1x1=settings.get("stride_in_1x1", False),
     )
-    load_backbone_weights(body, os.fspath(path), arch)
+    load_backbone_weights(body, file, arch)
     fields = DetectorSpec.model_fields
     mean = torch.tensor(settings.get("image_mean", fields["image_mean"].default)).view(3, 1, 1)
     std = torch.tensor(settings.get("image_std", fields["image_std"].default)).view(3, 1, 1)

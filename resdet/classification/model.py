@@ -6,12 +6,10 @@ Legend: ``B`` images, ``K`` classes, ``S`` side of the square images it was trai
 from __future__ import annotations
 
 import logging
-import os
 import re
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -24,8 +22,9 @@ from torch import Tensor
 from resdet.errors import DataError, WeightsError, name_some
 from resdet.models.archs import find_arch
 from resdet.models.bodies import Classifier, build_classifier
-from resdet.weights.convert import FACTS_ENTRY
-from resdet.weights.files import LoadReport, read_checkpoint, tensors_in
+from resdet.models.loading import LoadReport, check_stride, load_strictly
+from resdet.weights.files import WeightsPath, read_weights
+from resdet.weights.formats import FACTS_ENTRY
 from resdet.weights.source import locate
 
 logger = logging.getLogger(__name__)
@@ -179,7 +178,7 @@ def classifier_payload(classifier: ImageClassifier) -> dict[str, Any]:
     return payload
 
 
-def load_classifier(path: Path, *, arch: str | None = None) -> ImageClassifier:
+def load_classifier(path: WeightsPath, *, arch: str | None = None) -> ImageClassifier:
     """Build the classifier that a file holds, in evaluation mode, on the CPU.
 
     Args:
@@ -192,9 +191,9 @@ def load_classifier(path: Path, *, arch: str | None = None) -> ImageClassifier:
         WeightsError: If the file is missing, damaged, or holds no classifier (of this architecture).
         UserError: If there is no such architecture.
     """
-    content = read_checkpoint(path)
-    tensors = tensors_in(content, str(path))
-    if content.get("format") == CHECKPOINT_FORMAT:
+    file = read_weights(path)
+    content = file.content
+    if file.format == CHECKPOINT_FORMAT:
         try:
             spec = ClassifierSpec.model_validate(content["spec"])
             classifier = make_classifier(spec, content["classes"])
@@ -202,18 +201,19 @@ def load_classifier(path: Path, *, arch: str | None = None) -> ImageClassifier:
             if not isinstance(mean, Tensor) or mean.dim() != 3:
                 raise TypeError("mean")
         except (KeyError, TypeError, ValidationError) as error:
-            raise WeightsError(f"{path}: its description is not one of this version ({error!r})") from error
+            raise WeightsError(f"{file.path}: its description is not one of this version ({error!r})") from error
         classifier = ImageClassifier(spec, classifier.classes, classifier.network, mean)
     elif arch is None:
         raise WeightsError(
-            f"{path}: is no checkpoint of tools/pretrain.py and does not tell its network: name it (--arch)"
+            f"{file.path}: is no checkpoint of tools/pretrain.py and does not tell its network: name it (--arch)"
         )
     else:
-        num_classes = _num_classes(tensors)
-        if num_classes is None:
-            raise WeightsError(f"{path}: holds no classifier; its tensors are {name_some(tensors)}")
-        classifier = make_classifier(ClassifierSpec(arch=arch), _class_names(num_classes))
-    _load_network(classifier.network, tensors, str(path), classifier.spec.arch)
+        num_classes = _num_classes(file.tensors)
+        if file.kind != "classifier" or num_classes is None:
+            raise WeightsError(f"{file.path}: holds no classifier; its tensors are {name_some(file.tensors)}")
+        classifier = make_classifier(ClassifierSpec(arch=arch, **file.settings), _class_names(num_classes))
+    what = f"this {classifier.spec.arch} classifier"
+    load_strictly(classifier.network, file.tensors, source=file.path, what=what)
     classifier.network.eval()
     return classifier
 
@@ -231,17 +231,18 @@ def load_first_weights(classifier: ImageClassifier, source: str) -> LoadReport:
     Raises:
         WeightsError: If the weights cannot be had or are not those of this network.
     """
-    path = locate(source, classifier.spec.arch)
-    content = read_checkpoint(path)
-    tensors = tensors_in(content, str(path))
-    names = content.get("classes")
-    same = _num_classes(tensors) == len(classifier.classes) and names in (None, list(classifier.classes))
+    arch = classifier.spec.arch
+    file = read_weights(locate(source, arch))
+    check_stride(file, classifier.network.body)
+    names = file.content.get("classes")
+    same = _num_classes(file.tensors) == len(classifier.classes) and names in (None, list(classifier.classes))
     own = classifier.network.state_dict()
     kept = () if same else tuple(name for name in own if name.startswith(_HEADS))
-    tensors = {name: value for name, value in tensors.items() if not (name.startswith(_HEADS) and not same)}
-    _load_network(classifier.network, tensors | {name: own[name] for name in kept}, str(path), classifier.spec.arch)
-    report = LoadReport(str(path), tuple(name for name in own if name not in kept), (), kept)
-    logger.info("%s: %s", classifier.spec.arch, report)
+    tensors = {name: value for name, value in file.tensors.items() if same or not name.startswith(_HEADS)}
+    tensors |= {name: own[name] for name in kept}
+    load_strictly(classifier.network, tensors, source=file.path, what=f"this {arch} classifier")
+    report = LoadReport(str(file.path), tuple(name for name in own if name not in kept), file.left_over, kept)
+    logger.info("%s: %s", arch, report)
     return report
 
 
@@ -295,20 +296,3 @@ def _class_names(num_classes: int) -> tuple[str, ...]:
 
     names: list[str] = ResNet50_Weights.IMAGENET1K_V1.meta["categories"]
     return tuple(names) if len(names) == num_classes else tuple(map(str, range(num_classes)))
-
-
-def _load_network(network: Classifier, tensors: dict[str, Tensor], source: str, arch: str) -> None:
-    expected = network.state_dict()
-    missing = [name for name in expected if name not in tensors and not name.endswith("num_batches_tracked")]
-    extra = [name for name in tensors if name not in expected and not name.endswith("num_batches_tracked")]
-    wrong = [
-        f"{name} is {list(tensors[name].shape)} and not {list(value.shape)}"
-        for name, value in expected.items()
-        if name in tensors and tensors[name].shape != value.shape
-    ]
-    faults = [f"without {name_some(missing)}"] if missing else []
-    faults += [f"with {name_some(extra)}"] if extra else []
-    faults += [name_some(wrong)] if wrong else []
-    if faults:
-        raise WeightsError(f"{os.fspath(source)}: is not this {arch} classifier: {'; '.join(faults)}")
-    network.load_state_dict(expected | {name: tensors[name] for name in expected if name in tensors})

@@ -44,8 +44,8 @@ def main(arguments: Sequence[str]) -> None:
         print(f"left over, without a counterpart in torchvision: {name_some(read.left_over)}")
     if written.left_over:
         print(f"left over, without a counterpart in {options.to}: {name_some(written.left_over)}")
-    if report.beside:
-        print(f"not converted: {name_some(report.beside)}")
+    if report.not_copied:
+        print(f"not converted: {name_some(report.not_copied)}")
     print("build the model with:")
     for name, value in report.settings.items():
         print(f"  {name}: {value}")

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
@@ -28,10 +27,10 @@ from resdet.files import written_whole
 from resdet.models.backbone import ResNetFPN, SingleLevel, freeze_stages
 from resdet.models.bodies import Body, make_body
 from resdet.models.detector import Detector
+from resdet.models.loading import load_strictly
 from resdet.models.norm import folded_copy, frozen_copy
 from resdet.version import VERSION
-
-BACKBONE_FORMAT = "resdet-backbone-1"
+from resdet.weights.files import BACKBONE_FORMAT, read_weights
 
 BackboneFormat = Literal["safetensors"] | BackboneGraph
 BACKBONE_FORMATS: tuple[BackboneFormat, ...] = ("safetensors", "torchscript", "export", "onnx")
@@ -105,22 +104,14 @@ def load_backbone(path: str | os.PathLike[str], *, trainable_layers: int = 3, fa
         WeightsError: If the file is missing, damaged or not of this format.
         UserError: If ``trainable_layers`` is not in 0..5.
     """
-    path = Path(path)
-    try:
-        with safe_open(path, framework="pt") as file:
-            about = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a mapping
-    except FileNotFoundError as error:
-        raise WeightsError(f"{path}: there is no such file") from error
-    except (SafetensorError, OSError) as error:
-        raise WeightsError(f"{path}: is damaged, cut short or not a safetensors file ({error})") from error
-    if about.get("format") != BACKBONE_FORMAT:
+    file = read_weights(path)
+    if file.format != BACKBONE_FORMAT:
         raise WeightsError(
-            f"{path}: was not written by export_backbone ('format' is {about.get('format')!r}, "
+            f"{file.path}: was not written by export_backbone ('format' is {file.format!r}, "
             f"not {BACKBONE_FORMAT!r}); resnet_fpn(arch, weights=path) takes any ResNet weights"
         )
+    description = file.exported
     try:
-        description = json.loads(about["backbone"])
         backbone: Body | ResNetFPN
         body = make_body(
             description["arch"],
@@ -137,9 +128,9 @@ def load_backbone(path: str | os.PathLike[str], *, trainable_layers: int = 3, fa
             )
         else:
             backbone = body
-        backbone.load_state_dict(tensors)
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise WeightsError(f"{path}: its description and its tensors do not fit together ({error})") from error
+    except (KeyError, TypeError, ValueError) as error:
+        raise WeightsError(f"{file.path}: its description and its tensors do not fit together ({error})") from error
+    load_strictly(backbone, file.tensors, source=file.path, what=f"the {body.arch} that its description builds")
     freeze_stages(body, trainable_layers)
     return backbone
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 from resdet.errors import UserError, WeightsError
-from resdet.models.checkpoint import _CLASS_SCORES, _load_whole, _read_detector
+from resdet.models.checkpoint import class_scores, describe_detector
 from resdet.models.detector import Detector, build_detector
+from resdet.models.loading import load_strictly
 from resdet.models.spec import DetectorSpec
+from resdet.weights.files import read_weights
 from resdet.weights.source import WeightsSource, fetch
 
 
@@ -46,16 +47,17 @@ def fasterrcnn_resnet101_fpn(
             weights_backbone=weights_backbone,
             trainable_layers=trainable_backbone_layers,
         )
-    path = fetch(os.fspath(weights)) if "://" in os.fspath(weights) else Path(weights)
-    described, tensors = _read_detector(path)
-    found = len(tensors[_CLASS_SCORES])
+    file = describe_detector(read_weights(fetch(os.fspath(weights)) if "://" in os.fspath(weights) else weights))
+    found = len(class_scores(file))
     if num_classes not in (None, found):
-        raise WeightsError(f"{path}: was made for {found} classes (background included), num_classes is {num_classes}")
+        raise WeightsError(
+            f"{file.path}: was made for {found} classes (background included), num_classes is {num_classes}"
+        )
     if spec is None:
-        spec = described.spec or DetectorSpec()
+        spec = file.spec or DetectorSpec()
     model = build_detector(
-        spec, num_classes=found, trainable_layers=trainable_backbone_layers, categories=described.categories
+        spec, num_classes=found, trainable_layers=trainable_backbone_layers, categories=file.categories
     )
-    _load_whole(model, tensors, path)
-    model.score_threshold = described.score_threshold
+    load_strictly(model, file.tensors, source=file.path, what=f"this {spec.arch} detector")
+    model.score_threshold = file.score_threshold
     return model

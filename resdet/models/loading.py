@@ -1,33 +1,103 @@
-"""Load first weights into a body, strictly: what was used and what was left over is logged."""
+"""Load weights into modules, strictly: what does not fit is an error, what was used or left over is logged."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from resdet.errors import WeightsError, name_some
 from resdet.models.archs import ARCHS, ResNetArch
 from resdet.models.bodies import Body, make_body
-from resdet.weights.files import LoadReport, body_prefix, read_checkpoint, tensors_in
+from resdet.weights.files import WeightsFile, read_weights
+from resdet.weights.formats import body_prefix
 from resdet.weights.layouts import count_blocks
 from resdet.weights.source import WeightsSource, locate
 
 logger = logging.getLogger(__name__)
 
+# BatchNorm's count of steps: frozen norms have none, and it matters to momentum=None alone.
+_COUNTER = "num_batches_tracked"
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """How the tensors of a file were used.
+
+    Attributes:
+        source: Where they came from; empty if weights stayed random.
+        loaded: Names in the model that were set.
+        left_over: Names in the file that the model has no place for.
+        reinitialised: Names in the model that were deliberately not taken from the file.
+    """
+
+    source: str = ""
+    loaded: tuple[str, ...] = ()
+    left_over: tuple[str, ...] = ()
+    reinitialised: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        """Return one line for the log."""
+        if not self.source:
+            return "random weights"
+        names = [name for name in self.left_over if not name.endswith(_COUNTER)]
+        counters = len(self.left_over) - len(names)
+        left = [name_some(names)] if names else []
+        left += [f"{counters} {_COUNTER}"] if counters else []
+        text = f"{len(self.loaded)} tensors from {self.source}; left over: {' and '.join(left) or 'none'}"
+        if self.reinitialised:
+            text += f"; freshly initialised: {name_some(self.reinitialised)}"
+        return text
+
+
+def load_strictly(module: nn.Module, tensors: Mapping[str, Tensor], *, source: object, what: str) -> tuple[str, ...]:
+    """Load a module's whole state dict, or raise the one error that names everything that does not fit.
+
+    Only BatchNorm's counters (``num_batches_tracked``) may be missing or in excess.
+
+    Args:
+        module: Changed in place, unless an error is raised.
+        tensors: By the module's names.
+        source: The file, for the message.
+        what: The module, for the message: "this resnet34 detector".
+
+    Returns:
+        The names that were loaded.
+
+    Raises:
+        WeightsError: If a tensor is missing, in excess or of another shape. If the body's convolutions are those of
+            another architecture, the message names it.
+    """
+    expected = module.state_dict()
+    missing = [name for name in expected if name not in tensors and not name.endswith(_COUNTER)]
+    extra = [name for name in tensors if name not in expected and not name.endswith(_COUNTER)]
+    wrong = [
+        f"{name} is {list(tensors[name].shape)} and not {list(value.shape)}"
+        for name, value in expected.items()
+        if name in tensors and tensors[name].shape != value.shape
+    ]
+    if missing or extra or wrong:
+        faults = [f"without {name_some(missing)}"] if missing else []
+        faults += [f"with {name_some(extra)}"] if extra else []
+        faults += [name_some(wrong)] if wrong else []
+        own = _fitting_archs(expected)
+        others = [arch for arch in _fitting_archs(tensors) if arch not in own]
+        guess = f"; it looks like {' or '.join(others)}" if others else ""
+        raise WeightsError(f"{source}: does not fit {what}: {'; '.join(faults)}{guess}")
+    loaded = {name: tensors[name] for name in expected if name in tensors}
+    module.load_state_dict(expected | loaded)
+    return tuple(loaded)
+
 
 def load_backbone_weights(body: Body, source: WeightsSource, arch: str) -> LoadReport:
-    """Load a body's weights from wherever they are, and say in the log what was used and what was left over.
+    """Load a body's weights from wherever they are; what was used and what was left over is logged.
 
-    Accepted are a ResNet's state dict as torchvision saves it (its ``fc`` and ``num_batches_tracked`` are left over), a
-    detector's or backbone's (``backbone.body.``, ``body.``), each also inside ``"state_dict"`` or ``"model"`` and with
-    ``"module."`` before its names; and those of other libraries (MSRA's ``R-101.pkl``) that ``resdet.weights.convert``
-    reads, if the body strides where theirs does. Such weights may want pixels of another mean and scale: the log says
-    which, and ``weights_settings`` gives them to whoever builds a detector.
+    Every file that ``read_weights`` understands will do: a classifier's (its ``fc`` is left over), a backbone's or a
+    detector's, of other libraries too, if the body strides where theirs does. Such weights may require pixels of
+    another mean and scale, which ``WeightsFile.settings`` states.
 
     Args:
         body: Changed in place, unless an error is raised.
@@ -35,102 +105,57 @@ def load_backbone_weights(body: Body, source: WeightsSource, arch: str) -> LoadR
         arch: The body's architecture.
 
     Raises:
-        WeightsError: If the weights cannot be had, a tensor of the body is missing or has another shape, or the file
-            has tensors for a stage of the body that the body does not have; if they fit another architecture, it is
-            named.
+        WeightsError: If the weights cannot be had, do not fit the body, hold more blocks for one of its stages, or were
+            trained with another stride.
     """
     if source is None:
         return LoadReport()
-    path = locate(source, arch)
-    content = read_checkpoint(path)
-    tensors = tensors_in(content, str(path))
-    prefix = body_prefix(tensors)
-    if prefix is None or _carries_facts(content):
-        tensors = _converted(content, path, body)
-        prefix = body_prefix(tensors)
-        assert prefix is not None, "conversion gives torchvision's names"
-    given = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-
-    expected = body.state_dict()
-    # BatchNorm's count of steps is absent from weights of frozen norms, and only matters to momentum=None.
-    missing = [name for name in expected if name not in given and not name.endswith("num_batches_tracked")]
-    wrong = [
-        f"{name} is {_shape(given[name])} and not {_shape(value)}"
-        for name, value in expected.items()
-        if name in given and given[name].shape != value.shape
-    ]
-    built = {name.split(".")[0] for name in expected}
-    extra = [
-        name
-        for name in given
-        if name not in expected and name.split(".")[0] in built and not name.endswith("num_batches_tracked")
-    ]
-    if missing or wrong or extra:
-        faults = [f"without {name_some(missing)}"] if missing else []
-        faults += [name_some(wrong)] if wrong else []
-        faults += [f"with {name_some(extra)}"] if extra else []
-        others = [name for name in _fitting_archs(given) if name != arch]
-        guess = f"; it looks like {' or '.join(others)}" if others else ""
-        raise WeightsError(f"{path}: does not hold a {arch} with norm={body.norm!r}: {'; '.join(faults)}{guess}")
-
-    loaded = tuple(name for name in expected if name in given)
-    body.load_state_dict(expected | {name: given[name] for name in loaded})
-    left_over = tuple(
-        name for name in tensors if name.removeprefix(prefix) not in expected or not name.startswith(prefix)
-    )
-    report = LoadReport(str(path), loaded, left_over)
+    file = source if isinstance(source, WeightsFile) else read_weights(locate(source, arch))
+    prefix = body_prefix(file.tensors)
+    if prefix is None:
+        raise WeightsError(f"{file.path}: holds no body; its tensors are {name_some(file.tensors)}")
+    check_stride(file, body)
+    if file.facts:
+        mean, std = ([round(value, 4) for value in file.facts[name]] for name in ("image_mean", "image_std"))
+        logger.info(
+            "%s: from %s, trained on pixels of mean %s and deviation %s", file.path, file.facts["format"], mean, std
+        )
+    given = {name.removeprefix(prefix): value for name, value in file.tensors.items() if name.startswith(prefix)}
+    # A file may have stages that the body does not have, but not other blocks in those it has.
+    stages = {name.split(".")[0] for name in body.state_dict()}
+    given = {name: value for name, value in given.items() if name.split(".")[0] in stages}
+    loaded = load_strictly(body, given, source=file.path, what=f"this {arch} with norm={body.norm!r}")
+    used = {f"{prefix}{name}" for name in loaded}
+    left_over = tuple(name for name in file.tensors if name not in used)
+    report = LoadReport(str(file.path), loaded, left_over + file.left_over)
     logger.info("%s: %s", arch, report)
     return report
 
 
-def _carries_facts(content: Mapping[str, Any]) -> bool:
-    """Whether the file was converted by us: then names alone may not show what the tensors are (BGR stems)."""
-    from resdet.weights.convert import FACTS_ENTRY
-
-    return FACTS_ENTRY in content or hasattr(content, FACTS_ENTRY)
-
-
-def _converted(content: Mapping[str, Any], path: Path, body: Body) -> dict[str, Tensor]:
-    """Give another library's tensors under torchvision's names, if the body computes what they were trained for."""
-    from resdet.weights.convert import to_torchvision
-
-    try:
-        converted = to_torchvision(content)
-    except WeightsError as error:
-        raise WeightsError(f"{path}: holds no ResNet that is known here: {error}") from error
-    facts = converted.facts
-    if facts["stride_in_1x1"] != body.stride_in_1x1:
-        where = "first 1x1" if facts["stride_in_1x1"] else "3x3"
+def check_stride(file: WeightsFile, body: Body) -> None:
+    """Raise a WeightsError unless a body strides where the weights of a file were trained to, as far as it tells."""
+    in_1x1 = file.settings.get("stride_in_1x1", body.stride_in_1x1)
+    if in_1x1 != body.stride_in_1x1:
         raise WeightsError(
-            f"{path}: its bottlenecks stride in the {where} convolution: build the body with "
-            f"stride_in_1x1={facts['stride_in_1x1']}"
+            f"{file.path}: its bottlenecks stride in the {'first 1x1' if in_1x1 else '3x3'} convolution: build the "
+            f"body with stride_in_1x1={in_1x1}"
         )
-    logger.info(
-        "%s: converted from %s; made for pixels of mean %s and standard deviation %s",
-        path,
-        facts["format"],
-        [round(value, 4) for value in facts["image_mean"]],
-        [round(value, 4) for value in facts["image_std"]],
-    )
-    return converted.tensors
 
 
-def _fitting_archs(given: Mapping[str, Tensor]) -> list[str]:
-    """Name the architectures whose convolutions are exactly those given."""
+def _fitting_archs(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Return the architectures whose convolutions are exactly those of the body among the tensors."""
+    prefix = body_prefix(tensors) or ""
+    body = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
     def convolutions(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
         return {name: value.shape for name, value in tensors.items() if value.dim() == 4}
 
-    depths = count_blocks(given)
+    depths = count_blocks(body)
     fitting = []
     for arch, shape in ARCHS.items():
         if isinstance(shape, ResNetArch) and depths != dict(enumerate(shape.depths, 1)):
             continue  # building it to find that out takes a second where there are 600 blocks
         with torch.device("meta"):
-            if convolutions(make_body(arch).state_dict()) == convolutions(given):
+            if convolutions(make_body(arch).state_dict()) == convolutions(body):
                 fitting.append(arch)
     return fitting
-
-
-def _shape(tensor: Tensor) -> str:
-    return str(list(tensor.shape))

@@ -22,7 +22,8 @@ from resdet.errors import WeightsError
 from resdet.files import save_tensors, written_whole
 from resdet.models.checkpoint import checkpoint_payload
 from resdet.models.detector import Detector
-from resdet.weights.files import read_checkpoint
+from resdet.models.loading import load_strictly
+from resdet.weights.files import read_weights
 
 logger = logging.getLogger(__name__)
 
@@ -128,17 +129,14 @@ def load_training_state(path: Path, model: nn.Module) -> TrainingState:
     Raises:
         WeightsError: If the file is missing, damaged, holds no training state, or was made by another model.
     """
-    payload = read_checkpoint(path)
-    if "training" not in payload:
+    file = read_weights(path)
+    if "training" not in file.content:
         raise WeightsError(f"{path}: holds no training state to resume from (best.pt has none; use last.pt)")
-    try:
-        model.load_state_dict(payload["model"])
-    except RuntimeError as error:
-        raise WeightsError(f"{path}: made by another model than the configuration's: {_first_line(error)}") from None
+    load_strictly(model, file.tensors, source=path, what="the configuration's model")
     if isinstance(model, Detector):
-        model.score_threshold = payload.get("score_threshold")
+        model.score_threshold = file.score_threshold
     try:
-        return TrainingState(**payload["training"])
+        return TrainingState(**file.content["training"])
     except TypeError as error:
         raise WeightsError(f"{path}: its training state is another version's: {error}") from None
 

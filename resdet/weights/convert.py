@@ -1,26 +1,24 @@
-"""Parameter names and layouts of other libraries, both ways, from state dict to state dict, without any of them.
+"""Convert state dicts between libraries' names and layouts, both ways, without any of the libraries.
 
-torchvision's layout is the hub: every format is read into it and written out of it. Converting is renaming, and a few
-changes of tensors, each a ``Rule`` of ``resdet.weights.layouts`` with its inverse. Nothing is computed, so there and
-back is the identity bit for bit; what a format has no place for is named, never dropped in silence.
+torchvision's layout is the hub: every format is read into it and written out of it. Converting renames tensors and
+changes a few of them, each by a ``Rule`` of ``resdet.weights.layouts`` that has an inverse. Nothing is computed, so
+converting there and back is the identity bit for bit; what a format has no place for is listed, never dropped silently.
 
-What no tensor shows (where a bottleneck strides, what is subtracted from an image) differs between libraries all the
-same. It travels as ``Converted.facts``, and ``settings_for`` says it in the words of the library written for.
+Facts that no tensor shows travel as ``Converted.facts`` (``resdet.weights.formats``); ``settings_for`` translates them
+into the target library's settings.
 """
 
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 from torch import Tensor
 
 from resdet.errors import WeightsError, name_some
-from resdet.models.archs import ARCHS, ResNetArch
-from resdet.weights.files import body_prefix, tensors_in
+from resdet.weights.formats import OWN_LAYOUTS, Kind, body_prefix, detect_format, facts_of, kind_of, tensors_in
 from resdet.weights.layouts import (
     BACKGROUND_LAST,
     BGR_STEM,
@@ -28,10 +26,8 @@ from resdet.weights.layouts import (
     DELTAS,
     FORMATS,
     FPN,
-    MEAN,
     NO_BACKGROUND_DELTAS,
     SCORES,
-    STD,
     STEM,
     Form,
     Format,
@@ -43,11 +39,6 @@ from resdet.weights.layouts import (
 )
 
 logger = logging.getLogger(__name__)
-
-FACTS_ENTRY = "resdet_facts"
-"""Where a written file carries the facts: an entry beside its state dict, or an attribute of a bare one."""
-
-Kind: TypeAlias = Literal["detector", "backbone", "classifier"]
 
 
 @dataclass(frozen=True)
@@ -65,8 +56,8 @@ class Converted:
             and not in its 3x3. ``channel_order``: of the images the source takes, "rgb" or "bgr"; the tensors here
             always take RGB. ``image_mean``, ``image_std``: of RGB images in [0, 1], as torchvision's FasterRCNN takes
             them. ``norm_eps``: added to the variance by every norm. ``background``: the source's row of the
-            background, "first" or "last"; here it is always first. ``num_classes``: the background counts; a
-            classifier has none and counts its classes; None for a backbone.
+            background, "first" or "last"; here it is always first. ``num_classes``: with the background for a
+            detector, without for a classifier; None for a backbone.
         rules: Names of the rules that changed something.
         left_over: Names in the source that torchvision's layout has no place for.
     """
@@ -93,78 +84,35 @@ class Written:
     left_over: tuple[str, ...]
 
 
-def detect_format(content: Mapping[str, Any]) -> str:
-    """Tell by its names which library a file comes from.
-
-    Args:
-        content: What ``read_checkpoint`` gives, or a state dict.
-
-    Returns:
-        A key of ``FORMATS``: what the file says if it was written here. "torchvision" for a timm ResNet too, whose
-        names are the same. "mmdetection-caffe" if the configuration in ``meta`` says so, or, without one, if no norm of
-        the body has statistics: then they came from MSRA's files.
-
-    Raises:
-        WeightsError: If the names are none of these libraries', or those of mmdetection 1.x.
-    """
-    carried = _carried_facts(content)
-    if "format" in carried:
-        return str(carried["format"])
-    names = _tensors_of(content)
-
-    def some(pattern: str) -> bool:
-        return any(re.search(pattern, name) for name in names)
-
-    if some(r"^bbox_head\.(fc_cls|shared_fcs)"):
-        raise WeightsError(
-            "the names are those of mmdetection 1.x, whose background comes first: bring the file to 2.x with its "
-            "tools/model_converters/upgrade_model_version.py"
-        )
-    if some(r"^conv1_w$|^res\d_\d+_branch"):
-        return "detectron"
-    if some(r"(^|\.)(stem\.conv1\.norm|res\d\.\d+\.conv\d(\.norm)?)\."):
-        return "detectron2"
-    if some(r"(^|\.)stem\.bn1\.|^roi_heads\.box\.feature_extractor\."):
-        return "maskrcnn-benchmark"
-    if some(r"^neck\.|^rpn_head\.|^roi_head\.|^backbone\.(conv1|layer1)\."):
-        style = _mmdetection_style(content)
-        bgr = style["bgr"] if "bgr" in style else _norms_are_affine(names)
-        return "mmdetection-caffe" if bgr else "mmdetection"
-    if some(r"(^|^body\.|^backbone\.body\.)layer1\.0\.conv1\."):
-        return "torchvision"
-    raise WeightsError(
-        f"the names are those of no known library ({', '.join(FORMATS)}): {name_some(names) or 'there are none'}"
-    )
-
-
 def to_torchvision(content: Mapping[str, Any], source_format: str | None = None) -> Converted:
-    """Bring a state dict into torchvision's names and layout.
+    """Convert a state dict to torchvision's names and layout.
 
     Args:
-        content: What ``read_checkpoint`` gives (state dicts inside "model", "state_dict" or "blobs" are found, and
-            what lies beside them is used), or a state dict.
-        source_format: A key of ``FORMATS``; by default the one its names show.
+        content: A file's content (``read_checkpoint``), of which entries beside the state dict are used too, or a state
+            dict.
+        source_format: A key of ``FORMATS``; by default the one that its names show.
 
     Raises:
-        WeightsError: If there is no such format, or the state dict is none of it, holds no ResNet, or has
-            class-agnostic box regression, which torchvision's FasterRCNN lacks.
+        WeightsError: If there is no such format, or the state dict is not of it, holds no ResNet, or has class-agnostic
+            box regression, which torchvision's FasterRCNN lacks.
     """
     source_format = detect_format(content) if source_format is None else source_format
-    source = _format(source_format)
-    given = _tensors_of(content)
-    newer = modern_names(given) if source_format == "torchvision" else given
-    older = newer.keys() != given.keys()
-    given = newer
-    if source_format in ("torchvision", "timm") and _has_another_stem(given):
-        return _as_it_is(content, given, source_format)
+    source = find_format(source_format)
+    given = tensors_in(content, "the file")
+    rules: list[str] = []
+    if source_format == "torchvision" and (newer := modern_names(given)).keys() != given.keys():
+        given = newer
+        rules.append("torchvision's older names")
+    if source_format in OWN_LAYOUTS and _has_another_stem(given):
+        # Other libraries lay out a deep stem's ResNet or a VGG in ways of their own: no rule applies.
+        return Converted(given, kind_of(given), facts_of(content, source_format, given), tuple(rules), ())
     names = _find_names(source, source_format, given)
     tensors = {ours: given[theirs] for ours, theirs in names.items() if theirs in given}
-    kind: Kind = "detector" if f"{SCORES}weight" in tensors else "classifier" if "fc.weight" in tensors else "backbone"
+    kind = kind_of(tensors)
     if kind == "detector":
         _check_class_wise(tensors, source)
 
-    facts = _facts(content, given, source_format, tensors, kind)
-    rules = ["torchvision's older names"] if older else []
+    facts = facts_of(content, source_format, tensors)
     if any(names[ours] != short for short, ours in zip(_short_names(tensors, kind), tensors, strict=True)):
         rules.append("names")
     for rule in _rules(source_format, facts):
@@ -181,18 +129,18 @@ def to_torchvision(content: Mapping[str, Any], source_format: str | None = None)
 
 
 def write(tensors: Mapping[str, Tensor], target_format: str, facts: Mapping[str, Any] | None = None) -> Written:
-    """Bring a state dict of torchvision's layout into another format.
+    """Convert a state dict from torchvision's layout to another format.
 
     Args:
         tensors: As in ``Converted``.
         target_format: A key of ``FORMATS``.
-        facts: Those of ``Converted``, if there are any: a file whose channel order is not its library's usual one goes
-            back as it came.
+        facts: Those of ``Converted``, if known: a file whose channel order is not its library's usual one is written
+            back with the order it came with.
 
     Raises:
         WeightsError: If there is no such format, or the state dict holds no ResNet.
     """
-    target = _format(target_format)
+    target = find_format(target_format)
     full = _full_names(tensors)
     depths = count_blocks(full)
     names = tensor_names(target, _form(full, target), depths)
@@ -217,7 +165,7 @@ def write(tensors: Mapping[str, Tensor], target_format: str, facts: Mapping[str,
 def from_torchvision(
     tensors: Mapping[str, Tensor], target_format: str, facts: Mapping[str, Any] | None = None
 ) -> Tensors:
-    """As ``write``, giving the state dict alone; what the format has no place for is said in the log."""
+    """Return the state dict of ``write`` alone; what the format has no place for is logged."""
     written = write(tensors, target_format, facts)
     if written.left_over:
         logger.info("%s has no place for %s", target_format, name_some(written.left_over))
@@ -225,13 +173,13 @@ def from_torchvision(
 
 
 def facts_to_carry(target_format: str, facts: Mapping[str, Any]) -> dict[str, Any]:
-    """Give the facts of what was written, to be kept in the file under ``FACTS_ENTRY`` and found there on reading.
+    """Return the facts to store with a written state dict, under ``FACTS_ENTRY``, where reading finds them.
 
     Args:
-        target_format: What it was written as.
-        facts: Those of what was written.
+        target_format: The format written.
+        facts: Those of ``Converted``.
     """
-    target = _format(target_format)
+    target = find_format(target_format)
     return {
         **facts,
         "format": target_format,
@@ -241,20 +189,21 @@ def facts_to_carry(target_format: str, facts: Mapping[str, Any]) -> dict[str, An
 
 
 def settings_for(target_format: str, converted: Converted) -> dict[str, Any]:
-    """Say what the target library must be told beside the tensors, in its own words.
+    """Return the settings under which the target library must build the model, by that library's names.
 
     Args:
         target_format: A key of ``FORMATS``.
         converted: What was written in that format.
     """
     facts = converted.facts
-    target = _format(target_format)
+    target = find_format(target_format)
     flipped = _is_bgr(target_format, facts)
     order = -1 if flipped else 1
     mean = [round(255 * value, 4) for value in facts["image_mean"]][::order]
     std = [round(255 * value, 4) for value in facts["image_std"]][::order]
-    num_classes, in_1x1 = facts["num_classes"], facts["stride_in_1x1"]
+    in_1x1, counted = facts["stride_in_1x1"], facts["num_classes"] if converted.kind == "detector" else None
     settings: dict[str, Any]
+    num_classes: tuple[str, int] | None = None  # the name of the setting, and what it counts besides the objects
     if target_format == "detectron2":
         settings = {
             "INPUT.FORMAT": "BGR" if flipped else "RGB",
@@ -262,8 +211,7 @@ def settings_for(target_format: str, converted: Converted) -> dict[str, Any]:
             "MODEL.PIXEL_STD": std,
             "MODEL.RESNETS.STRIDE_IN_1X1": in_1x1,
         }
-        if converted.kind == "detector":
-            settings["MODEL.ROI_HEADS.NUM_CLASSES"] = num_classes - 1
+        num_classes = ("MODEL.ROI_HEADS.NUM_CLASSES", 0)
     elif target_format == "maskrcnn-benchmark":
         settings = {
             "INPUT.TO_BGR255": flipped,
@@ -271,8 +219,7 @@ def settings_for(target_format: str, converted: Converted) -> dict[str, Any]:
             "INPUT.PIXEL_STD": std,
             "MODEL.RESNETS.STRIDE_IN_1X1": in_1x1,
         }
-        if converted.kind == "detector":
-            settings["MODEL.ROI_BOX_HEAD.NUM_CLASSES"] = num_classes
+        num_classes = ("MODEL.ROI_BOX_HEAD.NUM_CLASSES", 1)
     elif target_format in ("mmdetection", "mmdetection-caffe"):
         settings = {
             "data_preprocessor.mean": mean,
@@ -280,22 +227,30 @@ def settings_for(target_format: str, converted: Converted) -> dict[str, Any]:
             "data_preprocessor.bgr_to_rgb": not flipped,
             "backbone.style": "caffe" if in_1x1 else "pytorch",
         }
-        if converted.kind == "detector":
-            settings["roi_head.bbox_head.num_classes"] = num_classes - 1
+        num_classes = ("roi_head.bbox_head.num_classes", 0)
     elif target_format == "detectron":
         settings = {"PIXEL_MEANS": mean, "pixel std": std, "RESNETS.STRIDE_1X1": in_1x1}
-        if converted.kind == "detector":
-            settings["MODEL.NUM_CLASSES"] = num_classes
+        num_classes = ("MODEL.NUM_CLASSES", 1)
     else:
         settings = {key: facts[key] for key in ("image_mean", "image_std", "stride_in_1x1")}
-        if converted.kind == "detector" and target.heads:
-            settings["num_classes"] = num_classes
+        num_classes = ("num_classes", 1) if target.heads else None
+    if num_classes is not None and counted is not None:
+        name, background = num_classes
+        settings[name] = counted - 1 + background
     if facts["norm_eps"] != target.norm_eps:
         settings["eps of the norms"] = facts["norm_eps"]
     return settings
 
 
-# ---- what the above is made of
+def find_format(name: str) -> Format:
+    """Look up a format by name.
+
+    Raises:
+        WeightsError: If there is none of this name.
+    """
+    if name not in FORMATS:
+        raise WeightsError(f"there is no format {name!r}; known are {', '.join(FORMATS)}")
+    return FORMATS[name]
 
 
 def _is_bgr(name: str, facts: Mapping[str, Any]) -> bool:
@@ -308,53 +263,13 @@ def _rules(name: str, facts: Mapping[str, Any]) -> tuple[Rule, ...]:
     return (*((BGR_STEM,) if _is_bgr(name, facts) else ()), *FORMATS[name].rules)
 
 
-def _format(name: str) -> Format:
-    if name not in FORMATS:
-        raise WeightsError(f"there is no format {name!r}; known are {', '.join(FORMATS)}")
-    return FORMATS[name]
-
-
-def _tensors_of(content: Mapping[str, Any]) -> Tensors:
-    blobs = content.get("blobs")
-    return tensors_in(blobs if isinstance(blobs, dict) else content, "the file")
-
-
-def _carried_facts(content: Mapping[str, Any]) -> dict[str, Any]:
-    """Find the facts that were written with the tensors; {} if there are none or they make no sense."""
-    carried = content.get(FACTS_ENTRY, getattr(content, FACTS_ENTRY, None))
-    if not isinstance(carried, dict) or carried.get("format") not in FORMATS:
-        return {}
-
-    def three(values: Any) -> bool:
-        return isinstance(values, list) and [type(value) for value in values] == [float] * 3
-
-    sensible = (
-        isinstance(carried.get("stride_in_1x1"), bool)
-        and carried.get("channel_order") in ("rgb", "bgr")
-        and isinstance(carried.get("norm_eps"), float)
-        and three(carried.get("image_mean"))
-        and three(carried.get("image_std"))
-    )
-    return carried if sensible else {}
-
-
 def _has_another_stem(given: Tensors) -> bool:
-    """Whether these are a deep stem's ResNet or a VGG, which other libraries lay out in ways of their own."""
     prefix = body_prefix(given)
     return prefix is not None and f"{prefix}conv1.weight" not in given
 
 
-def _as_it_is(content: Mapping[str, Any], given: Tensors, source_format: str) -> Converted:
-    """Give a network whose names need no change, with its facts."""
-    kind: Kind = "detector" if f"{SCORES}weight" in given else "classifier" if "fc.weight" in given else "backbone"
-    counters = tuple(name for name in given if name.endswith("num_batches_tracked"))
-    tensors = {name: tensor for name, tensor in given.items() if name not in counters}
-    facts = _facts(content, given, source_format, tensors, kind)
-    return Converted(tensors, kind, facts, (), counters)
-
-
 def _find_names(source: Format, source_format: str, given: Tensors) -> dict[str, str]:
-    """Give torchvision's names, and the source's, for the form in which most of the file has a place."""
+    """Map torchvision's names to the source's, for the form (detector, pyramid, body) that covers most of the file."""
     depths = {stage: depth for stage, depth in count_blocks(given).items() if 1 <= stage <= 4}
     all_forms: tuple[Form, ...] = ("detector", "pyramid", "body")
     forms = [tensor_names(source, form, depths) for form in all_forms]
@@ -421,101 +336,3 @@ def _check_levels(full: Tensors, depths: Mapping[int, int]) -> None:
             f"an FPN on {levels} of the body's {len(depths)} stages has no counterpart in the other formats, whose "
             "levels are named by their stage"
         )
-
-
-def _facts(
-    content: Mapping[str, Any], given: Tensors, source_format: str, tensors: Tensors, kind: Kind
-) -> dict[str, Any]:
-    source = FORMATS[source_format]
-    arch, groups = _guess_arch(tensors)
-    # The ResNeXts of Facebook's libraries stride in the 3x3 and were trained on images of unit variance:
-    # configs/COCO-Detection/faster_rcnn_X_101_32x8d_FPN_3x.yaml.
-    msra = source.stride_in_1x1 and groups == 1
-    bgr, mean, std, stride = source.bgr, source.mean, (1.0, 1.0, 1.0) if msra else STD, msra
-    eps = source.norm_eps
-    if source_format == "detectron2" and content.get("__author__") == "torchvision":
-        # tools/convert-torchvision-to-d2.py writes this name, and says these settings.
-        bgr, mean, std, stride = False, MEAN, STD, False
-    if source_format == "detectron2":
-        said = _pixel_statistics(given)
-        bgr = said.get("bgr", bgr)
-    else:
-        said = _mmdetection_style(content)
-        stride = said.get("stride_in_1x1", stride)
-    mean, std = said.get("mean", mean), said.get("std", std)
-    image_mean, image_std = [value / 255 for value in mean], [value / 255 for value in std]
-    if isinstance(spec := content.get("spec"), dict):
-        image_mean, image_std = list(spec.get("image_mean", image_mean)), list(spec.get("image_std", image_std))
-        stride, eps = bool(spec.get("stride_in_1x1", stride)), float(spec.get("norm_eps", eps))
-    elif source_format in ("torchvision", "timm"):
-        image_mean, image_std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
-    carried = _carried_facts(content)
-    if carried.get("format") == source_format:
-        stride, bgr = carried["stride_in_1x1"], carried["channel_order"] == "bgr"
-        image_mean, image_std, eps = carried["image_mean"], carried["image_std"], carried["norm_eps"]
-    counted = {"detector": f"{SCORES}weight", "classifier": "fc.weight"}.get(kind)
-    return {
-        "format": source_format,
-        "arch": arch,
-        "stride_in_1x1": stride,
-        "channel_order": "bgr" if bgr else "rgb",
-        "image_mean": image_mean,
-        "image_std": image_std,
-        "norm_eps": eps,
-        "background": "last" if BACKGROUND_LAST in source.rules else "first",
-        "num_classes": len(tensors[counted]) if counted else None,
-    }
-
-
-def _guess_arch(tensors: Tensors) -> tuple[str | None, int]:
-    """Name the architecture with these blocks, if it is one of ours, and count the groups of its 3x3 convolutions."""
-    depths = count_blocks(tensors)
-    second = tensors.get(f"{BODY}layer1.0.conv2.weight")
-    if second is None:
-        return None, 1
-    bottleneck = f"{BODY}layer1.0.conv3.weight" in tensors
-    width, per_group = second.shape[:2]
-    groups = width // per_group
-    for name, arch in ARCHS.items():
-        if not isinstance(arch, ResNetArch):
-            continue
-        shape = (arch.block == "bottleneck", arch.groups, arch.groups * arch.width_per_group)
-        if depths == dict(enumerate(arch.depths, 1)) and shape == (bottleneck, groups, width):
-            return name, groups
-    return None, groups
-
-
-def _pixel_statistics(given: Tensors) -> dict[str, Any]:
-    """Read what a detectron2 checkpoint says it subtracts and divides by: BGR where the mean rises as ImageNet's."""
-    if "pixel_mean" not in given or "pixel_std" not in given:
-        return {}
-    mean, std = given["pixel_mean"].flatten().tolist(), given["pixel_std"].flatten().tolist()
-    if len(mean) != 3 or len(std) != 3:
-        return {}
-    bgr = mean[0] <= mean[2]
-    return {"bgr": bgr, "mean": mean[:: -1 if bgr else 1], "std": std[:: -1 if bgr else 1]}
-
-
-def _mmdetection_style(content: Mapping[str, Any]) -> dict[str, Any]:
-    """Read channel order, stride, mean and deviation out of the configuration that mmdetection stores as text."""
-    meta = content.get("meta")
-    config = (meta.get("config") or meta.get("cfg")) if isinstance(meta, dict) else None
-    if not isinstance(config, str):
-        return {}
-    style: dict[str, Any] = {}
-    if found := re.search(r"to_rgb\s*=\s*(True|False)", config):
-        style["bgr"] = found[1] == "False"
-    if found := re.search(r"style\s*=\s*['\"](caffe|pytorch)['\"]", config):
-        style["stride_in_1x1"] = found[1] == "caffe"
-    if "bgr" in style:
-        for key in ("mean", "std"):
-            if found := re.search(rf"\b{key}\s*=\s*\[([-+.e\d,\s]*)\]", config):
-                values = [float(value) for value in found[1].split(",") if value.strip()]
-                if len(values) == 3:
-                    style[key] = values[:: -1 if style["bgr"] else 1]
-    return style
-
-
-def _norms_are_affine(names: Tensors) -> bool:
-    means = [tensor for name, tensor in names.items() if name.endswith("running_mean")]
-    return bool(means) and not any(tensor.any() for tensor in means)

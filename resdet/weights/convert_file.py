@@ -1,4 +1,4 @@
-"""Files of other libraries, converted: read safely, brought into another library's names and layout, written whole."""
+"""Convert weights files: read safely, converted to another library's names and layout, moved into place when whole."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from torch import Tensor
 
 from resdet.errors import UserError, WeightsError
 from resdet.files import save_tensors, written_whole
-from resdet.weights.convert import FACTS_ENTRY, Converted, Written, facts_to_carry, settings_for, to_torchvision, write
+from resdet.weights.convert import Converted, Written, facts_to_carry, find_format, settings_for, to_torchvision, write
 from resdet.weights.files import read_checkpoint
-from resdet.weights.layouts import FORMATS
+from resdet.weights.formats import FACTS_ENTRY
+from resdet.weights.layouts import Tensors
 
 # Which libraries read pickles: the others' files are PyTorch's.
 _PICKLE_FORMATS = ("detectron2", "detectron")
@@ -26,19 +27,19 @@ _SUFFIXES = (".pth", ".pt", ".pkl", ".safetensors")
 
 @dataclass(frozen=True)
 class ConversionReport:
-    """What became of a file.
+    """How a file was converted.
 
     Attributes:
-        read: As it is in torchvision's layout.
-        written: As it was written.
-        settings: What the target library must be told beside the tensors, in its own words.
-        beside: Entries of the source file beside its state dict, which were not taken along.
+        read: The source in torchvision's layout.
+        written: The same as it was written.
+        settings: Under which the target library must build the model, by that library's names.
+        not_copied: Entries of the source file besides its state dict.
     """
 
     read: Converted
     written: Written
     settings: dict[str, Any]
-    beside: tuple[str, ...]
+    not_copied: tuple[str, ...]
 
 
 def convert_file(
@@ -48,24 +49,23 @@ def convert_file(
     *,
     source_format: str | None = None,
 ) -> ConversionReport:
-    """Convert a file of weights from one library to another.
+    """Convert a weights file from one library's format to another's.
 
     Args:
         source: ``.pth``, ``.pt``, ``.pkl`` or ``.safetensors``; read without running any code it may hold.
         target_format: A key of ``resdet.weights.layouts.FORMATS``.
         output: The file to write, in the wrapping that the target library reads: ``.pth`` or ``.pt``; ``.pkl`` for
-            detectron2 and detectron; ``.safetensors``. The facts no tensor shows go along in each, see
-            ``resdet.weights.convert.FACTS_ENTRY``, so that converting on from there is right.
-        source_format: By default what the names in the file show.
+            detectron2 and detectron; ``.safetensors``. Each carries the facts that no tensor shows under
+            ``FACTS_ENTRY``, so that it can be converted further without losing them.
+        source_format: By default the one that the names in the file show.
 
     Raises:
         UserError: If the output has no such suffix, or its directory does not exist.
-        WeightsError: If there is no such format, or the source cannot be read or is of none.
+        WeightsError: If there is no such format, or the source cannot be read or is of no known one.
     """
     source, output = Path(source), Path(output)
-    for name in (target_format, source_format):
-        if name is not None and name not in FORMATS:
-            raise WeightsError(f"there is no format {name!r}; known are {', '.join(FORMATS)}")
+    for name in filter(None, (target_format, source_format)):
+        find_format(name)
     if output.suffix not in _SUFFIXES:
         raise UserError(f"{output}: must end in {', '.join(_SUFFIXES)}")
     if output.suffix == ".pkl" and target_format not in _PICKLE_FORMATS:
@@ -77,15 +77,15 @@ def convert_file(
     except WeightsError as error:
         raise WeightsError(f"{source}: {error}") from error
     facts = facts_to_carry(target_format, read.facts)
-    with written_whole(output) as beside:
+    with written_whole(output) as temporary:
         if output.suffix == ".safetensors":
             tensors = {name: tensor.clone() for name, tensor in written.tensors.items()}
-            beside.write_bytes(save(tensors, {FACTS_ENTRY: json.dumps(facts)}))
+            temporary.write_bytes(save(tensors, {FACTS_ENTRY: json.dumps(facts)}))
         elif output.suffix == ".pkl":
-            with beside.open("wb") as file:
+            with temporary.open("wb") as file:
                 pickle.dump(_as_pickle(written.tensors, target_format, read.kind, facts), file, protocol=4)
         else:
-            save_tensors(_wrapped(written.tensors, target_format, facts), beside)
+            save_tensors(_wrapped(written.tensors, target_format, facts), temporary)
     other = tuple(key for key, value in content.items() if not isinstance(value, Tensor) and not _is_state(key, value))
     return ConversionReport(read, written, settings_for(target_format, read), other)
 
@@ -94,22 +94,22 @@ def _is_state(key: str, value: Any) -> bool:
     return key == FACTS_ENTRY or (key in ("state_dict", "model", "blobs") and isinstance(value, dict))
 
 
-def _wrapped(tensors: dict[str, Tensor], target_format: str, facts: dict[str, Any]) -> dict[str, Any]:
+def _wrapped(tensors: Tensors, target_format: str, facts: dict[str, Any]) -> dict[str, Any]:
     """Wrap a state dict as the library's own PyTorch files are."""
     if target_format in ("detectron2", "maskrcnn-benchmark"):
         return {"model": tensors, FACTS_ENTRY: facts}
     if target_format in ("mmdetection", "mmdetection-caffe"):
         return {"meta": {}, "state_dict": tensors, FACTS_ENTRY: facts}
-    # The others load a bare state dict. As an attribute, beside the _metadata of torch's own, facts disturb nobody.
+    # The other libraries load a bare state dict. They ignore attributes of it, as torch's own _metadata is one.
     bare = OrderedDict(tensors)
     setattr(bare, FACTS_ENTRY, facts)
     return bare
 
 
-def _as_pickle(tensors: dict[str, Tensor], target_format: str, kind: str, facts: dict[str, Any]) -> dict[str, Any]:
+def _as_pickle(tensors: Tensors, target_format: str, kind: str, facts: dict[str, Any]) -> dict[str, Any]:
     """Wrap arrays as detectron2's ``DetectionCheckpointer._load_file`` expects them."""
     arrays = {name: tensor.contiguous().numpy() for name, tensor in tensors.items()}
     if target_format == "detectron":
         return {"blobs": arrays, FACTS_ENTRY: facts}
-    # Names of a body alone are the endings of those in a detector, which detectron2 then finds itself.
+    # A body alone is named by the endings of its names in a detector, which detectron2 then matches itself.
     return {"model": arrays, "__author__": "resdet", "matching_heuristics": kind != "detector", FACTS_ENTRY: facts}

@@ -1,83 +1,164 @@
-"""Where a model's first weights come from: a torchvision name, a file, a URL. Nothing is left out without a word."""
+"""Read weights files: each is opened once, no code in it is run, and its tensors get torchvision's names.
+
+``read_weights`` is the one reading that everything else stands on. ``read_checkpoint`` is its first half, the content
+as it is stored, for converting a file without using it.
+"""
 
 from __future__ import annotations
 
 import json
-import logging
 import os
 import pickle
 import re
-import zipfile
 from collections import OrderedDict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import torch
+from pydantic import ValidationError
 from safetensors import safe_open
-from torch import Tensor
 
-from resdet.errors import WeightsError, first_line, name_some
-from resdet.weights.pickles import read_pickle
+from resdet.errors import WeightsError, first_line
+from resdet.models.spec import CONVENTIONS, WEIGHTS_FACTS, WEIGHTS_FIELDS, DetectorSpec
+from resdet.types import Category, categories_from_plain
+from resdet.weights.convert import to_torchvision
+from resdet.weights.formats import FACTS_ENTRY, OWN_LAYOUTS, body_prefix, carried_facts, kind_of, tensors_in
+from resdet.weights.layouts import SCORES, Tensors, modern_names
+from resdet.weights.pickles import load_pickle
 
-logger = logging.getLogger(__name__)
-_WRAPPERS = ("state_dict", "model", "blobs")
-_BODY_PREFIXES = ("backbone.body.", "body.", "")
-_STEMS = ("conv1.weight", "conv1.0.weight", "features.0.weight")
+DETECTOR_FORMAT = "resdet-detector-1"
+INT8_FORMAT = "resdet-detector-int8-1"
+BACKBONE_FORMAT = "resdet-backbone-1"
+"""What our own files call themselves: an entry "format", of a safetensors file in its metadata."""
+
+CLASS_SCORES = f"{SCORES}weight"
+"""The tensor whose rows are a detector's classes, the background first."""
 
 
 @dataclass(frozen=True)
-class LoadReport:
-    """What became of the tensors of a file.
+class WeightsFile:
+    """What one reading of a weights file finds.
 
     Attributes:
-        source: Where they came from; empty if weights stayed random.
-        loaded: Names in the model that were set.
-        left_over: Names in the file that the model has no place for.
-        reinitialised: Names in the model that were deliberately not taken from the file.
+        path: The file.
+        kind: A detector, in float or in int8; a classifier; or a backbone, with or without its pyramid.
+        tensors: As torchvision names them; ``resdet.weights.convert.Converted`` says how for each kind.
+        settings: Fields of ``DetectorSpec`` under which the weights were trained, as far as the file states or implies
+            them: all ``WEIGHTS_FIELDS`` for our checkpoints and other libraries' detectors, some of ``WEIGHTS_FACTS``
+            for other backbones, none for torchvision's own files, which state nothing.
+        content: The file's dictionary as it is stored, for entries that only their writer understands: "config" and
+            "training" of a run, "moment" of a broken step, "classes" of a classifier.
+        format: What the file calls itself; None if it does not.
+        spec: Of a detector's checkpoint of ours; None for any other file.
+        categories: Of the same, by rising label; empty if their names are not known.
+        score_threshold: Of the same; None if no threshold was chosen.
+        facts: Of a converted file, see ``Converted.facts``; empty for torchvision's names that say nothing else.
+        exported: The description that ``export_backbone`` writes; empty for any other file.
+        left_over: Names in the file that torchvision's layout has no place for.
     """
 
-    source: str = ""
-    loaded: tuple[str, ...] = ()
+    path: Path
+    kind: Literal["detector", "int8", "classifier", "backbone"]
+    tensors: Tensors
+    settings: dict[str, Any]
+    content: Mapping[str, Any] = field(repr=False)
+    format: str | None = None
+    spec: DetectorSpec | None = None
+    categories: tuple[Category, ...] = ()
+    score_threshold: float | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
+    exported: dict[str, Any] = field(default_factory=dict)
     left_over: tuple[str, ...] = ()
-    reinitialised: tuple[str, ...] = ()
 
-    def __str__(self) -> str:
-        """Say it in one line."""
-        if not self.source:
-            return "random weights"
-        counters = sum(name.endswith("num_batches_tracked") for name in self.left_over)
-        names = [name for name in self.left_over if not name.endswith("num_batches_tracked")]
-        left = [name_some(names)] if names else []
-        left += [f"{counters} num_batches_tracked"] if counters else []
-        text = f"{len(self.loaded)} tensors from {self.source}; left over: {' and '.join(left) or 'none'}"
-        if self.reinitialised:
-            text += f"; freshly initialised: {name_some(self.reinitialised)}"
-        return text
+    @property
+    def is_detector(self) -> bool:
+        """Whether the file holds a whole detector, and not the weights of its backbone alone."""
+        return self.kind in ("detector", "int8")
+
+
+WeightsPath: TypeAlias = str | os.PathLike[str] | WeightsFile
+"""A weights file by its path, or one that has been read."""
+
+
+def read_weights(path: WeightsPath) -> WeightsFile:
+    """Read a weights file of ours, torchvision's or another library's; one that has been read is returned as it is.
+
+    Raises:
+        WeightsError: If the file is missing or damaged, holds anything but tensors and plain values, no network that is
+            known here, or a description that contradicts itself.
+    """
+    if isinstance(path, WeightsFile):
+        return path
+    path = Path(path)
+    content, metadata = _read(path)
+    tensors = tensors_in(content, str(path))
+    name = content.get("format", metadata.get("format"))
+    if name in (DETECTOR_FORMAT, INT8_FORMAT):
+        return _own_detector(path, content, tensors)
+    left_over: tuple[str, ...] = ()
+    facts = carried_facts(content)
+    if facts["format"] in OWN_LAYOUTS if facts else body_prefix(tensors) is not None:
+        tensors = modern_names(tensors)
+        kind = kind_of(tensors)
+    else:
+        try:
+            converted = to_torchvision(content)
+        except WeightsError as error:
+            raise WeightsError(f"{path}: holds no ResNet that is known here: {error}") from error
+        kind, facts, left_over = converted.kind, converted.facts, converted.left_over
+        if any(tensor.startswith("roi_heads.") for tensor in tensors):
+            kind = "detector"  # of a kind that has no counterpart here: whoever needs one is told what it lacks
+        tensors = converted.tensors
+    exported = _exported(metadata) if name == BACKBONE_FORMAT else {}
+    return WeightsFile(
+        path,
+        kind,
+        tensors,
+        _exported_settings(exported) if exported else _settings(facts, kind),
+        content,
+        format=name,
+        facts=facts,
+        exported=exported,
+        left_over=left_over,
+    )
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Read a ``.pth``, ``.pt``, ``.safetensors`` or ``.pkl`` file onto the CPU, without running any code it may hold.
 
     Returns:
-        The file's dictionary as it is, with string keys. The numpy arrays of a ``.pkl`` (detectron2's model zoo, MSRA's
-        networks) become tensors. What ``convert_file`` wrote into the metadata of a
-        ``.safetensors`` file is an attribute of the dictionary.
+        The file's dictionary as it is stored, with string keys. The numpy arrays of a ``.pkl`` (detectron2's model zoo,
+        MSRA's networks) become tensors. Facts that ``convert_file`` wrote into the metadata of a ``.safetensors`` file
+        are an attribute of the dictionary.
 
     Raises:
         WeightsError: If the file is missing, damaged, holds anything but tensors and plain values, or no dictionary.
     """
-    path = Path(path)
+    return _read(Path(path))[0]
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return a file's content, and the metadata of a safetensors file."""
     if not path.is_file():
         raise WeightsError(f"{path}: {'is a directory, not a file' if path.is_dir() else 'there is no such file'}")
+    metadata: dict[str, str] = {}
     try:
         if path.suffix == ".safetensors":
-            content: Any = _load_safetensors(path)
-        elif path.suffix == ".pkl" and not zipfile.is_zipfile(path):
-            content = read_pickle(path)
+            content, metadata = _read_safetensors(path)
         else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            with path.open("rb") as file:
+                head = file.read(9)
+                file.seek(0)
+                if head.startswith(b"PK\x03\x04"):  # PyTorch's format, whatever the suffix
+                    content = torch.load(file, map_location="cpu", weights_only=True)
+                elif path.suffix == ".pkl":
+                    content = load_pickle(file, path)
+                elif head[:1] != b"\x80" and head[8:] == b"{":  # safetensors under another suffix
+                    content, metadata = _read_safetensors(path)
+                else:  # PyTorch's before 1.6
+                    content = torch.load(file, map_location="cpu", weights_only=True)
     except WeightsError:
         raise
     except pickle.UnpicklingError as error:
@@ -99,47 +180,64 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
         ) from error
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise WeightsError(f"{path}: must hold a dictionary of named tensors, got {type(content).__name__}")
-    return content
+    return content, metadata
 
 
-def _load_safetensors(path: Path) -> dict[str, Tensor]:
+def _read_safetensors(path: Path) -> tuple[Any, dict[str, str]]:
     with safe_open(path, framework="pt") as file:
-        about = file.metadata() or {}
+        metadata = file.metadata() or {}
         tensors = OrderedDict((name, file.get_tensor(name)) for name in file.keys())  # noqa: SIM118  # not a mapping
-    if "resdet_facts" in about:
-        setattr(tensors, "resdet_facts", json.loads(about["resdet_facts"]))  # noqa: B010  # torch.save's files too
-    return tensors
+    if FACTS_ENTRY in metadata:
+        setattr(tensors, FACTS_ENTRY, json.loads(metadata[FACTS_ENTRY]))
+    return tensors, metadata
 
 
-def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """Read the named tensors of a file.
-
-    They may lie inside a ``"state_dict"`` or ``"model"`` entry, and ``"module."`` before their names is taken away.
-
-    Raises:
-        WeightsError: As ``read_checkpoint``; and if there are no tensors in the file.
-    """
-    return tensors_in(read_checkpoint(path), os.fspath(path))
-
-
-def tensors_in(content: Mapping[str, Any], source: str) -> dict[str, Tensor]:
-    """Find the state dict in what ``read_checkpoint`` gave.
-
-    Raises:
-        WeightsError: If there is none.
-    """
-    for wrapper in _WRAPPERS:
-        if isinstance(content.get(wrapper), dict):
-            content = content[wrapper]
-            break
-    tensors = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
-    if not tensors:
-        raise WeightsError(f"{source}: holds no tensors; its keys are {name_some(map(str, content)) or 'none'}")
-    if all(name.startswith("module.") for name in tensors):
-        tensors = {name.removeprefix("module."): value for name, value in tensors.items()}
-    return tensors
+def _own_detector(path: Path, content: Mapping[str, Any], tensors: Tensors) -> WeightsFile:
+    """Read the description in a detector's checkpoint of ours."""
+    score_threshold = content.get("score_threshold")  # older files have none
+    if not (score_threshold is None or (isinstance(score_threshold, (int, float)) and 0 <= score_threshold <= 1)):
+        raise WeightsError(f"{path}: its score_threshold must be in [0, 1], got {score_threshold!r}")
+    try:
+        spec, categories = DetectorSpec.model_validate(content["spec"]), categories_from_plain(content["categories"])
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise WeightsError(f"{path}: its spec is not one of this version: {where}: {first['msg']}") from error
+    except (KeyError, TypeError, ValueError) as error:
+        raise WeightsError(f"{path}: has no readable spec and categories ({error!r})") from error
+    return WeightsFile(
+        path,
+        "int8" if content["format"] == INT8_FORMAT else "detector",
+        tensors,
+        {name: getattr(spec, name) for name in WEIGHTS_FIELDS},
+        content,
+        format=content["format"],
+        spec=spec,
+        categories=categories,
+        score_threshold=score_threshold,
+    )
 
 
-def body_prefix(tensors: Mapping[str, Tensor]) -> str | None:
-    """Give what stands before the names of a body in torchvision's layout; None if there is no body."""
-    return next((prefix for prefix in _BODY_PREFIXES for stem in _STEMS if f"{prefix}{stem}" in tensors), None)
+def _exported(metadata: Mapping[str, str]) -> dict[str, Any]:
+    try:
+        description = json.loads(metadata.get("backbone", ""))
+    except ValueError:  # load_backbone says what it misses in an empty description
+        description = None
+    return description if isinstance(description, dict) else {}
+
+
+def _exported_settings(exported: Mapping[str, Any]) -> dict[str, Any]:
+    fields = {name: exported[name] for name in WEIGHTS_FIELDS if name in exported}
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
+
+
+def _settings(facts: Mapping[str, Any], kind: str) -> dict[str, Any]:
+    """Return the settings that a file's facts imply: for another library's detector, all of that library's ways."""
+    if not facts:
+        return {}
+    settings = {name: tuple(facts[name]) if isinstance(facts[name], list) else facts[name] for name in WEIGHTS_FACTS}
+    library = facts["format"]
+    if kind != "detector" or library in OWN_LAYOUTS:
+        return settings
+    ways = {name: DetectorSpec.model_fields[name].default for name in WEIGHTS_FIELDS} | CONVENTIONS.get(library, {})
+    return {name: value for name, value in ways.items() if name in WEIGHTS_FIELDS} | settings

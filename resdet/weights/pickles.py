@@ -46,8 +46,14 @@ def read_pickle(path: str | os.PathLike[str]) -> Any:
         OSError: If it cannot be opened.
     """
     path = Path(path)
+    with path.open("rb") as file:
+        return load_pickle(file, path)
+
+
+def load_pickle(file: IO[bytes], path: Path) -> Any:
+    """Do as ``read_pickle``, with an open file; ``path`` is what messages call it."""
     try:
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
             _check_opcodes(content, path)
             content.seek(0)
             # A memory map gives no more bytes than there are, whatever length the stream asks for.

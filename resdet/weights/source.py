@@ -1,4 +1,4 @@
-"""Find the file behind a weights argument: a torchvision name, a file or a URL."""
+"""Find the file that a weights argument names: torchvision's name for it, a path or a URL."""
 
 from __future__ import annotations
 
@@ -18,18 +18,19 @@ import torchvision
 from torchvision.models import WeightsEnum
 
 from resdet.errors import WeightsError, first_line, name_some
-from resdet.weights.files import read_checkpoint
+from resdet.weights.files import WeightsFile, read_checkpoint
 
 logger = logging.getLogger(__name__)
 
-WeightsSource: TypeAlias = str | os.PathLike[str] | WeightsEnum | None
+WeightsSource: TypeAlias = str | os.PathLike[str] | WeightsEnum | WeightsFile | None
+"""First weights: torchvision's name or enum, a path, a URL, a file that has been read, or None for random ones."""
 
-# A file name that ends so carries the first digits of its SHA-256; torch.hub's convention.
+# torch.hub's convention: such a file name holds the first digits of the file's SHA-256.
 _HASH_IN_NAME = re.compile(r"-([a-f0-9]{8,})\.")
 
 
 def locate(source: str | os.PathLike[str] | WeightsEnum, arch: str) -> Path:
-    """Find the file behind a weights argument, downloading it if it is a URL or torchvision's.
+    """Return the file that a weights argument names; a URL, or torchvision's, is downloaded once.
 
     Args:
         source: A torchvision weight name for ``arch``, the enum itself, a file, or an http, https or file URL.
@@ -60,17 +61,17 @@ def locate(source: str | os.PathLike[str] | WeightsEnum, arch: str) -> Path:
 
 
 def _published(arch: str) -> dict[str, WeightsEnum]:
-    """Give torchvision's weights of an architecture by name; none where it does not have the network."""
+    """Return torchvision's weights of an architecture by name; none where it does not have the network."""
     if arch not in torchvision.models.list_models(module=torchvision.models):
         return {}
     return dict(torchvision.models.get_model_weights(arch).__members__)
 
 
 def fetch(url: str) -> Path:
-    """Give the local file of a URL, downloading it into torch.hub's cache if it is not there.
+    """Return the local file of a URL, which is downloaded into torch.hub's cache if it is not there.
 
-    A hash in the file name (``-<8 or more hex digits>.``) is checked on downloading. A file counts as downloaded only
-    once it can be read as a whole, so that a broken connection leaves nothing behind.
+    A hash in the file name (``-<8 or more hex digits>.``) is checked after the download. The file is read as a whole
+    before it is moved into place, so that a broken connection leaves nothing behind.
 
     Raises:
         WeightsError: If the file cannot be downloaded or is not what its name or format says; the message names the URL
@@ -94,7 +95,7 @@ def fetch(url: str) -> Path:
         in_name = _HASH_IN_NAME.search(name)
         hash_prefix = in_name[1] if in_name else None
         torch.hub.download_url_to_file(url, str(incoming), hash_prefix, progress=sys.stderr.isatty())
-        # A connection that ends early raises nothing: only reading the file tells.
+        # A connection that ends early raises nothing: reading the file does.
         read_checkpoint(incoming)
         os.replace(incoming, path)
     except OSError as error:  # URLError and HTTPError among them

@@ -146,7 +146,7 @@ def test_first_weights_are_taken_but_for_other_classes(folder: Path, whole: Path
     assert load_first_weights(other, str(whole / "best.pt")).reinitialised == ("fc.weight", "fc.bias")
     assert torch.equal(other.network.fc.weight, before)
     assert torch.equal(other.network.conv1.weight, stored["conv1.weight"])
-    with pytest.raises(UserError, match="is not this cifar32 classifier"):
+    with pytest.raises(UserError, match="does not fit this cifar32 classifier"):
         load_first_weights(make_classifier(ClassifierSpec(arch="cifar32"), ["a"]), str(whole / "best.pt"))
 
 

@@ -14,12 +14,13 @@ from resdet.classification.summary import summarise
 from resdet.errors import UserError, WeightsError
 from resdet.models.archs import ARCHS
 from resdet.models.bodies import Classifier, build_classifier, make_body
-from resdet.models.checkpoint import checkpoint_payload, load_detector, weights_settings
+from resdet.models.checkpoint import checkpoint_payload, load_detector
 from resdet.models.detector import Detector, build_detector
 from resdet.models.norm import calibrate_norm, has_fresh_frozen_norm
 from resdet.models.resnet import Bottleneck, ResNet
 from resdet.models.spec import DetectorSpec
-from resdet.weights.convert import FACTS_ENTRY
+from resdet.weights.files import read_weights
+from resdet.weights.formats import FACTS_ENTRY
 
 TORCHVISION = [arch for arch in ARCHS if arch in torchvision.models.list_models(module=torchvision.models)]
 
@@ -327,7 +328,7 @@ def test_weights_bring_their_facts_whatever_the_stem(arch: str, tmp_path: Path) 
     payload = OrderedDict(model=body.state_dict())
     setattr(payload, FACTS_ENTRY, facts)
     torch.save(payload, tmp_path / "w.pt")
-    settings = weights_settings(tmp_path / "w.pt")
+    settings = read_weights(tmp_path / "w.pt").settings
     assert settings == {
         "norm_eps": 1e-3,
         "image_mean": (0.1, 0.2, 0.3),
@@ -343,7 +344,7 @@ def test_weights_bring_their_facts_whatever_the_stem(arch: str, tmp_path: Path) 
 def test_weights_of_another_network_are_told(tmp_path: Path) -> None:
     torch.save(build_classifier("resnet18", num_classes=2).state_dict(), tmp_path / "w.pth")
     for arch, norm in (("plain18", "frozen"), ("resnet18d", "frozen"), ("cifar20", "batch")):
-        with pytest.raises(WeightsError, match=rf"does not hold a {arch} .*looks like resnet18"):
+        with pytest.raises(WeightsError, match=rf"does not fit this {arch} .*looks like resnet18"):
             build_detector(DetectorSpec(arch=arch, norm=norm), num_classes=2, weights_backbone=tmp_path / "w.pth")
     with pytest.raises(WeightsError, match="no weights of cifar20; cifar20 has none in torchvision"):
         build_detector(DetectorSpec(arch="cifar20"), num_classes=2, weights_backbone="IMAGENET1K_V1")

@@ -26,7 +26,7 @@ from resdet.data.shapes import ShapesImages, shapes_table
 from resdet.errors import UserError, WeightsError
 from resdet.evaluation.labels import match_labels
 from resdet.models.box_heads import BoxHeads
-from resdet.models.checkpoint import checkpoint_payload, load_detector, load_detector_weights, weights_settings
+from resdet.models.checkpoint import checkpoint_payload, load_detector, load_detector_weights
 from resdet.models.detector import Detector, build_detector
 from resdet.models.fasterrcnn import fasterrcnn_resnet101_fpn
 from resdet.models.proposals import Anchors, ProposalNetwork
@@ -36,6 +36,7 @@ from resdet.models.transform import scaled_size
 from resdet.types import Category
 from resdet.weights.convert import from_torchvision
 from resdet.weights.convert_file import convert_file
+from resdet.weights.files import read_weights
 
 MEAN = (123.675 / 255, 116.28 / 255, 103.53 / 255)
 MSRA: dict[str, Any] = {
@@ -290,9 +291,9 @@ def test_a_contradicting_configuration_is_refused_or_wins(small: Path, tmp_path:
     assert build_model(section(small, roi_sampling_ratio=4), shapes(), resume_from=None).spec.roi_sampling_ratio == 4
     torchvisions = tmp_path / "own.pth"
     torch.save(load_detector(small).state_dict(), torchvisions)
-    assert weights_settings(torchvisions) == {}
+    assert read_weights(torchvisions).settings == {}
     convert_file(small, "torchvision", tmp_path / "converted.safetensors")
-    facts = weights_settings(tmp_path / "converted.safetensors")
+    facts = read_weights(tmp_path / "converted.safetensors").settings
     assert facts == {"norm_eps": 1e-5, **MSRA}
 
 

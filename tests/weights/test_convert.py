@@ -21,15 +21,14 @@ from resdet.models.backbone import resnet_fpn
 from resdet.models.detector import build_detector
 from resdet.models.spec import DetectorSpec
 from resdet.weights.convert import (
-    FACTS_ENTRY,
     Converted,
-    detect_format,
     facts_to_carry,
     from_torchvision,
     settings_for,
     to_torchvision,
     write,
 )
+from resdet.weights.formats import FACTS_ENTRY, detect_format
 from resdet.weights.layouts import (
     AFFINE_NORMS,
     BACKGROUND_LAST,

@@ -19,9 +19,10 @@ from torch import Tensor
 from resdet.errors import UserError, WeightsError
 from resdet.models.detector import build_detector
 from resdet.models.spec import DetectorSpec
-from resdet.weights.convert import FACTS_ENTRY, to_torchvision, write
+from resdet.weights.convert import to_torchvision, write
 from resdet.weights.convert_file import convert_file
-from resdet.weights.files import read_checkpoint, read_tensors
+from resdet.weights.files import read_checkpoint, read_weights
+from resdet.weights.formats import FACTS_ENTRY
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -71,7 +72,7 @@ def test_the_tool_says_what_it_did(model_zoo: Path, tmp_path: Path) -> None:
         "num_classes: 5",
     ):
         assert line in done.stdout
-    assert read_tensors(tmp_path / "out.pth")["roi_heads.box_predictor.bbox_pred.bias"].shape == (20,)
+    assert read_weights(tmp_path / "out.pth").tensors["roi_heads.box_predictor.bbox_pred.bias"].shape == (20,)
 
 
 def test_a_malicious_file_is_a_users_mistake_in_one_line(tmp_path: Path) -> None:
@@ -148,7 +149,7 @@ def test_mmdetections_files(tmp_path: Path, detectron2_state: dict[str, Tensor])
     torch.save({"meta": meta, "state_dict": tensors, "optimizer": {"state": {}}}, tmp_path / "published.pth")
     report = convert_file(tmp_path / "published.pth", "torchvision", tmp_path / "out.pth")
     assert report.read.facts["format"] == "mmdetection"
-    assert report.beside == ("meta", "optimizer")
+    assert report.not_copied == ("meta", "optimizer")
 
     class HistoryBuffer:
         pass

@@ -24,7 +24,8 @@ from resdet.models.norm import FrozenBatchNorm2d, has_fresh_frozen_norm
 from resdet.models.resnet import ResNet
 from resdet.weights.convert import from_torchvision
 from resdet.weights.convert_file import convert_file
-from resdet.weights.files import read_checkpoint, read_tensors
+from resdet.weights.files import read_checkpoint
+from resdet.weights.formats import tensors_in
 from resdet.weights.source import fetch
 
 
@@ -121,8 +122,8 @@ def test_a_shorter_body_leaves_stages_over(file: Path) -> None:
 @pytest.mark.parametrize(
     ("built", "given", "message"),
     [
-        ("resnet50", "resnet18", r"does not hold a resnet50.*without layer1.0.conv3.weight.*looks like resnet18"),
-        ("resnet18", "resnet34", r"does not hold a resnet18.*with layer1.2.conv1.weight.*looks like resnet34"),
+        ("resnet50", "resnet18", r"does not fit this resnet50.*without layer1.0.conv3.weight.*looks like resnet18"),
+        ("resnet18", "resnet34", r"does not fit this resnet18.*with layer1.2.conv1.weight.*looks like resnet34"),
         # A ResNet-101 holds every tensor of a ResNet-50, under the same names and in the same shapes.
         ("resnet50", "resnet101", r"with layer3.6.conv1.weight.*and 251 more; it looks like resnet101"),
         ("resnet50", "wide_resnet50_2", r"layer1.0.conv1.weight is \[128, 64, 1, 1\] and not \[64, 64, 1, 1\]"),
@@ -179,9 +180,9 @@ def test_unreadable_files_are_one_line(tmp_path: Path, file: Path) -> None:
         assert str(tmp_path / name) in str(caught.value)
 
 
-def test_read_tensors_keeps_types_and_read_checkpoint_plain_values(tmp_path: Path) -> None:
+def test_tensors_in_keeps_types_and_read_checkpoint_plain_values(tmp_path: Path) -> None:
     torch.save({"model": {"module.a": torch.ones(2, dtype=torch.int64)}, "step": 3}, tmp_path / "w.pt")
-    assert read_tensors(tmp_path / "w.pt")["a"].dtype == torch.int64
+    assert tensors_in(read_checkpoint(tmp_path / "w.pt"), "w.pt")["a"].dtype == torch.int64
     assert read_checkpoint(tmp_path / "w.pt")["step"] == 3
 
 

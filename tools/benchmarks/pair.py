@@ -22,11 +22,12 @@ from benchmarks.bound import PRECISIONS
 from resdet.data.loader import Batch
 from resdet.errors import UserError
 from resdet.models.archs import find_arch
-from resdet.models.checkpoint import holds_detector, load_detector, weights_settings
+from resdet.models.checkpoint import load_detector
 from resdet.models.detector import Detector, build_detector
 from resdet.models.norm import calibrate_norm, has_fresh_frozen_norm
 from resdet.models.spec import DetectorSpec
 from resdet.precision import Precision
+from resdet.weights.files import read_weights
 
 TRAINABLE_LAYERS = 3
 NUM_CLASSES = 91
@@ -74,8 +75,9 @@ def build_ours(
         WeightsError: If the weights cannot be used.
     """
     measured: dict[str, Any] = {"min_size": min_size, "max_size": max_size}
-    if weights and holds_detector(weights):
-        loaded = load_detector(weights)
+    file = read_weights(weights) if weights else None
+    if file is not None and file.is_detector:
+        loaded = load_detector(file)
         # Losses that torchvision does not have would be compared with others; speed is of the fast path.
         measured |= {"class_loss": "cross_entropy", "box_loss": "smooth_l1", "class_weights": None, "fast": True}
         known = loaded.roi_heads.box_predictor.cls_score.out_features
@@ -87,14 +89,14 @@ def build_ours(
         model.load_state_dict(loaded.state_dict())
         return model
     find_arch(arch)
-    spec = DetectorSpec(arch=arch, **measured, **(weights_settings(weights) if weights else {}))
+    spec = DetectorSpec(arch=arch, **measured, **(file.settings if file else {}))
     _check_spec(spec)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = build_detector(
             spec,
             num_classes=max(NUM_CLASSES, num_classes),
-            weights_backbone=weights or None,
+            weights_backbone=file,
             trainable_layers=TRAINABLE_LAYERS,
         )
     model.eval()
