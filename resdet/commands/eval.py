@@ -47,7 +47,8 @@ def main(arguments: Sequence[str]) -> None:
     from resdet.config_reading import config_to_plain
     from resdet.evaluation.detect import evaluate
     from resdet.evaluation.inference import device_for
-    from resdet.evaluation.report import ReportedRun, check_same_ground_truth, read_log, write_report
+    from resdet.evaluation.report import write_report
+    from resdet.evaluation.report_runs import ReportedRun, check_same_ground_truth, read_log
     from resdet.evaluation.settings import InferenceSettings
     from resdet.evaluation.write import metrics_table, write_evaluation
     from resdet.models.checkpoint import load_detector

@@ -1,4 +1,4 @@
-"""What a detector found, and how good that is."""
+"""Run detectors on datasets, measure what they find, and report it."""
 
 from resdet.evaluation.coco import ClassMetrics, CocoMetrics, coco_metrics, detections_to_coco, read_coco_detections
 from resdet.evaluation.confusion import ConfusionMatrix, confusion_matrix
@@ -7,7 +7,8 @@ from resdet.evaluation.detect import Evaluation, detect, evaluate
 from resdet.evaluation.errors import ERROR_KINDS, ClassErrors, ErrorAnalysis, ErrorCost, Errors, find_errors
 from resdet.evaluation.loss import validation_loss
 from resdet.evaluation.matching import Matches, Overlaps, match, overlaps
-from resdet.evaluation.report import ReportedRun, write_report
+from resdet.evaluation.report import write_report
+from resdet.evaluation.report_runs import ReportedRun
 from resdet.evaluation.voc import VocClassMetrics, VocMetrics, voc_metrics
 
 __all__ = [

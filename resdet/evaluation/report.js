@@ -20,9 +20,9 @@
     return node;
   }
 
-  // Beside a point of the window; on the other side where it would leave it.
+  // Next to a point of the window, on whichever side has room.
   function showTip(title, lines, x, y) {
-    // An open dialog lies above all that is not in it.
+    // An open dialog covers everything outside it.
     const dialog = select("dialog[open]");
     (dialog || document.body).append(tip);
     tip.style.position = dialog ? "fixed" : "absolute";
@@ -37,7 +37,7 @@
 
   const hideTip = () => { tip.hidden = true; };
 
-  // A finger points by touching, and what it pointed at stays until it touches something else.
+  // On a touch screen the tip stays until something else is touched.
   function onPointing(node, point, leave) {
     node.addEventListener("pointerdown", point);
     node.addEventListener("pointermove", point);
@@ -59,7 +59,7 @@
       const rows = all("tbody tr", table).map((row) => [row.children[column].dataset.sort, row]);
       rows.sort(([a], [b]) => {
         if (!isNumber) return sign * a.localeCompare(b, undefined, { numeric: true });
-        // What is undefined comes last, whichever way.
+        // Undefined values come last in either order.
         if (a === "" || b === "") return (a === "") - (b === "");
         return sign * (Number(a) - Number(b));
       });
@@ -83,9 +83,9 @@
     return value.toFixed(Math.max(0, -Math.floor(Math.log10(step) + 1e-9)));
   }
 
-  // Draws lines into a figure, again whenever its width changes; gives a function that draws other lines.
-  // A line: { name, style, dashed, best, points: [[x, y, ...], ...] }; tell(point) gives the tip's lines.
-  function chart(figure, { label, xLabel, yLabel, height, xRange, yRange, tell }) {
+  // Draw lines into a figure, again whenever its width changes; return a function that draws other lines.
+  // A line: { name, style, dashed, best, points: [[x, y, ...], ...] }; describe(point) returns the tip's lines.
+  function chart(figure, { label, xLabel, yLabel, height, xRange, yRange, describe }) {
     let lines = [], at = null, width = 0, geometry = null;
     const svg = make("svg", { tabindex: 0, role: "slider", "aria-label": label, "aria-describedby": "curves-help", "aria-valuemin": 0, "aria-valuenow": 0, "aria-valuemax": 0 });
     figure.append(svg);
@@ -131,16 +131,16 @@
       const points = lines[line].points;
       at = { line, index: Math.max(0, Math.min(index, points.length - 1)) };
       const point = points[at.index];
-      const told = tell(point);
+      const texts = describe(point);
       svg.setAttribute("aria-valuemax", points.length - 1);
       svg.setAttribute("aria-valuenow", at.index);
-      svg.setAttribute("aria-valuetext", `${lines[line].name}: ${told.join(", ")}`);
+      svg.setAttribute("aria-valuetext", `${lines[line].name}: ${texts.join(", ")}`);
       geometry.mark.setAttribute("class", lines[line].style);
       geometry.mark.replaceChildren();
       make("circle", { class: "mark", r: 6, cx: geometry.x(point[0]), cy: geometry.y(point[1]) }, geometry.mark);
       if (!withTip) return;
       const frame = svg.getBoundingClientRect();
-      showTip(lines[line].name, told, frame.left + geometry.x(point[0]), frame.top + geometry.y(point[1]));
+      showTip(lines[line].name, texts, frame.left + geometry.x(point[0]), frame.top + geometry.y(point[1]));
     }
 
     function leave() {
@@ -191,7 +191,7 @@
     const isMetric = log.title.startsWith("AP");
     const show = chart(figure, {
       label: `${log.title} over steps`, xLabel: "step", yLabel: "", height: 240,
-      tell: ([x, y]) => [`step ${x}`, `${log.title} ${isMetric ? y.toFixed(3) : Number(y.toPrecision(4))}`],
+      describe: ([x, y]) => [`step ${x}`, `${log.title} ${isMetric ? y.toFixed(3) : Number(y.toPrecision(4))}`],
     });
     show(log.series.map((line) => ({ ...line, style: `s${line.run % 8}` })));
   }
@@ -199,7 +199,7 @@
   const curveClass = document.getElementById("curve-class"), curveIou = document.getElementById("curve-iou");
   const showCurves = chart(document.getElementById("curve-chart"), {
     label: "Precision over recall", xLabel: "recall", yLabel: "precision", height: 460, xRange: [0, 1], yRange: [0, 1],
-    tell: ([recall, precision, score]) => [
+    describe: ([recall, precision, score]) => [
       `score at least ${score.toFixed(3)}`, `precision ${precision.toFixed(3)}`, `recall ${recall.toFixed(3)}`,
       `F1 ${(precision + recall ? 2 * precision * recall / (precision + recall) : 0).toFixed(3)}`,
     ],
@@ -280,17 +280,17 @@
   select(".filters").addEventListener("submit", (event) => event.preventDefault());
   filter();
 
-  function told(box) {
+  function describeBox(box) {
     const { c, s, k, i } = box.dataset;
     const name = data.classes[Number(c)];
     if (!box.classList.contains("det")) {
-      const what = box.classList.contains("uncounted") ? "object that does not count" : box.classList.contains("lost") ? "object, not found" : "object";
+      const what = box.classList.contains("uncounted") ? "ignored object" : box.classList.contains("lost") ? "object, not found" : "object";
       return { what, name, score: "", iou: "" };
     }
     return { what: k, name, score: Number(s).toFixed(2), iou: i ? Number(i).toFixed(2) : "" };
   }
 
-  // The smallest visible box under the pointer tells what it is.
+  // Describe the smallest visible box under the pointer.
   function pointAt(picture, event) {
     const frame = picture.getBoundingClientRect(), view = select("svg", picture).viewBox.baseVal;
     const x = (event.clientX - frame.left) / frame.width * view.width, y = (event.clientY - frame.top) / frame.height * view.height;
@@ -304,8 +304,8 @@
     all(".on", picture).forEach((box) => box.classList.remove("on"));
     if (!smallest) { hideTip(); return; }
     smallest.classList.add("on");
-    const { what, name, score: s, iou } = told(smallest);
-    showTip(name, [what, ...(s ? [`score ${s}`] : []), ...(iou ? [`IoU ${iou} with the box it is about`] : [])], event.clientX, event.clientY);
+    const { what, name, score: s, iou } = describeBox(smallest);
+    showTip(name, [what, ...(s ? [`score ${s}`] : []), ...(iou ? [`IoU ${iou} with the box concerned`] : [])], event.clientX, event.clientY);
   }
 
   function leavePicture(picture) {
@@ -313,10 +313,10 @@
     all(".on", picture).forEach((box) => box.classList.remove("on"));
   }
 
-  function tellBoxes(picture) {
+  function watchBoxes(picture) {
     onPointing(picture, (event) => pointAt(picture, event), () => leavePicture(picture));
   }
-  all(".shot .picture").forEach(tellBoxes);
+  all(".shot .picture").forEach(watchBoxes);
 
   const dialog = byId("large");
   let current = null;
@@ -330,19 +330,19 @@
     const visible = all("g", picture);
     const { width, height } = svg.viewBox.baseVal;
     picture.style.maxWidth = `max(16rem, calc((100vh - 12rem) * ${width / height}))`;
-    tellBoxes(picture);
+    watchBoxes(picture);
     byId("large-picture").replaceChildren(picture);
     if (!dialog.open) dialog.showModal();
     const perPixel = width / picture.clientWidth;
     const labels = make("g", {}, svg);
-    // On a phone names would cover the picture; a touch on a box tells its own.
+    // On a phone names would cover the picture; touching a box shows its own.
     for (const box of picture.clientWidth < 500 ? [] : visible.filter((one) => one.classList.contains("det"))) {
-      const { name, score: s } = told(box), rect = box.firstElementChild;
+      const { name, score: s } = describeBox(box), rect = box.firstElementChild;
       const x = Math.max(2 * perPixel, rect.x.baseVal.value), y = Math.max(12 * perPixel, rect.y.baseVal.value - 4 * perPixel);
       make("text", { class: `k-${box.dataset.k}`, x, y, "font-size": 12 * perPixel, "stroke-width": 3 * perPixel }, labels, `${name} ${s}`);
     }
     byId("large-rows").replaceChildren(...visible.map((box) => {
-      const { what, name, score: s, iou } = told(box), row = element("tr");
+      const { what, name, score: s, iou } = describeBox(box), row = element("tr");
       row.append(element("td", "", what), element("td", "", name), element("td", "number", s), element("td", "number", iou));
       return row;
     }));

@@ -24,14 +24,9 @@ from resdet.evaluation.coco import coco_metrics
 from resdet.evaluation.curves import Curve, best_score_threshold
 from resdet.evaluation.detect import Evaluation
 from resdet.evaluation.errors import find_errors
-from resdet.evaluation.report import (
-    ReportedRun,
-    _curve,
-    check_same_ground_truth,
-    read_log,
-    write_report,
-    write_run_report,
-)
+from resdet.evaluation.report import write_report, write_run_report
+from resdet.evaluation.report_runs import ReportedRun, check_same_ground_truth, read_log
+from resdet.evaluation.report_tables import thinned_curve
 from resdet.evaluation.voc import voc_metrics
 from resdet.types import Category, Detections
 
@@ -56,7 +51,7 @@ def make_dataset(num_images: int = 8) -> DetectionDataset:
 
 
 def make_detections(table: AnnotationTable, seed: int = 0) -> Detections:
-    """Good, shifted, misnamed, doubled and made-up detections; some boxes have none."""
+    """Return good, shifted, misclassified, duplicated and made-up detections; some boxes have none."""
     rng = np.random.default_rng(seed)
     rows = np.flatnonzero(rng.random(table.num_boxes) < 0.85)
     rows = np.concatenate([rows, rows[::2]])
@@ -212,7 +207,8 @@ def test_points_of_a_curve_are_what_their_thresholds_give() -> None:
     rng = np.random.default_rng(0)
     scores = -np.sort(-rng.integers(0, 300, 2000) / 300)  # many equal
     curve = Curve("all", 0.5, 900, rng.random(2000) < np.linspace(0.9, 0.1, 2000), scores)
-    points = _curve(curve, 150)["points"]
+    drawn = thinned_curve(curve, 150)
+    points = drawn["points"]
     assert 100 < len(points) <= 151
 
     def check(recall: float, precision: float, score: float) -> None:
@@ -226,7 +222,7 @@ def test_points_of_a_curve_are_what_their_thresholds_give() -> None:
     with pytest.raises(AssertionError):
         check(points[5][0] + 2e-4, *points[5][1:])
     best = curve.best_f1()
-    assert points[_curve(curve, 150)["best"]] == pytest.approx([best.recall, best.precision, best.threshold], abs=6e-5)
+    assert points[drawn["best"]] == pytest.approx([best.recall, best.precision, best.threshold], abs=6e-5)
 
 
 def test_runs_differ_in_these_keys_only(double: Path) -> None:

@@ -1,0 +1,140 @@
+"""A report's gallery: the images that cost most AP, with ground truth and detections."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from resdet.data.annotations import AnnotationTable
+from resdet.data.dataset import DetectionDataset
+from resdet.evaluation.errors import ERROR_KINDS
+from resdet.evaluation.report_runs import MeasuredRun
+
+_MAX_SIDE = 640
+_JPEG_QUALITY = 80
+_BYTES_PER_BOX = 230  # what a box adds to the page
+_KINDS = (*ERROR_KINDS, "uncounted", "hit")
+_HIT, _UNCOUNTED = -1, -2  # a detection that is no error is one of these: indices into _KINDS
+
+
+def gallery(
+    dataset: DetectionDataset, measured: Sequence[MeasuredRun], max_images: int, max_bytes: int
+) -> dict[str, Any]:
+    """Return the images that cost most AP in any run, with all boxes, as many as the budget allows.
+
+    Of images of equal cost, as when nothing at all was found, the one with more errors comes first.
+    """
+    loss = np.stack([one.errors.image_loss for one in measured])  # [runs, I]
+    num_images = dataset.table.num_images
+    error_rows = np.concatenate([one.errors.errors.image_index for one in measured])
+    num_errors = np.bincount(error_rows, minlength=num_images)  # [I]
+    order = np.lexsort((-num_errors, -loss.max(axis=0)))
+    order = order[num_errors[order] > 0]
+    kinds = [_kind_of_detection(one) for one in measured]
+    shots: list[dict[str, Any]] = []
+    num_bytes = 0
+    for index in order[:max_images].tolist():
+        boxes = _ground_truth(dataset.table, measured, index)
+        found = [box for run in range(len(measured)) for box in _found(measured[run], kinds[run], run, index)]
+        picture = _data_url(dataset.image(index))
+        num_bytes += len(picture) + _BYTES_PER_BOX * (len(boxes) + len(found))
+        if num_bytes > max_bytes:
+            break
+        height, width = dataset.table.sizes[index].tolist()
+        shots.append(
+            {
+                "name": str(dataset.table.file_names[index]),
+                "width": width,
+                "height": height,
+                "picture": picture,
+                "ground_truth": boxes,
+                "detections": found,
+                "costs": [(loss[run, index], _summary(one, index)) for run, one in enumerate(measured)],
+            }
+        )
+    return {
+        "shots": shots,
+        "num_wrong": len(order),
+        "max_side": _MAX_SIDE,
+        "megabytes": f"{max_bytes / 1e6:g}",
+        "max_images": max_images,
+    }
+
+
+def _data_url(image: npt.NDArray[np.uint8]) -> str:
+    """Encode an image as a JPEG in a data URL, scaled down if it is larger than the page shows it."""
+    picture = Image.fromarray(image)
+    picture.thumbnail((_MAX_SIDE, _MAX_SIDE), Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    picture.save(buffer, "JPEG", quality=_JPEG_QUALITY, optimize=True)
+    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
+
+
+def _kind_of_detection(measured: MeasuredRun) -> npt.NDArray[np.int64]:
+    """Return each detection's kind, int64 ``[D]``, an index into ``_KINDS``."""
+    errors = measured.errors.errors
+    kinds = np.full(len(measured.run.evaluation.detections), _UNCOUNTED, dtype=np.int64)
+    kinds[measured.matches.detection[measured.matches.hits[0]]] = _HIT
+    rows = np.flatnonzero(errors.detection >= 0)
+    kinds[errors.detection[rows]] = errors.kind[rows]
+    return kinds
+
+
+def _ground_truth(table: AnnotationTable, measured: Sequence[MeasuredRun], index: int) -> list[dict[str, Any]]:
+    """Return an image's boxes; for each run the score of the detection that has the box, and whether it is missed."""
+    missed_kind = ERROR_KINDS.index("missed")
+    missed = []
+    for one in measured:
+        errors, rows = one.errors.errors, one.errors.errors.of_image(index)
+        missed.append(set(errors.box[rows][errors.kind[rows] == missed_kind].tolist()))
+    boxes = []
+    for row in range(table.num_boxes)[table.rows(index)]:
+        found_by = [int(one.matches.detection_of_box[0, row]) for one in measured]
+        scores = [one.run.evaluation.detections.scores for one in measured]
+        boxes.append(
+            {
+                "label": int(table.labels[row]),
+                "rect": table.boxes_xywh[row].tolist(),
+                "is_counted": not (table.crowd[row] or table.difficult[row]),
+                "scores": [score[d] if d >= 0 else None for score, d in zip(scores, found_by, strict=True)],
+                "missed": [row in rows for rows in missed],
+            }
+        )
+    return boxes
+
+
+def _found(measured: MeasuredRun, kinds: npt.NDArray[np.int64], run: int, index: int) -> list[dict[str, Any]]:
+    """Return a run's detections in an image, the best last, so that they are drawn on top."""
+    detections, errors = measured.run.evaluation.detections, measured.errors.errors
+    of_image = errors.of_image(index)
+    iou = dict(zip(errors.detection[of_image].tolist(), errors.iou[of_image].tolist(), strict=True))
+    rows = np.flatnonzero(detections.image_index == index)
+    rows = rows[np.argsort(detections.scores[rows], kind="stable")]
+    found = []
+    for row in rows.tolist():
+        x1, y1, x2, y2 = detections.boxes[row].tolist()
+        found.append(
+            {
+                "run": run,
+                "label": int(detections.labels[row]),
+                "score": detections.scores[row],
+                "kind": _KINDS[kinds[row]],
+                "iou": iou.get(row, 0.0),
+                "rect": (x1, y1, x2 - x1, y2 - y1),
+            }
+        )
+    return found
+
+
+def _summary(measured: MeasuredRun, index: int) -> str:
+    """Count the errors of each kind in an image, in words."""
+    errors = measured.errors.errors
+    counts = np.bincount(errors.kind[errors.of_image(index)], minlength=len(ERROR_KINDS)).tolist()
+    parts = [f"{count} {kind}" for kind, count in zip(ERROR_KINDS, counts, strict=True) if count]
+    return ", ".join(parts) or "no errors"

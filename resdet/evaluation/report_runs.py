@@ -1,0 +1,114 @@
+"""The runs of a report: what is known of each, and what is measured on its detections."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from resdet.data.annotations import AnnotationTable
+from resdet.drawing import shown_from
+from resdet.errors import DataError, name_some
+from resdet.evaluation.confusion import ConfusionMatrix, confusion_matrix
+from resdet.evaluation.curves import Curves, precision_recall
+from resdet.evaluation.detect import Evaluation
+from resdet.evaluation.errors import ErrorAnalysis, find_errors
+from resdet.evaluation.matching import Matches, match
+
+IOU_THRESHOLDS = (0.5, 0.75)
+"""Of the precision-recall curves; errors, confusion matrix and gallery are at the first."""
+
+
+@dataclass(frozen=True)
+class ReportedRun:
+    """What a report shows of one run.
+
+    Attributes:
+        name: Its name in the report; unique there.
+        evaluation: Its detections and their metrics.
+        config: Its configuration as plain values; a report on several runs lists the keys in which they differ.
+        log: The lines of its metrics.jsonl (``read_log``); drawn as curves over ``step``.
+    """
+
+    name: str
+    evaluation: Evaluation
+    config: Mapping[str, Any] = field(default_factory=dict)
+    log: Sequence[Mapping[str, Any]] = ()
+
+
+@dataclass(frozen=True)
+class MeasuredRun:
+    """A run and all that is measured on its detections, at the score threshold from which they are shown."""
+
+    run: ReportedRun
+    curves: Curves
+    errors: ErrorAnalysis
+    matches: Matches
+    confusion: ConfusionMatrix
+    score_threshold: float
+
+
+def measure(table: AnnotationTable, run: ReportedRun) -> MeasuredRun:
+    """Measure all that the report shows of a run."""
+    detections, limit = run.evaluation.detections, run.evaluation.coco.max_detections
+    threshold, iou_threshold = shown_from(run.evaluation)[0], IOU_THRESHOLDS[0]
+    return MeasuredRun(
+        run=run,
+        curves=precision_recall(table, detections, iou_thresholds=IOU_THRESHOLDS, max_detections=limit),
+        errors=find_errors(table, detections, iou_threshold=iou_threshold, max_detections=limit),
+        matches=match(table, detections, iou_thresholds=[iou_threshold], max_detections=limit),
+        confusion=confusion_matrix(table, detections, score_threshold=threshold, iou_threshold=iou_threshold),
+        score_threshold=threshold,
+    )
+
+
+def read_log(output_dir: Path) -> list[dict[str, Any]]:
+    """Read a run's ``metrics.jsonl``; without one the log is empty. A last line that was cut off is ignored.
+
+    Raises:
+        DataError: If another line is not a JSON object with a number ``step``.
+    """
+    path = output_dir / "metrics.jsonl"
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines()
+    entries = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            entry = json.loads(line)
+            if not isinstance(entry["step"], (int, float)):
+                raise TypeError
+        except (ValueError, KeyError, TypeError) as error:
+            if number == len(lines) and not line.endswith("}"):
+                break
+            raise DataError(f"{path}: line {number}: expected a JSON object with a step, got {line[:100]}") from error
+        entries.append(entry)
+    return entries
+
+
+def check_same_ground_truth(tables: Sequence[tuple[str, AnnotationTable]]) -> None:
+    """Check that metrics measured on these tables, each with its run's name, are comparable.
+
+    Raises:
+        DataError: If classes (or their order), images or boxes are not the same.
+    """
+    (first, one), *others = tables
+    for name, other in others:
+        ours, theirs = ([category.name for category in table.categories] for table in (one, other))
+        if ours != theirs:
+            raise DataError(
+                f"runs must be evaluated on the same classes in the same order: {first} has {name_some(ours, 10)} "
+                f"({one.name}), {name} has {name_some(theirs, 10)} ({other.name})"
+            )
+        columns = ("image_ids", "file_names", "offsets", "boxes_xywh", "labels", "crowd", "difficult")
+        wrong = [column for column in columns if not np.array_equal(getattr(one, column), getattr(other, column))]
+        if wrong:
+            raise DataError(
+                f"runs must be evaluated on the same data: {first} has {one.num_images} images with {one.num_boxes} "
+                f"boxes ({one.name}), {name} has {other.num_images} with {other.num_boxes} ({other.name}), and "
+                f"{', '.join(wrong)} differ. Overrides of data.val.* make it the same for all"
+            )
