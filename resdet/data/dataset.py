@@ -1,4 +1,9 @@
-"""One image and its target at a time: table + images + augmentation."""
+"""One image and its target at a time: table + images + augmentation.
+
+A box is converted twice on its way from file to device: the table's float64 ``(x, y, width, height)`` into float32
+corners, ``[N, 4]``, in NumPy; and these into a tensor over the same memory. Augmentation alone computes in float64
+between the two, and rounds once.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +12,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import cv2
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -32,18 +38,18 @@ class DetectionDataset(Dataset[tuple[Tensor, Target]]):
     It holds no copy of the table's columns: boxes are computed from the table's rows whenever an image is asked for
     (some tens of microseconds), so worker processes share the table and nothing else grows with it.
 
-    With ``skip_unreadable``, an image that cannot be read is replaced by another one: images drawn from the whole
-    table by ``numpy.random.default_rng([seed, index])`` are tried until one can be read. So the substitute depends on
-    the key and the files alone, not on workers or on what was read before. The process that meets an unreadable image
-    first logs it (WARNING) with the number found so far, once over all its worker processes; ``unreadable`` lists them.
+    With ``skip_unreadable``, an image that cannot be read is replaced by another: images drawn from the whole table by
+    ``numpy.random.default_rng([seed, index])`` are tried until one can be read. So the substitute depends on the key
+    and the files alone, not on workers or on what was read before. Each unreadable image is logged once over all worker
+    processes (WARNING), with the number found so far; ``unreadable`` lists them.
 
     Args:
         table: Images and boxes.
-        images: Gives image ``index`` of the table as uint8 RGB ``[H, W, 3]``; must pickle where workers are spawned.
+        images: Returns image ``index`` of the table as uint8 RGB ``[H, W, 3]``; must pickle where workers are spawned.
         augment: Applied to image and boxes together; only with ``training``.
         training: Whether the images are for training. Targets are the same either way: the boxes of
-            ``AnnotationTable.trainable``, which in evaluation serve a validation loss. Evaluation itself reads
-            ``table``, where all boxes are.
+            ``AnnotationTable.trainable``, which in evaluation serve a validation loss. Evaluation itself reads all
+            boxes of ``table``.
         use_difficult: Whether VOC's difficult objects are among the targets.
         skip_unreadable: Whether images that cannot be read are replaced by others; only with ``training``, because a
             metric over other images is another metric.
@@ -70,25 +76,22 @@ class DetectionDataset(Dataset[tuple[Tensor, Target]]):
         self._images = images
         self._augment = augment
         self._use_difficult = use_difficult
-        self._unreadable: Tensor | None = None
-        if skip_unreadable:
-            self._unreadable = _shared_flags(table.num_images)
+        self._unreadable = _shared_flags(table.num_images) if skip_unreadable else None
         for note in table.notes:
             logger.info("%s: %s", table.name, note)
         if training:
-            self._say_what_is_left_out()
+            self._log_left_out()
 
-    def _say_what_is_left_out(self) -> None:
+    def _log_left_out(self) -> None:
         trained = self.trained
         if not trained.any():
             raise DataError(f"{self.table.name}: none of its {self.table.num_boxes} boxes can be trained on")
         crowd = self.table.crowd
         difficult = self.table.difficult & ~crowd & (not self._use_difficult)
-        thin = ~trained & ~crowd & ~difficult
         reasons = {
             "crowd regions": crowd,
             "difficult": difficult,
-            f"not finite or thinner than {MIN_TRAINABLE_SIDE} px inside the image": thin,
+            f"not finite or thinner than {MIN_TRAINABLE_SIDE} px inside the image": ~trained & ~crowd & ~difficult,
         }
         parts = [f"{int(mask.sum())} {reason}" for reason, mask in reasons.items() if mask.any()]
         logger.info(
@@ -107,24 +110,24 @@ class DetectionDataset(Dataset[tuple[Tensor, Target]]):
 
     @property
     def unreadable(self) -> npt.NDArray[np.int64]:
-        """Table rows of the images found unreadable so far, by this process or its workers, int64 ``[U]``, rising."""
+        """Rows of the images that this process or its workers could not read so far, int64 ``[U]``, ascending."""
         if self._unreadable is None:
             return np.zeros(0, dtype=np.int64)
         return np.flatnonzero(self._unreadable.numpy())
 
     @property
     def trained(self) -> npt.NDArray[np.bool_]:
-        """Which boxes of the table are among the targets, bool ``[N]``; computed anew each time."""
+        """Which boxes of the table are among the targets, bool ``[N]``; computed at each access."""
         return self.table.trainable(use_difficult=self._use_difficult)
 
     def __len__(self) -> int:
         return self.table.num_images
 
     def select_images(self, indices: Sequence[int] | npt.NDArray[np.int64]) -> DetectionDataset:
-        """Give the dataset of the images at ``indices``, in that order; each place is an image of its own.
+        """Return the dataset of the images at ``indices``, in that order; a repeated index is an image of its own.
 
         Args:
-            indices: Rows of the table, any number of times; negative ones count from the end.
+            indices: Rows of the table; negative ones count from the end.
 
         Raises:
             DataError: If there are none, or one is out of range.
@@ -139,30 +142,30 @@ class DetectionDataset(Dataset[tuple[Tensor, Target]]):
         rows = rows % len(self)
         chosen = copy.copy(self)
         chosen.table = self.table.select_images(rows)
-        chosen._images = _Chosen(self._images, rows)
+        chosen._images = _ChosenImages(self._images, rows)
         if self._unreadable is not None:
             chosen._unreadable = _shared_flags(chosen.table.num_images)
         return chosen
 
     def image(self, index: int) -> npt.NDArray[np.uint8]:
-        """Give image ``index`` as it is stored, uint8 RGB ``[H, W, 3]``.
+        """Return image ``index`` as it is stored, uint8 RGB ``[H, W, 3]``.
 
         Raises:
-            DataError: If it cannot be read; with ``skip_unreadable`` too.
+            DataError: If it cannot be read, even with ``skip_unreadable``.
         """
         return self._images(index)
 
     def stored(self, key: int | tuple[int, int]) -> Sample:
-        """Give an image with all its boxes before augmentation, or with ``skip_unreadable`` a substitute.
+        """Return an image, or with ``skip_unreadable`` its substitute, with all its boxes before augmentation.
 
         Boxes are clipped to the image. Crowd regions and difficult objects are among them; boxes that are not finite
-        or thinner than ``MIN_TRAINABLE_SIDE`` inside the image are not.
+        or thinner than ``MIN_TRAINABLE_SIDE`` inside the image are not. The other columns may be views of the table.
 
         Args:
             key: As for ``__getitem__``; the seed draws substitutes.
 
         Raises:
-            DataError: If the image cannot be read and is not to be replaced, or ``MAX_SUBSTITUTES`` in a row cannot.
+            DataError: If the image cannot be read and must not be replaced, or ``MAX_SUBSTITUTES`` in a row cannot.
         """
         index, seed = key if isinstance(key, tuple) else (key, key)
         if self._unreadable is None:
@@ -181,14 +184,14 @@ class DetectionDataset(Dataset[tuple[Tensor, Target]]):
         )
 
     def sample(self, key: int | tuple[int, int]) -> Sample:
-        """Give an image with all its boxes as training sees it, after augmentation.
+        """Return an image with all its boxes as training sees it, after augmentation.
 
-        Crowd regions and difficult objects, which training leaves out of its targets, have gone through the same steps
-        and are marked; ``target_of`` leaves them out.
+        Crowd regions and difficult objects have gone through the same steps and are marked; ``target_of`` leaves them
+        out.
 
         Args:
-            key: Index of the image, or ``(index, seed)`` as ``TrainBatches`` gives it. The seed alone decides the
-                augmentation, so it does not depend on which worker comes to do it; a bare index is its own seed.
+            key: Index of the image, or ``(index, seed)`` as from ``TrainBatches``. The seed alone decides the
+                augmentation, whichever worker does it; a bare index is its own seed.
 
         Returns:
             The image and its boxes, float32.
@@ -208,20 +211,20 @@ class DetectionDataset(Dataset[tuple[Tensor, Target]]):
             raise DataError(f"image {sample.image_id}: {error}") from error
 
     def learned(self, sample: Sample) -> npt.NDArray[np.bool_]:
-        """Say which boxes of a sample are trained on, bool ``[N]``: no crowd regions, difficult ones only if used."""
+        """Return which boxes of a sample are targets, bool ``[N]``: no crowd regions, difficult ones only if used."""
         return ~(sample.crowd if self._use_difficult else sample.crowd | sample.difficult)
 
     def target_of(self, sample: Sample) -> Target:
-        """Give what training learns from a sample."""
+        """Return a sample's target."""
         keep = self.learned(sample)
         return Target(
-            boxes=torch.from_numpy(sample.boxes[keep].astype(np.float32, copy=False)),
+            boxes=torch.from_numpy(sample.boxes[keep]),  # float32 [N, 4]
             labels=torch.from_numpy(sample.labels[keep]),
             image_id=torch.tensor(sample.image_id),
         )
 
     def __getitem__(self, key: int | tuple[int, int]) -> tuple[Tensor, Target]:
-        """Give an image and its target.
+        """Return an image and its target.
 
         Args:
             key: As for ``sample``.
@@ -241,7 +244,7 @@ class DetectionDataset(Dataset[tuple[Tensor, Target]]):
         return image, self.target_of(sample)
 
     def _partner(self, number: int) -> Sample:
-        """Give another image for augmentation that mixes several, the same one for the same number."""
+        """Return another image for augmentation that mixes several, always the same for a number."""
         return self.stored((number % len(self), number))
 
     def _read(self, index: int) -> Sample:
@@ -252,10 +255,10 @@ class DetectionDataset(Dataset[tuple[Tensor, Target]]):
             image=image,
             image_id=int(table.image_ids[index]),
             boxes=boxes,
-            labels=table.labels[rows].copy(),
-            crowd=table.crowd[rows].copy(),
-            difficult=table.difficult[rows].copy(),
-            annotation_ids=table.annotation_ids[rows].copy(),
+            labels=table.labels[rows],
+            crowd=table.crowd[rows],
+            difficult=table.difficult[rows],
+            annotation_ids=table.annotation_ids[rows],
             visible=np.ones(len(boxes)),
         )
         return sample if sound.all() else sample.select(sound)
@@ -264,7 +267,7 @@ class DetectionDataset(Dataset[tuple[Tensor, Target]]):
         assert self._unreadable is not None
         if self._unreadable[index]:
             return
-        # Two workers that meet the same file at the same moment may both say so; it is counted once.
+        # Two workers that meet the same file at the same moment may both log it; it is counted once.
         self._unreadable[index] = True
         logger.warning(
             "%s; skipped: another image takes its place (%d of the %d images of %s unreadable so far)",
@@ -276,17 +279,15 @@ class DetectionDataset(Dataset[tuple[Tensor, Target]]):
 
 
 def _planes(image: npt.NDArray[np.uint8]) -> Tensor:
-    """Give an image ``[H, W, 3]`` with its channels one after the other: uint8 ``[3, H, W]``, contiguous.
+    """Return an image ``[H, W, 3]`` with its channels one after the other: uint8 ``[3, H, W]``, contiguous.
 
-    OpenCV takes 0.04 ms for 640x480 pixels, a copy of the transposed array 0.2 ms in NumPy and in torch. So there is
-    nothing to be gained by leaving pixels as they lie and sending a view.
+    OpenCV takes 0.04 ms for 640x480 pixels, a copy of the transposed array 0.2 ms in NumPy and in torch. So nothing is
+    gained by leaving pixels as they lie and sending a view.
 
     Raises:
         DataError: If it is no such image.
     """
-    import cv2
-
-    # Of any other, OpenCV would write into arrays of its own.
+    # For any other, OpenCV would allocate its own output.
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
         raise DataError(f"must be uint8 [H, W, 3], got {image.dtype} {list(image.shape)}")
     planes = np.empty((3, *image.shape[:2]), dtype=np.uint8)
@@ -295,15 +296,15 @@ def _planes(image: npt.NDArray[np.uint8]) -> Tensor:
 
 
 def _shared_flags(num_images: int) -> Tensor:
-    """Give one byte for each image, set by whoever cannot read it: workers write into the memory of this process."""
+    """Return a flag for each image, for workers to set: they write into the memory of this process."""
     flags = torch.zeros(num_images, dtype=torch.bool)
     flags.share_memory_()  # type: ignore[no-untyped-call]
     return flags
 
 
 @dataclass(frozen=True)
-class _Chosen:
-    """Some of other ``Images``."""
+class _ChosenImages:
+    """The images at some rows of other ``Images``."""
 
     images: Images
     rows: npt.NDArray[np.int64]
@@ -313,10 +314,10 @@ class _Chosen:
 
 
 def without_subset(dataset: DetectionDataset | Subset[tuple[Tensor, Target]]) -> DetectionDataset:
-    """Give a ``torch.utils.data.Subset`` (of a ``Subset``, ...) as the dataset of its images, any other as it is.
+    """Return a ``torch.utils.data.Subset`` (of a ``Subset``, ...) as the dataset of its images, any other as it is.
 
     Raises:
-        DataError: If it is no dataset of ours, has no images, or an index is out of range.
+        DataError: If it is no ``DetectionDataset``, has no images, or an index is out of range.
     """
     if isinstance(dataset, Subset):
         return without_subset(dataset.dataset).select_images(dataset.indices)  # type: ignore[arg-type]

@@ -3,13 +3,14 @@ import pickle
 import random
 import subprocess
 import sys
+from types import ModuleType
 
 import numpy as np
 import pytest
 
 from resdet.data.augment.pipeline import Augment, _LibraryPart, build_augment
 from resdet.data.augment.sample import Sample
-from resdet.errors import DataError
+from resdet.errors import DataError, UserError
 
 HEIGHT, WIDTH = 90, 120
 RNG = np.random.default_rng(0)
@@ -218,3 +219,38 @@ def test_albumentations_is_imported_late_and_asks_no_network():
     environment = {key: value for key, value in os.environ.items() if key != "NO_ALBUMENTATIONS_UPDATE"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+LIBRARY_RUN = "from resdet.data.augment.pipeline import build_augment; build_augment([{'HorizontalFlip': {}}])"
+
+
+def test_albumentationsx_is_refused_before_it_is_imported(tmp_path):
+    """It is imported by albumentations' name, under the AGPL, and reports what it is used for."""
+    (tmp_path / "albumentations").mkdir()
+    (tmp_path / "albumentations" / "__init__.py").write_text("raise SystemExit('imported')")
+    (tmp_path / "albumentationsx-2.5.1.dist-info").mkdir()
+    (tmp_path / "albumentationsx-2.5.1.dist-info" / "METADATA").write_text("Name: albumentationsx\nVersion: 2.5.1\n")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    done = subprocess.run(
+        [sys.executable, "-c", LIBRARY_RUN], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.stderr.splitlines()[-1] == (
+        "resdet.errors.UserError: augmentation needs albumentations>=2.0.8,<2.1 (MIT license), but `import "
+        "albumentations` finds albumentationsx 2.5.1: pip uninstall albumentationsx, then pip install "
+        "--force-reinstall 'albumentations>=2.0.8,<2.1'"
+    )
+
+
+def test_another_library_by_the_name_of_albumentations_is_refused(monkeypatch):
+    other = ModuleType("albumentations")
+    other.__version__, other.__file__ = "unknown", "/somewhere/albumentations/__init__.py"
+    monkeypatch.setitem(sys.modules, "albumentations", other)
+    with pytest.raises(UserError, match=r"finds version unknown \(/somewhere/albumentations/__init__.py\)"):
+        build_augment([{"HorizontalFlip": {}}])
+
+
+def test_albumentations_reports_nothing(monkeypatch):
+    for name in ("NO_ALBUMENTATIONS_UPDATE", "ALBUMENTATIONS_NO_TELEMETRY"):
+        monkeypatch.delenv(name, raising=False)
+    build_augment([{"HorizontalFlip": {}}])
+    assert (os.environ["NO_ALBUMENTATIONS_UPDATE"], os.environ["ALBUMENTATIONS_NO_TELEMETRY"]) == ("1", "1")

@@ -1,16 +1,17 @@
-"""albumentations: which of its transforms detectors can use, and boxes for those that it loses sight of.
+"""albumentations: which of its transforms suit detectors, and correct boxes for those that get them wrong.
 
 Findings in 2.0.8, its last release under the MIT license:
 
-* Dropouts judge boxes on whole pixels: a box that meets a hole comes back up to a pixel shorter at the right and at the
-  bottom, also where the hole lies in its middle. PixelDropout's boxes can shrink though nothing moved.
+* Dropouts compute boxes in whole pixels: a box that meets a hole comes back up to a pixel shorter on the right and at
+  the bottom, even where the hole lies in its middle. PixelDropout's boxes can shrink though nothing moved.
 * Distortions draw each box as a mask and take the last painted pixel for the box's end, a pixel too short; where no
-  pixel is left ThinPlateSpline and its like give the old box back. GridElasticDeform is a pixel short too.
-* Morphological treats the axes of its boxes' masks in the wrong order.
+  pixel is left, ThinPlateSpline and similar transforms return the old box. GridElasticDeform is a pixel short too.
+* Morphological swaps the axes of its boxes' masks.
 """
 
 from __future__ import annotations
 
+import importlib.metadata
 import inspect
 import os
 import types
@@ -23,37 +24,55 @@ import numpy as np
 import numpy.typing as npt
 
 from resdet.data.augment.sample import uncovered
+from resdet.errors import UserError
 
 COMPOSITES = ("OneOf", "SomeOf", "RandomOrder", "Sequential")
 """Transforms made of transforms."""
 
-_NORMALISES = "the detector takes uint8 images and normalises them itself"
 UNFIT = {
-    **dict.fromkeys(("Normalize", "ToFloat", "FromFloat", "ToTensorV2", "ToTensor3D"), _NORMALISES),
+    **dict.fromkeys(
+        ("Normalize", "ToFloat", "FromFloat", "ToTensorV2", "ToTensor3D"),
+        "the detector takes uint8 images and normalises them itself",
+    ),
     "Morphological": "albumentations gives wrong boxes with it",
     "RandomGridShuffle": "it tears objects apart, and each piece would be labelled as a whole one",
 }
 """Transforms that must not be used, and why."""
 
 BOX_COLUMNS = 7
-"""Of the rows given to transforms: four fractions of the image, the label, the row in the sample, the visible share."""
+"""Columns of ``Rows``: four fractions of the image, the label, the row in the sample, the visible share."""
 
 Rows = npt.NDArray[np.float64]
+"""Boxes as transforms take them, ``[N, 7]``."""
 
 
 def import_albumentations() -> ModuleType:
-    """Import albumentations without its greeting and its look for news."""
-    # Unless told not to, it asks the network for a newer version of itself while being imported.
-    os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        import albumentations
-    module: ModuleType = albumentations
-    return module
+    """Import albumentations, without its greeting and without access to the network.
+
+    Raises:
+        UserError: If AlbumentationsX is installed, which is imported by the same name: it is under the AGPL and
+            reports what it is used for. It is found out before it is imported.
+    """
+    os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # else the import asks for a newer version
+    os.environ["ALBUMENTATIONS_NO_TELEMETRY"] = "1"
+    try:
+        found = f"albumentationsx {importlib.metadata.version('albumentationsx')}"
+    except importlib.metadata.PackageNotFoundError:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            import albumentations
+        if str(albumentations.__version__).startswith("2.0."):
+            module: ModuleType = albumentations
+            return module
+        found = f"version {albumentations.__version__} ({albumentations.__file__})"
+    raise UserError(
+        f"augmentation needs albumentations>=2.0.8,<2.1 (MIT license), but `import albumentations` finds {found}: "
+        "pip uninstall albumentationsx, then pip install --force-reinstall 'albumentations>=2.0.8,<2.1'"
+    )
 
 
 def transform_names(albumentations: ModuleType) -> list[str]:
-    """Name the transforms of images and boxes."""
+    """Return the names of the transforms that take images and boxes."""
     leaf = (albumentations.ImageOnlyTransform, albumentations.DualTransform)
     other_inputs = (
         albumentations.Transform3D,
@@ -74,7 +93,7 @@ def transform_names(albumentations: ModuleType) -> list[str]:
 
 
 def with_exact_boxes(albumentations: ModuleType, transform_class: type[Any]) -> type[Any]:
-    """Give a transform whose boxes are those of its pixels: the same class, or one derived from it."""
+    """Return the class itself, or one derived from it where its own boxes do not fit its pixels."""
     dropout = albumentations.augmentations.dropout.transforms.BaseDropout
     distortion = albumentations.augmentations.geometric.distortion.BaseDistortion
     apply_to_bboxes: Callable[..., Rows]
@@ -96,9 +115,9 @@ def with_exact_boxes(albumentations: ModuleType, transform_class: type[Any]) -> 
 
 
 def knows_strict(transform_class: type[Any]) -> bool:
-    """Say whether a class checks its parameters against a schema.
+    """Return whether a class checks its parameters against a schema, and so takes ``strict``.
 
-    Those that do replace parameters which they cannot read by defaults, unless strict; the others refuse the word.
+    Unless it is strict, such a class replaces parameters that it cannot read by its defaults.
     """
     owner = next(base for base in transform_class.__mro__ if "__init__" in vars(base))
     return "InitSchema" in vars(owner)
@@ -132,11 +151,11 @@ def _distorted(
     shape: tuple[int, ...],
     **params: Any,
 ) -> Rows:
-    """Surround the pixels whose origin, by the maps, lies in a box; a box that no pixel comes from gets no area."""
+    """Return the boxes around the pixels that the maps take from each box; without such pixels, a box has no area."""
     scale = _pixels_of(shape)
     result = bboxes.copy()
-    # Maps give origins as indices of pixels, whose centres lie half a pixel on.
-    x, y = map_x + 0.5, map_y + 0.5
+    # Maps hold the origins as pixel indices; a pixel's centre lies half a pixel on.
+    x, y = map_x + 0.5, map_y + 0.5  # [H, W]
     for row, (x1, y1, x2, y2) in zip(result, bboxes[:, :4] * scale, strict=True):
         inside = (x >= x1) & (x < x2) & (y >= y1) & (y < y2)
         columns, rows = np.flatnonzero(inside.any(axis=0)), np.flatnonzero(inside.any(axis=1))

@@ -1,10 +1,10 @@
 """Augmentation pipelines in which boxes stay exact and everything known of a box stays with it.
 
-Steps are albumentations' transforms by their names, and those of ``augment_steps``, which albumentations has not.
+Steps are albumentations' transforms by their names, and those of ``augment.steps``, which albumentations lacks.
 
 albumentations' own ``Compose`` sends every box through float32 fractions of the image, also where only colours change,
-and raises where a rounded fraction exceeds 1. Here its transforms are called one by one, on float64 fractions, and only
-if they move pixels.
+and raises where a rounded fraction exceeds 1. Here its transforms are called one by one, on float64 fractions, and
+boxes are taken from them only if they moved pixels.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
 
+import cv2
 import numpy as np
 import numpy.typing as npt
 from pydantic import ValidationError
@@ -47,7 +48,9 @@ MIN_VISIBILITY = 0.1
 """Share of a box's area that must be left (a tenth, the least at which people still name objects)."""
 
 OWN_STEPS: dict[str, type[Step]] = {step.__name__: step for step in (CopyPaste, LargeScaleJitter, Mosaic)}
-"""Steps that albumentations has not, or (Mosaic) only for data that is given to it in another form."""
+"""Steps that albumentations lacks, or (Mosaic) has only for data in another form."""
+
+_FLIPPED_AXES = {"HorizontalFlip": 0, "VerticalFlip": 1}
 
 
 def build_augment(steps: Steps, *, min_visibility: float = MIN_VISIBILITY) -> Augment:
@@ -57,104 +60,98 @@ def build_augment(steps: Steps, *, min_visibility: float = MIN_VISIBILITY) -> Au
         steps: One single-key mapping per step, in order, as YAML gives them:
             ``[{"HorizontalFlip": {"p": 0.5}}, {"OneOf": {"transforms": [{"Blur": {}}, {"CLAHE": {}}], "p": 0.2}}]``.
             Names are those of albumentations' transforms and of ``OWN_STEPS``; the latter stand at the top level, not
-            within OneOf and its like.
+            within OneOf and the like.
         min_visibility: Share of a box's area, in [0, 1], below which it is dropped when steps have moved the rest of
             it out of the image or covered it.
 
     Raises:
         DataError: If a name is unknown, a parameter is unknown or wrong, or a step has another form; the message
-            says which step and which parameter.
+            names the step and the parameter.
+        UserError: If another library answers ``import albumentations``.
     """
-    albumentations = import_albumentations()
-    parts: list[_Part] = []
-    for position, step in enumerate(steps):
-        name, parameters, place = _read_step(albumentations, step, f"augment[{position}]")
+    builder = _Builder(import_albumentations(), min_visibility)
+    return Augment(steps, [builder.part(step, f"augment[{i}]") for i, step in enumerate(steps)], min_visibility)
+
+
+@dataclass(frozen=True)
+class _Builder:
+    """Builds steps. ``place`` is where a step stands in the configuration, for messages."""
+
+    albumentations: ModuleType
+    min_visibility: float
+
+    def part(self, step: object, place: str) -> _Part:
+        name, parameters, place = self._read(step, place)
         if name in OWN_STEPS:
-            parts.append(_OwnPart(place, _build_own_step(OWN_STEPS[name], parameters, place)))
-        else:
-            transform = _build_transform(albumentations, name, parameters, place, min_visibility)
-            parts.append(
-                _FlipPart(place, _FLIPPED_AXES[name], transform)
-                if name in _FLIPPED_AXES
-                else _LibraryPart(place, transform)
+            return _OwnPart(place, _own_step(OWN_STEPS[name], parameters, place))
+        transform = self._transform(name, parameters, place)
+        axis = _FLIPPED_AXES.get(name)
+        return _LibraryPart(place, transform) if axis is None else _FlipPart(place, axis, transform)
+
+    def _read(self, step: object, place: str) -> tuple[str, Mapping[str, Any], str]:
+        """Check a step's name and parameters; return both, and the place with the name added."""
+        if not isinstance(step, Mapping) or len(step) != 1:
+            raise DataError(f"{place}: must be one step as {{Name: {{parameter: value}}}}, got {step!r}")
+        ((name, parameters),) = step.items()
+        place = f"{place} ({name})"
+        parameters = {} if parameters is None else parameters
+        if not isinstance(parameters, Mapping):
+            raise DataError(f"{place}: parameters must be given as {{parameter: value}}, got {parameters!r}")
+        known = [*transform_names(self.albumentations), *OWN_STEPS]
+        if name in UNFIT:
+            raise DataError(f"{place}: must not be used here: {UNFIT[name]}")
+        if name not in known:
+            raise DataError(
+                f"{place}: no such transform in albumentations or among {', '.join(OWN_STEPS)}"
+                f"{_did_you_mean(str(name), known)}"
             )
-    return Augment(steps, parts, min_visibility)
+        step_class = OWN_STEPS[name] if name in OWN_STEPS else getattr(self.albumentations, name)
+        accepted = [p for p in inspect.signature(step_class).parameters if p not in ("args", "kwargs", "strict")]
+        for parameter in parameters:
+            # albumentations itself only warns, and goes on with its defaults.
+            if parameter not in accepted:
+                hint = _did_you_mean(str(parameter), accepted) or f"; it has {', '.join(accepted)}"
+                raise DataError(f"{place}: no such parameter {parameter!r}{hint}")
+        return name, parameters, place
+
+    def _transform(self, name: str, parameters: Mapping[str, Any], place: str) -> Any:
+        """Build one of albumentations' transforms; the library ships no types, hence ``Any``."""
+        if name in OWN_STEPS:
+            raise DataError(f"{place}: must stand at the top level of augment; its own p says how often it is applied")
+        transform_class, arguments = getattr(self.albumentations, name), dict(parameters)
+        if name in COMPOSITES:
+            inner = arguments.get("transforms")
+            if not isinstance(inner, Sequence) or isinstance(inner, str) or not inner:
+                raise DataError(f"{place}: transforms must be a list of transforms, got {inner!r}")
+            arguments["transforms"] = [
+                self._transform(*self._read(item, f"{place}.transforms[{i}]")) for i, item in enumerate(inner)
+            ]
+        else:
+            transform_class = with_exact_boxes(self.albumentations, transform_class)
+        try:
+            with warnings.catch_warnings(record=True) as advice:
+                warnings.simplefilter("always")
+                transform = transform_class(**arguments, **({"strict": True} if knows_strict(transform_class) else {}))
+        except Exception as error:
+            raise DataError(f"{place}: {_parameter_problem(error)}") from error
+        for warning in advice:
+            logger.info("%s: albumentations says: %s", place, warning.message)
+        if name not in COMPOSITES:
+            beyond = sorted(set(transform.targets_as_params) - {"image", "bboxes"})
+            if beyond:
+                raise DataError(f"{place}: needs {', '.join(beyond)}, and there are only images, boxes and labels")
+            # Some transforms (dropouts) leave boxes alone unless they have a processor to ask for thresholds.
+            thresholds = self.albumentations.BboxParams(format="albumentations", min_visibility=self.min_visibility)
+            transform.set_processors({"bboxes": self.albumentations.core.bbox_utils.BboxProcessor(thresholds)})
+        return transform
 
 
-def _read_step(albumentations: ModuleType, step: object, place: str) -> tuple[str, Mapping[str, Any], str]:
-    """Give a step's name, its parameters, and the place with the name added, after checking name and parameters."""
-    if not isinstance(step, Mapping) or len(step) != 1:
-        raise DataError(f"{place}: must be one step as {{Name: {{parameter: value}}}}, got {step!r}")
-    ((name, parameters),) = step.items()
-    place = f"{place} ({name})"
-    parameters = {} if parameters is None else parameters
-    if not isinstance(parameters, Mapping):
-        raise DataError(f"{place}: parameters must be given as {{parameter: value}}, got {parameters!r}")
-    known = [*transform_names(albumentations), *OWN_STEPS]
-    if name in UNFIT:
-        raise DataError(f"{place}: must not be used here: {UNFIT[name]}")
-    if name not in known:
-        raise DataError(
-            f"{place}: no such transform in albumentations or among {', '.join(OWN_STEPS)}"
-            f"{_did_you_mean(str(name), known)}"
-        )
-    step_class = OWN_STEPS[name] if name in OWN_STEPS else getattr(albumentations, name)
-    accepted = [p for p in inspect.signature(step_class).parameters if p not in ("args", "kwargs", "strict")]
-    for parameter in parameters:
-        # albumentations itself only warns, and goes on with its defaults.
-        if parameter not in accepted:
-            hint = _did_you_mean(str(parameter), accepted) or f"; it has {', '.join(accepted)}"
-            raise DataError(f"{place}: no such parameter {parameter!r}{hint}")
-    return name, parameters, place
-
-
-def _build_own_step(step_class: type[Step], parameters: Mapping[str, Any], place: str) -> Step:
+def _own_step(step_class: type[Step], parameters: Mapping[str, Any], place: str) -> Step:
     try:
         # JSON mode is the one in which strict typing takes a list for a tuple, as in the configuration.
         return step_class.model_validate_json(json.dumps(parameters), strict=True)
     except (ValidationError, TypeError) as error:
         raise DataError(f"{place}: {_parameter_problem(error)}") from error
-
-
-def _build_transform(
-    albumentations: ModuleType, name: str, parameters: Mapping[str, Any], place: str, min_visibility: float
-) -> Any:
-    """Build one of albumentations' transforms; the library ships no types, hence ``Any``."""
-    transform_class = getattr(albumentations, name)
-    arguments = dict(parameters)
-    if name in COMPOSITES:
-        inner = arguments.get("transforms")
-        if not isinstance(inner, Sequence) or isinstance(inner, str) or not inner:
-            raise DataError(f"{place}: transforms must be a list of transforms, got {inner!r}")
-        arguments["transforms"] = [
-            _build_inner(albumentations, item, f"{place}.transforms[{i}]", min_visibility)
-            for i, item in enumerate(inner)
-        ]
-    else:
-        transform_class = with_exact_boxes(albumentations, transform_class)
-    try:
-        with warnings.catch_warnings(record=True) as advice:
-            warnings.simplefilter("always")
-            transform = transform_class(**arguments, **({"strict": True} if knows_strict(transform_class) else {}))
-    except Exception as error:
-        raise DataError(f"{place}: {_parameter_problem(error)}") from error
-    for warning in advice:
-        logger.info("%s: albumentations says: %s", place, warning.message)
-    if name not in COMPOSITES:
-        beyond = sorted(set(transform.targets_as_params) - {"image", "bboxes"})
-        if beyond:
-            raise DataError(f"{place}: needs {', '.join(beyond)}, and there are only images, boxes and labels")
-        # Some transforms (dropouts) leave boxes alone unless a processor is there to ask for thresholds.
-        thresholds = albumentations.BboxParams(format="albumentations", min_visibility=min_visibility)
-        transform.set_processors({"bboxes": albumentations.core.bbox_utils.BboxProcessor(thresholds)})
-    return transform
-
-
-def _build_inner(albumentations: ModuleType, step: object, place: str, min_visibility: float) -> Any:
-    name, parameters, place = _read_step(albumentations, step, place)
-    if name in OWN_STEPS:
-        raise DataError(f"{place}: must stand at the top level of augment; its own p says how often it is applied")
-    return _build_transform(albumentations, name, parameters, place, min_visibility)
 
 
 def _did_you_mean(name: str, known: Sequence[str]) -> str:
@@ -164,17 +161,17 @@ def _did_you_mean(name: str, known: Sequence[str]) -> str:
 
 
 def _parameter_problem(error: Exception) -> str:
-    """Give a complaint about parameters, of albumentations or of an own step, on one line."""
+    """Return what albumentations or an own step says of its parameters, on one line."""
     cause = error if isinstance(error, ValidationError) else error.__cause__
-    if isinstance(cause, ValidationError):
-        details = []
-        for item in cause.errors():
-            where = ".".join(str(part) for part in item["loc"][:1])
-            message = item["msg"].removeprefix("Value error, ")
-            got = "" if item["type"] in ("missing", "value_error") else f", got {item['input']!r}"
-            details.append(f"{where}: {message}{got}" if where else message)
-        return "; ".join(dict.fromkeys(details))
-    return " ".join(str(error).split())
+    if not isinstance(cause, ValidationError):
+        return " ".join(str(error).split())
+    details = []
+    for item in cause.errors():
+        where = ".".join(str(part) for part in item["loc"][:1])
+        message = item["msg"].removeprefix("Value error, ")
+        got = "" if item["type"] in ("missing", "value_error") else f", got {item['input']!r}"
+        details.append(f"{where}: {message}{got}" if where else message)
+    return "; ".join(dict.fromkeys(details))
 
 
 class Augment:
@@ -186,14 +183,15 @@ class Augment:
         self._min_visibility = min_visibility
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuild, (self._steps, self._min_visibility)
+        # Built again where it is unpickled: classes from with_exact_boxes cannot be pickled.
+        return functools.partial(build_augment, min_visibility=self._min_visibility), (self._steps,)
 
     def __call__(self, sample: Sample, *, seed: int, partner: Callable[[int], Sample] | None = None) -> Sample:
         """Apply every step to an image and its boxes.
 
         Boxes are bit-identical where no step moved pixels. Horizontal and vertical flips are exact: with boxes of
-        float32 numbers, flipping twice gives the same boxes. Other geometry is computed in float64. Labels, flags and
-        ids stay with their boxes.
+        float32 numbers, flipping twice gives the same boxes. Other geometry is computed in float64 and rounded once,
+        at the end. Labels, flags and ids stay with their boxes.
 
         A step that mixes images (Mosaic, CopyPaste) draws them with ``partner`` when it is applied, and not before.
         Each has gone through the steps that stand before it in the list, with random choices of its own; the steps
@@ -203,22 +201,18 @@ class Augment:
         Args:
             sample: Image and boxes; not changed. Boxes are clipped to the image first.
             seed: Decides all random choices, >= 0.
-            partner: Gives another image of the dataset with its boxes for a number in [0, 2**63), always the same for
-                the same number. Needed only by steps that mix images.
+            partner: Returns another image of the dataset with its boxes for a number in [0, 2**63), always the same
+                for the same number. Needed only by steps that mix images.
 
         Returns:
-            The image, uint8 ``[H', W', 3]``, with the boxes that are left, in its pixels, clipped to it, of the dtype
-            given.
+            The image, uint8 ``[H', W', 3]``, with the boxes that are left, in its pixels, clipped to it, in the dtype
+            of the given ones.
 
         Raises:
-            DataError: If a step fails or gives something else than a uint8 image of three channels.
+            DataError: If a step fails or returns anything but a uint8 image of three channels.
         """
         result = self._apply(len(self._parts), sample, seed, partner)
-        return replace(
-            result,
-            image=np.ascontiguousarray(result.image),
-            boxes=result.boxes.astype(sample.boxes.dtype),
-        )
+        return replace(result, image=np.ascontiguousarray(result.image), boxes=result.boxes.astype(sample.boxes.dtype))
 
     def _apply(self, num_parts: int, sample: Sample, seed: int, partner: Callable[[int], Sample] | None) -> Sample:
         """Apply the first steps; the boxes of the result are float64."""
@@ -236,27 +230,23 @@ class Augment:
                 message = " ".join(str(error).split()) or type(error).__name__
                 raise DataError(f"{part.place}: {message}") from error
             if after.boxes is not sample.boxes:
-                sides = after.boxes[:, 2:] - after.boxes[:, :2]
+                sides = after.boxes[:, 2:] - after.boxes[:, :2]  # [N, 2]
                 stay = (after.visible >= self._min_visibility) & (sides >= MIN_TRAINABLE_SIDE).all(axis=1)
                 after = after if stay.all() else after.select(stay)
             sample = after
         return sample
 
     def _draw(self, position: int, partner: Callable[[int], Sample] | None, rng: np.random.Generator) -> Sample:
-        """Give another image as the steps before ``position`` leave it."""
+        """Return another image as the steps before ``position`` leave it."""
         if partner is None:
             raise DataError(f"{self._parts[position].place}: mixes several images, and only one is given")
         number = int(rng.integers(2**63))
         return self._apply(position, partner(number), number, partner)
 
 
-def _rebuild(steps: Steps, min_visibility: float) -> Augment:
-    return build_augment(steps, min_visibility=min_visibility)
-
-
 @dataclass(frozen=True)
 class _OwnPart:
-    """A step of ``augment_steps`` at its place in the list."""
+    """A step of ``OWN_STEPS``."""
 
     place: str
     step: Step
@@ -267,7 +257,7 @@ class _OwnPart:
 
 @dataclass(frozen=True)
 class _LibraryPart:
-    """A transform of albumentations at its place in the list."""
+    """A transform of albumentations."""
 
     place: str
     transform: Any
@@ -277,7 +267,7 @@ class _LibraryPart:
         rows = np.arange(len(sample), dtype=np.float64)
         # Labels are for transforms that ask for them (ConstrainedCoarseDropout).
         fractions = np.column_stack([sample.boxes / _scale(sample.image), sample.labels, rows, sample.visible])
-        result = self.transform(image=sample.image, bboxes=fractions)
+        result = self.transform(image=sample.image, bboxes=fractions)  # [N, BOX_COLUMNS]
         image = _checked(result["image"], self.place)
         # A transform that only resizes leaves fractions alone, but not pixels.
         if result["bboxes"] is fractions and image.shape == sample.image.shape:
@@ -289,7 +279,7 @@ class _LibraryPart:
 
 @dataclass(frozen=True)
 class _FlipPart:
-    """One of albumentations' flips at its place in the list, done without fractions of the image, which are inexact.
+    """One of albumentations' flips, done without fractions of the image, which are inexact.
 
     OpenCV turns 640x480 pixels in 0.05 ms. A view of reversed columns costs nothing here and 0.4 ms where channels are
     parted; NumPy takes 1.1 ms to copy one.
@@ -305,8 +295,6 @@ class _FlipPart:
     transform: Any
 
     def apply(self, sample: Sample, rng: np.random.Generator, py_random: random.Random, draw: Partner) -> Sample:
-        import cv2
-
         self.transform.set_random_state(rng, py_random)
         if not self.transform.should_apply():
             return sample
@@ -314,8 +302,6 @@ class _FlipPart:
         boxes[:, [self.axis, self.axis + 2]] = length - boxes[:, [self.axis + 2, self.axis]]
         return sample.moved(np.asarray(cv2.flip(sample.image, 1 - self.axis), dtype=np.uint8), boxes)
 
-
-_FLIPPED_AXES = {"HorizontalFlip": 0, "VerticalFlip": 1}
 
 _Part = _OwnPart | _LibraryPart | _FlipPart
 

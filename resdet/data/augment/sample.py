@@ -1,4 +1,4 @@
-"""An image with its boxes and all that belongs to each box, on its way from the table to the target."""
+"""An image with its boxes and everything known of each box, on its way from the table to the target."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ import numpy.typing as npt
 class Sample:
     """One image and its boxes. All fields but ``image`` and ``image_id`` are columns: one row for each box.
 
-    Crowd regions and difficult objects are boxes like any other here; who makes a target leaves them out.
+    Crowd regions and difficult objects are boxes like any other here; ``DetectionDataset.target_of`` leaves them out.
 
     Attributes:
         image: uint8 RGB ``[H, W, 3]``.
-        image_id: The dataset's id of the image; of several put together, of the first.
+        image_id: The dataset's id of the image; that of the first where several were put together.
         boxes: float32 or float64 ``[N, 4]``, ``(x1, y1, x2, y2)`` inside the image.
         labels: int64 ``[N]``, 1..K.
         crowd: bool ``[N]``, COCO's ``iscrowd``.
         difficult: bool ``[N]``, VOC's ``difficult``.
-        annotation_ids: int64 ``[N]``: whose box it is; one annotation may come twice where images are put together.
+        annotation_ids: int64 ``[N]``; an id may occur twice where images were put together.
         visible: float64 ``[N]``, share of the box's area that augmentation has left, in [0, 1].
     """
 
@@ -40,16 +40,16 @@ class Sample:
         return len(self.labels)
 
     def select(self, rows: npt.NDArray[np.int64] | npt.NDArray[np.bool_]) -> Sample:
-        """Give the sample with some of its boxes, by row number or mask."""
+        """Return the sample with some of its boxes, by row number or mask."""
         return replace(self, **{name: getattr(self, name)[rows] for name in _COLUMNS})
 
     def moved(self, image: npt.NDArray[np.uint8], boxes: npt.NDArray[np.float64]) -> Sample:
-        """Give the sample with another image and with its boxes where they have come to lie in it.
+        """Return the sample after a geometric change.
 
         Args:
-            image: uint8 RGB ``[H', W', 3]``.
-            boxes: ``[N, 4]``, in pixels of ``image``, as they would be if it went on beyond its borders. They are
-                clipped to it, and ``visible`` is multiplied by the share of each that is left.
+            image: The new image, uint8 RGB ``[H', W', 3]``.
+            boxes: ``[N, 4]`` in pixels of the new image, not yet clipped: they are clipped to it here, and ``visible``
+                is multiplied by the share of each that is left.
         """
         height, width = image.shape[:2]
         clipped = np.clip(boxes, 0, [width, height, width, height])
@@ -59,18 +59,17 @@ class Sample:
 
 
 def _area(boxes: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    area: npt.NDArray[np.float64] = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+    area: npt.NDArray[np.float64] = np.prod(boxes[:, 2:] - boxes[:, :2], axis=1)
     return area
 
 
-_NO_THICKNESS = 1e-6
-"""Pixels."""
+_NO_THICKNESS = 1e-6  # pixels
 
 _COLUMNS = [field.name for field in fields(Sample) if field.name not in ("image", "image_id")]
 
 
 def joined(samples: Sequence[Sample]) -> Sample:
-    """Give the first sample's image with the boxes of all samples, in their order."""
+    """Return the first sample's image with the boxes of all samples, in their order."""
     columns: dict[str, Any] = {name: np.concatenate([getattr(sample, name) for sample in samples]) for name in _COLUMNS}
     return replace(samples[0], **columns)
 
@@ -78,21 +77,21 @@ def joined(samples: Sequence[Sample]) -> Sample:
 def uncovered(
     boxes: npt.NDArray[np.float64], covers: npt.NDArray[np.float64]
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """Take from boxes what lies under rectangles.
+    """Subtract rectangles from boxes.
 
     Args:
         boxes: ``[N, 4]``, each with an area.
         covers: ``[R, 4]``.
 
     Returns:
-        The boxes shrunk to what surrounds the rest of each, ``[N, 4]``, and the share of its area that the rest is,
-        ``[N]``. Boxes that no rectangle meets are the same numbers; those wholly covered too, with share 0.
+        The boxes around what is left of each, ``[N, 4]``, and which share of its area that is, ``[N]``. Boxes that no
+        rectangle meets keep their numbers; so do those wholly covered, with share 0.
     """
     left, share = boxes.copy(), np.ones(len(boxes))
     if len(covers) == 0:
         return left, share
     starts, ends = np.maximum(covers[:, None, :2], boxes[:, :2]), np.minimum(covers[:, None, 2:], boxes[:, 2:])
-    meets = np.all(starts < ends, axis=2)
+    meets = np.all(starts < ends, axis=2)  # [R, N]
     for i in np.flatnonzero(np.any(meets, axis=0)):
         box, over = boxes[i], covers[meets[:, i]]
         # The rectangles' edges cut the box into a grid of cells, each wholly covered or wholly free.
@@ -100,8 +99,8 @@ def uncovered(
         y = np.unique(np.clip(np.append(over[:, [1, 3]], box[[1, 3]]), box[1], box[3]))
         by_x = (over[:, None, 0] <= x[:-1]) & (x[1:] <= over[:, None, 2])
         by_y = (over[:, None, 1] <= y[:-1]) & (y[1:] <= over[:, None, 3])
-        covered = np.any(by_y[:, :, None] & by_x[:, None, :], axis=0)
-        # Edges that are one but for round-off leave cells of no thickness, which are nothing to see.
+        covered = np.any(by_y[:, :, None] & by_x[:, None, :], axis=0)  # [rows, columns] of the grid
+        # Edges that are equal up to round-off leave cells without thickness, in which nothing is seen.
         free = ~covered & (np.diff(y) > _NO_THICKNESS)[:, None] & (np.diff(x) > _NO_THICKNESS)
         columns, rows = np.flatnonzero(free.any(axis=0)), np.flatnonzero(free.any(axis=1))
         share[i] = (np.outer(np.diff(y), np.diff(x)) * free).sum() / ((x[-1] - x[0]) * (y[-1] - y[0]))

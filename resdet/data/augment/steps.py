@@ -1,7 +1,7 @@
-"""Augmentation that albumentations has not: large-scale jitter, and steps that mix several images.
+"""Augmentation that albumentations lacks: large-scale jitter, and steps that mix several images.
 
-A step takes a ``Sample`` with float64 boxes and gives another one: boxes clipped to its image, ``visible`` multiplied
-by the share of each box that the step has left. Boxes with too little left are dropped by ``Augment``, after each step.
+A step takes a ``Sample`` with float64 boxes and returns another: boxes clipped to its image, ``visible`` multiplied by
+the share of each box that the step has left. ``Augment`` drops boxes with too little left after each step.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Annotated
 
+import cv2
 import numpy as np
 import numpy.typing as npt
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
@@ -20,7 +21,7 @@ from resdet.data.augment.sample import Sample, joined, uncovered
 Boxes = npt.NDArray[np.float64]
 Image = npt.NDArray[np.uint8]
 Partner = Callable[[np.random.Generator], Sample]
-"""Draws another image of the dataset, with its boxes, as the steps before this one give it."""
+"""Draws another image of the dataset, with its boxes, as the steps before this one leave it."""
 
 
 def _rising(pair: tuple[float, float]) -> tuple[float, float]:
@@ -38,7 +39,7 @@ CountRange = Annotated[tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(g
 
 
 class Step(BaseModel):
-    """What all steps share."""
+    """Base class of the steps."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
@@ -47,18 +48,18 @@ class Step(BaseModel):
 
     @abstractmethod
     def apply(self, sample: Sample, rng: np.random.Generator, partner: Partner) -> Sample:
-        """Give the sample after this step."""
+        """Return the sample after this step."""
 
 
 class LargeScaleJitter(Step):
     """Scale an image at random, keeping its shape, into a picture of one fixed size, by cropping or padding.
 
-    At scale 1 the image just fits into the picture. Where it is larger a random window is cut out; where it is smaller
-    it lies at the top left and the rest is filled. Give the detector ``min_size`` equal to the shorter side of
-    ``size`` and ``max_size`` to the longer: otherwise it scales the picture once more.
+    At scale 1 the image just fits into the picture. A larger one is cut to a random window; a smaller one lies at the
+    top left and the rest is filled. Set the detector's ``min_size`` to the shorter side of ``size`` and ``max_size``
+    to the longer: otherwise it scales the picture once more.
 
     Attributes:
-        scale_range: Between what and what the scale is drawn, uniformly.
+        scale_range: Bounds between which the scale is drawn, uniformly.
         size: ``(height, width)`` of the picture, pixels.
         fill: Value of the padding, 0..255, in all channels.
         p: Probability of being applied.
@@ -74,7 +75,7 @@ class LargeScaleJitter(Step):
     p: Probability = 1.0
 
     def apply(self, sample: Sample, rng: np.random.Generator, partner: Partner) -> Sample:
-        """Give the jittered sample."""
+        """Return the jittered sample."""
         height, width = sample.image.shape[:2]
         fit = min(self.size[0] / height, self.size[1] / width)
         new_height, new_width = _scaled(height, width, fit * rng.uniform(*self.scale_range))
@@ -92,14 +93,13 @@ class LargeScaleJitter(Step):
 class Mosaic(Step):
     """Put four images together, one in each quarter around a random centre.
 
-    Each image, this one at the top left and three others, is scaled, keeping its shape, and cut out at random so that
-    it fills its quarter. At scale 1 it would just fit into the whole picture; it is drawn larger where its quarter
-    would not be filled otherwise.
+    Each image, this one at the top left and three others, is scaled, keeping its shape, and cut at random to fill its
+    quarter. At scale 1 it would just fit into the whole picture; it becomes larger where it would not fill its quarter.
 
     Attributes:
         size: ``(height, width)`` of the picture, pixels; null takes those of the image itself.
-        center_range: Between what and what shares of height and width the centre is drawn, uniformly.
-        scale_range: Between what and what the scale of each image is drawn, uniformly.
+        center_range: Bounds, as shares of height and width, between which the centre is drawn, uniformly.
+        scale_range: Bounds between which the scale of each image is drawn, uniformly.
         p: Probability of being applied.
 
     Source: Bochkovskiy et al. 2020 (YOLOv4), section 3.3, with the cuts between 0.2 and 0.8 of darknet's
@@ -111,7 +111,7 @@ class Mosaic(Step):
     scale_range: ScaleRange = (0.4, 1.0)
 
     def apply(self, sample: Sample, rng: np.random.Generator, partner: Partner) -> Sample:
-        """Give the mosaic, with the boxes of all four images."""
+        """Return the mosaic, with the boxes of all four images."""
         height, width = self.size or sample.image.shape[:2]
         middle = round(height * rng.uniform(*self.center_range)), round(width * rng.uniform(*self.center_range))
         picture = np.empty((height, width, 3), dtype=np.uint8)
@@ -121,7 +121,7 @@ class Mosaic(Step):
             left, right = (0, middle[1]) if quarter % 2 == 0 else (middle[1], width)
             part = sample if quarter == 0 else partner(rng)
             scale = rng.uniform(*self.scale_range)
-            # A centre on the border leaves nothing of a quarter; the image and its boxes are gone then.
+            # A centre on the border leaves a quarter without pixels, and so without boxes.
             if bottom == top or right == left:
                 parts.append(part.select(np.zeros(0, dtype=np.int64)))
                 continue
@@ -140,9 +140,9 @@ class CopyPaste(Step):
     lost, and the box shrinks to what surrounds the rest.
 
     Attributes:
-        num_objects: Between how many and how many objects are pasted; fewer where the other image has fewer. Crowd
-            regions and difficult objects are not among those drawn.
-        scale_range: Between what and what each rectangle's scale is drawn, uniformly.
+        num_objects: Smallest and largest number of objects pasted; fewer where the other image has fewer. Crowd
+            regions and difficult objects are not drawn.
+        scale_range: Bounds between which each rectangle's scale is drawn, uniformly.
         max_area: Share of the image that a rectangle may cover; larger ones are scaled down to it.
         p: Probability of being applied.
 
@@ -156,7 +156,7 @@ class CopyPaste(Step):
     max_area: Share = 0.25
 
     def apply(self, sample: Sample, rng: np.random.Generator, partner: Partner) -> Sample:
-        """Give the sample with objects pasted over it."""
+        """Return the sample with objects pasted over it."""
         other = partner(rng)
         candidates = np.flatnonzero(~other.crowd & ~other.difficult)
         num_objects = min(int(rng.integers(self.num_objects[0], self.num_objects[1] + 1)), len(candidates))
@@ -196,14 +196,9 @@ def _scaled(height: int, width: int, scale: float) -> tuple[int, int]:
 def _fill_window(
     sample: Sample, scale: float, picture: tuple[int, int], window: tuple[int, int], rng: np.random.Generator
 ) -> Sample:
-    """Scale a sample and cut a random window out of it.
+    """Scale a sample and cut a random ``window`` ``(height, width)`` out of it.
 
-    Args:
-        sample: Whose image and boxes.
-        scale: As a share of the largest size at which the image fits into ``picture``; more where the window asks it.
-        picture: ``(height, width)``, pixels.
-        window: ``(height, width)`` of what is cut out.
-        rng: Draws the place.
+    At ``scale`` 1 the image just fits into ``picture`` ``(height, width)``; it becomes larger if the window is.
     """
     height, width = sample.image.shape[:2]
     fit = min(picture[0] / height, picture[1] / width)
@@ -215,7 +210,7 @@ def _fill_window(
 
 
 def _cut_out(sample: Sample, box: Boxes) -> Sample:
-    """Give the pixels that a box touches, and what lies in them."""
+    """Return the pixels that a box touches, and the boxes that lie in them."""
     left, top = np.floor(box[:2]).astype(int).tolist()
     right, bottom = np.ceil(box[2:]).astype(int).tolist()
     inside = sample.moved(sample.image[top:bottom, left:right], _shifted(sample.boxes, -left, -top))
@@ -225,7 +220,7 @@ def _cut_out(sample: Sample, box: Boxes) -> Sample:
 def _scaled_window(
     sample: Sample, new_size: tuple[int, int], corner: tuple[int, int], window: tuple[int, int]
 ) -> Sample:
-    """Scale a sample to ``new_size`` and give the window ``(height, width)`` with its top left pixel at ``corner``."""
+    """Scale a sample to ``new_size`` and cut out ``window`` ``(height, width)``, its top left pixel at ``corner``."""
     height, width = sample.image.shape[:2]
     (new_height, new_width), (top, left) = new_size, corner
     ratio = np.array([new_width / width, new_height / height] * 2)
@@ -239,8 +234,6 @@ against 3.5 ms for 1024x1024 out of 1536x2048 on one core)."""
 
 
 def _scaled_pixels(image: Image, new_size: tuple[int, int], corner: tuple[int, int], window: tuple[int, int]) -> Image:
-    import cv2
-
     (height, width), (new_height, new_width), (top, left) = image.shape[:2], new_size, corner
     if new_size == (height, width):
         return image[top : top + window[0], left : left + window[1]]
@@ -249,7 +242,7 @@ def _scaled_pixels(image: Image, new_size: tuple[int, int], corner: tuple[int, i
         how = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
         whole = cv2.resize(image, (new_width, new_height), interpolation=how)
         return np.asarray(whole[top : top + window[0], left : left + window[1]])
-    # Only what is seen is computed: pixel centres of the window, at x + 0.5, back in the image.
+    # Compute the window alone: its pixel centres, at x + 0.5, mapped back into the image.
     per_y, per_x = height / new_height, width / new_width
     back = np.array([[per_x, 0, (left + 0.5) * per_x - 0.5], [0, per_y, (top + 0.5) * per_y - 0.5]])
     large = cv2.warpAffine(
@@ -263,6 +256,6 @@ def _scaled_pixels(image: Image, new_size: tuple[int, int], corner: tuple[int, i
 
 
 def _under(sample: Sample, covers: Boxes) -> Sample:
-    """Give a sample's boxes as rectangles ``[R, 4]`` painted over its image leave them."""
+    """Return a sample whose boxes are what rectangles ``[R, 4]`` painted over its image leave of them."""
     boxes, share = uncovered(sample.boxes, covers)
     return replace(sample, boxes=boxes, visible=sample.visible * share)
