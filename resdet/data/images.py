@@ -19,45 +19,45 @@ from resdet.data.annotations import AnnotationTable
 from resdet.errors import DataError, UnreadableImageError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif")
-"""What folders are searched for; the decoder itself goes by a file's content, not its name."""
+"""What folders are searched for; the decoder goes by a file's content, not its name."""
 
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
-"""Pillow's names of the formats that are read. Its other forty decoders stay shut: one of them runs Ghostscript."""
+"""Pillow's names of the formats that are read. Its other forty decoders stay off: one of them runs Ghostscript."""
 
 MAX_PIXELS = 178_956_970
-"""Images of more are refused before they are decoded. It is the number from which Pillow refuses them too, but it
-stands where a program has switched Pillow's limit off; as RGB it is 512 MiB, and no camera reaches it."""
+"""Larger images are refused before they are decoded. Pillow's own limit is the same, but a program may have switched it
+off. As RGB it is 512 MiB, and no camera reaches it."""
 
 MAX_JPEG_SCANS = 100
-"""Progressive JPEGs of more scans are refused; encoders write about 10. Each goes over the whole image: 95 bytes cost
-0.05 s at 8000x8000, so that a megabyte would keep a decoder busy for ten minutes."""
+"""Progressive JPEGs of more scans are refused; encoders write about 10. Each scan goes over the whole image: 95 bytes
+cost 0.05 s at 8000x8000, so that a megabyte would keep a decoder busy for ten minutes."""
 
 _EXIF_ORIENTATION = 0x0112
 _TIFF_BITS = 258
 _TIFF_PHOTOMETRIC = 262
 _PIXELS = "pixels must be 8- or 16-bit gray, RGB or CMYK"
 _MAX_NAME = 1024
-# Line breaks of Unicode among them: a name with one would break messages and lists of names apart.
-# Halves of surrogate pairs are in no file's name either, but for those by which Python shows bytes that are no UTF-8.
+# Unicode's line breaks too: a name with one would break messages and lists of names. Of the halves of surrogate pairs,
+# those are allowed that stand for bytes that are not UTF-8.
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udc7f\udd00-\udfff]")
 
 
 class Images(Protocol):
-    """Whatever gives image ``index`` of a table as uint8 RGB ``[H, W, 3]``."""
+    """Anything that returns the images of a table."""
 
     def __call__(self, index: int) -> npt.NDArray[np.uint8]:
-        """Give image ``index``, 0-based row of the table."""
+        """Return the image at row ``index`` of the table, uint8 RGB ``[H, W, 3]``."""
         ...
 
 
 @dataclass(frozen=True)
 class ImageHeader:
-    """What an image file says of itself.
+    """An image file's properties.
 
     Attributes:
-        size: ``(height, width)`` of the pixels as ``read_image`` gives them.
+        size: ``(height, width)`` of what ``read_image`` returns.
         format: One of ``IMAGE_FORMATS``, or Pillow's name of a variant ("MPO", the JPEG of some telephones).
-        mode: Pillow's name of the kind of pixels: "RGB", "L" (gray), "P" (palette), "CMYK", "I;16" and so on.
+        mode: Pillow's name of the pixel type: "RGB", "L" (gray), "P" (palette), "CMYK", "I;16" and so on.
         orientation: EXIF's 1..8; 1, upright, where none is given.
     """
 
@@ -70,20 +70,19 @@ class ImageHeader:
 def read_image(path: Path) -> npt.NDArray[np.uint8]:
     """Read an image file as 8-bit RGB.
 
-    * Formats are JPEG, PNG, WebP, BMP, TIFF, GIF and PPM, told by the content. Of an animation, the first frame is
-      read.
+    * Formats are ``IMAGE_FORMATS``, recognised by content. Of an animation, the first frame is read.
     * Grayscale and 1-bit pixels are repeated into three channels, a palette is looked up, and an alpha channel is
       dropped: the colours stored under transparent pixels are kept.
-    * CMYK is converted by Pillow, without colour profiles. CMYK in a JPEG counts as Adobe writes it, inverted; OpenCV
-      takes it so too.
+    * CMYK is converted by Pillow, without colour profiles. A CMYK JPEG is taken as inverted, as Adobe writes it and
+      OpenCV reads it.
     * 16-bit samples keep their high byte (Pillow alone would clip 16-bit grayscale to white), those of a 12-bit TIFF
-      their high eight bits. Signed, 32-bit and floating-point pixels have no range known to the reader: refused.
-    * EXIF orientation is not applied here; ``FolderImages`` says where it is. Pillow turns TIFF files by itself.
+      their high eight bits. Signed, 32-bit and floating-point pixels, whose range is unknown, are refused.
+    * EXIF orientation is left to ``FolderImages``; but Pillow turns TIFF files by itself.
 
-    Decoding is Pillow's: on COCO's JPEG files it took 1.84 ms. OpenCV for the files in which it can hit no damage (it
-    gives gray where a file is cut short) took 1.46 ms, with the same pixels on one machine: two decoders that may part
-    in their next versions are not worth it. Its warnings (of odd EXIF, say) are not passed on: a file is read, or it is
-    an error. libtiff alone may write to stderr.
+    Decoding is Pillow's: on COCO's JPEG files it took 1.84 ms. OpenCV for the files in which it cannot meet damage (it
+    returns gray where a file is cut short) took 1.46 ms, with the same pixels on one machine: two decoders that may
+    diverge in their next versions are not worth it. Pillow's warnings (of odd EXIF, say) are not passed on: a file is
+    read, or it is an error. Only libtiff may write to stderr.
 
     Returns:
         uint8 ``[H, W, 3]``, RGB, contiguous and writable.
@@ -112,22 +111,22 @@ def _from_deep_gray(image: Image.Image, path: Path) -> npt.NDArray[np.uint8]:
 
 
 def read_header(path: Path) -> ImageHeader:
-    """Read what an image file says of itself.
+    """Read an image file's properties.
 
-    Pixels are decoded only in a PNG that holds no EXIF before them: it may follow them.
+    Pixels are decoded only in a PNG without EXIF before them, where it may follow them.
 
     Raises:
-        UnreadableImageError: As from ``read_image``, for what is met before the pixels.
+        UnreadableImageError: As from ``read_image``, for what comes before the pixels.
     """
     with _opened(path) as image:
-        # Pillow applies a TIFF's own, so that nothing is left to do.
+        # Pillow applies a TIFF's own orientation.
         value = 1 if image.format == "TIFF" else image.getexif().get(_EXIF_ORIENTATION, 1)
         orientation = value if isinstance(value, int) and 1 <= value <= 8 else 1
         return ImageHeader((image.height, image.width), str(image.format), image.mode, orientation)
 
 
 def read_size(path: Path) -> tuple[int, int]:
-    """Give an image file's ``(height, width)``, without decoding its pixels.
+    """Return an image file's ``(height, width)``, without decoding its pixels.
 
     Raises:
         UnreadableImageError: If the file is missing, empty, not an image, or larger than ``MAX_PIXELS``.
@@ -138,9 +137,9 @@ def read_size(path: Path) -> tuple[int, int]:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[Image.Image]:
-    """Open an image file; whatever a decoder raises inside becomes an error that names the file."""
+    """Open an image file, and turn whatever a decoder raises inside into an error that names the file."""
     try:
-        # Before it is opened: opening a pipe would wait for somebody to write into it.
+        # Checked first: opening a pipe would wait for somebody to write into it.
         if not os.path.isfile(path):
             what = "not an image file, but a folder or a device" if os.path.exists(path) else "no such image file"
             raise UnreadableImageError(f"{path}: {what}")
@@ -161,7 +160,7 @@ def _opened(path: Path) -> Iterator[Image.Image]:
     except Image.DecompressionBombError as error:
         found = re.search(r"\d+", str(error))
         raise UnreadableImageError(_too_large(path, found[0] if found else "more")) from error
-    # Decoders fed with damaged bytes raise whatever they stumble over: IndexError, struct.error, MemoryError, ...
+    # Decoders of damaged bytes raise anything: IndexError, struct.error, MemoryError, ...
     except Exception as error:
         what = error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split())
         if "truncated" in what.lower():
@@ -174,7 +173,7 @@ def _too_large(path: Path, got: str) -> str:
 
 
 def _check_scans(path: Path) -> None:
-    # In a JPEG's data, a byte 0xFF is never followed by this one unless both are the marker of a scan.
+    # In a JPEG's data, these two bytes are always the marker of a scan.
     num_scans = Path(path).read_bytes().count(b"\xff\xda")
     if num_scans > MAX_JPEG_SCANS:
         raise UnreadableImageError(f"{path}: refused: a JPEG may have at most {MAX_JPEG_SCANS} scans, got {num_scans}")
@@ -183,24 +182,24 @@ def _check_scans(path: Path) -> None:
 class FolderImages:
     """The images of a table, read from a folder when asked for.
 
-    An image must have the size that the table says. Boxes are in pixels of the image that was annotated, which is
-    the stored one for COCO, for VOC and for tools that ignore EXIF orientation, but the upright one for tools that
-    show photographs as a browser does. So an image is
+    An image must have the size that the table states. Boxes are in pixels of the image that was annotated, which is the
+    stored one for COCO, for VOC and for tools that ignore EXIF orientation, but the upright one for tools that show
+    photographs as a browser does. So an image is
 
-    * taken as stored if its stored size is the table's: pycocotools and torchvision's datasets read it so too;
+    * taken as stored if its stored size is the table's, as by pycocotools and torchvision's datasets;
     * turned upright if only then its size is the table's, which takes an orientation of 90 or 270 degrees (5 to 8);
     * refused otherwise.
 
-    A size cannot tell which of the two was annotated if the image is square, or mirrored or turned by 180 degrees (2
-    to 4): such an image is taken as stored. detectron2 and mmdetection, by contrast, turn every image, and refuse or
+    The size cannot tell which of the two was annotated if the image is square, mirrored or turned by 180 degrees (2 to
+    4): such an image is taken as stored. detectron2 and mmdetection, by contrast, turn every image, and refuse or
     misread annotations of the stored one. ``tools/check_data.py`` lists the images that carry an orientation.
 
     Args:
         root: Folder that the table's file names are relative to.
-        table: Whose images.
+        table: The table.
 
     Raises:
-        DataError: If a file name leads out of ``root`` or can be no name of a file.
+        DataError: If a file name leads out of ``root`` or cannot be a file's name.
     """
 
     def __init__(self, root: Path, table: AnnotationTable) -> None:
@@ -209,7 +208,7 @@ class FolderImages:
         self._table = table
 
     def path(self, index: int) -> Path:
-        """Give the file of image ``index``."""
+        """Return the file of image ``index``."""
         return Path(self._root, self._table.file_names[index])
 
     def __call__(self, index: int) -> npt.NDArray[np.uint8]:
@@ -241,17 +240,12 @@ class FolderImages:
 def _turn(image: npt.NDArray[np.uint8], orientation: int) -> npt.NDArray[np.uint8]:
     """Turn a stored image ``[H, W, 3]`` of EXIF orientation 5 to 8 upright: ``[W, H, 3]``."""
     transposed = image.swapaxes(0, 1)
-    turned = {
-        5: transposed,
-        6: transposed[:, ::-1],
-        7: transposed[::-1, ::-1],
-        8: transposed[::-1],
-    }[orientation]
-    return np.ascontiguousarray(turned)
+    turned = {5: transposed, 6: transposed[:, ::-1], 7: transposed[::-1, ::-1], 8: transposed[::-1]}
+    return np.ascontiguousarray(turned[orientation])
 
 
 def _check_names(table: AnnotationTable) -> None:
-    """Find out that a table's file names are names of files below a folder; nothing is opened."""
+    """Raise if a table's file names cannot be names of files below a folder; nothing is opened."""
     for image_id, name in zip(table.image_ids.tolist(), table.file_names.tolist(), strict=True):
         if _leaves_folder(name):
             rule = "lie in the image folder"
@@ -275,14 +269,14 @@ def _leaves_folder(name: str) -> bool:
 
 
 def check_files(root: Path, table: AnnotationTable) -> None:
-    """Find out that every image of a table exists, without opening any.
+    """Raise if an image of a table does not exist; none is opened.
 
     Each folder is listed once (118 000 names in a fraction of a second, where as many ``stat`` calls over a network
     take minutes).
 
     Raises:
-        DataError: If files are missing: how many, the folder, and the first few; or if a file name leads out of
-            ``root`` or can be no name of a file.
+        DataError: If files are missing, with their number and the first few; or if a file name leads out of ``root``
+            or cannot be a file's name.
     """
     root = Path(root)
     if not root.is_dir():
@@ -297,15 +291,14 @@ def check_files(root: Path, table: AnnotationTable) -> None:
                 listings[folder] = set(os.listdir(root / folder))
             except (OSError, ValueError):
                 listings[folder] = set()
-        # A file system that ignores case lists one spelling and opens all, hence the second look.
+        # A file system that ignores case lists one spelling and opens all, hence the second check.
         if name not in listings[folder] and not os.path.isfile(root / file_name):
             missing.append(index)
     if missing:
         shown = ", ".join(f"{table.file_names[i]} (image {table.image_ids[i]})" for i in missing[:3])
         more = ", ..." if len(missing) > 3 else ""
-        slashes = any("\\" in table.file_names[i] for i in missing[:3])
-        why = r"; folders in a file_name must be parted by /, not by \ " if slashes and os.sep == "/" else ""
+        slashes = os.sep == "/" and any("\\" in table.file_names[i] for i in missing[:3])
+        why = "; folders in a file_name must be separated by /, not by \\" if slashes else ""
         raise DataError(
-            f"{root}: {len(missing)} of the {table.num_images} images of {table.name} are missing: {shown}{more}"
-            + why.rstrip()
+            f"{root}: {len(missing)} of the {table.num_images} images of {table.name} are missing: {shown}{more}{why}"
         )

@@ -1,4 +1,10 @@
-"""Which images training draws, and which of them make a batch."""
+"""Which images training draws, and which of them make a batch.
+
+Why not the samplers of torch, torchvision's references and torchdata: their order depends on the number of processes
+and on a generator's state, so that a run can be resumed only by replaying it or with as many processes and workers as
+before; and they pad, repeat or drop images where an epoch does not divide evenly. Here the n-th batch is a function of
+the seed and n alone, computed by array arithmetic.
+"""
 
 from __future__ import annotations
 
@@ -22,19 +28,19 @@ REPEAT_THRESHOLD = 0.001
 """Share of images below which a class's images are repeated; LVIS's own value (Gupta et al. 2019)."""
 
 _CHUNK = 1 << 17
-"""Draws laid out at a time; bounds memory for large datasets and Python's overhead for tiny ones."""
+"""Draws computed at a time; bounds memory for large datasets and Python's overhead for tiny ones."""
 
 _ORDER, _AUGMENTATION, _ROUNDING, _FIRST_CLASS = range(4)
-"""What hashed numbers are for. Each class has a number of its own, from ``_FIRST_CLASS`` on."""
+"""Streams of hashed numbers. Each class has one of its own, from ``_FIRST_CLASS`` on."""
 
 
 @dataclass(frozen=True)
 class ImageOrder:
-    """In which order images are drawn, without end.
+    """An endless order of images.
 
     Attributes:
         drawn: bool ``[I]``: the images that are drawn at all.
-        draws: Gives, for a seed, the indices of the images as int64 arrays of any length, one after another.
+        draws: Yields, for a seed, the image indices as int64 arrays of any length, one after another.
     """
 
     drawn: npt.NDArray[np.bool_]
@@ -55,13 +61,10 @@ def uniform_order(num_images: int) -> ImageOrder:
 
 
 def repeat_factor_order(factors: npt.NDArray[np.float64]) -> ImageOrder:
-    """Draw image ``i`` ``factors[i]`` times per epoch.
+    """Draw image ``i`` ``factors[i]`` times per epoch, ``factors`` float64 ``[I]``, >= 0 (see ``repeat_factors``).
 
-    The whole part of a factor is drawn in every epoch, once more in that share of the epochs which its fraction
-    says: epochs differ a little in length.
-
-    Args:
-        factors: float64 ``[I]``, >= 0; ``repeat_factors`` gives them.
+    A factor's whole part is drawn in every epoch, and once more in a share of the epochs that is its fraction, so that
+    epochs differ a little in length.
 
     Source: detectron2, data/samplers/distributed_sampler.py, RepeatFactorTrainingSampler. Deviation: the random
     numbers are a hash of epoch and image, so that an interrupted run resumes where it was.
@@ -76,11 +79,12 @@ def repeat_factor_order(factors: npt.NDArray[np.float64]) -> ImageOrder:
         epoch, position = 0, 0
         while True:
             places = np.arange(epoch * num_images, (epoch + num_epochs) * num_images, dtype=np.uint64)
-            chance = (_hash(places, seed, stream=_ROUNDING) >> np.uint64(11)) * 2.0**-53
-            times = (whole + (chance.reshape(num_epochs, num_images) < factors - whole)).astype(np.int64)
+            chance = (_hash(places, seed, stream=_ROUNDING) >> np.uint64(11)) * 2.0**-53  # in [0, 1)
+            times = (whole + (chance.reshape(num_epochs, num_images) < factors - whole)).astype(np.int64)  # [epochs, I]
             images = np.repeat(np.tile(np.arange(num_images), num_epochs), times.reshape(-1))
             epoch_of_draw = np.repeat(np.arange(num_epochs), times.sum(axis=1))
             positions = np.arange(position, position + len(images), dtype=np.uint64)
+            # Shuffled within each epoch.
             yield images[np.lexsort((_hash(positions, seed, stream=_ORDER), epoch_of_draw))]
             epoch, position = epoch + num_epochs, position + len(images)
 
@@ -88,15 +92,11 @@ def repeat_factor_order(factors: npt.NDArray[np.float64]) -> ImageOrder:
 
 
 def class_balanced_order(images: npt.NDArray[np.int64], labels: npt.NDArray[np.int64], num_images: int) -> ImageOrder:
-    """Draw every class equally often, and for each an image that has it.
+    """Draw every class equally often, and for each draw an image that has it.
 
     Each round draws every class once, in an order of its own; a class goes through its images in shuffled passes.
-    Classes without images are left out, images without a class are not drawn.
-
-    Args:
-        images: int64 ``[P]``, an image index for each (image, class) pair; pairs must differ.
-        labels: int64 ``[P]``, the class of each pair.
-        num_images: All images, those without a class included.
+    Classes without images are left out, images without a class are not drawn. Arguments are as for
+    ``repeat_factors``.
 
     Source: Shen, Lin, Huang 2016, "Relay Backpropagation for Effective Learning of Deep Convolutional Neural Networks"
     (class-aware sampling).
@@ -117,7 +117,7 @@ def class_balanced_order(images: npt.NDArray[np.int64], labels: npt.NDArray[np.i
                 for i, member in enumerate(members)
             ]
             in_rounds = turns.reshape(num_rounds, num_classes)
-            yield np.take_along_axis(np.stack(picks, axis=1), in_rounds, axis=1).reshape(-1)
+            yield np.take_along_axis(np.stack(picks, axis=1), in_rounds, axis=1).reshape(-1)  # [rounds * classes]
             start = stop
 
     drawn = np.zeros(num_images, dtype=np.bool_)
@@ -128,10 +128,10 @@ def class_balanced_order(images: npt.NDArray[np.int64], labels: npt.NDArray[np.i
 def repeat_factors(
     images: npt.NDArray[np.int64], labels: npt.NDArray[np.int64], num_images: int, threshold: float
 ) -> npt.NDArray[np.float64]:
-    """Give each image's repeat factor, float64 ``[I]``, >= 1.
+    """Return each image's repeat factor, float64 ``[I]``, >= 1.
 
     ``r_c = max(1, sqrt(threshold / f_c))`` with ``f_c`` the share of all images that have class ``c``; an image's
-    factor is the largest of its classes, and 1 for an image without any.
+    factor is the largest of its classes', and 1 without any.
 
     Args:
         images: int64 ``[P]``, an image index for each (image, class) pair; pairs must differ.
@@ -139,7 +139,7 @@ def repeat_factors(
         num_images: All images, those without a class included.
         threshold: Share of images below which a class counts as rare, in (0, 1].
 
-    Source: Gupta, Dollar, Girshick 2019, "LVIS", appendix B.2; as detectron2's
+    Source: Gupta, Dollar, Girshick 2019, "LVIS", appendix B.2; detectron2's
     ``repeat_factors_from_category_frequency``, in float64.
     """
     share = np.bincount(labels) / num_images
@@ -153,7 +153,7 @@ def repeat_factors(
 def image_order(
     sampling: Sampling, table: AnnotationTable, trained: npt.NDArray[np.bool_], *, repeat_threshold: float
 ) -> ImageOrder:
-    """Lay out how the images of a table are drawn; what comes of it is logged.
+    """Return and log the order in which the images of a table are drawn.
 
     An image has a class if it has a box of it that is trained on. (detectron2 counts crowd regions too.)
 
@@ -174,24 +174,24 @@ def image_order(
             "%s: repeat-factor sampling at %g: %d of %d images repeated, at most %.2f times; an epoch is %.0f draws",
             table.name,
             repeat_threshold,
-            int((factors > 1).sum()),
+            (factors > 1).sum(),
             num_images,
             factors.max(),
             factors.sum(),
         )
         return repeat_factor_order(factors)
     order = class_balanced_order(images, labels, num_images)
-    counts = np.bincount(labels, minlength=stride)[1:]
-    rarest = int(np.where(counts > 0, counts, num_images + 1).argmin())
+    found, counts = np.unique(labels, return_counts=True)
+    rarest = counts.argmin()
     logger.info(
         "%s: class-balanced sampling: each of %d classes in 1 of %d draws, %r from %d images; "
         "%d images without a box to train on are never drawn",
         table.name,
-        int((counts > 0).sum()),
-        int((counts > 0).sum()),
-        table.categories[rarest].name,
-        int(counts[rarest]),
-        int((~order.drawn).sum()),
+        len(found),
+        len(found),
+        table.categories[found[rarest] - 1].name,
+        counts[rarest],
+        (~order.drawn).sum(),
     )
     return order
 
@@ -199,16 +199,16 @@ def image_order(
 class TrainBatches(Sampler[list[tuple[int, int]]]):
     """The endless sequence of training batches, as lists of ``(image index, seed of its augmentation)``.
 
-    Images come in the given order. Landscape and portrait images are collected apart, so that little of a batch is
-    padding; a global batch is emitted when one of the two has enough for it, and what is left over waits, over the end
-    of an epoch too. No draw is skipped: after any number of batches each image has come as often as it was drawn,
-    except for the draws still waiting, of which there are fewer than ``2 * batch_size``.
+    Images come in the given order. Landscape and portrait images are collected separately, so that little of a batch
+    is padding; a global batch is emitted when either group has enough for it, and what is left over waits, across
+    epochs too. No draw is skipped: after any number of batches each image has come as often as it was drawn, except for
+    the draws still waiting, fewer than ``2 * batch_size``.
 
-    A global batch is cut into ``num_micro_batches * world_size`` equal slices. Images and seeds of a global batch are
-    the same however it is cut, so a run on one process and one on eight see the same data.
+    A global batch is cut into ``num_micro_batches * world_size`` equal slices. Its images and seeds do not depend on
+    how it is cut, so a run on one process and one on eight see the same data.
 
-    Everything is a function of ``seed`` and the number of batches emitted: resuming lays the skipped batches out
-    again as plain index arithmetic (90 000 batches of 16 images in a fraction of a second).
+    Everything is a function of ``seed`` and the number of batches emitted: resuming recomputes the skipped batches by
+    index arithmetic (90 000 batches of 16 images in a fraction of a second).
 
     Args:
         sizes: ``(height, width)`` of each image, ``[I, 2]``.
@@ -216,7 +216,7 @@ class TrainBatches(Sampler[list[tuple[int, int]]]):
         order: How images are drawn; None draws each once per epoch.
         rank: This process's number.
         world_size: Number of processes.
-        num_micro_batches: Parts in which a process takes its share, one forward and backward pass each.
+        num_micro_batches: Parts of a process's share, one forward and backward pass each.
         seed: Decides order and augmentation.
         start_batch: Global batches to skip: those that an interrupted run has already done.
 
@@ -225,7 +225,7 @@ class TrainBatches(Sampler[list[tuple[int, int]]]):
 
     Source: aspect-ratio grouping of torchvision's references/detection/group_by_aspect_ratio.py. Deviations: that
     sampler repeats images to complete the last batches of an epoch; a group of fewer images than a batch is not kept
-    apart here, as its batches would hold the same image several times.
+    separate here, as its batches would hold the same image several times.
     """
 
     def __init__(
@@ -261,14 +261,9 @@ class TrainBatches(Sampler[list[tuple[int, int]]]):
         self._seed = seed
         self._start_batch = start_batch
 
-    @property
-    def micro_batch_size(self) -> int:
-        """Images that a process gets at a time."""
-        return self._batch_size // (self._world_size * self._num_micro_batches)
-
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        """Give this process's micro-batches, ``num_micro_batches`` for each global batch."""
-        size = self.micro_batch_size
+        """Yield this process's micro-batches, ``num_micro_batches`` for each global batch."""
+        size = self._batch_size // (self._world_size * self._num_micro_batches)
         for images, seeds in self._global_batches():
             for part in range(self._num_micro_batches):
                 start = (self._rank * self._num_micro_batches + part) * size
@@ -276,36 +271,30 @@ class TrainBatches(Sampler[list[tuple[int, int]]]):
                 yield list(zip(images[rows].tolist(), seeds[rows].tolist(), strict=True))
 
     def _global_batches(self) -> Iterator[tuple[npt.NDArray[np.int64], npt.NDArray[np.uint64]]]:
-        to_skip = self._start_batch
+        to_skip, position = self._start_batch, 0
         # Positions of the draws, and their images, that wait in either group.
-        waiting = [(np.zeros(0, dtype=np.uint64), np.zeros(0, dtype=np.int64)) for _ in range(2)]
-        position = 0
+        waiting = [(np.zeros(0, dtype=np.uint64), np.zeros(0, dtype=np.int64))] * 2
         for images in self._order.draws(self._seed):
             positions = np.arange(position, position + len(images), dtype=np.uint64)
             position += len(positions)
             portrait = self._portrait[images]
-            batches_of_positions, batches_of_images = [], []
+            ready = []
             for group, member in enumerate((~portrait, portrait)):
-                all_positions = np.concatenate([waiting[group][0], positions[member]])
-                all_images = np.concatenate([waiting[group][1], images[member]])
-                full = len(all_images) // self._batch_size * self._batch_size
-                waiting[group] = (all_positions[full:], all_images[full:])
-                batches_of_positions.append(all_positions[:full].reshape(-1, self._batch_size))
-                batches_of_images.append(all_images[:full].reshape(-1, self._batch_size))
-            ready_positions = np.concatenate(batches_of_positions)
-            ready_images = np.concatenate(batches_of_images)
-            if to_skip >= len(ready_positions):
-                to_skip -= len(ready_positions)
-                continue
+                new = positions[member], images[member]
+                columns = [np.concatenate(pair) for pair in zip(waiting[group], new, strict=True)]
+                full = len(columns[0]) // self._batch_size * self._batch_size
+                waiting[group] = columns[0][full:], columns[1][full:]
+                ready.append([column[:full].reshape(-1, self._batch_size) for column in columns])
+            ready_positions, ready_images = (np.concatenate(columns) for columns in zip(*ready, strict=True))  # [n, B]
             # A batch is ready when its last image comes along.
             for batch in np.argsort(ready_positions[:, -1])[to_skip:]:
                 seeds = _hash(ready_positions[batch], self._seed, stream=_AUGMENTATION) >> np.uint64(1)
                 yield ready_images[batch], seeds
-            to_skip = 0
+            to_skip = max(0, to_skip - len(ready_positions))
 
 
 def _passes(num_items: int, start: int, stop: int, seed: int, *, stream: int) -> npt.NDArray[np.int64]:
-    """Give elements ``start`` to ``stop`` of the endless sequence of shuffled passes over ``range(num_items)``.
+    """Return elements ``start`` to ``stop`` of the endless sequence of shuffled passes over ``range(num_items)``.
 
     Sorting by a hash of the position shuffles each pass without a generator's state to carry along.
     """
@@ -317,7 +306,7 @@ def _passes(num_items: int, start: int, stop: int, seed: int, *, stream: int) ->
 
 
 def _hash(values: npt.NDArray[np.uint64], seed: int, *, stream: int) -> npt.NDArray[np.uint64]:
-    """Give uniform 64-bit numbers, a fixed function of ``(seed, stream, value)``, the same in every version of NumPy.
+    """Return uniform 64-bit numbers, a fixed function of ``(seed, stream, value)``, the same in every NumPy version.
 
     Source: the finaliser of SplitMix64 (Steele, Lea, Flood 2014, figure 16), over the value and over the seed.
     """

@@ -230,7 +230,7 @@ FILES = [
     (
         "Windows' separator",
         "sub\\a.png",
-        MISSING + r"sub\a.png (image 1); folders in a file_name must be parted by /, not by \ ".rstrip(),
+        MISSING + r"sub\a.png (image 1); folders in a file_name must be separated by /, not by \ ".rstrip(),
         "image 1: {folder}/sub\\a.png: no such image file",
     ),
     ("a file as a folder", "a.png/b.png", MISSING + "a.png/b.png (image 1)", "image 1: {folder}/a.png/b.png: no such image file"),
