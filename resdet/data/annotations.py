@@ -4,32 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from multiprocessing.reduction import ForkingPickler
 from typing import Any, overload
 
 import numpy as np
 import numpy.typing as npt
 
-from resdet.data.mapped import Arrays, from_references, share, to_references
+from resdet.data.sharing import reduce_for_worker
 from resdet.errors import DataError
 from resdet.types import Category
 
+Arrays = dict[str, npt.NDArray[Any]]
+
 MIN_TRAINABLE_SIDE = 0.1
 """Pixels. A box thinner than this inside its image teaches nothing and can vanish when the image is resized in
-float32, where torchvision refuses it ("positive height and width"); training leaves it out, and says so."""
+float32, where torchvision refuses it ("positive height and width"). Training leaves it out and logs it."""
 
 
 class FileNames(Sequence[str]):
-    """Texts as one array of UTF-8 with each one's start and end; an item is a ``str`` made when asked for.
+    """Strings in one UTF-8 array with the start and end of each; an item is decoded on access.
 
-    NumPy's own texts take four bytes a character and give every one the length of the longest. Slices and selections
-    share the characters.
+    NumPy's own strings take four bytes a character and pad each string to the longest. Slices and selections share the
+    characters.
 
     Args:
-        names: The texts, in any order; a NumPy array of texts will do.
+        names: The strings; a NumPy array of strings will do.
     """
 
     def __init__(self, names: Iterable[str]) -> None:
-        # A file system's names need not be UTF-8; Python then gives halves of surrogate pairs.
+        # File names need not be valid UTF-8; Python then represents bytes as halves of surrogate pairs.
         encoded = [name.encode("utf-8", "surrogatepass") for name in names]
         bounds = np.zeros(len(encoded) + 1, dtype=np.int64)
         np.cumsum(np.fromiter(map(len, encoded), dtype=np.int64, count=len(encoded)), out=bounds[1:])
@@ -40,13 +43,13 @@ class FileNames(Sequence[str]):
     def from_arrays(
         cls, utf8: npt.NDArray[np.uint8], starts: npt.NDArray[np.int64], ends: npt.NDArray[np.int64]
     ) -> FileNames:
-        """Give the texts ``utf8[starts[i]:ends[i]]``."""
+        """Make the strings ``utf8[starts[i]:ends[i]]``, without copying."""
         names = cls.__new__(cls)
         names._utf8, names._starts, names._ends = utf8, starts, ends
         return names
 
     def to_arrays(self) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """Give the characters, starts and ends that ``from_arrays`` takes."""
+        """Return the characters, starts and ends that ``from_arrays`` takes."""
         return self._utf8, self._starts, self._ends
 
     def __len__(self) -> int:
@@ -57,7 +60,7 @@ class FileNames(Sequence[str]):
     @overload
     def __getitem__(self, key: slice | npt.NDArray[Any]) -> FileNames: ...
     def __getitem__(self, key: int | np.integer[Any] | slice | npt.NDArray[Any]) -> str | FileNames:
-        """Give one text, or those at a slice, an array of indices or a mask."""
+        """Return one string, or those at a slice, an array of indices or a mask."""
         if isinstance(key, (slice, np.ndarray)):
             return FileNames.from_arrays(self._utf8, self._starts[key], self._ends[key])
         return self._utf8[self._starts[key] : self._ends[key]].tobytes().decode("utf-8", "surrogatepass")
@@ -66,7 +69,7 @@ class FileNames(Sequence[str]):
         return (self[index] for index in range(len(self)))
 
     def tolist(self) -> list[str]:
-        """Give all of them as a list."""
+        """Return all strings as a list."""
         return list(self)
 
     def __repr__(self) -> str:
@@ -77,22 +80,20 @@ class FileNames(Sequence[str]):
 class AnnotationTable:
     """Images and ground-truth boxes; the boxes of image ``i`` are rows ``offsets[i]:offsets[i + 1]``.
 
-    Boxes stand as their source gave them (crowd, difficult and degenerate ones too): evaluation must see what the
-    reference evaluators see. ``trainable`` says which of them training uses.
+    Boxes keep the numbers of their source, crowd, difficult and degenerate ones included: evaluation must see what the
+    reference evaluators see. ``trainable`` tells which of them training uses.
 
     Memory: 58 bytes a box and about 60 an image (57 MB for COCO's train2017), once for all processes. Tables of large
-    files are read-only maps of a file in the cache (``resdet.data.cache``), so that processes that know nothing of
-    each other share them. A forked worker shares whatever its parent has; pickled to a spawned one, a table sends
-    names of mapped files only, after moving arrays in ordinary memory into a shared file, once. So whatever goes to
-    workers should hold the table and ask it for one image at a time (``boxes_of(i)``, ``labels[rows(i)]``,
-    ``file_names[i]``): arrays taken from it and pickled alone are copied, and so is anything derived
-    from all of it.
+    files are read-only maps of a file in the cache (``resdet.data.cache``), which independent processes share. Forked
+    workers share their parent's memory; a table that is sent to a spawned worker shares its arrays
+    (``resdet.data.sharing``). So give workers the table itself and ask it for one image at a time (``boxes_of(i)``,
+    ``labels[rows(i)]``, ``file_names[i]``): arrays taken out of it are copied when they are pickled.
 
     Attributes:
         name: Where the table came from, for messages (a file or folder).
         categories: Foreground classes in label order: ``categories[k].label == k + 1``.
         image_ids: int64 ``[I]``, the dataset's ids (VOC has none: 1..I in the order of the split).
-        file_names: Texts ``[I]``, relative to the image folder; given as any sequence of texts.
+        file_names: ``[I]``, relative to the image folder; any sequence of strings is converted.
         sizes: int32 ``[I, 2]``, ``(height, width)``.
         offsets: int64 ``[I + 1]``.
         boxes_xywh: float64 ``[N, 4]``, ``(x, y, width, height)``: COCO's own numbers, so that evaluation is exact.
@@ -101,7 +102,7 @@ class AnnotationTable:
         crowd: bool ``[N]``, COCO's ``iscrowd``.
         difficult: bool ``[N]``, VOC's ``difficult``.
         annotation_ids: int64 ``[N]``.
-        notes: What the reader left out or mended, with counts, one line each.
+        notes: What the reader left out or corrected, with counts, one line each.
     """
 
     name: str
@@ -138,46 +139,48 @@ class AnnotationTable:
         return len(self.categories) + 1
 
     def rows(self, index: int) -> slice:
-        """Give the rows of the box arrays that belong to image ``index``."""
+        """Return the rows of the box arrays that belong to image ``index``."""
         return slice(int(self.offsets[index]), int(self.offsets[index + 1]))
 
     def image_of_box(self) -> npt.NDArray[np.int64]:
-        """Give each box's image index, int64 ``[N]``."""
+        """Return the image index of each box, int64 ``[N]``."""
         return np.repeat(np.arange(self.num_images, dtype=np.int64), np.diff(self.offsets))
 
     def boxes_in_image(self) -> npt.NDArray[np.float64]:
-        """Give all boxes as ``(x1, y1, x2, y2)`` clipped to their images, float64 ``[N, 4]``."""
-        height, width = self.sizes[self.image_of_box()].T
+        """Return all boxes as ``(x1, y1, x2, y2)`` clipped to their images, float64 ``[N, 4]``."""
+        height, width = self.sizes[self.image_of_box()].T  # [N] each
         return _corners(self.boxes_xywh, height, width)
 
     def trainable(self, *, use_difficult: bool = False) -> npt.NDArray[np.bool_]:
-        """Say which boxes training uses, bool ``[N]``.
+        """Return which boxes training uses, bool ``[N]``.
 
-        Left out are crowd regions (as in every reference implementation), difficult objects unless asked for
-        (Ren et al. 2015 train without them), and boxes that are not finite or thinner than
-        ``MIN_TRAINABLE_SIDE`` inside their image.
+        It leaves out crowd regions (as every reference implementation does), difficult objects by default (Ren et al.
+        2015 train without them), and boxes that are not finite or thinner than ``MIN_TRAINABLE_SIDE`` inside their
+        image.
         """
         keep = _has_extent(self.boxes_xywh, self.boxes_in_image()) & ~self.crowd
         return keep if use_difficult else keep & ~self.difficult
 
     def boxes_of(self, index: int) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_]]:
-        """Give the boxes of image ``index`` as training takes them, in new arrays.
+        """Return the boxes of image ``index`` as training takes them, in new arrays.
+
+        This is the one conversion from a file's numbers to a model's.
 
         Returns:
             ``(x1, y1, x2, y2)`` clipped to the image, float32 ``[n, 4]``; and which of them have finite numbers and
-            are no thinner than ``MIN_TRAINABLE_SIDE``, bool ``[n]``. What else ``trainable`` asks for, ``crowd`` and
-            ``difficult``, stands in those columns.
+            are no thinner than ``MIN_TRAINABLE_SIDE``, bool ``[n]``. ``trainable`` also considers the columns ``crowd``
+            and ``difficult``.
         """
-        boxes_xywh = self.boxes_xywh[self.rows(index)]
+        boxes_xywh = self.boxes_xywh[self.rows(index)]  # [n, 4]
         height, width = self.sizes[index]
         boxes = _corners(boxes_xywh, height, width)
         return boxes.astype(np.float32), _has_extent(boxes_xywh, boxes)
 
     def select_images(self, indices: npt.NDArray[np.int64]) -> AnnotationTable:
-        """Give a table of the images at ``indices``, in that order, with their boxes.
+        """Return a table of the images at ``indices``, in that order, with their boxes.
 
-        Of a run of images in a row it is made of slices, which share this table's memory (offsets apart). Of others,
-        file names share their characters, and all else is copied for the images selected.
+        Consecutive images share this table's memory (except for the offsets). Otherwise only the characters of file
+        names are shared, and the rest is copied for the selected images.
         """
         images: slice | npt.NDArray[np.int64] = indices
         rows: slice | npt.NDArray[np.int64]
@@ -189,7 +192,7 @@ class AnnotationTable:
             counts = np.diff(self.offsets)[indices]
             starts = self.offsets[:-1][indices]
             offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-            rows = np.repeat(starts - offsets[:-1], counts) + np.arange(offsets[-1])
+            rows = np.repeat(starts - offsets[:-1], counts) + np.arange(offsets[-1])  # [N selected]
         return replace(
             self,
             image_ids=self.image_ids[images],
@@ -200,9 +203,9 @@ class AnnotationTable:
         )
 
     def select_classes(self, names: list[str]) -> AnnotationTable:
-        """Give a table of the named classes only, labelled 1..len(names) in that order; every image stays.
+        """Return a table of the named classes only, labelled 1..len(names) in that order, with every image.
 
-        Images share this table's memory, and boxes do where every class is named; else the boxes kept are copied.
+        It shares this table's images, and its boxes too if every class is named; otherwise the kept boxes are copied.
 
         Raises:
             DataError: If a name is not a class of this table or is named twice.
@@ -210,13 +213,13 @@ class AnnotationTable:
         known = {category.name: category for category in self.categories}
         unknown = [name for name in names if name not in known]
         if unknown or len(set(names)) != len(names):
-            what = f"unknown classes {unknown}" if unknown else "a class named twice"
+            what = f"unknown classes {unknown}" if unknown else "the same class twice"
             raise DataError(f"{self.name}: classes must name each class once, out of {sorted(known)}; got {what}")
-        new_label = np.zeros(len(self.categories) + 1, dtype=np.int64)
+        new_label = np.zeros(len(self.categories) + 1, dtype=np.int64)  # [K + 1], 0 for classes left out
         for label, name in enumerate(names, start=1):
             new_label[known[name].label] = label
-        keep = new_label[self.labels] > 0
-        kept_before = np.concatenate([[0], np.cumsum(keep)])
+        keep = new_label[self.labels] > 0  # [N]
+        kept_before = np.concatenate([[0], np.cumsum(keep)])  # [N + 1]
         columns = {name: getattr(self, name) for name in _BOX_COLUMNS}
         if not keep.all():
             columns = {name: column[keep] for name, column in columns.items()}
@@ -231,7 +234,7 @@ class AnnotationTable:
         )
 
     def to_arrays(self) -> Arrays:
-        """Give everything but name, categories and notes as arrays by name, without copying."""
+        """Return everything but name, categories and notes as arrays by name, without copying."""
         utf8, starts, ends = self.file_names.to_arrays()
         arrays = {name: getattr(self, name) for name in _IMAGE_COLUMNS + _BOX_COLUMNS}
         return {**arrays, "file_names.utf8": utf8, "file_names.starts": starts, "file_names.ends": ends}
@@ -240,7 +243,7 @@ class AnnotationTable:
     def from_arrays(
         cls, arrays: Mapping[str, npt.NDArray[Any]], name: str, categories: tuple[Category, ...], notes: tuple[str, ...]
     ) -> AnnotationTable:
-        """Make a table of what ``to_arrays`` gave, without copying."""
+        """Make a table of what ``to_arrays`` returned, without copying."""
         return cls(
             name=name,
             categories=categories,
@@ -249,29 +252,15 @@ class AnnotationTable:
             **{name: arrays[name] for name in _IMAGE_COLUMNS + _BOX_COLUMNS},
         )
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        arrays = self.to_arrays()
-        shared = share(arrays)
-        if any(shared[name] is not array for name, array in arrays.items()):
-            # What had to be moved stays moved: the next worker finds it there, and this process drops its own copy.
-            moved = AnnotationTable.from_arrays(shared, self.name, self.categories, self.notes)
-            for name, value in vars(moved).items():
-                object.__setattr__(self, name, value)
-        return _unpickled, (to_references(shared), self.name, self.categories, self.notes)
-
 
 _IMAGE_COLUMNS = ("image_ids", "sizes", "offsets")
 _BOX_COLUMNS = ("boxes_xywh", "labels", "area", "crowd", "difficult", "annotation_ids")
 
-
-def _unpickled(
-    sent: Mapping[str, Any], name: str, categories: tuple[Category, ...], notes: tuple[str, ...]
-) -> AnnotationTable:
-    return AnnotationTable.from_arrays(from_references(sent), name, categories, notes)
+ForkingPickler.register(AnnotationTable, reduce_for_worker)
 
 
 def _corners(boxes_xywh: npt.NDArray[np.float64], height: Any, width: Any) -> npt.NDArray[np.float64]:
-    """Give ``(x1, y1, x2, y2)`` inside an image, or each inside its own."""
+    """Return ``[N, 4]`` boxes as ``(x1, y1, x2, y2)`` clipped to one image, or each to its own."""
     x, y, w, h = boxes_xywh.T
     x1, x2 = np.clip(x, 0, width), np.clip(x + w, 0, width)
     y1, y2 = np.clip(y, 0, height), np.clip(y + h, 0, height)
@@ -280,7 +269,7 @@ def _corners(boxes_xywh: npt.NDArray[np.float64], height: Any, width: Any) -> np
 
 def _has_extent(boxes_xywh: npt.NDArray[np.float64], boxes_in_image: npt.NDArray[np.float64]) -> npt.NDArray[np.bool_]:
     with np.errstate(invalid="ignore"):
-        sides = boxes_in_image[:, 2:] - boxes_in_image[:, :2]
+        sides = boxes_in_image[:, 2:] - boxes_in_image[:, :2]  # [N, 2]
         thick: npt.NDArray[np.bool_] = np.all(sides >= MIN_TRAINABLE_SIDE, axis=1)
     finite: npt.NDArray[np.bool_] = np.all(np.isfinite(boxes_xywh), axis=1)
     return finite & thick

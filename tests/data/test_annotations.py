@@ -1,15 +1,16 @@
 import copy
+import gc
 import multiprocessing
-import os
 import pickle
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 
 import numpy as np
 import pytest
 from torch.utils.data import DataLoader
 
-from resdet.data import mapped
 from resdet.data.annotations import MIN_TRAINABLE_SIDE, AnnotationTable, FileNames
+from resdet.data.sharing import memory_of
 from resdet.errors import DataError
 from resdet.types import Category
 
@@ -160,53 +161,61 @@ def test_ordinary_pickles_and_copies_hold_the_arrays(contents):
     whole = random_table(3000)
     for again in (pickle.loads(pickle.dumps(whole)), copy.deepcopy(whole)):
         assert contents(again) == contents(whole)
-        assert mapped.mapped_file_of(again.boxes_xywh) is None
+        assert memory_of(again.boxes_xywh) is None
         again.boxes_xywh[0] = 1
 
 
-@pytest.fixture
-def spawning(monkeypatch):
-    """As while a process is being spawned."""
-    monkeypatch.setattr(mapped, "get_spawning_popen", lambda: object())
+def inode_behind(array):
+    """The inode of the memory in which an array lies, as the kernel tells it; None for memory of this process alone."""
+    address = array.ctypes.data
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        bounds, _, _, _, inode, *_ = line.split()
+        start, end = (int(bound, 16) for bound in bounds.split("-"))
+        if start <= address < end:
+            return int(inode) or None
+    raise AssertionError(f"nothing is mapped at {address:#x}")
 
 
-@pytest.mark.parametrize("has_memfd", [True, False])
-def test_sent_to_spawned_workers_it_is_moved_once_and_only_named(spawning, contents, monkeypatch, has_memfd):
-    if not has_memfd:  # as on other systems
-        monkeypatch.delattr(os, "memfd_create")
+def is_mapped(inode):
+    return any(line.split()[4] == str(inode) for line in Path("/proc/self/maps").read_text().splitlines())
+
+
+def test_sent_to_spawned_workers_it_is_moved_once_and_only_named(contents):
     whole = random_table(3000)
     expected = contents(whole)
-    first, second = pickle.dumps(whole), pickle.dumps(whole)
+    first, second = ForkingPickler.dumps(whole), ForkingPickler.dumps(whole)
     assert len(first) < 10_000 < whole.boxes_xywh.nbytes
     assert contents(whole) == expected
     received = [pickle.loads(sent) for sent in (first, second)]
     for again in received:
         assert contents(again) == expected
-    ids = {mapped.mapped_file_of(each.boxes_xywh).file_id for each in (whole, *received)}
-    assert len(ids) == 1
-    path = Path(mapped.mapped_file_of(whole.boxes_xywh).path)
-    assert path.exists()
+    (inode,) = {inode_behind(each.boxes_xywh) for each in (whole, *received)}
+    assert is_mapped(inode)
     del whole
-    assert not path.exists()
     assert contents(received[0]) == expected
+    for again in received:
+        with pytest.raises(ValueError, match="read-only"):
+            again.boxes_xywh[0] = 1
+    del again, received
+    gc.collect()
+    assert not is_mapped(inode)
+    assert not [path for path in Path("/dev/shm").iterdir() if path.stat().st_ino == inode]
 
 
 def test_what_is_moved_is_still_whole_in_ordinary_pickles(contents):
     whole = random_table(3000)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(mapped, "get_spawning_popen", lambda: object())
-        pickle.dumps(whole)
-    assert mapped.mapped_file_of(whole.boxes_xywh) is not None
+    ForkingPickler.dumps(whole)
+    assert memory_of(whole.boxes_xywh) is not None
     pickled = pickle.dumps(whole)
     expected = contents(whole)
     del whole
     assert contents(pickle.loads(pickled)) == expected
 
 
-def test_small_tables_are_sent_as_they_are(spawning, contents):
+def test_small_tables_are_sent_as_they_are(contents):
     whole = random_table(5)
-    assert contents(pickle.loads(pickle.dumps(whole))) == contents(whole)
-    assert mapped.mapped_file_of(whole.boxes_xywh) is None
+    assert contents(pickle.loads(ForkingPickler.dumps(whole))) == contents(whole)
+    assert memory_of(whole.boxes_xywh) is None
 
 
 class Items:
@@ -220,8 +229,7 @@ class Items:
 
     def __getitem__(self, index):
         boxes, _ = self.table.boxes_of(index)
-        file = mapped.mapped_file_of(self.table.boxes_xywh)
-        return index, float(np.nansum(boxes)), self.table.file_names[index], file and file.file_id
+        return index, float(np.nansum(boxes)), self.table.file_names[index], inode_behind(self.table.boxes_xywh)
 
 
 def as_it_is(items):
@@ -244,5 +252,5 @@ def test_workers_see_the_same_table_however_they_are_started(start_method):
     items = [item for batch in loader for item in batch]
     assert [item[:3] for item in items] == expected
     files = {item[3] for item in items}
-    ours = mapped.mapped_file_of(whole.boxes_xywh)
-    assert files == ({None} if start_method == "fork" else {ours.file_id})
+    assert files == {inode_behind(whole.boxes_xywh)}
+    assert (None in files) == (start_method == "fork")

@@ -8,13 +8,15 @@ import shutil
 import time
 from contextlib import nullcontext
 from dataclasses import replace
+from multiprocessing.reduction import ForkingPickler
 
 import numpy as np
 import pytest
 from benchmarks.coco_json import write_coco_json
 
-from resdet.data import cache, coco, mapped
+from resdet.data import cache, coco
 from resdet.data.coco import read_coco
+from resdet.data.sharing import memory_of
 from resdet.errors import DataError
 
 
@@ -61,7 +63,7 @@ def test_the_second_time_the_table_comes_from_the_cache_with_the_same_bits(folde
 
 def test_both_are_read_only_maps_of_one_file(folder, source):
     for table in (read_coco(source), read_coco(source)):
-        assert {mapped.mapped_file_of(array).path for array in table.to_arrays().values()} == {str(entry_in(folder))}
+        assert {memory_of(array).filename for array in table.to_arrays().values()} == {entry_in(folder)}
         with pytest.raises(ValueError, match="read-only"):
             table.boxes_xywh[0] = 0
 
@@ -157,7 +159,7 @@ def test_a_touched_file_is_known_by_its_contents(folder, source, readings, monke
     # The new times were noted, so that the contents need not be looked at again.
     monkeypatch.setattr(cache, "_digest", None)
     assert read_coco(source).num_boxes == table.num_boxes == 1500
-    assert mapped.mapped_file_of(table.labels).is_reachable()
+    assert len(ForkingPickler.dumps(table)) < 10_000, "the file that it maps is the one in the cache"
 
 
 def test_another_path_is_another_entry(folder, source, readings):
@@ -218,11 +220,12 @@ def test_a_folder_that_cannot_be_written_only_costs_time_and_is_said_once(source
 
 
 def test_a_full_disk_leaves_nothing_behind(source, folder, monkeypatch, caplog):
-    def write(file, arrays, facts):
-        file.write(b"half")
+    def write(path, contents):
+        with path.open("wb") as file:
+            file.write(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(cache, "write_arrays", write)
+    monkeypatch.setattr(cache.Path, "write_bytes", write)
     assert read_coco(source).num_boxes == 1500
     assert "No space left on device" in caplog.text
     assert [path.suffix for path in folder.iterdir()] == [".lock"]
@@ -291,16 +294,16 @@ def test_old_entries_and_leftovers_go_when_one_is_written(folder, source, monkey
 
 def test_pickled_it_is_a_name(folder, source, contents):
     table = read_coco(source)
-    pickled = pickle.dumps(table)
+    pickled = ForkingPickler.dumps(table)
     assert len(pickled) < 10_000 < table.boxes_xywh.nbytes
     again = pickle.loads(pickled)
     assert contents(again) == contents(table)
-    assert mapped.mapped_file_of(again.boxes_xywh).path == str(entry_in(folder))
+    assert str(memory_of(again.boxes_xywh).filename) == str(entry_in(folder))
 
 
 def test_pickled_parts_are_names_with_places(folder, source, contents):
     table = read_coco(source).select_images(np.arange(50, 150))
-    pickled = pickle.dumps(table)
+    pickled = ForkingPickler.dumps(table)
     assert len(pickled) < 10_000
     assert contents(pickle.loads(pickled)) == contents(table)
 
@@ -308,16 +311,16 @@ def test_pickled_parts_are_names_with_places(folder, source, contents):
 def test_removed_while_in_use_it_still_serves(folder, source, contents):
     table = read_coco(source)
     expected = contents(table)
-    pickled = pickle.dumps(table)
+    pickled = ForkingPickler.dumps(table)
     entry_in(folder).unlink()
     assert contents(table) == expected
-    assert contents(pickle.loads(pickle.dumps(table))) == expected
+    assert contents(pickle.loads(ForkingPickler.dumps(table))) == expected
     with pytest.raises(DataError, match="annotations that another process put here are gone"):
         pickle.loads(pickled)
 
 
 def test_replaced_while_on_its_way_it_is_refused(folder, source):
-    pickled = pickle.dumps(read_coco(source))
+    pickled = ForkingPickler.dumps(read_coco(source))
     entry = entry_in(folder)
     flip(30)(entry)
     with pytest.raises(DataError, match="holds other annotations"):
