@@ -28,7 +28,7 @@ from resdet.data.coco_rules import (
     record_problems,
 )
 from resdet.data.images import IMAGE_SUFFIXES, FolderImages
-from resdet.data.voc_records import voc_records
+from resdet.data.voc import voc_records
 from resdet.errors import DataError
 from resdet.types import Category
 

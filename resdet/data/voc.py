@@ -1,18 +1,19 @@
-"""Folders in Pascal VOC's layout -> ``AnnotationTable``."""
+"""Read folders in Pascal VOC's layout into an ``AnnotationTable``."""
 
 from __future__ import annotations
 
 import codecs
 import math
 import re
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
 
 from resdet.data.annotations import AnnotationTable, FileNames
+from resdet.data.coco_rules import CocoRecords, Problem, Record
 from resdet.data.images import IMAGE_SUFFIXES, read_size
 from resdet.errors import DataError
 from resdet.types import Category
@@ -24,12 +25,12 @@ VOC_CLASSES = (
 """The 20 classes of VOC 2007 to 2012 in the order of the development kit."""
 
 MAX_XML_BYTES = 8 * 2**20
-"""Annotations of one image are refused above this size; 8 MiB hold 25 000 objects."""
+"""Annotation files larger than this are refused; 8 MiB hold 25 000 objects."""
 
-# What writers of XML declare, by the names of Python's codecs. Others are left out for what decoding them can cost.
+# What XML writers declare, by the names of Python's codecs. Others are left out because decoding them can be costly.
 _ENCODINGS = ("utf-8", "ascii", "iso8859", "cp", "mac-", "koi8", "gb", "big5", "shift_jis", "euc_")
 _MAX_CORNER = 2.0**31
-"""Pixels. Far outside any image, and far below where differences and products of corners overflow."""
+"""Pixels. Far outside any image, and far too small for differences and products of corners to overflow."""
 
 VOC_LAYOUT = "Annotations/*.xml, ImageSets/Main/<split>.txt and JPEGImages/*"
 HOW_TO_GET_VOC = (
@@ -39,120 +40,223 @@ HOW_TO_GET_VOC = (
 )
 
 
-@dataclass
-class _Columns:
-    """What becomes the table, as it grows; rows of numbers rather than an object per box."""
+@dataclass(frozen=True)
+class _Object:
+    """One ``<object>``; ``corners`` are ``(xmin, ymin, xmax, ymax)`` as written."""
 
-    file_names: list[str] = field(default_factory=list)
-    sizes: list[tuple[int, int]] = field(default_factory=list)
-    counts: list[int] = field(default_factory=list)
-    corners: list[tuple[float, float, float, float]] = field(default_factory=list)
-    names: list[str] = field(default_factory=list)
-    names_left_out: set[str] = field(default_factory=set)
-    difficult: list[bool] = field(default_factory=list)
-    degenerate: list[str] = field(default_factory=list)
-    zero_based: list[str] = field(default_factory=list)
+    name: str
+    corners: tuple[float, float, float, float]
+    difficult: bool
+
+    @property
+    def has_extent(self) -> bool:
+        xmin, ymin, xmax, ymax = self.corners
+        return xmax > xmin and ymax > ymin
+
+    @property
+    def box_xywh(self) -> list[float]:
+        """The one place where VOC's corners become this package's boxes.
+
+        Without extent the sides are ``xmax - xmin`` and ``ymax - ymin``, zero or negative.
+        """
+        xmin, ymin, xmax, ymax = self.corners
+        last = 1 if self.has_extent else 0  # the last pixel is inside the object
+        return [xmin - 1, ymin - 1, xmax - xmin + last, ymax - ymin + last]
+
+
+@dataclass(frozen=True)
+class _Image:
+    file_name: str
+    size: tuple[int, int]
+    objects: list[_Object]
+
+    @property
+    def stem(self) -> str:
+        return Path(self.file_name).stem
+
+
+class _FileError(Exception):
+    """Tells what is wrong with an annotation file, without its name."""
+
+
+_Report = Callable[[str, str, Path], None]
+"""Takes the kind of a problem, the message, and the file concerned."""
 
 
 def read_voc(root: Path, split: str | Sequence[str], *, classes: Sequence[str] | None = None) -> AnnotationTable:
     """Read one or several splits of Pascal VOC, or of any folder laid out like it.
 
-    This is the one place where VOC's corners become this package's boxes. VOC counts pixels from 1 and its corners
-    are the first and the last pixel inside the object, so the box covers ``[xmin - 1, xmax] x [ymin - 1, ymax]`` in
-    continuous coordinates and is ``xmax - xmin + 1`` wide.
+    VOC counts pixels from 1 and its corners are the first and the last pixel inside the object, so the box covers
+    ``[xmin - 1, xmax] x [ymin - 1, ymax]`` in continuous coordinates and is ``xmax - xmin + 1`` wide.
 
     Classes are VOC's 20 in their usual order if every name in the annotations is one of them, otherwise the names in
-    alphabetical order. Names are taken from all of a folder's annotations, not from the split alone: ``train`` and
-    ``val``, read one after the other, agree on their labels.
+    alphabetical order. Names are taken from all annotations of a folder, not only from the split's, so that ``train``
+    and ``val``, read separately, agree on their labels.
 
     Boxes without extent (``xmax <= xmin`` or ``ymax <= ymin``) are left out, and the table's notes count them and name
     their images. Every other ``<object>`` is in the table, or the file is refused.
 
-    Files may be in any encoding that they declare or begin with the mark of, UTF-8 otherwise. Document types and
-    entities are refused, so an annotation cannot expand or reach for other files. A width or height that is 0 or
-    missing is read from the image.
+    Files may be in any encoding that they declare or mark by their first bytes, UTF-8 otherwise. Document types and
+    entities are refused, so an annotation cannot expand without bound or include other files. A width or height that is
+    0 or missing is read from the image.
 
     Args:
         root: The folder with Annotations, ImageSets and JPEGImages, or a folder above several such (VOCdevkit). The
             table's file names are relative to it.
         split: A list in ImageSets/Main (``"train"``); below a VOCdevkit with the folder before it
             (``"VOC2007/trainval"``). Several are joined: ``["VOC2007/trainval", "VOC2012/trainval"]`` is "07+12". Lists
-            of one class (``"aeroplane_train"``) give all the images they name, those without the class too.
+            of one class (``"aeroplane_train"``) give all images that they name, including those without the class.
         classes: Names of the classes to keep, labelled 1..len(classes) in this order; all of them if ``None``.
 
     Raises:
-        DataError: If a folder, split or annotation is missing or damaged, if an image is listed twice, if ``classes``
-            names an unknown class. The message names the file.
+        DataError: If a folder, split or annotation is missing or damaged, if an image is listed twice, or if
+            ``classes`` names an unknown class. The message names the file.
 
-    Source: VOCdevkit, VOC2012 documentation section 3; of the fields, ``truncated``, ``occluded``, ``pose`` and
-    ``part`` are not used. Deviation: the kit's own overlap adds 1 to both sides of inclusive corners, which is the same
-    width; detectron2 subtracts 1 from xmin and ymin only, as here; torchvision's VOC datasets subtract nothing.
+    Source: VOCdevkit, VOC2012 documentation section 3. The fields ``truncated``, ``occluded``, ``pose`` and ``part``
+    are not used. Deviation: the kit's own overlap adds 1 to both sides of inclusive corners, which is the same width;
+    detectron2 subtracts 1 from xmin and ymin only, as here; torchvision's VOC datasets subtract nothing.
     """
+
+    def refuse(_kind: str, message: str, _file: Path) -> None:
+        raise DataError(message)
+
+    root, splits = Path(root), _as_list(split)
+    images, names = _read_files(root, splits, refuse)
+    name = f"{root} ({', '.join(splits)})"
+    if not names:
+        raise DataError(f"{name}: none of the annotations holds an object, so there are no classes to learn")
+    table = _to_table(images, _class_names(names), name)
+    return table if classes is None else table.select_classes(list(classes))
+
+
+def voc_records(root: Path, split: str | Sequence[str]) -> tuple[CocoRecords, list[Problem]]:
+    """Read splits as ``read_voc`` does, but continue after damaged files, and keep boxes without extent.
+
+    Returns:
+        What a COCO json of the same content would hold, and a problem for each file that cannot be read. Annotations
+        are numbered from 1 in the order of the split and carry ``difficult`` besides COCO's own keys.
+
+    Raises:
+        DataError: If a folder or a split is missing.
+    """
+    problems: list[Problem] = []
+
+    def note(kind: str, message: str, file: Path) -> None:
+        problems.append(Problem(kind, message.removeprefix(f"{file}: "), file=str(file)))
+
     root = Path(root)
-    splits = [split] if isinstance(split, str) else list(split)
+    images, names = _read_files(root, _as_list(split), note)
+    category_id = {name: number for number, name in enumerate(_class_names(names), start=1)}
+    image_records: list[Record] = []
+    annotations: list[Record] = []
+    for image_id, image in enumerate(images, start=1):
+        height, width = image.size
+        image_records.append({"id": image_id, "file_name": image.file_name, "height": height, "width": width})
+        for item in image.objects:
+            box = item.box_xywh
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,
+                    "image_id": image_id,
+                    "category_id": category_id[item.name],
+                    "bbox": box,
+                    "area": box[2] * box[3],
+                    "iscrowd": 0,
+                    "difficult": int(item.difficult),
+                }
+            )
+    categories: list[Record] = [{"id": number, "name": name} for name, number in category_id.items()]
+    document: Record = {"images": image_records, "annotations": annotations, "categories": categories}
+    return CocoRecords(root, document, image_records, annotations, categories), problems
+
+
+def _as_list(split: str | Sequence[str]) -> list[str]:
+    return [split] if isinstance(split, str) else list(split)
+
+
+def _read_files(root: Path, splits: list[str], report: _Report) -> tuple[list[_Image], set[str]]:
+    """Read the images of splits, and the class names in all annotations of their folders.
+
+    Whatever is wrong with a file is reported; the file is left out if ``report`` returns.
+
+    Raises:
+        DataError: If a folder or a split is missing.
+    """
     if not splits:
         raise DataError(f"{root}: at least one split must be named")
-    columns = _Columns()
-    names_of_folder: dict[Path, set[str]] = {}
+    images: list[_Image] = []
+    names: set[str] = set()
     listed: dict[str, str] = {}
+    outside: dict[Path, None] = {}
+    inside: set[Path] = set()
     for one_split in splits:
         *parents, list_name = one_split.split("/")
         folder = root.joinpath(*parents)
         _check_layout(folder, root)
-        annotations = {path.stem: path for path in (folder / "Annotations").glob("*.xml")}
-        images = _images_by_stem(folder / "JPEGImages")
-        stems = _read_list(folder, list_name, annotations)
-        for stem in stems:
-            file_name = (Path(*parents) / "JPEGImages" / images.get(stem, f"{stem}.jpg")).as_posix()
+        annotations = {path.stem: path for path in sorted((folder / "Annotations").glob("*.xml"))}
+        outside.update(dict.fromkeys(annotations.values()))
+        image_names = _images_by_stem(folder / "JPEGImages")
+        for stem in _read_list(folder, list_name, annotations):
+            file_name = (Path(*parents) / "JPEGImages" / image_names.get(stem, f"{stem}.jpg")).as_posix()
             if file_name in listed:
-                raise DataError(f"{root}: image {file_name} is listed twice, in {listed[file_name]} and {one_split}")
+                where = f"in {listed[file_name]} and {one_split}"
+                report("listed_twice", f"{root}: image {file_name} is listed twice, {where}", root)
+                continue
             listed[file_name] = one_split
             if stem not in annotations:
-                raise DataError(
-                    f"{folder / 'Annotations'}: no annotation {f'{stem}.xml'[:100]!r}, but {one_split} lists it"
-                    + _hint_at_name(stem, annotations)
-                )
-            columns.file_names.append(file_name)
-            _read_objects(_parse(annotations[stem]), annotations[stem], root / file_name, columns)
-        if folder not in names_of_folder:
-            inside = set(stems)
-            outside = (path for stem, path in annotations.items() if stem not in inside)
-            names_of_folder[folder] = {
-                _class_name(item, path) for path in outside for item in _objects(_parse(path), path)
-            }
-    # A class of which this split has only boxes without extent is a class all the same: the other splits have it.
-    names = set(columns.names).union(columns.names_left_out, *names_of_folder.values())
-    table = _to_table(columns, names, f"{root} ({', '.join(splits)})")
-    return table if classes is None else table.select_classes(list(classes))
+                parent, name = folder / "Annotations", f"{stem}.xml"
+                hint = _hint_at_name(stem, annotations)
+                message = f"{parent}: no annotation {name[:100]!r}, but {one_split} lists it{hint}"
+                report("bad_annotation_file", message, parent / name)
+                continue
+            path = annotations[stem]
+            inside.add(path)
+            try:
+                images.append(_read_image(path, root / file_name, file_name))
+            except DataError as error:
+                report("bad_annotation_file", str(error), path)
+    names.update(item.name for image in images for item in image.objects)
+    for path in outside:
+        if path in inside:
+            continue
+        try:
+            names.update(_class_name(item) for item in _objects(_parse(path)))
+        except _FileError as error:
+            report("bad_annotation_file", f"{path}: {error}", path)
+    return images, names
 
 
-def _to_table(columns: _Columns, names: set[str], name: str) -> AnnotationTable:
-    if not names:
-        raise DataError(f"{name}: none of the annotations holds an object, so there are no classes to learn")
-    class_names = VOC_CLASSES if names <= set(VOC_CLASSES) else tuple(sorted(names))
+def _class_names(names: set[str]) -> tuple[str, ...]:
+    # A class of which a split has only boxes without extent is a class all the same: the other splits have it.
+    return VOC_CLASSES if names <= set(VOC_CLASSES) else tuple(sorted(names))
+
+
+def _to_table(images: list[_Image], class_names: tuple[str, ...], name: str) -> AnnotationTable:
     label_of = {class_name: label for label, class_name in enumerate(class_names, start=1)}
-    num_boxes = len(columns.names)
-    xmin, ymin, xmax, ymax = np.array(columns.corners, dtype=np.float64).reshape(num_boxes, 4).T
-    boxes_xywh = np.stack([xmin - 1, ymin - 1, xmax - xmin + 1, ymax - ymin + 1], axis=1)
+    kept = [[item for item in image.objects if item.has_extent] for image in images]
+    objects = [item for items in kept for item in items]
+    boxes_xywh = np.array([item.box_xywh for item in objects], dtype=np.float64).reshape(-1, 4)
+    degenerate = [image.stem for image in images for item in image.objects if not item.has_extent]
+    at_zero = [image.stem for image, items in zip(images, kept, strict=True) for i in items if min(i.corners[:2]) < 1]
     return AnnotationTable(
         name=name,
         categories=tuple(Category(label, label, class_name) for class_name, label in label_of.items()),
-        image_ids=np.arange(1, len(columns.file_names) + 1, dtype=np.int64),
-        file_names=FileNames(columns.file_names),
-        sizes=np.array(columns.sizes, dtype=np.int32).reshape(-1, 2),
-        offsets=np.concatenate([[0], np.cumsum(columns.counts)]).astype(np.int64),
+        image_ids=np.arange(1, len(images) + 1, dtype=np.int64),
+        file_names=FileNames(image.file_name for image in images),
+        sizes=np.array([image.size for image in images], dtype=np.int32).reshape(-1, 2),
+        offsets=np.cumsum([0, *map(len, kept)], dtype=np.int64),
         boxes_xywh=boxes_xywh,
-        labels=np.array([label_of[class_name] for class_name in columns.names], dtype=np.int64),
+        labels=np.array([label_of[item.name] for item in objects], dtype=np.int64),
         area=boxes_xywh[:, 2] * boxes_xywh[:, 3],
-        crowd=np.zeros(num_boxes, dtype=np.bool_),
-        difficult=np.array(columns.difficult, dtype=np.bool_),
-        annotation_ids=np.arange(1, num_boxes + 1, dtype=np.int64),
+        crowd=np.zeros(len(objects), dtype=np.bool_),
+        difficult=np.array([item.difficult for item in objects], dtype=np.bool_),
+        annotation_ids=np.arange(1, len(objects) + 1, dtype=np.int64),
         notes=tuple(
             f"{len(where)} {'box' if len(where) == 1 else 'boxes'} {what}: {', '.join(where[:5])}"
             + (", ..." if len(where) > 5 else "")
             for what, where in (
-                ("without extent (xmax <= xmin or ymax <= ymin) left out", columns.degenerate),
-                ("with a corner at 0, though VOC counts pixels from 1; moved by 1 like the others", columns.zero_based),
+                ("without extent (xmax <= xmin or ymax <= ymin) left out", degenerate),
+                ("with a corner at 0, though VOC counts pixels from 1; moved by 1 like the others", at_zero),
             )
             if where
         ),
@@ -175,7 +279,7 @@ def _is_voc(folder: Path) -> bool:
 
 
 def _images_by_stem(folder: Path) -> dict[str, str]:
-    """Give the file name of each image by its stem; of several, the one whose suffix VOC would prefer."""
+    """Return the file name of each image by its stem; of several, the one whose suffix VOC would prefer."""
     rank = {suffix: position for position, suffix in enumerate(IMAGE_SUFFIXES)}
     images: dict[str, str] = {}
     for path in folder.iterdir():
@@ -221,13 +325,13 @@ def _hint_at_name(stem: str, annotations: Collection[str]) -> str:
 def _decode(data: bytes) -> str:
     """Decode by the byte order mark, else by XML's declaration, else as UTF-8.
 
-    What is checked for entities is then the very text that the parser sees.
+    The text that is checked for entities is thus the one that the parser sees.
     """
     if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return data.decode("utf-16")
     declared = re.match(rb"""\s*<\?xml[^>]{,200}?encoding\s*=\s*["']([A-Za-z0-9._-]{1,40})["']""", data)
     encoding = "utf-8-sig"
-    # A declaration readable byte by byte cannot stand in UTF-16: some writers declare it and save as UTF-8.
+    # A declaration that can be read byte by byte is not UTF-16: some writers declare that and save as UTF-8.
     if declared and not declared[1].lower().startswith((b"utf-16", b"utf16")):
         encoding = declared[1].decode()
         name = codecs.lookup(encoding).name
@@ -236,115 +340,117 @@ def _decode(data: bytes) -> str:
     return data.decode(encoding)
 
 
+def _read_image(path: Path, image_path: Path, file_name: str) -> _Image:
+    """Read an image's annotation file.
+
+    Raises:
+        DataError: If it is damaged, or names no size and the image cannot be read.
+    """
+    try:
+        annotation = _parse(path)
+        return _Image(file_name, _size(annotation) or read_size(image_path), _read_objects(annotation))
+    except _FileError as error:
+        raise DataError(f"{path}: {error}") from error
+
+
 def _parse(path: Path) -> ElementTree.Element:
     try:
         if not path.is_file():
-            raise DataError(f"{path}: not a file")
+            raise _FileError("not a file")
         size = path.stat().st_size
         if size > MAX_XML_BYTES:
-            raise DataError(f"{path}: refused: an annotation may have at most {MAX_XML_BYTES} bytes, got {size}")
+            raise _FileError(f"refused: an annotation may have at most {MAX_XML_BYTES} bytes, got {size}")
         text = _decode(path.read_bytes())
     except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}") from error
+        raise _FileError(f"cannot be read: {error.strerror}") from error
     except (UnicodeError, LookupError) as error:
-        raise DataError(f"{path}: cannot be read as text: {error}") from error
+        raise _FileError(f"cannot be read as text: {error}") from error
     if not text.strip():
-        raise DataError(f"{path}: the file is empty")
+        raise _FileError("the file is empty")
     # Entities can grow without bound and name other files; an annotation needs none.
     for declaration in ("<!DOCTYPE", "<!ENTITY"):
         if declaration in text:
-            raise DataError(f"{path}: refused: an annotation must be plain XML without {declaration}")
+            raise _FileError(f"refused: an annotation must be plain XML without {declaration}")
     try:
         element = ElementTree.fromstring(text)
     except (ElementTree.ParseError, ValueError) as error:
-        raise DataError(f"{path}: not well-formed XML: {error}") from error
+        raise _FileError(f"not well-formed XML: {error}") from error
     if element.tag != "annotation":
-        raise DataError(f"{path}: the outermost element must be <annotation>, got <{element.tag[:80]}>")
+        raise _FileError(f"the outermost element must be <annotation>, got <{element.tag[:80]}>")
     return element
 
 
-def _objects(annotation: ElementTree.Element, path: Path) -> list[ElementTree.Element]:
+def _objects(annotation: ElementTree.Element) -> list[ElementTree.Element]:
     objects = annotation.findall("object")
     num_inside = sum(1 for _ in annotation.iter("object"))
     if num_inside != len(objects):
-        raise DataError(
-            f"{path}: every <object> must stand directly in <annotation>, but {num_inside - len(objects)} of "
-            f"{num_inside} do not"
-        )
+        nested = f"{num_inside - len(objects)} of {num_inside}"
+        raise _FileError(f"every <object> must stand directly in <annotation>, but {nested} do not")
     return objects
 
 
-def _child(item: ElementTree.Element, tag: str, path: Path) -> ElementTree.Element | None:
+def _read_objects(annotation: ElementTree.Element) -> list[_Object]:
+    objects = []
+    for item in _objects(annotation):
+        name = _class_name(item)
+        box = _child(item, "bndbox")
+        if box is None:
+            raise _FileError(f"the object {name!r} has no <bndbox>")
+        xmin, ymin, xmax, ymax = (_number(box, tag) for tag in ("xmin", "ymin", "xmax", "ymax"))
+        difficult = _text(item, "difficult") or "0"
+        if difficult not in ("0", "1"):
+            raise _FileError(f"<difficult> must be 0 or 1, got {difficult[:80]!r}")
+        objects.append(_Object(name, (xmin, ymin, xmax, ymax), difficult == "1"))
+    return objects
+
+
+def _size(annotation: ElementTree.Element) -> tuple[int, int] | None:
+    """Return ``(height, width)``, or None where a side is missing or 0."""
+    size = _child(annotation, "size")
+    if size is None or not _text(size, "width") or not _text(size, "height"):
+        return None
+    height, width = (_number(size, tag) for tag in ("height", "width"))
+    for tag, side in (("height", height), ("width", width)):
+        if side != int(side) or not 0 <= side < 2**31:
+            raise _FileError(f"<{tag}> must be a whole number of pixels, got {_text(size, tag)[:80]!r}")
+    # Some tools write zeros where they did not open the image.
+    return (int(height), int(width)) if height and width else None
+
+
+def _child(item: ElementTree.Element, tag: str) -> ElementTree.Element | None:
     found = item.findall(tag)
     if len(found) > 1:
-        raise DataError(f"{path}: <{item.tag}> must have one <{tag}>, got {len(found)}")
+        raise _FileError(f"<{item.tag}> must have one <{tag}>, got {len(found)}")
     return found[0] if found else None
 
 
-def _text(item: ElementTree.Element, tag: str, path: Path) -> str:
-    """Give the text in an item's element ``tag``, "" where either is missing."""
-    child = _child(item, tag, path)
+def _text(item: ElementTree.Element, tag: str) -> str:
+    """Return the text of an item's element ``tag``, "" where either is missing."""
+    child = _child(item, tag)
     if child is not None and len(child):
-        raise DataError(f"{path}: <{tag}> must hold text alone, got <{child[0].tag[:80]}> in it")
+        raise _FileError(f"<{tag}> must hold text alone, got <{child[0].tag[:80]}> in it")
     return ((child.text if child is not None else None) or "").strip()
 
 
-def _class_name(item: ElementTree.Element, path: Path) -> str:
-    name = _text(item, "name", path)
+def _class_name(item: ElementTree.Element) -> str:
+    name = _text(item, "name")
     if not name:
-        raise DataError(f"{path}: <object> has no <name>")
+        raise _FileError("<object> has no <name>")
     if len(name.splitlines()) > 1 or len(name) > 200:
         shown = repr(name) if len(name) <= 80 else f"{name[:77]!r}... ({len(name)} characters)"
-        raise DataError(f"{path}: <name> must be one line of at most 200 characters, got {shown}")
+        raise _FileError(f"<name> must be one line of at most 200 characters, got {shown}")
     return name
 
 
-def _number(item: ElementTree.Element, tag: str, path: Path) -> float:
-    text = _text(item, tag, path)
+def _number(item: ElementTree.Element, tag: str) -> float:
+    text = _text(item, tag)
     if not text:
-        raise DataError(f"{path}: <{item.tag}> has no <{tag}>")
+        raise _FileError(f"<{item.tag}> has no <{tag}>")
     try:
-        # Python alone would read "1_0" too.
+        # float() alone would read "1_0" too.
         number = math.nan if "_" in text else float(text)
     except ValueError:
         number = math.nan
     if not abs(number) <= _MAX_CORNER:
-        raise DataError(f"{path}: <{tag}> must be a number of pixels up to 2**31, got {text[:80]!r}")
+        raise _FileError(f"<{tag}> must be a number of pixels up to 2**31, got {text[:80]!r}")
     return number
-
-
-def _read_size(annotation: ElementTree.Element, path: Path, image_path: Path) -> tuple[int, int]:
-    size = _child(annotation, "size", path)
-    if size is None or not _text(size, "width", path) or not _text(size, "height", path):
-        return read_size(image_path)
-    height, width = (_number(size, tag, path) for tag in ("height", "width"))
-    for tag, side in (("height", height), ("width", width)):
-        if side != int(side) or not 0 <= side < 2**31:
-            raise DataError(f"{path}: <{tag}> must be a whole number of pixels, got {_text(size, tag, path)[:80]!r}")
-    # Some tools leave zeros where they did not open the image.
-    return (int(height), int(width)) if height and width else read_size(image_path)
-
-
-def _read_objects(annotation: ElementTree.Element, path: Path, image_path: Path, columns: _Columns) -> None:
-    columns.sizes.append(_read_size(annotation, path, image_path))
-    num_kept = 0
-    for item in _objects(annotation, path):
-        name = _class_name(item, path)
-        box = _child(item, "bndbox", path)
-        if box is None:
-            raise DataError(f"{path}: the object {name!r} has no <bndbox>")
-        xmin, ymin, xmax, ymax = (_number(box, tag, path) for tag in ("xmin", "ymin", "xmax", "ymax"))
-        difficult = _text(item, "difficult", path) or "0"
-        if difficult not in ("0", "1"):
-            raise DataError(f"{path}: <difficult> must be 0 or 1, got {difficult[:80]!r}")
-        if xmax <= xmin or ymax <= ymin:
-            columns.degenerate.append(path.stem)
-            columns.names_left_out.add(name)
-            continue
-        if xmin < 1 or ymin < 1:
-            columns.zero_based.append(path.stem)
-        columns.corners.append((xmin, ymin, xmax, ymax))
-        columns.names.append(name)
-        columns.difficult.append(difficult == "1")
-        num_kept += 1
-    columns.counts.append(num_kept)
