@@ -14,7 +14,7 @@ from torch import Tensor
 
 from resdet.check.anchor_coverage import AnchorLayout
 from resdet.check.browse import write_browse_page
-from resdet.check.check import DataSplit, coco_split, table_split, voc_split
+from resdet.check.splits import DataSplit, coco_split, table_split, voc_split
 from resdet.config import CocoSource, Config, ModelConfig, ShapesSource, Source, config_from_plain
 from resdet.data.augment.pipeline import MIN_VISIBILITY, build_augment
 from resdet.data.coco import read_coco

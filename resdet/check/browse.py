@@ -194,7 +194,7 @@ def _render(dataset: DetectionDataset, cards: Sequence[_Card], facts: Sequence[t
         for category in dataset.categories
         if category.label in shown
     ]
-    source = files("resdet.data").joinpath("browse.html.jinja").read_text(encoding="utf-8")
+    source = files("resdet.check").joinpath("browse.html.jinja").read_text(encoding="utf-8")
     # Names come from files that anybody may have written: every value is escaped.
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     return environment.from_string(source).render(

@@ -9,7 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from resdet.check.check import OVERHANG, DataSplit, Report
+from resdet.check.kinds import OVERHANG
+from resdet.check.report import Report
+from resdet.check.splits import DataSplit
 from resdet.data.annotations import MIN_TRAINABLE_SIDE
 from resdet.data.coco_rules import (
     MAX_SIDE,
@@ -17,6 +19,7 @@ from resdet.data.coco_rules import (
     Record,
     as_boxes,
     as_integers,
+    as_numbers,
     is_file_name,
     load_records,
     record_problems,
@@ -262,10 +265,9 @@ class _Repair:
                 return f"its {what} {record.get(key)!r} is not there"
             if known[value] != value:
                 record[key] = known[value]
-        boxes = as_boxes([record.get("bbox")])
-        if boxes is None:
+        x, y, w, h = as_boxes([record.get("bbox")])[0].tolist()
+        if x != x:  # NaN
             return f"its bbox {record.get('bbox')!r} is not four finite numbers"
-        x, y, w, h = boxes[0].tolist()
         height, width = self._sizes[record["image_id"]]
         sides = (min(x + w, width) - max(x, 0), min(y + h, height) - max(y, 0))
         if w < MIN_TRAINABLE_SIDE or h < MIN_TRAINABLE_SIDE:
@@ -293,7 +295,7 @@ class _Repair:
             self._changes.append(f"{place}: iscrowd {crowd!r} -> 0")
             record["iscrowd"] = 0
         area = record.get("area")
-        if area is not None and as_boxes([[area] * 4]) is None:
+        if area is not None and np.isnan(as_numbers([area])[0]):
             self._changes.append(f"{place}: area {area!r} removed")
             del record["area"]
 

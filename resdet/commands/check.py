@@ -42,9 +42,10 @@ def main(arguments: Sequence[str]) -> int:
         parser.error(f"--browse-images must be at least 1, got {options.browse_images}")
 
     from resdet.build import anchor_layout, build_browse_page, build_split
-    from resdet.check.check import check_dataset, report_text
-    from resdet.check.image_facts import default_num_workers
+    from resdet.check.check import check_dataset
+    from resdet.check.files import default_num_workers
     from resdet.check.repair import write_fixed
+    from resdet.check.report import report_text
     from resdet.config import load_config
     from resdet.errors import DataError
     from resdet.files import written_whole

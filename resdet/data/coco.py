@@ -1,4 +1,4 @@
-"""COCO's instances json -> ``AnnotationTable``."""
+"""Read COCO's instances json into an ``AnnotationTable``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import numpy as np
@@ -16,7 +15,16 @@ import numpy.typing as npt
 
 from resdet.data.annotations import AnnotationTable, FileNames
 from resdet.data.cache import cached_table
-from resdet.data.coco_rules import MAX_SIDE, as_boxes, as_integers, load_records, record_problems
+from resdet.data.coco_rules import (
+    MAX_SIDE,
+    CocoRecords,
+    Record,
+    as_boxes,
+    as_integers,
+    as_numbers,
+    load_records,
+    record_problems,
+)
 from resdet.errors import DataError
 from resdet.types import Category
 
@@ -27,12 +35,12 @@ def read_coco(annotations: Path, *, classes: Sequence[str] | None = None) -> Ann
     Labels are 1..K in the order of ascending ``category_id``; a missing ``iscrowd`` counts as 0 and a missing ``area``
     as width * height. Images without annotations, crowd regions and degenerate boxes stay in the table, so that
     evaluation sees what pycocotools sees; ``AnnotationTable.trainable`` leaves them out of training. Boxes are the
-    file's numbers, unrounded.
+    file's numbers, not rounded.
 
-    Large files are read once and then found in a cache, see ``resdet.data.cache``.
+    Large files are read once and then taken from a cache, see ``resdet.data.cache``.
 
     Args:
-        annotations: The json file; images are found relative to a folder that the file does not name.
+        annotations: The json file. Its file names are relative to an image folder that it does not name.
         classes: Names of the classes to keep, labelled 1..len(classes) in this order; all of them if ``None``.
 
     Raises:
@@ -46,54 +54,55 @@ def read_coco(annotations: Path, *, classes: Sequence[str] | None = None) -> Ann
     try:
         table = cached_table(path, lambda data: _to_table(_read_plain(data) or _read_any(path), path))
     except OSError:
-        load_records(path)  # knows how to say it
+        load_records(path)  # raises a DataError that explains it
         raise
     return table if classes is None else table.select_classes(list(classes))
 
 
+def usable_table(records: CocoRecords, name: str, *, difficult: bool = False) -> AnnotationTable:
+    """Make a table of whatever obeys the format in records that may also break it.
+
+    Of several images or categories with the same id the first is used. An annotation without an id gets -1, a category
+    without a name is named after its id.
+
+    Args:
+        records: As in the file.
+        name: The table's.
+        difficult: Whether annotations carry VOC's ``difficult``.
+    """
+    return _to_table(_usable_columns(records, difficult=difficult), name)
+
+
 @dataclass(frozen=True)
 class _Columns:
-    """The file's values in its own order; ``I`` images, ``N`` annotations, ``K`` categories.
+    """The file's values in its own order: ``I`` images, ``N`` annotations, ``K`` categories."""
 
-    Attributes:
-        image_ids: int64 ``[I]``.
-        file_names: ``[I]``.
-        sizes: int64 ``[I, 2]``, ``(height, width)``.
-        annotation_ids: int64 ``[N]``.
-        image_id: int64 ``[N]``.
-        category_id: int64 ``[N]``.
-        boxes_xywh: float64 ``[N, 4]``.
-        area: float64 ``[N]``, NaN where missing.
-        crowd: bool ``[N]``.
-        category_ids: int64 ``[K]``.
-        category_names: ``[K]``.
-    """
-
-    image_ids: npt.NDArray[np.int64]
-    file_names: list[str]
-    sizes: npt.NDArray[np.int64]
-    annotation_ids: npt.NDArray[np.int64]
-    image_id: npt.NDArray[np.int64]
-    category_id: npt.NDArray[np.int64]
-    boxes_xywh: npt.NDArray[np.float64]
-    area: npt.NDArray[np.float64]
-    crowd: npt.NDArray[np.bool_]
-    category_ids: npt.NDArray[np.int64]
-    category_names: list[str]
+    image_ids: npt.NDArray[np.int64]  # [I]
+    file_names: list[str]  # [I]
+    sizes: npt.NDArray[np.int64]  # [I, 2], (height, width)
+    annotation_ids: npt.NDArray[np.int64]  # [N]
+    image_id: npt.NDArray[np.int64]  # [N]
+    category_id: npt.NDArray[np.int64]  # [N]
+    boxes_xywh: npt.NDArray[np.float64]  # [N, 4]
+    area: npt.NDArray[np.float64]  # [N], NaN where missing
+    crowd: npt.NDArray[np.bool_]  # [N]
+    difficult: npt.NDArray[np.bool_]  # [N]
+    category_ids: npt.NDArray[np.int64]  # [K]
+    category_names: list[str]  # [K]
 
 
-def _to_table(columns: _Columns, path: Path) -> AnnotationTable:
+def _to_table(columns: _Columns, name: str | Path) -> AnnotationTable:
     by_id = np.argsort(columns.category_ids)
-    category_ids = columns.category_ids[by_id]
+    category_ids = columns.category_ids[by_id]  # [K], ascending
     image_order = np.argsort(columns.image_ids)
-    image_index = image_order[np.searchsorted(columns.image_ids, columns.image_id, sorter=image_order)]
+    image_index = image_order[np.searchsorted(columns.image_ids, columns.image_id, sorter=image_order)]  # [N]
     # Stable: within an image, boxes keep the order of the file, which decides ties in evaluation.
     order = np.argsort(image_index, kind="stable")
-    counts = np.bincount(image_index, minlength=len(columns.image_ids))
+    counts = np.bincount(image_index, minlength=len(columns.image_ids))  # [I]
     boxes_xywh = columns.boxes_xywh[order]
     area = columns.area[order]
     return AnnotationTable(
-        name=str(path),
+        name=str(name),
         categories=tuple(
             Category(label, int(columns.category_ids[position]), columns.category_names[position])
             for label, position in enumerate(by_id, start=1)
@@ -106,7 +115,7 @@ def _to_table(columns: _Columns, path: Path) -> AnnotationTable:
         labels=np.searchsorted(category_ids, columns.category_id[order]).astype(np.int64) + 1,
         area=np.where(np.isnan(area), boxes_xywh[:, 2] * boxes_xywh[:, 3], area),
         crowd=columns.crowd[order],
-        difficult=np.zeros(len(order), dtype=np.bool_),
+        difficult=columns.difficult[order],
         annotation_ids=columns.annotation_ids[order],
     )
 
@@ -122,26 +131,66 @@ def _read_any(path: Path) -> _Columns:
     if problems:
         more = f" (and {len(problems) - 1} more: tools/check_data.py lists them)" if len(problems) > 1 else ""
         raise DataError(f"{problems[0]}{more}")
-    images, objects, categories = records.images, records.annotations, records.categories
+    return _usable_columns(records)
 
-    def integers(section: list[Any], key: str) -> npt.NDArray[np.int64]:
-        return as_integers([record.get(key) for record in section])[0]
 
-    boxes = [record["bbox"] for record in objects]
-    boxes_xywh = as_boxes(boxes)
-    return _Columns(
-        image_ids=integers(images, "id"),
-        file_names=[record["file_name"] for record in images],
-        sizes=np.stack([integers(images, "height"), integers(images, "width")], axis=1),
-        annotation_ids=integers(objects, "id"),
-        image_id=integers(objects, "image_id"),
-        category_id=integers(objects, "category_id"),
-        boxes_xywh=np.array(boxes, dtype=np.float64) if boxes_xywh is None else boxes_xywh,
-        area=np.array([record.get("area") for record in objects], dtype=np.float64),
-        crowd=np.array([bool(record.get("iscrowd")) for record in objects], dtype=np.bool_),
-        category_ids=integers(categories, "id"),
-        category_names=[record["name"] for record in categories],
+def _usable_columns(records: CocoRecords, *, difficult: bool = False) -> _Columns:
+    categories, images, objects = (
+        [record for record in section if isinstance(record, dict)]
+        for section in (records.categories, records.images, records.annotations)
     )
+
+    def integers(section: list[Record], key: str) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
+        return as_integers([record.get(key) for record in section])
+
+    def flags(key: str) -> npt.NDArray[np.bool_]:
+        return np.array([record.get(key) == 1 for record in objects], dtype=np.bool_)
+
+    category_ids, usable = integers(categories, "id")
+    category_rows = _first_of_each(category_ids, usable)
+    category_ids = category_ids[category_rows]  # [K]
+    names = [categories[row].get("name") for row in category_rows]
+
+    image_ids, usable = integers(images, "id")
+    file_names = [record.get("file_name") for record in images]
+    usable &= np.array([isinstance(name, str) and name != "" for name in file_names], dtype=np.bool_)
+    sides = []
+    for key in ("height", "width"):
+        side, whole = integers(images, key)
+        usable &= whole & (side >= 1) & (side <= MAX_SIDE)
+        sides.append(side)
+    image_rows = _first_of_each(image_ids, usable)
+    image_ids = image_ids[image_rows]  # [I]
+
+    image_id, has_image = integers(objects, "image_id")
+    category_id, has_category = integers(objects, "category_id")
+    boxes_xywh = as_boxes([record.get("bbox") for record in objects])
+    keep = has_image & np.isin(image_id, image_ids) & has_category & np.isin(category_id, category_ids)
+    keep &= ~np.isnan(boxes_xywh[:, 0])
+    annotation_ids, has_id = integers(objects, "id")
+    return _Columns(
+        image_ids=image_ids,
+        file_names=[str(file_names[row]) for row in image_rows],
+        sizes=np.stack(sides, axis=1)[image_rows],
+        annotation_ids=np.where(has_id, annotation_ids, -1)[keep],
+        image_id=image_id[keep],
+        category_id=category_id[keep],
+        boxes_xywh=boxes_xywh[keep],
+        area=as_numbers([record.get("area") for record in objects])[keep],
+        crowd=flags("iscrowd")[keep],
+        difficult=(flags("difficult") if difficult else np.zeros(len(objects), dtype=np.bool_))[keep],
+        category_ids=category_ids,
+        category_names=[
+            name if isinstance(name, str) and name else f"category {category_id}"
+            for name, category_id in zip(names, category_ids.tolist(), strict=True)
+        ],
+    )
+
+
+def _first_of_each(ids: npt.NDArray[np.int64], usable: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
+    """Return the first usable row of each id, in the order of the file."""
+    _, first = np.unique(ids[usable], return_index=True)
+    return np.flatnonzero(usable)[np.sort(first)]
 
 
 class _Image(msgspec.Struct, gc=False):
@@ -172,11 +221,11 @@ class _File(msgspec.Struct, gc=False):
 
 
 def _read_plain(data: bytes) -> _Columns | None:
-    """Read a file whose values have the types they should have, many times faster than ``_read_any``; else None.
+    """Read a file whose values have the expected types, many times faster than ``_read_any``; else return None.
 
-    Typed decoding makes no objects of what the table does not keep: polygons are nine tenths of the file. It takes
-    less than json does (no ``640.0`` for an integer, no NaN), and what it takes means the same, but for texts that it
-    skips without decoding them.
+    Typed decoding makes no objects of what the table does not keep: polygons are nine tenths of the file. It accepts
+    less than json does (no ``640.0`` for an integer, no NaN), and what it accepts means the same, except that strings
+    it skips are not decoded, hence the check for UTF-8.
     """
     if not _is_utf8(data):
         return None
@@ -210,7 +259,7 @@ def _to_columns(file: _File) -> _Columns:
 
     box: Callable[[_Annotation], tuple[float, ...]] = attrgetter("bbox")
     numbers = itertools.chain.from_iterable(map(box, objects))
-    # A flag other than 0 and 1 is seen below; a number beyond int64 overflows.
+    # Numbers beyond int64 raise OverflowError, and so do flags other than 0 and 1.
     crowd = np.fromiter((record.iscrowd or 0 for record in objects), dtype=np.int64, count=len(objects))
     if not ((crowd == 0) | (crowd == 1)).all():
         raise OverflowError
@@ -224,13 +273,14 @@ def _to_columns(file: _File) -> _Columns:
         boxes_xywh=np.fromiter(numbers, dtype=np.float64, count=4 * len(objects)).reshape(-1, 4),
         area=np.array([record.area for record in objects], dtype=np.float64),
         crowd=crowd.astype(np.bool_),
+        difficult=np.zeros(len(objects), dtype=np.bool_),
         category_ids=integers(categories, "id"),
         category_names=[category.name for category in categories],
     )
 
 
 def _is_sound(columns: _Columns) -> bool:
-    """Say whether ``record_problems`` would find nothing, of what types alone do not ensure."""
+    """Check the rules of ``record_problems`` that types alone do not ensure."""
     image_ids, category_ids, annotation_ids = (
         np.sort(ids) for ids in (columns.image_ids, columns.category_ids, columns.annotation_ids)
     )
@@ -248,6 +298,6 @@ def _is_sound(columns: _Columns) -> bool:
 
 
 def _all_in(values: npt.NDArray[np.int64], known: npt.NDArray[np.int64]) -> bool:
-    """Say whether all values are among the ``known``, which are sorted."""
+    """Check that all values are among the ``known``, which are sorted."""
     found = np.minimum(np.searchsorted(known, values), len(known) - 1)
     return bool((known[found] == values).all())

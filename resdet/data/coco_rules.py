@@ -1,6 +1,6 @@
-"""COCO's instances json as it stands in the file, and every rule that its records must obey.
+"""Read the records of a COCO instances json as they are in the file, and check them against every rule of the format.
 
-``read_coco`` refuses a file at its first problem; ``resdet.check.check`` lists them all. Both ask ``record_problems``.
+``read_coco`` refuses a file at its first problem; ``resdet.check`` lists them all. Both use ``record_problems``.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeGuard
+from typing import Any, TypeGuard
 
 import numpy as np
 import numpy.typing as npt
@@ -24,7 +24,6 @@ HOW_TO_GET_COCO = (
 )
 
 Record = dict[str, Any]
-Severity = Literal["error", "warning", "info"]
 SECTIONS = ("images", "annotations", "categories")
 MAX_SIDE = 2**31 - 1
 """Pixels: an image's sides are kept in 32 bits."""
@@ -37,28 +36,20 @@ class Problem:
     """Something about a dataset that its owner should know.
 
     Attributes:
-        kind: What kind of problem, the same words for all of its kind (``"duplicate_image_id"``).
-        message: One line: what must hold, what was got, and which record it is.
-        severity: ``"error"``: the data are refused, or training on them would be wrong. ``"warning"``: training works,
-            and may be worse for it. ``"info"``: good to know.
+        kind: Names the kind of problem (``"duplicate_image_id"``); ``resdet.check.kinds`` explains each.
+        message: One line: what must hold, what was found, and in which record.
         image_ids: Images concerned, by the dataset's ids.
         annotation_ids: Annotations concerned, by the dataset's ids.
-        file: The file in which it is.
-        count: How many records, files or pairs it stands for.
+        file: The file concerned.
+        count: Number of records, files or pairs that it stands for.
     """
 
     kind: str
     message: str
-    severity: Severity = "error"
     image_ids: tuple[int, ...] = ()
     annotation_ids: tuple[int, ...] = ()
     file: str = ""
     count: int = 1
-
-    @property
-    def fatal(self) -> bool:
-        """Whether the data are refused, or training on them would be wrong."""
-        return self.severity == "error"
 
     def __str__(self) -> str:
         return f"{self.file}: {self.message}" if self.file else self.message
@@ -66,7 +57,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class CocoRecords:
-    """A COCO json: three lists, whose entries may still be anything.
+    """A COCO json: three lists, whose entries may be anything.
 
     Attributes:
         path: The file.
@@ -84,7 +75,7 @@ class CocoRecords:
 
 
 def load_records(path: Path) -> CocoRecords:
-    """Read a COCO json without looking at its records.
+    """Read a COCO json without checking its records.
 
     Raises:
         DataError: If the file is missing, is not json, or does not hold the three lists. The message names the file.
@@ -101,18 +92,13 @@ def load_records(path: Path) -> CocoRecords:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from error
     except RecursionError as error:
         raise DataError(f"{path}: not a COCO annotation file: nested too deeply") from error
-    # Besides what is not json or not text: numbers of thousands of digits, which Python does not read.
+    # Not json, not text, or a number of thousands of digits, which Python refuses to parse.
     except ValueError as error:
         raise DataError(f"{path}: not a json file, or cut short ({path.stat().st_size} bytes): {error}") from error
-    return records_of(data, path)
+    return _sections_of(data, path)
 
 
-def records_of(data: object, path: Path) -> CocoRecords:
-    """Take the three sections out of what a json parser gave for a file.
-
-    Raises:
-        DataError: If these are not the three lists of a COCO json. The message names the file.
-    """
+def _sections_of(data: object, path: Path) -> CocoRecords:
     if isinstance(data, list):
         if data and isinstance(data[0], dict) and "score" in data[0]:
             what = "these are detection results; the ground truth they were scored against is needed"
@@ -134,33 +120,34 @@ def records_of(data: object, path: Path) -> CocoRecords:
 
 
 def record_problems(records: CocoRecords) -> Iterator[Problem]:
-    """Give every violation of the format, whatever else is wrong; all of them are fatal.
+    """Yield every violation of the format, whatever else is wrong; a file with any is refused.
 
-    In this order: entries that are no objects, empty sections, then categories, images and annotations, each rule in
-    the order of the file. Values are judged column by column, so a sound file of 860,000 annotations takes a second;
-    records are looked at one by one only where a column is not sound.
+    The order: entries that are no objects, empty sections, then categories, images and annotations, each rule in the
+    order of the file. Values are checked column by column, so a sound file of 860,000 annotations takes a second;
+    records are checked one by one only where a column is not sound.
     """
     sections = {key: _Section.of(key, getattr(records, key)) for key in SECTIONS}
     problems = _problems(records, sections)
     file = str(records.path)
     for kind, message, image_ids, annotation_ids in problems:
-        # What refers to something that is not there is one problem for all of its kind.
+        # All annotations of unknown images, or of unknown categories, are one problem.
         count = max(len(annotation_ids), 1)
-        yield Problem(kind, message, "error", tuple(image_ids), tuple(annotation_ids), file, count)
+        yield Problem(kind, message, tuple(image_ids), tuple(annotation_ids), file, count)
 
 
 _Found = tuple[str, str, Sequence[int], Sequence[int]]
+"""Kind, message, image ids and annotation ids."""
 
 
 @dataclass(frozen=True)
 class _Section:
-    """The objects of a section: ``ids`` int64 ``[R]``, meaningful where ``has_id``; ``numbers`` their places from 1."""
+    """The ``R`` objects of a section."""
 
     kind: str
     records: list[Record]
-    numbers: npt.NDArray[np.int64]
-    ids: npt.NDArray[np.int64]
-    has_id: npt.NDArray[np.bool_]
+    numbers: npt.NDArray[np.int64]  # [R], positions in the file from 1
+    ids: npt.NDArray[np.int64]  # [R], meaningful where has_id
+    has_id: npt.NDArray[np.bool_]  # [R]
 
     @classmethod
     def of(cls, key: str, entries: list[Any]) -> _Section:
@@ -170,15 +157,15 @@ class _Section:
         return cls(_KINDS[key], objects, numbers, ids, has_id)
 
     def name(self, row: int) -> str:
-        """Name a record in a message: by its id, or its place in the file where it has none."""
+        """Name a record in a message: by its id, or its position in the file if it has none."""
         return f"{self.kind} {self.ids[row]}" if self.has_id[row] else f"{self.kind} number {self.numbers[row]}"
 
     def id_of(self, row: int) -> list[int]:
-        """Give a record's id, or nothing."""
+        """Return a record's id in a list, which is empty if it has none."""
         return [int(self.ids[row])] if self.has_id[row] else []
 
     def column(self, key: str) -> list[Any]:
-        """Give one value of each record."""
+        """Return one value of each record."""
         return [record.get(key) for record in self.records]
 
 
@@ -222,13 +209,13 @@ def _id_problems(section: _Section) -> Iterator[_Found]:
 
 def _category_name_problems(categories: _Section) -> Iterator[_Found]:
     name_of: dict[str, str] = {}
-    # Of a category given twice, which is a problem of its own, only the first is looked at.
+    # Of a category id given twice, which is a problem of its own, only the first record is checked.
     _, first = np.unique(categories.ids[categories.has_id], return_index=True)
     for row in np.flatnonzero(categories.has_id)[first].tolist():
         name = categories.records[row].get("name")
         category_id = str(categories.ids[row])
         if not isinstance(name, str) or not name:
-            yield "bad_category_name", f"category {category_id}: name must be a text, got {_show(name)}", (), ()
+            yield "bad_category_name", f"category {category_id}: name must be a string, got {_show(name)}", (), ()
         elif name in name_of:
             message = f"categories {name_of[name]} and {category_id} have the same name {name!r}"
             yield "duplicate_category_name", message, (), ()
@@ -240,17 +227,17 @@ def _file_name_problems(images: _Section) -> Iterator[_Found]:
     for row, name in enumerate(images.column("file_name")):
         if is_file_name(name):
             continue
-        what = "a text" if not isinstance(name, str) or not name else "a name that files can have"
+        what = "a string" if not isinstance(name, str) or not name else "a name that files can have"
         message = f"{images.name(row)}: file_name must be {what}, got {_show(name)}"
         yield "bad_file_name", message, images.id_of(row), ()
 
 
 def is_file_name(name: object) -> TypeGuard[str]:
-    """Say whether a value is a text that a file can be called."""
+    """Check that a value is a string that can name a file."""
     if not isinstance(name, str) or not name or "\0" in name:
         return False
     try:
-        # Half of a surrogate pair, which json allows, has no encoding.
+        # Half of a surrogate pair, which json allows, cannot be encoded.
         name.encode()
     except UnicodeEncodeError:
         return False
@@ -289,15 +276,12 @@ def _reference_problems(
 
 
 def _value_problems(objects: _Section) -> Iterator[tuple[str, int, str]]:
-    """Give the kind, row and message of what is wrong with boxes, crowd flags and areas."""
+    """Yield kind, row and message of what is wrong with boxes, crowd flags and areas."""
     boxes = objects.column("bbox")
-    if as_boxes(boxes) is None:
-        for row, box in enumerate(boxes):
-            numbers = box if isinstance(box, list) else []
-            if len(numbers) != 4 or not all(map(_is_finite, numbers)):
-                image_id = _show(objects.records[row].get("image_id"))
-                message = f"bbox must be 4 finite numbers [x, y, width, height], got {_show(box)}"
-                yield "bad_box", row, f"{objects.name(row)} of image {image_id}: {message}"
+    for row in np.flatnonzero(np.isnan(as_boxes(boxes)[:, 0])).tolist():
+        image_id = _show(objects.records[row].get("image_id"))
+        message = f"bbox must be 4 finite numbers [x, y, width, height], got {_show(boxes[row])}"
+        yield "bad_box", row, f"{objects.name(row)} of image {image_id}: {message}"
     for row, value in enumerate(objects.column("iscrowd")):
         if (value or 0) not in (0, 1):
             yield "bad_iscrowd", row, f"{objects.name(row)}: iscrowd must be 0 or 1, got {_show(value)}"
@@ -306,13 +290,13 @@ def _value_problems(objects: _Section) -> Iterator[tuple[str, int, str]]:
             yield "bad_area", row, f"{objects.name(row)}: area must be a finite number, got {_show(value)}"
 
 
-def _is_finite(value: object) -> bool:
-    # Compared as they are: an integer of 400 digits has no float.
+def _is_finite(value: object) -> TypeGuard[float]:
+    # Compared without conversion: an integer of 400 digits has no float.
     return isinstance(value, (int, float)) and abs(value) <= sys.float_info.max
 
 
 def as_integers(values: Sequence[Any]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
-    """Give values as integers: int64 ``[V]``, and bool ``[V]`` that says which are; the others are 0.
+    """Convert values to int64 ``[V]``, 0 where one is not an integer, and return bool ``[V]`` that tells which are.
 
     ``640.0`` is an integer, because JSON writers of some languages have no others; ``"640"`` is not.
     """
@@ -325,7 +309,7 @@ def as_integers(values: Sequence[Any]) -> tuple[npt.NDArray[np.int64], npt.NDArr
 
 
 def _integer_column(values: Sequence[Any]) -> npt.NDArray[np.int64] | None:
-    """Give int64 ``[V]``, or None if they cannot be told to be whole numbers all at once."""
+    """Return int64 ``[V]``, or None unless all of them are seen to be integers at once."""
     if not values:
         return np.zeros(0, dtype=np.int64)
     try:
@@ -340,25 +324,28 @@ def _integer_column(values: Sequence[Any]) -> npt.NDArray[np.int64] | None:
     return whole if (whole == array).all() else None
 
 
-def as_boxes(values: Sequence[Any]) -> npt.NDArray[np.float64] | None:
-    """Give ``[x, y, width, height]`` of each as float64 ``[V, 4]``, or None if some are not four finite numbers.
-
-    It may also be None for boxes that mix numbers with true and false, which ``record_problems`` lets pass as 1 and 0.
-    """
-    if not values:
-        return np.zeros((0, 4))
-    # Checked before conversion: NumPy would turn the texts ["1", "2", "3", "4"] into numbers.
+def as_boxes(values: Sequence[Any]) -> npt.NDArray[np.float64]:
+    """Convert boxes to float64 ``[V, 4]``, NaN where one is not a list of 4 finite numbers."""
+    # Checked before conversion: NumPy would turn the strings ["1", "2", "3", "4"] into numbers.
     try:
         array = np.array(values)
     except (ValueError, OverflowError):
-        return None
-    if array.shape != (len(values), 4) or array.dtype.kind not in "iuf" or not np.isfinite(array).all():
-        return None
-    return array.astype(np.float64)
+        array = np.zeros(0)
+    if array.shape == (len(values), 4) and array.dtype.kind in "iuf" and np.isfinite(array).all():
+        return array.astype(np.float64)
+    rows = [value if isinstance(value, list) and len(value) == 4 else [None] * 4 for value in values]
+    boxes = as_numbers([number for row in rows for number in row]).reshape(-1, 4)
+    boxes[np.isnan(boxes).any(axis=1)] = np.nan
+    return boxes
+
+
+def as_numbers(values: Sequence[Any]) -> npt.NDArray[np.float64]:
+    """Convert values to float64 ``[V]``, NaN where one is not a finite number."""
+    return np.array([float(value) if _is_finite(value) else np.nan for value in values], dtype=np.float64)
 
 
 def _show(value: object) -> str:
-    """Give a value for a message, short and on one line."""
+    """Format a value for a message, short and on one line."""
     try:
         text = "nothing" if value is None else repr(value)
     except RecursionError:

@@ -12,11 +12,15 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import box_iou
 
 from resdet.build import anchor_layout
-from resdet.check import image_facts
+from resdet.check import files
 from resdet.check.anchor_coverage import anchor_coverage, best_iou
-from resdet.check.check import MEANINGS, check_dataset, coco_split, report_text, table_split, voc_split
-from resdet.check.image_facts import ImageFacts, all_image_facts, near_duplicates
+from resdet.check.check import check_dataset
+from resdet.check.duplicates import near_duplicates
+from resdet.check.files import ImageFacts, all_image_facts, image_facts
+from resdet.check.kinds import KINDS
 from resdet.check.repair import repaired, write_fixed
+from resdet.check.report import report_text
+from resdet.check.splits import coco_split, table_split, voc_split
 from resdet.config import ModelConfig
 from resdet.data.coco import read_coco
 from resdet.data.shapes import shapes_table
@@ -422,7 +426,7 @@ def test_near_duplicates_are_found_across_scale_and_compression(dataset):
 def test_pictures_of_one_kind_are_not_near_duplicates(assets):
     """Blood cells under one microscope, among them one field at two focal planes."""
     folder = assets / "bccd" / "JPEGImages"
-    facts = [image_facts.image_facts(str(path)) for path in sorted(folder.iterdir())[:40]]
+    facts = [image_facts(str(path)) for path in sorted(folder.iterdir())[:40]]
     (pair,) = near_duplicates(facts)
     assert [facts[i].path[-9:] for i in pair] == ["00037.jpg", "00038.jpg"]
     again = replace(facts[3], path="again", digest=b"other")
@@ -431,7 +435,7 @@ def test_pictures_of_one_kind_are_not_near_duplicates(assets):
 
 def test_flat_pictures_are_not_compared():
     thumbnail = bytes([200] * 272)
-    facts = [replace(image_facts.ImageFacts("a"), digest=bytes([i]), thumbnail=thumbnail) for i in range(3)]
+    facts = [replace(ImageFacts("a"), digest=bytes([i]), thumbnail=thumbnail) for i in range(3)]
     assert near_duplicates(facts) == []
 
 
@@ -452,8 +456,8 @@ def deadly(path):
 
 @pytest.mark.skipif(multiprocessing.get_start_method() != "fork", reason="the stand-in does not reach other processes")
 def test_an_image_that_ends_its_process_is_found(monkeypatch):
-    monkeypatch.setattr(image_facts, "image_facts", deadly)
-    monkeypatch.setattr(image_facts, "_CHUNK", 2)
+    monkeypatch.setattr(files, "image_facts", deadly)
+    monkeypatch.setattr(files, "_CHUNK", 2)
     paths = [f"{i}.png" for i in range(12)]
     paths[5] = "deadly.png"
     facts = all_image_facts(paths, num_workers=1, progress=False)
@@ -554,9 +558,10 @@ def test_every_damaged_voc_file_is_named(tmp_path):
         "box_partly_outside": 1,
         "unlisted_file": 1,
     }
-    files = [problem.file for problem in the(report, "bad_annotation_file").problems]
-    assert files == [str(folder / "Annotations" / name) for name in ("1.xml", "7.xml", "3.xml")]
+    named = [problem.file for problem in the(report, "bad_annotation_file").problems]
+    assert named == [str(folder / "Annotations" / name) for name in ("1.xml", "7.xml", "3.xml")]
     assert the(report, "zero_box").problems[0].message.endswith("xmin, ymin, xmax, ymax = 10, 10, 10, 30")
+    assert f"{folder / 'Annotations' / '1.xml'}: not well-formed XML" in report_text(report)
     assert the(report, "negative_box").problems[0].message.endswith("xmin, ymin, xmax, ymax = 30, 10, 20, 30")
 
 
@@ -586,9 +591,9 @@ def test_the_two_boxes_of_bccd_without_extent_are_found(assets):
 
 
 def test_every_kind_has_words_and_one_severity(dataset):
-    assert all("\n" not in words and words for words in MEANINGS.values())
+    assert all("\n" not in kind.meaning and kind.meaning for kind in KINDS.values())
     planted = {kind: PLANTED[kind][2] for kind in PLANTED}
-    assert set(planted) <= set(MEANINGS)
+    assert set(planted) <= set(KINDS)
 
 
 def test_junk_in_every_place_is_described_and_fixed(dataset):

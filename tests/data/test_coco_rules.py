@@ -4,6 +4,7 @@ import random
 
 import pytest
 
+from resdet.check.kinds import KINDS
 from resdet.data.coco_rules import load_records, record_problems
 from resdet.errors import DataError
 
@@ -54,7 +55,7 @@ DAMAGES = [
         (3,),
         (),
     ),
-    ("images", 1, "file_name", 5, "bad_file_name", "image 3: file_name must be a text, got 5", (3,), ()),
+    ("images", 1, "file_name", 5, "bad_file_name", "image 3: file_name must be a string, got 5", (3,), ()),
     (
         "images",
         1,
@@ -68,7 +69,7 @@ DAMAGES = [
     ("images", 1, "file_name", "\ud800", "bad_file_name", r"file_name must be a name that files can have", (3,), ()),
     ("categories", 1, "id", 9, "duplicate_category_id", "category id 9 is given 2 times", (), ()),
     ("categories", 1, "id", None, "bad_category_id", "category number 2: id must be an integer, got nothing", (), ()),
-    ("categories", 1, "name", "", "bad_category_name", "category 2: name must be a text, got ''", (), ()),
+    ("categories", 1, "name", "", "bad_category_name", "category 2: name must be a string, got ''", (), ()),
     ("categories", 1, "name", "zebra", "duplicate_category_name", "categories 2 and 9 have the same name", (), ()),
     ("annotations", 1, "id", 1, "duplicate_annotation_id", "annotation id 1 is given 2 times", (), (1,)),
     ("annotations", 1, "id", 1.5, "bad_annotation_id", "annotation number 2: id must be an integer, got 1.5", (), ()),
@@ -100,7 +101,7 @@ def test_each_damage_is_one_problem_with_its_ids(tmp_path, damage):
     data[section][position][key] = value
     problems = [problem for problem in problems_of(data, tmp_path) if problem.kind == kind]
     (problem,) = problems
-    assert problem.fatal
+    assert KINDS[problem.kind].severity == "error"
     assert (problem.image_ids, problem.annotation_ids) == (image_ids, annotation_ids)
     with pytest.raises(DataError, match=message):
         raise DataError(str(problem))

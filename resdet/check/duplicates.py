@@ -1,0 +1,108 @@
+"""Find image files that show the same picture, within a split and across splits."""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from resdet.check.files import THUMBNAIL_SIZE, ImageFacts
+from resdet.data.annotations import AnnotationTable
+from resdet.data.coco_rules import Problem
+
+NEAR_BITS = 48
+"""Of the 256 bits of two perceptual hashes, how many may differ between near duplicates. Photographs saved again at
+JPEG quality 40, halved or enlarged differed in at most 46, different ones in at least 65 (30 each of COCO, VOC and
+BCCD)."""
+
+NEAR_GRAY = 4.0
+"""Of 256 gray levels, by how many two thumbnails of the same picture may differ on average. The same pictures differed
+by at most 1.5; different ones, blood cells under one microscope, by at least 14."""
+
+_FLAT = 4.0
+# Rows of distances that are held at a time.
+_BLOCK = 2048
+
+
+def duplicate_problems(
+    tables: Mapping[str, AnnotationTable], paths: Mapping[str, Mapping[int, str]], facts: Mapping[str, ImageFacts]
+) -> Iterator[tuple[str | None, Problem]]:
+    """Yield groups of files with the same pixels and pairs of nearly the same pictures.
+
+    Args:
+        tables: The splits.
+        paths: Of each split, the image files by image index.
+        facts: Of each file.
+
+    Returns:
+        The split, None for a problem that concerns both, and the problem.
+    """
+    users: dict[str, list[tuple[str, int]]] = defaultdict(list)  # of each file
+    for split, of_split in paths.items():
+        for index, path in of_split.items():
+            users[path].append((split, int(tables[split].image_ids[index])))
+    by_digest: dict[bytes, list[str]] = defaultdict(list)
+    for of_file in facts.values():
+        if of_file.header is not None:
+            by_digest[of_file.digest].append(of_file.path)
+    groups = [("duplicate_image", "the same pixels", same) for same in by_digest.values() if len(same) > 1]
+    unique = [facts[same[0]] for same in by_digest.values()]
+    for i, j in near_duplicates(unique):
+        groups.append(("near_duplicate_image", "nearly the same picture", [unique[i].path, unique[j].path]))
+    for kind, what, files in groups:
+        where = [(split, image_id, path) for path in files for split, image_id in users[path]]
+        ids = tuple(image_id for _, image_id, _ in where)
+        listed = ", ".join(f"image {image_id} of {split} ({os.path.basename(path)})" for split, image_id, path in where)
+        owner = where[0][0] if len({split for split, _, _ in where}) == 1 else None
+        kind = kind if owner else "train_val_overlap"
+        yield owner, Problem(kind, f"{what}: {listed}", ids, file=files[0], count=len(files) - 1)
+
+
+def near_duplicates(facts: Sequence[ImageFacts]) -> list[tuple[int, int]]:
+    """Find pairs of pictures that differ only in scale and compression.
+
+    The hash of a picture has one bit for each pair of neighbours in a row of its thumbnail: whether the left one is
+    brighter. Two pictures are near duplicates if at most ``NEAR_BITS`` of the 256 bits differ, their thumbnails differ
+    by at most ``NEAR_GRAY`` on average, and their aspect ratios agree within 5 %. Pictures without contrast (a
+    deviation below 4 gray levels) are left out. Mirrored, cropped and recoloured pictures are not found.
+
+    Args:
+        facts: Readable images.
+
+    Returns:
+        Pairs ``(i, j)``, ``i < j``, of positions in ``facts``; pairs of equal digests are not among them.
+
+    Source: the difference hash, https://www.hackerfactor.com/blog/index.php?/archives/529-Kind-of-Like-That.html, with
+        16 x 16 bits in place of 8 x 8.
+    """
+    thumbnails = b"".join(of_file.thumbnail for of_file in facts)
+    grays = np.frombuffer(thumbnails, dtype=np.uint8).reshape(len(facts), *THUMBNAIL_SIZE).astype(np.float32)
+    usable = np.flatnonzero(grays.std(axis=(1, 2)) >= _FLAT)
+    grays = grays[usable]
+    signs = np.where(grays[:, :, :-1] > grays[:, :, 1:], 1, -1).reshape(len(usable), 256).astype(np.float32)
+    headers = [facts[i].header for i in usable.tolist()]
+    sides = np.array([(0, 0) if header is None else header.size for header in headers], dtype=np.float64)
+    pairs = []
+    for start in range(0, len(usable), _BLOCK):
+        for other in range(start, len(usable), _BLOCK):
+            # [rows, columns]: bits that agree less bits that differ, which is 256 - 2 * differing bits
+            agreement = signs[start : start + _BLOCK] @ signs[other : other + _BLOCK].T
+            rows, columns = np.nonzero(agreement >= signs.shape[1] - 2 * NEAR_BITS)
+            for i, j in zip((rows + start).tolist(), (columns + other).tolist(), strict=True):
+                first, second = facts[usable[i]], facts[usable[j]]
+                if i < j and first.digest != second.digest and _alike(grays[i], grays[j], sides[i], sides[j]):
+                    pairs.append((int(usable[i]), int(usable[j])))
+    return pairs
+
+
+def _alike(
+    gray: npt.NDArray[np.float32],
+    other: npt.NDArray[np.float32],
+    size: npt.NDArray[np.float64],
+    other_size: npt.NDArray[np.float64],
+) -> bool:
+    ratio = (size[0] / size[1]) / (other_size[0] / other_size[1])
+    return bool(1 / 1.05 <= ratio <= 1.05 and np.abs(gray - other).mean() <= NEAR_GRAY)

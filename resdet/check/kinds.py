@@ -1,0 +1,111 @@
+"""Define every kind of problem: how severe it is and what it means.
+
+``error``: the data are refused, or training on them would be wrong. ``warning``: training works, and may be worse for
+it. ``info``: good to know.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+Severity = Literal["error", "warning", "info"]
+SEVERITIES: tuple[Severity, ...] = ("error", "warning", "info")
+
+OVERHANG = 0.5
+"""Pixels by which a box may leave its image unreported: rounding."""
+
+TINY_SIDE = 2.0
+"""Pixels of the stored image; boxes with a shorter side are tiny."""
+
+EXTREME_ASPECT = 20.0
+"""Ratio of the longer to the shorter side from which a box is extreme."""
+
+IMBALANCE = 100.0
+"""Ratio of the most frequent class's boxes to the rarest's from which classes are imbalanced."""
+
+UNREACHED = 0.25
+"""Share of training boxes that no anchor reaches from which anchors are unfit. The default anchors miss about 17 % of
+COCO's boxes."""
+
+
+class Kind(NamedTuple):
+    """One kind of problem.
+
+    Attributes:
+        severity: In training data, and in other splits unless ``elsewhere`` is given.
+        meaning: One line for the report.
+        elsewhere: Severity outside training data.
+    """
+
+    severity: Severity
+    meaning: str
+    elsewhere: Severity | None = None
+
+
+_REFUSED = "refused when read"
+_LEFT_OUT = "left out of training, so its object is taken for background"
+
+KINDS = {
+    "unreadable_annotations": Kind("error", "the annotation file cannot be used at all"),
+    "not_an_object": Kind("error", f"{_REFUSED}: every entry must be an object with named values"),
+    "no_images": Kind("error", _REFUSED),
+    "no_categories": Kind("error", _REFUSED),
+    "bad_image_id": Kind("error", _REFUSED),
+    "bad_annotation_id": Kind("error", _REFUSED),
+    "bad_category_id": Kind("error", _REFUSED),
+    "duplicate_image_id": Kind("error", f"{_REFUSED}: which image do its annotations belong to?"),
+    "duplicate_annotation_id": Kind("error", f"{_REFUSED}: evaluation counts matches by id"),
+    "duplicate_category_id": Kind("error", _REFUSED),
+    "bad_category_name": Kind("error", _REFUSED),
+    "duplicate_category_name": Kind("error", f"{_REFUSED}: nothing tells the two classes apart"),
+    "bad_file_name": Kind("error", _REFUSED),
+    "bad_image_size": Kind("error", _REFUSED),
+    "bad_image_reference": Kind("error", _REFUSED),
+    "unknown_image": Kind("error", f"{_REFUSED}: annotations of an image that does not exist"),
+    "bad_category_reference": Kind("error", _REFUSED),
+    "unknown_category": Kind("error", f"{_REFUSED}: annotations of a class that does not exist"),
+    "bad_box": Kind("error", f"{_REFUSED}: NaN, infinite or missing numbers"),
+    "bad_iscrowd": Kind("error", _REFUSED),
+    "bad_area": Kind("error", _REFUSED),
+    "bad_annotation_file": Kind("error", _REFUSED),
+    "listed_twice": Kind("error", _REFUSED),
+    "unknown_class": Kind("error", f"{_REFUSED}: the configuration names a class that does not exist"),
+    "different_classes": Kind("error", "train and val must have the same classes, or evaluation is refused"),
+    "nothing_to_train_on": Kind("error", "training is refused"),
+    "missing_file": Kind("error", "training is refused"),
+    "unreadable_file": Kind("error", "refused when the image is read, or skipped if the configuration says so"),
+    "size_mismatch": Kind("error", "refused when the image is read: its boxes belong to an image of another size"),
+    "negative_box": Kind("error", _LEFT_OUT),
+    "zero_box": Kind("error", _LEFT_OUT),
+    "box_outside_image": Kind("error", _LEFT_OUT),
+    "duplicate_file_name": Kind("error", "each entry lacks the boxes of the other, which are taken for background"),
+    "boxes_are_corners": Kind("error", "COCO's boxes are [x, y, width, height]; these look like [x1, y1, x2, y2]"),
+    "boxes_are_fractions": Kind("error", "boxes must be in pixels; these look like fractions of the image"),
+    "box_partly_outside": Kind("warning", f"exceeds the image by more than {OVERHANG:g} px; clipped in training"),
+    "one_based_corners": Kind(
+        "warning", "boxes pile up at 1 and none begins at 0: converted from VOC without subtracting 1?"
+    ),
+    "zero_based_corners": Kind(
+        "warning", "VOC counts pixels from 1; corners at 0 suggest that all boxes are off by one pixel"
+    ),
+    "short_boxes": Kind(
+        "warning", "boxes pile up one pixel before the far border and none reaches it: xmax - xmin without the + 1?"
+    ),
+    "repeated_box": Kind("warning", "the same box and class again"),
+    "train_val_overlap": Kind("warning", "the same picture in train and val: results on val are too good"),
+    "duplicate_image": Kind("warning", "the same pixels under several names"),
+    "near_duplicate_image": Kind("info", "the same picture at another scale or compression"),
+    "exif_rotation": Kind("warning", "boxes are assumed to be in unrotated pixels, which the size cannot confirm"),
+    "unused_category": Kind("warning", "a class without a box is never learned", elsewhere="info"),
+    "unfit_anchors": Kind(
+        "warning", "learned worse; model.anchor_sizes and model.aspect_ratios, or model.min_size, may fit better"
+    ),
+    "tiny_box": Kind("info", f"a side below {TINY_SIDE:g} px"),
+    "extreme_aspect": Kind("info", f"one side is {EXTREME_ASPECT:g} times the other or more"),
+    "class_imbalance": Kind("info", "rare classes are learned late, or not at all"),
+    "image_without_boxes": Kind("info", "trained on as background; right if nothing is on it"),
+    "unlisted_file": Kind("info", "in the image folder, but in no annotation"),
+    "not_rgb": Kind("info", "converted to 8-bit RGB when read"),
+    "exif_turned": Kind("info", "rotated upright when read, as the size in the annotations requires"),
+}
+"""In the order of a report, within each severity."""

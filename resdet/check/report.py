@@ -1,0 +1,161 @@
+"""Report what a check found, as an object, as plain values and as text."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from resdet.check.anchor_coverage import IOU_REACHED, Coverage
+from resdet.check.kinds import KINDS, SEVERITIES, Severity
+from resdet.data.coco_rules import Problem
+
+
+@dataclass(frozen=True)
+class Finding:
+    """All problems of one kind in one split.
+
+    Attributes:
+        split: ``"train"``, ``"val"``, or ``"train and val"`` for what concerns both.
+        kind: A key of ``KINDS``.
+        problems: One or more, in the order of the data.
+    """
+
+    split: str
+    kind: str
+    problems: tuple[Problem, ...]
+
+    @property
+    def severity(self) -> Severity:
+        """How severe this kind is in this split."""
+        kind = KINDS[self.kind]
+        return kind.severity if self.split == "train" or kind.elsewhere is None else kind.elsewhere
+
+    @property
+    def count(self) -> int:
+        """Number of records, files or pairs concerned."""
+        return sum(problem.count for problem in self.problems)
+
+
+def grouped(split: str, problems: Iterable[Problem]) -> list[Finding]:
+    """Group the problems of a split by kind, in the order of ``KINDS``."""
+    by_kind: dict[str, list[Problem]] = defaultdict(list)
+    for problem in problems:
+        by_kind[problem.kind].append(problem)
+    return [Finding(split, kind, tuple(by_kind[kind])) for kind in KINDS if kind in by_kind]
+
+
+@dataclass(frozen=True)
+class SplitSummary:
+    """What a split holds.
+
+    Attributes:
+        name: ``"train"`` or ``"val"``.
+        source: Where it came from.
+        num_images: Images that can be used, as far as annotations tell.
+        boxes_per_class: Boxes of each class that training uses, difficult ones included, in label order.
+        coverage: How many boxes the anchors reach; None where no anchors were given.
+        num_files: Image files that were decoded.
+    """
+
+    name: str
+    source: str
+    num_images: int
+    boxes_per_class: dict[str, int]
+    coverage: Coverage | None
+    num_files: int
+
+    def to_plain(self) -> dict[str, Any]:
+        """Return everything as plain values for a json file."""
+        coverage = self.coverage
+        return {
+            "split": self.name,
+            "source": self.source,
+            "num_images": self.num_images,
+            "num_files_decoded": self.num_files,
+            "boxes_per_class": self.boxes_per_class,
+            "no_anchor_reaches": None
+            if coverage is None
+            else {
+                size: {"num_boxes": count, "share": None if count == 0 else coverage.unreached[size]}
+                for size, count in coverage.num_boxes.items()
+            },
+        }
+
+
+@dataclass(frozen=True)
+class Report:
+    """What ``check_dataset`` found.
+
+    Attributes:
+        splits: What each split holds.
+        findings: Errors first, then warnings, then infos; train before val.
+    """
+
+    splits: tuple[SplitSummary, ...]
+    findings: tuple[Finding, ...]
+
+    @property
+    def wrong(self) -> bool:
+        """Whether the data are refused, or training on them would be wrong."""
+        return any(finding.severity == "error" for finding in self.findings)
+
+    def to_plain(self) -> dict[str, Any]:
+        """Return everything as plain values for a json file, every id included."""
+        return {
+            "wrong": self.wrong,
+            "splits": [split.to_plain() for split in self.splits],
+            "findings": [
+                {
+                    "split": finding.split,
+                    "kind": finding.kind,
+                    "severity": finding.severity,
+                    "count": finding.count,
+                    "meaning": KINDS[finding.kind].meaning,
+                    "problems": [
+                        {key: value for key, value in asdict(problem).items() if key not in ("kind", "count")}
+                        for problem in finding.problems
+                    ],
+                }
+                for finding in self.findings
+            ],
+        }
+
+
+def report_text(report: Report, *, num_examples: int = 3) -> str:
+    """Format a report for reading: what each split holds, then the findings with their first examples."""
+    lines = []
+    for split in report.splits:
+        num_boxes = sum(split.boxes_per_class.values())
+        decoded = f", {split.num_files:,} files decoded" if split.num_files else ""
+        lines.append(
+            f"{split.name}: {split.source}: {split.num_images:,} images{decoded}, "
+            f"{num_boxes:,} boxes of {len(split.boxes_per_class)} classes"
+        )
+        if split.coverage is not None and num_boxes:
+            shares = (
+                f"{size} {split.coverage.unreached[size]:.1%} of {count:,}"
+                for size, count in split.coverage.num_boxes.items()
+                if count
+            )
+            lines.append(f"  boxes that no anchor overlaps by {IOU_REACHED:g}: {', '.join(shares)}")
+    for finding in report.findings:
+        head = f"{finding.severity.upper() if finding.severity == 'error' else finding.severity:<8}"
+        lines.append("")
+        lines.append(f"{head}{finding.split}: {finding.kind}, {finding.count:,}: {KINDS[finding.kind].meaning}")
+        # The file is part of the message of all other kinds that concern a file of their own.
+        named = finding.kind == "bad_annotation_file"
+        examples = finding.problems[:num_examples]
+        lines.extend(f"          {problem if named else problem.message}" for problem in examples)
+        if len(finding.problems) > num_examples:
+            lines.append(f"          ... and {len(finding.problems) - num_examples:,} more")
+    num = {severity: sum(f.count for f in report.findings if f.severity == severity) for severity in SEVERITIES}
+    verdict = f"wrong: {_counted(num['error'], 'error')}: training would be refused, or wrong"
+    if not report.wrong:
+        verdict = "nothing is wrong" + (f"; {_counted(num['warning'], 'warning')}" if num["warning"] else "")
+    return "\n".join([*lines, "", verdict])
+
+
+def _counted(num: int, word: str) -> str:
+    return f"{num:,} {word}{'' if num == 1 else 's'}"

@@ -1,0 +1,90 @@
+"""Read the splits of a dataset to be checked, sound records and damaged ones alike."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from resdet.data.annotations import AnnotationTable
+from resdet.data.coco_rules import CocoRecords, Problem, load_records, record_problems
+from resdet.data.voc import voc_records
+from resdet.errors import DataError
+
+
+@dataclass(frozen=True)
+class DataSplit:
+    """A split of a dataset, as it is in its files.
+
+    Attributes:
+        name: ``"train"`` or ``"val"``.
+        source: Where it came from, for messages.
+        records: Its images, annotations and categories, sound and damaged.
+        root: Folder of its images; None for pictures that are drawn.
+        classes: Names of the classes that are used; all if None.
+        one_based: Whether its files count pixels from 1, as VOC does.
+        problems: What is wrong with the files themselves.
+    """
+
+    name: str
+    source: str
+    records: CocoRecords
+    root: Path | None
+    classes: tuple[str, ...] | None = None
+    one_based: bool = False
+    problems: tuple[Problem, ...] = ()
+
+
+def coco_split(name: str, images: Path, annotations: Path, classes: Sequence[str] | None = None) -> DataSplit:
+    """Read a COCO json and everything that is wrong with its records.
+
+    Raises:
+        DataError: If the annotation file or the image folder does not exist.
+    """
+    images, annotations = Path(images), Path(annotations)
+    wanted = None if classes is None else tuple(classes)
+    if not images.is_dir():
+        raise DataError(f"{images}: no such image folder (the images of {annotations})")
+    try:
+        records = load_records(annotations)
+    except DataError as error:
+        if not annotations.is_file():
+            raise
+        message = str(error).removeprefix(f"{annotations}: ")
+        problems = [Problem("unreadable_annotations", message, file=str(annotations))]
+        records = CocoRecords(annotations, {}, [], [], [])
+    else:
+        problems = list(record_problems(records))
+    return DataSplit(name, str(annotations), records, images, wanted, problems=tuple(problems))
+
+
+def voc_split(name: str, root: Path, split: str | Sequence[str], classes: Sequence[str] | None = None) -> DataSplit:
+    """Read a split of Pascal VOC and everything that is wrong with its files.
+
+    Raises:
+        DataError: If a folder or the split does not exist.
+    """
+    records, problems = voc_records(root, split)
+    source = f"{root} ({split if isinstance(split, str) else ', '.join(split)})"
+    wanted = None if classes is None else tuple(classes)
+    return DataSplit(name, source, records, Path(root), wanted, one_based=True, problems=tuple(problems))
+
+
+def table_split(name: str, table: AnnotationTable, classes: Sequence[str] | None = None) -> DataSplit:
+    """Make a split of a table whose pictures are drawn, not read."""
+    images: list[Any] = [
+        {"id": image_id, "file_name": file_name, "height": height, "width": width}
+        for image_id, file_name, (height, width) in zip(
+            table.image_ids.tolist(), table.file_names, table.sizes.tolist(), strict=True
+        )
+    ]
+    category_id = {category.label: category.category_id for category in table.categories}
+    columns = (table.annotation_ids, table.image_of_box(), table.labels, table.boxes_xywh)
+    annotations: list[Any] = [
+        {"id": number, "image_id": images[image]["id"], "category_id": category_id[label], "bbox": box}
+        for number, image, label, box in zip(*(column.tolist() for column in columns), strict=True)
+    ]
+    categories: list[Any] = [{"id": c.category_id, "name": c.name} for c in table.categories]
+    records = CocoRecords(Path(table.name), {}, images, annotations, categories)
+    return DataSplit(name, table.name, records, None, None if classes is None else tuple(classes))
