@@ -93,14 +93,14 @@ class DetectionDataset(Dataset[tuple[Tensor, Target]]):
             "difficult": difficult,
             f"not finite or thinner than {MIN_TRAINABLE_SIDE} px inside the image": ~trained & ~crowd & ~difficult,
         }
-        parts = [f"{int(mask.sum())} {reason}" for reason, mask in reasons.items() if mask.any()]
+        left_out = ", ".join(f"{mask.sum()} {reason}" for reason, mask in reasons.items() if mask.any())
         logger.info(
             "%s: %d images, training on %d of %d boxes%s",
             self.table.name,
             self.table.num_images,
-            int(trained.sum()),
+            trained.sum(),
             self.table.num_boxes,
-            f" (left out: {', '.join(parts)})" if parts else "",
+            f" (left out: {left_out})" if left_out else "",
         )
 
     @property
@@ -143,8 +143,7 @@ class DetectionDataset(Dataset[tuple[Tensor, Target]]):
         chosen = copy.copy(self)
         chosen.table = self.table.select_images(rows)
         chosen._images = _ChosenImages(self._images, rows)
-        if self._unreadable is not None:
-            chosen._unreadable = _shared_flags(chosen.table.num_images)
+        chosen._unreadable = None if self._unreadable is None else _shared_flags(len(rows))
         return chosen
 
     def image(self, index: int) -> npt.NDArray[np.uint8]:
@@ -234,14 +233,13 @@ class DetectionDataset(Dataset[tuple[Tensor, Target]]):
             image was replaced, ``image_id`` is that of its substitute.
 
         Raises:
-            DataError: If the image cannot be read or augmented; the message names it.
+            DataError: As from ``sample``.
         """
         sample = self.sample(key)
         try:
-            image = _planes(sample.image)
+            return _planes(sample.image), self.target_of(sample)
         except DataError as error:
             raise DataError(f"image {sample.image_id}: {error}") from error
-        return image, self.target_of(sample)
 
     def _partner(self, number: int) -> Sample:
         """Return another image for augmentation that mixes several, always the same for a number."""
@@ -249,10 +247,9 @@ class DetectionDataset(Dataset[tuple[Tensor, Target]]):
 
     def _read(self, index: int) -> Sample:
         table, rows = self.table, self.table.rows(index)
-        image = self._images(index)
         boxes, sound = table.boxes_of(index)
         sample = Sample(
-            image=image,
+            image=self._images(index),
             image_id=int(table.image_ids[index]),
             boxes=boxes,
             labels=table.labels[rows],

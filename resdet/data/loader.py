@@ -89,7 +89,7 @@ def train_loader(
         start_batch: Optimizer steps already done by an interrupted run.
 
     Raises:
-        UserError: If ``batch_size`` cannot be cut evenly.
+        UserError: As from ``TrainBatches``.
         DataError: While iterating, if an image cannot be read or augmented.
         WorkerError: As from ``load_batches``.
     """

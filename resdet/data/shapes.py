@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import cv2
 import numpy as np
 import numpy.typing as npt
 
@@ -156,8 +157,6 @@ def _color(rng: np.random.Generator) -> npt.NDArray[np.float32]:
 
 def _background(rng: np.random.Generator, size: int) -> npt.NDArray[np.float32]:
     """Paint soft clouds of two colours, a fine texture, and strokes and rings that are no objects."""
-    import cv2
-
     first, second = _color(rng), _color(rng)
     num_cells = int(rng.integers(2, 6))
     clouds = cv2.resize(

@@ -136,7 +136,7 @@ def _fits_in_shared_memory(num_bytes: int, num_workers: int) -> bool:
 
 
 def _received(batches: Iterator[Any], num_workers: int, stall_seconds: float) -> Iterator[Any]:
-    waited, warned_of_pipes = 0.0, False
+    waited, warned = 0.0, False
     while True:
         try:
             batch = next(batches)
@@ -173,14 +173,14 @@ def _received(batches: Iterator[Any], num_workers: int, stall_seconds: float) ->
             finally:
                 del batch, batches  # the error's traceback holds this frame: workers would live as long as the error
         if isinstance(batch, _Piped):
-            if not warned_of_pipes:
-                warned_of_pipes = True
+            if not warned:
                 logger.warning(
                     "/dev/shm has %d MB free, too few for %d workers: images come through pipes, which is slower "
                     "(docker run --shm-size, or fewer workers)",
                     shutil.disk_usage("/dev/shm").free >> 20,
                     num_workers,
                 )
+            warned = True
             batch = batch.kind(*(_converted(field, np.ndarray, torch.from_numpy) for field in batch.fields))
         yield batch
 
