@@ -17,170 +17,113 @@ Positive = Annotated[float, Field(gt=0)]
 
 
 class DetectorSpec(BaseModel):
-    """Everything that makes a detector what it is, apart from its weights and its classes.
+    """Everything that defines a detector, apart from its weights and its classes.
 
     A checkpoint carries it, so that the model can be built again from the file alone. Names and defaults of the knobs
     of Faster R-CNN are torchvision's.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
-    arch: str = Field(
-        default="resnet101",
-        description="Body of the backbone; the table of architectures is resdet/models/archs.py.",
-        json_schema_extra={"enum": list(ARCHS)},
-    )
-    layout: Literal["fpn", "c4", "dc5"] = Field(
-        default="fpn",
-        description="What proposals and boxes are found on. fpn: a feature pyramid. c4: C4 alone, at stride 16, and "
-        "conv5 run on each proposal's 14x14 features, as the first ResNet detectors did. dc5: C5 alone, at stride 16, "
-        "conv5 dilated and not strided; of a VGG that is conv5_3, as the first Faster R-CNN had it.",
-    )
-    norm: NormName = Field(
-        default="frozen",
-        description="Normalisation in the body: frozen (fixed statistics, for fine-tuning from pretrained weights), "
-        "batch (needs large batches) or group (32 groups).",
-    )
-    norm_eps: float = Field(
-        default=1e-5,
-        ge=0,
-        description="Added to the variance by every norm of the body; 0 for weights from before 2020.",
-    )
-    out_channels: PositiveInt = Field(
-        default=256, description="Channels of every level of the feature pyramid; without one, of no effect."
-    )
-    fast: bool = Field(
-        default=True,
-        description="Frozen norms folded into the convolutions, channels-last, RoIAlign on every core, boxes in "
-        "float32 whatever the precision. Off: torchvision's operations bit for bit. Parameters are the same.",
-    )
-    min_size: PositiveInt | tuple[PositiveInt, ...] = Field(
-        default=800,
-        description="Length in pixels to which an image's shorter side is scaled. Of several one is drawn at random "
-        "for each training image, and the last is used otherwise.",
-    )
-    max_size: PositiveInt = Field(
-        default=1333, description="Longest side allowed after scaling, in pixels; it overrides min_size."
-    )
-    image_mean: tuple[float, float, float] = Field(
-        default=(0.485, 0.456, 0.406), description="Subtracted from the red, green and blue of images in [0, 1]."
-    )
-    image_std: tuple[Positive, Positive, Positive] = Field(
-        default=(0.229, 0.224, 0.225), description="What red, green and blue are divided by after that."
-    )
-    anchor_sizes: tuple[PositiveInt, ...] = Field(
-        default=(32, 64, 128, 256, 512),
-        min_length=1,
-        description="Side of the square anchor of each level P2..P6, in pixels of the scaled image; a pyramid of other "
-        "strides has 8 times the stride of each level by default. Without a pyramid, sides of the anchors at every "
-        "place.",
-    )
-    aspect_ratios: tuple[Positive, ...] = Field(
-        default=(0.5, 1.0, 2.0),
-        min_length=1,
-        description="Height over width of the anchors at every place of every level.",
-    )
-    box_head_channels: PositiveInt = Field(
-        default=1024,
-        description="Width of the two fully connected layers of the box head; c4 has conv5 in their place.",
-    )
-    rpn_pre_nms_top_n_train: PositiveInt = Field(
-        default=2000, description="Proposals of each level that enter non-maximum suppression, in training."
-    )
-    rpn_pre_nms_top_n_test: PositiveInt = Field(default=1000, description="The same, outside training.")
-    rpn_post_nms_top_n_train: PositiveInt = Field(
-        default=2000, description="Proposals of each image that are kept after non-maximum suppression, in training."
-    )
-    rpn_post_nms_top_n_test: PositiveInt = Field(default=1000, description="The same, outside training.")
-    rpn_nms_thresh: Fraction = Field(
-        default=0.7, description="IoU above which the weaker of two proposals of one level is dropped."
-    )
-    rpn_fg_iou_thresh: Fraction = Field(
-        default=0.7, description="IoU with an object from which an anchor is a positive."
-    )
-    rpn_bg_iou_thresh: Fraction = Field(
-        default=0.3, description="IoU with every object below which an anchor is a negative."
-    )
-    rpn_batch_size_per_image: PositiveInt = Field(
-        default=256, description="Anchors of each image that the RPN's loss is taken over."
-    )
-    rpn_positive_fraction: Fraction = Field(default=0.5, description="Share of positives among them, at most.")
-    rpn_score_thresh: Fraction = Field(default=0.0, description="Proposals with a lower objectness are dropped.")
-    box_score_thresh: Fraction = Field(default=0.05, description="Detections with a lower score are dropped.")
-    box_nms_thresh: Fraction = Field(
-        default=0.5, description="IoU above which the weaker of two detections of one class is dropped."
-    )
-    box_detections_per_img: PositiveInt = Field(
-        default=100, description="Detections of each image that are kept, best first."
-    )
-    box_fg_iou_thresh: Fraction = Field(
-        default=0.5, description="IoU with an object from which a proposal is a positive."
-    )
-    box_bg_iou_thresh: Fraction = Field(
-        default=0.5, description="IoU with every object below which a proposal is a negative."
-    )
-    box_batch_size_per_image: PositiveInt = Field(
-        default=512, description="Proposals of each image that the box head is trained on."
-    )
-    box_positive_fraction: Fraction = Field(default=0.25, description="Share of positives among them, at most.")
-    class_loss: ClassLoss = Field(
-        default="cross_entropy",
-        description="How the box head's scores are judged in training: cross_entropy, or focal (Lin et al. 2017), "
-        "which lowers the weight of what is already right.",
-    )
-    box_loss: BoxLoss = Field(
-        default="smooth_l1",
-        description="How its boxes are judged: smooth_l1 on the regressed deltas, or giou (Rezatofighi et al. 2019) on "
-        "the boxes they make.",
-    )
-    class_weights: tuple[Positive, ...] | None = Field(
-        default=None,
-        description="Weights of the background and of each class in the loss of the scores; null weighs all alike. "
-        "class_balance_beta makes them from the training data.",
-    )
+    arch: str = Field("resnet101", json_schema_extra={"enum": list(ARCHS)})
+    """Body of the backbone; the table of architectures is resdet/models/archs.py."""
+    layout: Literal["fpn", "c4", "dc5"] = "fpn"
+    """Features on which proposals and boxes are found. fpn: a feature pyramid. c4: C4 alone, at stride 16, and conv5
+    run on each proposal's 14x14 features, as in the first ResNet detectors. dc5: C5 alone, at stride 16, with conv5
+    dilated instead of strided; of a VGG that is conv5_3, as in the first Faster R-CNN."""
+    norm: NormName = "frozen"
+    """Normalisation in the body: frozen (fixed statistics, for fine-tuning from pretrained weights), batch (needs large
+    batches) or group (32 groups)."""
+    norm_eps: float = Field(1e-5, ge=0)
+    """Added to the variance by every norm of the body; 0 for weights from before 2020."""
+    out_channels: PositiveInt = 256
+    """Channels of every level of the feature pyramid; no effect without one."""
+    fast: bool = True
+    """Frozen norms folded into the convolutions, channels-last, RoIAlign on every core, boxes in float32 whatever the
+    precision. Off: torchvision's operations bit for bit. Parameters are the same."""
+    min_size: PositiveInt | tuple[PositiveInt, ...] = 800
+    """Length in pixels to which an image's shorter side is scaled. Of several one is drawn at random for each training
+    image, and the last is used otherwise."""
+    max_size: PositiveInt = 1333
+    """Longest side allowed after scaling, in pixels; it overrides min_size."""
+    image_mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    """Subtracted from the red, green and blue of images in [0, 1]."""
+    image_std: tuple[Positive, Positive, Positive] = (0.229, 0.224, 0.225)
+    """Divisors of red, green and blue after that."""
+    anchor_sizes: tuple[PositiveInt, ...] = Field((32, 64, 128, 256, 512), min_length=1)
+    """Side of the square anchor of each level P2..P6, in pixels of the scaled image; a pyramid of other strides has 8
+    times the stride of each level by default. Without a pyramid, sides of the anchors at every location."""
+    aspect_ratios: tuple[Positive, ...] = Field((0.5, 1.0, 2.0), min_length=1)
+    """Height over width of the anchors at every location of every level."""
+    box_head_channels: PositiveInt = 1024
+    """Width of the two fully connected layers of the box head; c4 has conv5 in their place."""
+    rpn_pre_nms_top_n_train: PositiveInt = 2000
+    """Proposals of each level that enter non-maximum suppression, in training."""
+    rpn_pre_nms_top_n_test: PositiveInt = 1000
+    """The same, outside training."""
+    rpn_post_nms_top_n_train: PositiveInt = 2000
+    """Proposals of each image that are kept after non-maximum suppression, in training."""
+    rpn_post_nms_top_n_test: PositiveInt = 1000
+    """The same, outside training."""
+    rpn_nms_thresh: Fraction = 0.7
+    """IoU above which the weaker of two proposals of one level is dropped."""
+    rpn_fg_iou_thresh: Fraction = 0.7
+    """IoU with an object from which an anchor is a positive."""
+    rpn_bg_iou_thresh: Fraction = 0.3
+    """IoU with every object below which an anchor is a negative."""
+    rpn_batch_size_per_image: PositiveInt = 256
+    """Anchors of each image that enter the RPN's loss."""
+    rpn_positive_fraction: Fraction = 0.5
+    """Largest share of positives among them."""
+    rpn_score_thresh: Fraction = 0.0
+    """Proposals with a lower objectness are dropped."""
+    box_score_thresh: Fraction = 0.05
+    """Detections with a lower score are dropped."""
+    box_nms_thresh: Fraction = 0.5
+    """IoU above which the weaker of two detections of one class is dropped."""
+    box_detections_per_img: PositiveInt = 100
+    """Detections of each image that are kept, best first."""
+    box_fg_iou_thresh: Fraction = 0.5
+    """IoU with an object from which a proposal is a positive."""
+    box_bg_iou_thresh: Fraction = 0.5
+    """IoU with every object below which a proposal is a negative."""
+    box_batch_size_per_image: PositiveInt = 512
+    """Proposals of each image that the box head is trained on."""
+    box_positive_fraction: Fraction = 0.25
+    """Largest share of positives among them."""
+    class_loss: ClassLoss = "cross_entropy"
+    """Loss of the box head's scores: cross_entropy, or focal (Lin et al. 2017), which lowers the weight of samples that
+    are already right."""
+    box_loss: BoxLoss = "smooth_l1"
+    """Loss of its boxes: smooth_l1 on the regressed deltas, or giou (Rezatofighi et al. 2019) on the decoded boxes."""
+    class_weights: tuple[Positive, ...] | None = None
+    """Weights of the background and of each class in the loss of the scores; null weighs all alike. class_balance_beta
+    makes them from the training data."""
 
-    # Where libraries differ, so that weights keep the meaning they were trained to have. torchvision's way by default;
-    # that of others is CONVENTIONS.
-    stride_in_1x1: bool = Field(
-        default=False,
-        description="Bottlenecks stride in their first 1x1 convolution, as MSRA's ImageNet weights and what was "
-        "trained from them need it, and not in the 3x3.",
-    )
-    resize: Literal["torch", "pil"] = Field(
-        default="torch",
-        description="How images are scaled: torch interpolates normalised float pixels without antialiasing; pil is "
-        "Pillow's antialiased bilinear filter on 8-bit pixels, which no whole exported detector can hold.",
-    )
-    anchor_rounding: bool = Field(default=True, description="Round the corners of anchors to whole pixels.")
-    anchor_stride: Literal["measured", "nominal"] = Field(
-        default="measured",
-        description="Distance between anchors: measured is the padded image's size over the level's, rounded down (61 "
-        "and not 64 pixels on P6 of an image 800 pixels high); nominal is 4, 8, 16, 32, 64.",
-    )
-    rpn_rank_by: Literal["probability", "logit"] = Field(
-        default="probability",
-        description="What proposals are ranked by in non-maximum suppression. Probabilities near 1 tie in float32.",
-    )
-    rpn_min_size: float = Field(
-        default=1e-3,
-        ge=0,
-        description="Proposals with a side below this, in pixels of the scaled image, are dropped; 0 drops those "
-        "without extent.",
-    )
-    roi_sampling_ratio: int = Field(
-        default=2,
-        ge=0,
-        description="Samples that RoIAlign takes of a bin along each axis; 0 takes one for each pixel of the level.",
-    )
-    roi_aligned: bool = Field(
-        default=False, description="RoIAlign shifts boxes by half a pixel of the level, which puts bins where they are."
-    )
-    box_min_size: float = Field(
-        default=1e-2,
-        ge=0,
-        description="Detections with a side below this, in pixels of the scaled image, are dropped before non-maximum "
-        "suppression; 0 drops those without extent, after it.",
-    )
+    # Where libraries differ: weights keep the meaning they were trained with. The defaults are torchvision's
+    # conventions, those of others are in CONVENTIONS.
+    stride_in_1x1: bool = False
+    """Bottlenecks stride in their first 1x1 convolution, as MSRA's ImageNet weights and their descendants need it, and
+    not in the 3x3."""
+    resize: Literal["torch", "pil"] = "torch"
+    """How images are scaled: torch interpolates normalised float pixels without antialiasing; pil is Pillow's
+    antialiased bilinear filter on 8-bit pixels, which no whole exported detector can hold."""
+    anchor_rounding: bool = True
+    """Round the corners of anchors to whole pixels."""
+    anchor_stride: Literal["measured", "nominal"] = "measured"
+    """Distance between anchors: measured is the padded image's size over the level's, rounded down (61 and not 64
+    pixels on P6 of an image 800 pixels high); nominal is 4, 8, 16, 32, 64."""
+    rpn_rank_by: Literal["probability", "logit"] = "probability"
+    """Rank of proposals in non-maximum suppression. Probabilities near 1 tie in float32."""
+    rpn_min_size: float = Field(1e-3, ge=0)
+    """Proposals with a side below this, in pixels of the scaled image, are dropped; 0 drops those without extent."""
+    roi_sampling_ratio: int = Field(2, ge=0)
+    """Samples that RoIAlign takes of a bin along each axis; 0 takes one for each pixel of the level."""
+    roi_aligned: bool = False
+    """RoIAlign shifts boxes by half a pixel of the level, which centres its samples correctly."""
+    box_min_size: float = Field(1e-2, ge=0)
+    """Detections with a side below this, in pixels of the scaled image, are dropped before non-maximum suppression; 0
+    drops those without extent, after it."""
 
     @field_validator("arch")
     @classmethod
@@ -251,13 +194,12 @@ CONVENTIONS: dict[str, dict[str, Any]] = {
     "mmdetection": _MMDETECTION,
     "mmdetection-caffe": _MMDETECTION,
 }
-"""How other libraries run a Faster R-CNN with FPN, where that is not torchvision's way: fields of ``DetectorSpec``.
+"""How other libraries run a Faster R-CNN with FPN, where they differ from torchvision: fields of ``DetectorSpec``.
 
 Proved on recorded outputs for detectron2, read in the sources for mmdetection (whose cv2 resize, in 8 bits without
-antialiasing, is taken for torchvision's). The statistics of pixels and where a bottleneck strides are not here: they
-differ from file to file, and ``resdet.weights.convert`` tells them. Left as torchvision's: the losses of box regression
-(smooth L1 with its knee at 1/9 where these have L1), and the level of a box whose side is within a millionth of the
-border between two.
+antialiasing, is taken for torchvision's). The statistics of pixels and where a bottleneck strides differ from file to
+file: ``resdet.weights.formats`` finds them. Left as torchvision's: the losses of box regression (smooth L1 with its
+knee at 1/9 where these have L1), and the level of a box whose side is within a millionth of the border between two.
 
 Source: detectron2's ``config/defaults.py`` and ``configs/Base-RCNN-FPN.yaml``; ``modeling/anchor_generator.py``,
 ``modeling/proposal_generator/proposal_utils.py``, ``modeling/roi_heads/fast_rcnn.py``, ``modeling/postprocessing.py``.
@@ -265,7 +207,7 @@ mmdetection's ``configs/_base_/models/faster-rcnn_r50_fpn.py`` and ``models/dens
 """
 
 WEIGHTS_FACTS = ("norm_eps", "image_mean", "image_std", "stride_in_1x1")
-"""Fields of ``DetectorSpec`` without which weights mean nothing."""
+"""Fields of ``DetectorSpec`` that weights depend on: under other values they compute something else."""
 
 WEIGHTS_FIELDS = (
     *WEIGHTS_FACTS,
@@ -278,7 +220,7 @@ WEIGHTS_FIELDS = (
     "roi_aligned",
     "box_min_size",
 )
-"""These, and fields to which weights can be trained anew, but with which they are best as they are."""
+"""These, and fields that training can adapt weights to, but under which they work best unchanged."""
 
 
 class Tricks(BaseModel):
@@ -294,7 +236,7 @@ class Tricks(BaseModel):
     flip: bool = False
     """Detect on the mirrored image too, at every scale. Doubles the time."""
     refine: int = Field(0, ge=0)
-    """How often boxes are fed back: their features are pooled anew, which gives new scores and boxes beside the old
+    """How often boxes are fed back: their features are pooled anew, which gives new scores and boxes besides the old
     ones (He et al. 2016, appendix B, where it is 1). Each round costs one more pass through the box head."""
     voting: Annotated[float, Field(gt=0, le=1)] | None = None
     """Replace each detection by the mean of all boxes of its class that overlap it by at least this IoU, weighted by
