@@ -23,7 +23,7 @@ from resdet.models.checkpoint import checkpoint_payload, load_detector
 from resdet.models.detector import Detector
 from resdet.precision import Precision
 from resdet.training.step import accumulate_gradients
-from resdet.weights.files import read_weights
+from resdet.weights.files import read_checkpoint, weights_in
 
 logger = logging.getLogger(__name__)
 
@@ -166,13 +166,12 @@ def repeat_step(path: Path, *, device: torch.device | None = None) -> tuple[Dete
     Raises:
         WeightsError: If the file is not such a step.
     """
-    file = read_weights(path)
-    payload = file.content
+    payload = read_checkpoint(path)
     if "moment" not in payload:
         raise WeightsError(f"{path}: must be a broken_step_N.pt that a run left; it holds {sorted(payload)[:8]}")
     moment = Moment(**payload["moment"])
     device = device or torch.device("cpu")
-    model = load_detector(file).to(device).train()
+    model = load_detector(weights_in(payload, path)).to(device).train()
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in payload["trained"])
     micro_batches = [

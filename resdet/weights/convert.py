@@ -201,9 +201,8 @@ def settings_for(target_format: str, converted: Converted) -> dict[str, Any]:
     order = -1 if flipped else 1
     mean = [round(255 * value, 4) for value in facts["image_mean"]][::order]
     std = [round(255 * value, 4) for value in facts["image_std"]][::order]
-    in_1x1, counted = facts["stride_in_1x1"], facts["num_classes"] if converted.kind == "detector" else None
+    in_1x1 = facts["stride_in_1x1"]
     settings: dict[str, Any]
-    num_classes: tuple[str, int] | None = None  # the name of the setting, and what it counts besides the objects
     if target_format == "detectron2":
         settings = {
             "INPUT.FORMAT": "BGR" if flipped else "RGB",
@@ -211,7 +210,6 @@ def settings_for(target_format: str, converted: Converted) -> dict[str, Any]:
             "MODEL.PIXEL_STD": std,
             "MODEL.RESNETS.STRIDE_IN_1X1": in_1x1,
         }
-        num_classes = ("MODEL.ROI_HEADS.NUM_CLASSES", 0)
     elif target_format == "maskrcnn-benchmark":
         settings = {
             "INPUT.TO_BGR255": flipped,
@@ -219,7 +217,6 @@ def settings_for(target_format: str, converted: Converted) -> dict[str, Any]:
             "INPUT.PIXEL_STD": std,
             "MODEL.RESNETS.STRIDE_IN_1X1": in_1x1,
         }
-        num_classes = ("MODEL.ROI_BOX_HEAD.NUM_CLASSES", 1)
     elif target_format in ("mmdetection", "mmdetection-caffe"):
         settings = {
             "data_preprocessor.mean": mean,
@@ -227,16 +224,13 @@ def settings_for(target_format: str, converted: Converted) -> dict[str, Any]:
             "data_preprocessor.bgr_to_rgb": not flipped,
             "backbone.style": "caffe" if in_1x1 else "pytorch",
         }
-        num_classes = ("roi_head.bbox_head.num_classes", 0)
     elif target_format == "detectron":
         settings = {"PIXEL_MEANS": mean, "pixel std": std, "RESNETS.STRIDE_1X1": in_1x1}
-        num_classes = ("MODEL.NUM_CLASSES", 1)
     else:
         settings = {key: facts[key] for key in ("image_mean", "image_std", "stride_in_1x1")}
-        num_classes = ("num_classes", 1) if target.heads else None
-    if num_classes is not None and counted is not None:
-        name, background = num_classes
-        settings[name] = counted - 1 + background
+    if converted.kind == "detector" and target.heads:
+        # The background counts, or does not; where it has the last row, it does not.
+        settings[target.num_classes] = facts["num_classes"] - (BACKGROUND_LAST in target.rules)
     if facts["norm_eps"] != target.norm_eps:
         settings["eps of the norms"] = facts["norm_eps"]
     return settings

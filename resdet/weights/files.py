@@ -91,8 +91,13 @@ def read_weights(path: WeightsPath) -> WeightsFile:
     """
     if isinstance(path, WeightsFile):
         return path
-    path = Path(path)
-    content, metadata = _read(path)
+    content, metadata = _read(Path(path))
+    return weights_in(content, Path(path), metadata)
+
+
+def weights_in(content: Mapping[str, Any], path: Path, metadata: Mapping[str, str] | None = None) -> WeightsFile:
+    """Do as ``read_weights`` with the content that was read from ``path``, and a safetensors file's metadata."""
+    metadata = metadata or {}
     tensors = tensors_in(content, str(path))
     name = content.get("format", metadata.get("format"))
     if name in (DETECTOR_FORMAT, INT8_FORMAT):

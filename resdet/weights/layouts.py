@@ -1,7 +1,8 @@
-"""What torchvision's names and layout are elsewhere: a table of formats, and the rules that change tensors.
+"""How other libraries name and lay out torchvision's tensors: a table of formats, and rules that change tensors.
 
 A format is a way of naming the same tensors (``Format``), a few differences of layout (``Rule``, a function and its
-inverse), and what its models take for granted (channel order, stride, mean). ``resdet.weights.convert`` applies them.
+inverse), and the conventions of its models (channel order, stride, mean). ``resdet.weights.convert`` applies them.
+The libraries' own converters each need that library installed and know one direction, so this table is our own.
 
 Sources, each read in its own repository:
 
@@ -23,6 +24,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Literal, TypeAlias
 
 import torch
@@ -50,8 +52,8 @@ class Rule:
     """One difference of layout.
 
     Attributes:
-        name: How the tools call it.
-        inward: From the source's layout to torchvision's; gives new dictionaries and leaves tensors alone.
+        name: For reports.
+        inward: From the source's layout to torchvision's; returns a new dictionary and leaves the tensors unchanged.
         outward: The inverse.
     """
 
@@ -61,21 +63,16 @@ class Rule:
 
 
 def flip_stem_channels(tensors: Tensors) -> Tensors:
-    """Turn a stem for BGR images into one for RGB, or back: the input channels of the first convolution, reversed."""
-    stem = tensors.get(STEM)
+    """Reverse the input channels of the first convolution: a stem for BGR images becomes one for RGB, or back."""
+    stem = tensors.get(STEM)  # [64, 3, 7, 7]
     if stem is None or stem.shape[1] != 3:
         return tensors
     return tensors | {STEM: stem.flip(1).contiguous()}
 
 
-def background_to_first(tensors: Tensors) -> Tensors:
-    """Bring the background's row of the class scores from the last place to the first."""
-    return tensors | {name: rows.roll(1, 0) for name, rows in tensors.items() if name.startswith(SCORES)}
-
-
-def background_to_last(tensors: Tensors) -> Tensors:
-    """Bring the background's row of the class scores from the first place to the last."""
-    return tensors | {name: rows.roll(-1, 0) for name, rows in tensors.items() if name.startswith(SCORES)}
+def background_to_first(tensors: Tensors, shift: int = 1) -> Tensors:
+    """Move the background's row of the class scores from last to first, or back with a shift of -1."""
+    return tensors | {name: rows.roll(shift, 0) for name, rows in tensors.items() if name.startswith(SCORES)}
 
 
 def add_background_deltas(tensors: Tensors) -> Tensors:
@@ -84,21 +81,21 @@ def add_background_deltas(tensors: Tensors) -> Tensors:
     No result depends on them: they are neither decoded nor trained.
     """
     return tensors | {
-        name: torch.cat([rows.new_zeros((4, *rows.shape[1:])), rows])
+        name: torch.cat([rows.new_zeros((4, *rows.shape[1:])), rows])  # [4K, C] -> [4 + 4K, C]
         for name, rows in tensors.items()
         if name.startswith(DELTAS)
     }
 
 
 def drop_background_deltas(tensors: Tensors) -> Tensors:
-    """Take away the four rows of the background from the class-wise box regression."""
+    """Drop the four rows of the background from the class-wise box regression."""
     return tensors | {name: rows[4:].clone() for name, rows in tensors.items() if name.startswith(DELTAS)}
 
 
 def add_norm_statistics(tensors: Tensors) -> Tensors:
-    """Give an affine map (scale and bias alone) the statistics with which a frozen BatchNorm is that map.
+    """Add the statistics with which a frozen BatchNorm computes a given affine map (scale and bias alone).
 
-    Mean 0 and variance ``1 - eps``, so that ``eps``, which is added to it, leaves 1.
+    They are mean 0 and variance ``1 - eps``, so that adding ``eps`` gives 1.
 
     Source: ``FrozenBatchNorm2d.__init__`` in detectron2's ``layers/batch_norm.py``, which keeps these when a Caffe2
     file is loaded. (mmdetection's ``detectron2pytorch.py`` writes a variance of 1 and is off by 5e-6.)
@@ -113,7 +110,7 @@ def add_norm_statistics(tensors: Tensors) -> Tensors:
 
 
 def drop_norm_statistics(tensors: Tensors) -> Tensors:
-    """Take away the statistics of every norm for which ``add_norm_statistics`` would give the very same ones."""
+    """Drop the statistics of every norm for which ``add_norm_statistics`` would add the very same ones."""
     kept = dict(tensors)
     for name, scale in tensors.items():
         module, _, leaf = name.rpartition(".")
@@ -127,7 +124,7 @@ def drop_norm_statistics(tensors: Tensors) -> Tensors:
 
 
 def modern_names(tensors: Tensors) -> Tensors:
-    """Give the FPN and the RPN of an older torchvision the names they have now.
+    """Rename the FPN and the RPN of an older torchvision as they are named now.
 
     Source: the version hooks of ``torchvision/ops/feature_pyramid_network.py`` and ``models/detection/rpn.py``.
     """
@@ -143,7 +140,7 @@ def _unchanged(tensors: Tensors) -> Tensors:
 
 
 BGR_STEM = Rule("BGR stem", flip_stem_channels, flip_stem_channels)
-BACKGROUND_LAST = Rule("background row last", background_to_first, background_to_last)
+BACKGROUND_LAST = Rule("background row last", background_to_first, partial(background_to_first, shift=-1))
 NO_BACKGROUND_DELTAS = Rule("no box regression of the background", add_background_deltas, drop_background_deltas)
 AFFINE_NORMS = Rule("norms without statistics", add_norm_statistics, drop_norm_statistics)
 # detectron2 reads norms without statistics, and always writes them.
@@ -158,12 +155,8 @@ _BLOB_NORM = {"weight": "_s", "bias": "_b", "running_mean": "_rm", "running_var"
 _BLOB_LINEAR = {"weight": "_w", "bias": "_b"}
 
 
-def _torchvision_unit(stage: int, block: int, part: str) -> str:
-    return part if stage == 0 else f"layer{stage}.{block}.{part}"
-
-
-def _maskrcnn_benchmark_unit(stage: int, block: int, part: str) -> str:
-    return f"stem.{part}" if stage == 0 else f"layer{stage}.{block}.{part}"
+def _torchvision_unit(stage: int, block: int, part: str, stem: str = "") -> str:
+    return f"{stem}{part}" if stage == 0 else f"layer{stage}.{block}.{part}"
 
 
 def _detectron2_unit(stage: int, block: int, part: str) -> str:
@@ -187,16 +180,17 @@ def _prefixes(detector: tuple[str, str], pyramid: tuple[str, str]) -> dict[Form,
 
 @dataclass(frozen=True)
 class Format:
-    """How a library names and lays out what torchvision calls otherwise.
+    """How a library names and lays out torchvision's tensors.
 
     Attributes:
         unit: Names a convolution or norm of the body from stage (0: the stem), block, and torchvision's name in it.
-        prefixes: What stands before the names of body and FPN. A body alone has nothing before its names anywhere.
+        prefixes: What precedes the names of body and FPN. No library has a prefix before the names of a body alone.
         lateral: The 1x1 convolution of an FPN level, with ``{level}`` 0..3 for C2..C5, and ``{last}`` for the index of
             the last block of the stage.
         output: The 3x3 convolution of an FPN level.
-        heads: torchvision's modules of the heads, and the format's.
+        heads: The format's name for each of torchvision's modules of the heads.
         classifier: The linear layer of a classifier.
+        num_classes: The setting that counts a detector's classes.
         rules: Differences of layout, in the order of reading, besides ``BGR_STEM``.
         bgr: Whether its images are BGR.
         stride_in_1x1: Whether its plain ResNets are MSRA's: stride in the first 1x1 convolution, images on 0..255 not
@@ -211,6 +205,7 @@ class Format:
     output: str = "layer_blocks.{level}.0"
     heads: Mapping[str, str] = field(default_factory=dict)
     classifier: str = "fc"
+    num_classes: str = "num_classes"
     norm_leaves: Mapping[str, str] = field(default_factory=lambda: _TORCH_NORM)
     linear_leaves: Mapping[str, str] = field(default_factory=lambda: _TORCH_LINEAR)
     rules: tuple[Rule, ...] = ()
@@ -248,6 +243,7 @@ _MMDETECTION = Format(
         "roi_head.bbox_head.fc_cls",
         "roi_head.bbox_head.fc_reg",
     ),
+    num_classes="roi_head.bbox_head.num_classes",
     rules=(BACKGROUND_LAST, NO_BACKGROUND_DELTAS),
 )
 
@@ -268,6 +264,7 @@ FORMATS: dict[str, Format] = {
             "roi_heads.box_predictor.bbox_pred",
         ),
         classifier="linear",
+        num_classes="MODEL.ROI_HEADS.NUM_CLASSES",
         rules=(MISSING_STATISTICS, BACKGROUND_LAST, NO_BACKGROUND_DELTAS),
         bgr=True,
         stride_in_1x1=True,
@@ -281,6 +278,7 @@ FORMATS: dict[str, Format] = {
             "conv_rpn_fpn2", "rpn_cls_logits_fpn2", "rpn_bbox_pred_fpn2", "fc6", "fc7", "cls_score", "bbox_pred"
         ),
         classifier="fc1000",
+        num_classes="MODEL.NUM_CLASSES",
         norm_leaves=_BLOB_NORM,
         linear_leaves=_BLOB_LINEAR,
         rules=(AFFINE_NORMS,),
@@ -292,7 +290,7 @@ FORMATS: dict[str, Format] = {
     # Style "caffe" of mmdetection's configurations: MSRA's networks under the same names.
     "mmdetection-caffe": replace(_MMDETECTION, bgr=True, stride_in_1x1=True),
     "maskrcnn-benchmark": Format(
-        unit=_maskrcnn_benchmark_unit,
+        unit=partial(_torchvision_unit, stem="stem."),
         lateral="fpn_inner{number}",
         output="fpn_layer{number}",
         heads=_heads(
@@ -305,6 +303,7 @@ FORMATS: dict[str, Format] = {
             "roi_heads.box.predictor.bbox_pred",
         ),
         classifier="fc1000",
+        num_classes="MODEL.ROI_BOX_HEAD.NUM_CLASSES",
         bgr=True,
         stride_in_1x1=True,
         norm_eps=0.0,
@@ -319,7 +318,7 @@ def _is_norm(module: str) -> bool:
 
 
 def _units(depths: Mapping[int, int]) -> Iterable[tuple[int, int, str]]:
-    """Give every convolution and norm that a body of these depths may have, in order."""
+    """Yield every convolution and norm that a body of these depths may have, in order."""
     yield from ((0, 0, "conv1"), (0, 0, "bn1"))
     for stage, depth in sorted(depths.items()):
         for block in range(depth):
@@ -328,7 +327,7 @@ def _units(depths: Mapping[int, int]) -> Iterable[tuple[int, int, str]]:
 
 
 def count_blocks(names: Iterable[str]) -> dict[int, int]:
-    """Count the blocks of each stage, in any of the formats' names."""
+    """Count the blocks of each stage (1..4), whichever format the names are of."""
     depths: dict[int, int] = {}
     for name in names:
         found = re.search(r"(?:^|\.|_)(layer|res)(\d)[._](\d+)[._]", name)
@@ -339,15 +338,15 @@ def count_blocks(names: Iterable[str]) -> dict[int, int]:
 
 
 def tensor_names(naming: Format, form: Form, depths: Mapping[int, int]) -> dict[str, str]:
-    """Give torchvision's name of every tensor there can be, and the format's.
+    """Map torchvision's name of every possible tensor to the format's.
 
     Args:
         naming: The format.
-        form: How much of a detector the names are for.
+        form: Which part of a detector has names.
         depths: Blocks of each stage 1..4.
 
     Returns:
-        A bijection: more names than any one network has (a basic block has no third convolution).
+        A bijection, with more names than any one network has (a basic block has no third convolution).
     """
     body, fpn = naming.prefixes[form]
     names: dict[str, str] = {}
@@ -362,7 +361,7 @@ def tensor_names(naming: Format, form: Form, depths: Mapping[int, int]) -> dict[
         add(BODY + _torchvision_unit(stage, block, part), body + naming.unit(stage, block, part), leaves)
     if form != "body":
         for stage, depth in sorted(depths.items()):
-            place = {
+            parts = {
                 "level": stage - 1,
                 "number": stage,
                 "stage": stage + 1,
@@ -370,8 +369,8 @@ def tensor_names(naming: Format, form: Form, depths: Mapping[int, int]) -> dict[
                 # Detectron's topmost 1x1 convolution has nothing to be lateral to.
                 "lateral": "" if stage == max(depths) else "_lateral",
             }
-            add(f"{FPN}inner_blocks.{stage - 1}.0", fpn + naming.lateral.format(**place), naming.linear_leaves)
-            add(f"{FPN}layer_blocks.{stage - 1}.0", fpn + naming.output.format(**place), naming.linear_leaves)
+            add(f"{FPN}inner_blocks.{stage - 1}.0", fpn + naming.lateral.format(**parts), naming.linear_leaves)
+            add(f"{FPN}layer_blocks.{stage - 1}.0", fpn + naming.output.format(**parts), naming.linear_leaves)
     if form == "detector":
         for ours, theirs in naming.heads.items():
             add(ours, theirs, naming.linear_leaves)

@@ -37,8 +37,8 @@ def read_pickle(path: str | os.PathLike[str]) -> Any:
         path: The file.
 
     Returns:
-        What it holds: dictionaries (an OrderedDict as a dict), lists, tuples, sets, strings, numbers, and a tensor for
-        every numpy array. The byte strings of Python 2 become strings by latin-1, and so do keys that are bytes.
+        Its content: dictionaries (an OrderedDict as a dict), lists, tuples, sets, strings, numbers, and a tensor for
+        every numpy array. The byte strings of Python 2 are decoded by latin-1, and so are keys that are bytes.
 
     Raises:
         WeightsError: If the file is damaged, refers to anything but arrays and containers, holds arrays of objects or
@@ -84,7 +84,7 @@ def _check_opcodes(content: mmap.mmap, path: Path) -> None:
 
 
 class _Array:
-    """What an array's pickle says, not yet an array."""
+    """The state in an array's pickle, not yet an array."""
 
     __slots__ = ("data", "dtype", "fortran", "shape")
 
@@ -100,7 +100,7 @@ class _Array:
 
 
 class _DType:
-    """What a dtype's pickle says."""
+    """The state in a dtype's pickle."""
 
     __slots__ = ("order", "spec")
 
@@ -116,7 +116,7 @@ class _DType:
 
 
 class _Scalar:
-    """What a numpy scalar's pickle says."""
+    """The arguments in a numpy scalar's pickle."""
 
     __slots__ = ("data", "dtype")
 
@@ -126,9 +126,9 @@ class _Scalar:
 
 
 class _Allowed:
-    """A function the stream may call; it can do nothing else with it.
+    """A function that the stream may call, and do nothing else with.
 
-    The unpickler would set attributes on a bare function; it hands them to ``__setstate__`` here.
+    The unpickler would set attributes on a bare function; here it passes them to ``__setstate__``.
     """
 
     __slots__ = ("_function",)
@@ -144,7 +144,7 @@ class _Allowed:
 
 
 def _reconstruct(*arguments: Any) -> _Array:
-    # numpy's takes (class, shape (0,), type "b"), all of it made good by the state that follows.
+    # numpy's takes (class, shape (0,), type "b"), all of which the state that follows replaces.
     return _Array()
 
 
@@ -200,7 +200,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 class _Builder:
-    """Puts arrays in the place of what was said about them.
+    """Builds the arrays that the stand-ins describe.
 
     Args:
         path: For messages.
