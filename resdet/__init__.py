@@ -1,7 +1,6 @@
-"""Faster R-CNN on a ResNet-101 with FPN for torchvision: build, fine-tune, evaluate, export.
+"""Faster R-CNN on a ResNet-101 with FPN for torchvision: build, fine-tune, evaluate, predict, export.
 
 The names below are the public ones. Each is imported when it is first used, so that ``import resdet`` costs nothing.
-Detections on image files, and drawing them, are in ``resdet.prediction``.
 """
 
 from __future__ import annotations
@@ -11,98 +10,66 @@ from typing import TYPE_CHECKING, Any
 
 from resdet.version import VERSION
 
-if TYPE_CHECKING:
-    from resdet.classification.grow import grow
-    from resdet.config import Config, load_config
-    from resdet.data.coco import read_coco
-    from resdet.data.dataset import DetectionDataset
-    from resdet.data.voc import read_voc
-    from resdet.errors import ConfigError, DataError, TrainingError, UserError, WeightsError
-    from resdet.evaluation.detect import evaluate
-    from resdet.evaluation.settings import InferenceSettings
-    from resdet.export.backbone import export_backbone, load_backbone
-    from resdet.export.detector import export_detector
-    from resdet.malloc import keep_freed_memory
-    from resdet.models.backbone import ResNetFPN, resnet_fpn
-    from resdet.models.checkpoint import load_detector, save_int8_detector
-    from resdet.models.detector import Detector, build_detector
-    from resdet.models.fasterrcnn import fasterrcnn_resnet101_fpn
-    from resdet.models.int8 import quantize_detector
-    from resdet.models.spec import DetectorSpec, Tricks
-    from resdet.training.loop import train
-    from resdet.types import Category, Detections, Prediction, Target
+if TYPE_CHECKING:  # what type checkers and editors read; the table below is what Python does
+    from resdet.classification.grow import grow as grow
+    from resdet.config import Config as Config, load_config as load_config
+    from resdet.data.coco import read_coco as read_coco
+    from resdet.data.dataset import DetectionDataset as DetectionDataset
+    from resdet.data.voc import read_voc as read_voc
+    from resdet.errors import (
+        ConfigError as ConfigError,
+        DataError as DataError,
+        TrainingError as TrainingError,
+        UserError as UserError,
+        WeightsError as WeightsError,
+    )
+    from resdet.evaluation.detect import evaluate as evaluate
+    from resdet.evaluation.settings import InferenceSettings as InferenceSettings
+    from resdet.export.backbone import export_backbone as export_backbone, load_backbone as load_backbone
+    from resdet.export.detector import export_detector as export_detector
+    from resdet.malloc import keep_freed_memory as keep_freed_memory
+    from resdet.models.backbone import ResNetFPN as ResNetFPN, resnet_fpn as resnet_fpn
+    from resdet.models.checkpoint import load_detector as load_detector, save_int8_detector as save_int8_detector
+    from resdet.models.detector import Detector as Detector, build_detector as build_detector
+    from resdet.models.fasterrcnn import fasterrcnn_resnet101_fpn as fasterrcnn_resnet101_fpn
+    from resdet.models.int8 import quantize_detector as quantize_detector
+    from resdet.models.spec import DetectorSpec as DetectorSpec, Tricks as Tricks
+    from resdet.prediction import predict as predict
+    from resdet.training.loop import train as train
+    from resdet.types import (
+        Category as Category,
+        Detections as Detections,
+        Prediction as Prediction,
+        Target as Target,
+    )
 
 __version__ = VERSION
 
-_HOMES = {
-    "Category": "resdet.types",
-    "Config": "resdet.config",
-    "ConfigError": "resdet.errors",
-    "DataError": "resdet.errors",
-    "DetectionDataset": "resdet.data.dataset",
-    "Detections": "resdet.types",
-    "Detector": "resdet.models.detector",
-    "DetectorSpec": "resdet.models.spec",
-    "InferenceSettings": "resdet.evaluation.settings",
-    "Prediction": "resdet.types",
-    "ResNetFPN": "resdet.models.backbone",
-    "Target": "resdet.types",
-    "TrainingError": "resdet.errors",
-    "Tricks": "resdet.models.spec",
-    "UserError": "resdet.errors",
-    "WeightsError": "resdet.errors",
-    "build_detector": "resdet.models.detector",
-    "evaluate": "resdet.evaluation.detect",
-    "export_backbone": "resdet.export.backbone",
-    "export_detector": "resdet.export.detector",
-    "fasterrcnn_resnet101_fpn": "resdet.models.fasterrcnn",
-    "grow": "resdet.classification.grow",
-    "keep_freed_memory": "resdet.malloc",
-    "load_backbone": "resdet.export.backbone",
-    "load_config": "resdet.config",
-    "load_detector": "resdet.models.checkpoint",
-    "quantize_detector": "resdet.models.int8",
-    "read_coco": "resdet.data.coco",
-    "read_voc": "resdet.data.voc",
-    "resnet_fpn": "resdet.models.backbone",
-    "save_int8_detector": "resdet.models.checkpoint",
-    "train": "resdet.training.loop",
+_PUBLIC = {
+    "classification.grow": ("grow",),
+    "config": ("Config", "load_config"),
+    "data.coco": ("read_coco",),
+    "data.dataset": ("DetectionDataset",),
+    "data.voc": ("read_voc",),
+    "errors": ("ConfigError", "DataError", "TrainingError", "UserError", "WeightsError"),
+    "evaluation.detect": ("evaluate",),
+    "evaluation.settings": ("InferenceSettings",),
+    "export.backbone": ("export_backbone", "load_backbone"),
+    "export.detector": ("export_detector",),
+    "malloc": ("keep_freed_memory",),
+    "models.backbone": ("ResNetFPN", "resnet_fpn"),
+    "models.checkpoint": ("load_detector", "save_int8_detector"),
+    "models.detector": ("Detector", "build_detector"),
+    "models.fasterrcnn": ("fasterrcnn_resnet101_fpn",),
+    "models.int8": ("quantize_detector",),
+    "models.spec": ("DetectorSpec", "Tricks"),
+    "prediction": ("predict",),
+    "training.loop": ("train",),
+    "types": ("Category", "Detections", "Prediction", "Target"),
 }
+_HOMES = {name: f"resdet.{module}" for module, names in _PUBLIC.items() for name in names}
 
-__all__ = [
-    "Category",
-    "Config",
-    "ConfigError",
-    "DataError",
-    "DetectionDataset",
-    "Detections",
-    "Detector",
-    "DetectorSpec",
-    "InferenceSettings",
-    "Prediction",
-    "ResNetFPN",
-    "Target",
-    "TrainingError",
-    "Tricks",
-    "UserError",
-    "WeightsError",
-    "build_detector",
-    "evaluate",
-    "export_backbone",
-    "export_detector",
-    "fasterrcnn_resnet101_fpn",
-    "grow",
-    "keep_freed_memory",
-    "load_backbone",
-    "load_config",
-    "load_detector",
-    "quantize_detector",
-    "read_coco",
-    "read_voc",
-    "resnet_fpn",
-    "save_int8_detector",
-    "train",
-]
+__all__ = ["__version__", *_HOMES]
 
 
 def __getattr__(name: str) -> Any:
@@ -114,4 +81,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOMES])
+    return sorted({*globals(), *_HOMES})

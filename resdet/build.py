@@ -1,4 +1,4 @@
-"""Where the configuration meets the library: from its sections to datasets and models. Nothing below takes a Config."""
+"""Build datasets and models from sections of the configuration. What they are built of never sees a ``Config``."""
 
 from __future__ import annotations
 
@@ -42,17 +42,17 @@ def build_dataset(
     augment: Sequence[dict[str, dict[str, Any]]] = (),
     min_visibility: float = MIN_VISIBILITY,
 ) -> DetectionDataset:
-    """Read a dataset's annotations and make sure that its images are there.
+    """Read a dataset's annotations and check that its images exist.
 
     Args:
         source: One of the configuration's ``data`` sections.
-        training: Whether it is trained on; only then is it augmented.
-        augment: Steps by name, as the configuration states them.
+        training: Whether to train on it; only then is it augmented.
+        augment: Steps by name, as in the configuration.
         min_visibility: Share of a box's area below which augmentation drops it.
 
     Raises:
-        DataError: If anything of it is missing or damaged. Missing images of a source to train on whose ``unreadable``
-            is ``skip`` are logged instead.
+        DataError: If any part of it is missing or damaged. Missing images are only logged in training with
+            ``unreadable: skip``.
     """
     steps = build_augment(list(augment), min_visibility=min_visibility) if augment and training else None
     if isinstance(source, ShapesSource):
@@ -72,12 +72,12 @@ def build_dataset(
     except DataError as error:
         if not skip or not root.is_dir():
             raise
-        logger.warning("%s; other images will take their places (unreadable: skip)", error)
+        logger.warning("%s; other images will replace them (unreadable: skip)", error)
     return DetectionDataset(table, images, steps, training=training, use_difficult=use_difficult, skip_unreadable=skip)
 
 
 def build_browse_page(config: Config, path: Path, *, num_images: int) -> None:
-    """Write the page of the first images that a run of this configuration trains on (``write_browse_page``).
+    """Write a page of the first images that a run of this configuration trains on (``write_browse_page``).
 
     Args:
         config: A run's configuration.
@@ -85,7 +85,7 @@ def build_browse_page(config: Config, path: Path, *, num_images: int) -> None:
         num_images: How many images to show, >= 1.
 
     Raises:
-        DataError: If anything of the training data is missing or damaged.
+        DataError: If any part of the training data is missing or damaged.
         UserError: If the page cannot be written.
     """
     loader, resize = config.loader, config.model.min_size
@@ -110,14 +110,14 @@ def build_browse_page(config: Config, path: Path, *, num_images: int) -> None:
 
 
 def build_split(source: Source, name: str) -> DataSplit:
-    """Read a dataset to check it: whatever is damaged in it becomes a problem of the split.
+    """Read a dataset to check it: whatever is damaged becomes a problem of the split.
 
     Args:
         source: One of the configuration's ``data`` sections.
         name: ``"train"`` or ``"val"``.
 
     Raises:
-        DataError: If a file or folder that the configuration names is not there.
+        DataError: If a file or folder that the configuration names does not exist.
     """
     if isinstance(source, ShapesSource):
         return table_split(name, shapes_table(source.num_images, source.image_size, source.seed), source.classes)
@@ -127,7 +127,7 @@ def build_split(source: Source, name: str) -> DataSplit:
 
 
 def anchor_layout(config: ModelConfig) -> AnchorLayout:
-    """Say where the detector of a configuration puts its anchors; what its first weights may bring is not looked at."""
+    """Return where the detector of a configuration places its anchors, leaving aside what its weights may change."""
     sizes = tuple((size,) for size in config.anchor_sizes)
     ratios = (config.aspect_ratios,) * len(sizes)
     anchors = Anchors(sizes, ratios, rounded=config.anchor_rounding, strides=(), widened=True)
@@ -234,7 +234,7 @@ def config_of_checkpoint(path: WeightsPath, overrides: Sequence[str] = ()) -> Co
 
     Raises:
         WeightsError: If the file cannot be read or carries no configuration.
-        ConfigError: If an override does not fit.
+        ConfigError: If an override is wrong.
     """
     file = read_weights(path)
     if "config" not in file.content:

@@ -1,4 +1,4 @@
-"""Mistakes a user can make, each with a type of its own; the tools turn them into one line and exit code 2."""
+"""Errors that a user can correct, one type for each kind; commands print them in one line and exit with code 2."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from collections.abc import Iterable
 
 
 class UserError(ValueError):
-    """Something outside the program must change; the message says what must hold, what was got, and where."""
+    """Something outside the program must change; the message says what must hold, what was found, and where."""
 
 
 class ConfigError(UserError):
-    """A configuration does not say what it must.
+    """A configuration is incomplete, wrong or contradictory.
 
     Attributes:
         problems: Every problem found, one readable line each, in the order of the file.
@@ -35,14 +35,14 @@ class WeightsError(UserError):
 
 
 class TrainingError(UserError):
-    """Training cannot go on with these settings (a non-finite loss, a rate too high)."""
+    """Training cannot continue with these settings (a non-finite loss, too high a learning rate)."""
 
 
-class Interrupted(Exception):  # noqa: N818 - not an error: what was asked for was done
-    """A run stopped because it was told to, with everything it had done on the disk.
+class Interrupted(Exception):  # noqa: N818 - not an error: the user asked for it
+    """A run stopped on a signal, with all its work saved.
 
     Attributes:
-        exit_code: 128 + the signal's number, as shells give it (143 for SIGTERM, 130 for SIGINT).
+        exit_code: 128 + the signal's number, as in shells (143 for SIGTERM, 130 for SIGINT).
     """
 
     def __init__(self, message: str, signal_number: int) -> None:

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and what fails while they are written."""
+"""Write files that appear whole or not at all."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from resdet.errors import UserError
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
-    """Give a name beside ``path`` to write to, which becomes ``path`` at the end, or is removed if anything fails.
+    """Yield a temporary path in the same folder; rename it to ``path`` at the end, or remove it if anything fails.
 
-    The contents are on the disk before the name is: after a crash the path holds the old file or the whole new one.
+    Contents reach the disk before the name does: after a crash the path holds the old file or the whole new one.
 
     Raises:
         UserError: If the directory does not exist.
     """
     if not path.parent.is_dir():
         raise UserError(f"{path}: its directory does not exist")
-    beside = path.with_name(f".{uuid.uuid4().hex}.{path.name}")  # suffixes mean something to torch.export
+    temporary = path.with_name(f".{uuid.uuid4().hex}.{path.name}")  # keeps the suffix: torch.export looks at it
     try:
-        yield beside
-        with beside.open("rb+") as file:
+        yield temporary
+        with temporary.open("rb+") as file:
             os.fsync(file.fileno())
-        os.replace(beside, path)
-        # The new name is on the disk only when the directory is (no such thing on Windows).
+        os.replace(temporary, path)
+        # The new name reaches the disk with its directory (Windows has no such call).
         if os.name == "posix":
             directory = os.open(path.parent, os.O_RDONLY)
             try:
@@ -41,15 +41,15 @@ def written_whole(path: Path) -> Iterator[Path]:
             finally:
                 os.close(directory)
     finally:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def save_tensors(content: Any, path: Path) -> None:
-    """Write what ``torch.save`` writes.
+    """Write a file as ``torch.save`` does.
 
     Raises:
         OSError: If it cannot be written. ``torch.save`` reports a full disk as one of several RuntimeErrors of its zip
-            writer, which nobody would know for what they are.
+            writer, which do not mention the disk.
     """
     try:
         torch.save(content, path)

@@ -1,4 +1,4 @@
-"""A name in torchvision's model registry; unofficial, and only for who imports this module.
+"""Add a name to torchvision's model registry, when this module is imported.
 
 After ``import resdet.hub``::
 
@@ -6,9 +6,9 @@ After ``import resdet.hub``::
 
 calls ``resdet.fasterrcnn_resnet101_fpn``. The registry is the plain dictionary that torchvision's ``register_model``
 fills; the prefix keeps torchvision's own names untouched. ``get_model_weights`` finds nothing for this name, because
-``weights`` is a file or a URL here and not an enum.
+``weights`` is a file or a URL here, not an enum.
 
-Source: ``torchvision/models/_api.py``. Deviation: a name that is there already stays, where ``register_model`` raises.
+Source: ``torchvision/models/_api.py``. Deviation: a name that exists is kept, where ``register_model`` raises.
 """
 
 from __future__ import annotations

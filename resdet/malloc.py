@@ -1,4 +1,4 @@
-"""Memory that the process keeps, so that large tensors do not go through the kernel at every step."""
+"""Keep freed memory in the process, so that large tensors do not cost page faults at every step."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import ctypes
 import functools
 import platform
 
-# glibc's malloc.h, and the values that it comes to by itself where blocks of many sizes up to 32 MB are freed.
+# glibc's malloc.h, and the values that glibc itself adapts to when blocks of up to 32 MB are freed.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4
 _NEVER = 2**31 - 1
 _OWN_MMAP_MAX, _OWN_MMAP_THRESHOLD = 65_536, 32 * 1024 * 1024
@@ -14,19 +14,19 @@ _OWN_TRIM_THRESHOLD = 2 * _OWN_MMAP_THRESHOLD
 
 
 def keep_freed_memory() -> bool:
-    """Let the C library keep what is freed for the next allocation, from now on.
+    """Make the C library keep freed memory for later allocations.
 
-    By itself glibc maps every block above 32 MB anew, unmaps it when it is freed, and gives the end of its heap back. A
-    detector's feature maps are such blocks, so each step has the kernel clear a gigabyte of pages. ``train``,
-    ``evaluate`` and the functions of ``resdet.prediction`` call this on CPUs; call it in a
-    loop of your own too. The process does not shrink afterwards.
+    By default glibc maps every block above 32 MB anew, unmaps it when it is freed, and returns the top of its heap to
+    the kernel. A detector's feature maps are such blocks, so at each step the kernel clears a gigabyte of pages.
+    ``train``, ``evaluate`` and ``predict`` call this on CPUs; call it in a loop of your own too. The process does not
+    shrink afterwards.
 
     Measured on 2 cores (AMD Zen 5, bfloat16), ResNet-101: a training step of two images of 480x640 took 1.48 s where it
-    had taken 1.61, inference at 800/1333 0.64 s where it had taken 0.70; the peak of memory grew by 2 percent. Huge
-    pages beside it (``THP_MEM_ALLOC_ENABLE=1``, which torch reads) made no difference.
+    had taken 1.61, inference at 800/1333 0.64 s where it had taken 0.70; peak memory grew by 2 percent. Huge pages in
+    addition (``THP_MEM_ALLOC_ENABLE=1``, which torch reads) made no difference.
 
     Returns:
-        Whether this C library can be told (glibc can). Tensors on GPUs are not concerned.
+        Whether this C library has the setting (glibc has). Tensors on GPUs are not affected.
     """
     if not _is_glibc():
         return False
@@ -35,10 +35,10 @@ def keep_freed_memory() -> bool:
 
 
 def return_freed_memory() -> bool:
-    """Give back what is kept, and let the C library do from now on as it does by itself.
+    """Return kept memory to the kernel, and restore the C library's own behaviour.
 
     Returns:
-        Whether it can be told.
+        Whether this C library has the setting.
     """
     if not _is_glibc():
         return False

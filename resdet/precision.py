@@ -1,4 +1,4 @@
-"""The precisions a detector computes in; its parameters and losses stay float32 in all of them."""
+"""Precisions in which a detector computes; parameters and losses are float32 in all of them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def autocast(device: torch.device, precision: Precision) -> torch.autocast:
 
 
 def widened(dtype: torch.dtype) -> torch.dtype:
-    """Return float32, or float64 for float64: the type in which boxes are computed."""
+    """Return the type in which boxes are computed: float64 for float64, else float32."""
     if dtype == torch.float64:
         return torch.float64
     return torch.float32

@@ -1,12 +1,12 @@
-"""The one statement of this package's box and label conventions.
+"""The conventions of this package for boxes, labels and sizes, and the types that carry them.
 
 Legend: ``B`` images, ``N`` boxes, ``K`` foreground classes, ``H, W`` pixels.
 
-* A box is ``(x1, y1, x2, y2)``: absolute pixels of the image it travels with, continuous coordinates, so a pixel
-  in column ``c`` covers ``[c, c + 1]`` and a box's width is ``x2 - x1`` (no "+ 1"). Tensors are float32 ``[N, 4]``.
-  Anything else says so in its name (``boxes_xywh``).
+* A box is ``(x1, y1, x2, y2)`` in absolute pixels of its image and continuous coordinates: the pixel in column ``c``
+  covers ``[c, c + 1]``, and a box's width is ``x2 - x1`` (no "+ 1"). Tensors are float32 ``[N, 4]``. Any other form
+  says so in its name (``boxes_xywh``).
 * A label is an int64 in ``1..K``; 0 is the background and never appears in a target or a prediction.
-  ``category_id`` names a dataset's own id and is used only at the border to files.
+  ``category_id`` is a dataset's own id and is used only when files are read or written.
 * Sizes are ``(height, width)``.
 """
 
@@ -27,8 +27,8 @@ class Category:
     """One foreground class.
 
     Attributes:
-        label: What the model is trained on, 1..K.
-        category_id: The id in the dataset's own files (COCO's 1..90 with gaps; equal to ``label`` for VOC).
+        label: The model's label, 1..K.
+        category_id: The id in the dataset's files (COCO's 1..90 with gaps; equal to ``label`` for VOC).
         name: The class name, unique in its dataset.
     """
 
@@ -38,7 +38,7 @@ class Category:
 
 
 class Target(TypedDict):
-    """Ground truth of one training image, as torchvision's detectors take it.
+    """Ground truth of one training image, in the form that torchvision's detectors take.
 
     Attributes:
         boxes: float32 ``[N, 4]``; ``[0, 4]`` for an image without objects.
@@ -52,7 +52,7 @@ class Target(TypedDict):
 
 
 class Prediction(TypedDict):
-    """Detections in one image, sorted by falling score, in pixels of the image as it was given.
+    """Detections in one image, sorted by falling score, in pixels of the image that was passed in.
 
     Attributes:
         boxes: float32 ``[N, 4]``.
@@ -85,7 +85,7 @@ class Detections:
         return len(self.scores)
 
     def of_image(self, index: int) -> Prediction:
-        """Give the detections in image ``index`` by falling score."""
+        """Return the detections in image ``index``, sorted by falling score."""
         rows = np.flatnonzero(self.image_index == index)
         rows = rows[np.argsort(-self.scores[rows], kind="stable")]
         return Prediction(
@@ -96,7 +96,7 @@ class Detections:
 
 
 def target_to(target: Target, device: torch.device) -> Target:
-    """Give a target whose tensors are on ``device``."""
+    """Return a target whose tensors are on ``device``."""
     return Target(
         boxes=target["boxes"].to(device, non_blocking=True),
         labels=target["labels"].to(device, non_blocking=True),
@@ -105,10 +105,10 @@ def target_to(target: Target, device: torch.device) -> Target:
 
 
 def categories_to_plain(categories: Sequence[Category]) -> list[dict[str, Any]]:
-    """Give categories as plain values, the form in which checkpoints and exports carry them."""
+    """Return categories as plain values, as checkpoints and exports store them."""
     return [{"label": c.label, "category_id": c.category_id, "name": c.name} for c in categories]
 
 
 def categories_from_plain(plain: Sequence[dict[str, Any]]) -> tuple[Category, ...]:
-    """Undo ``categories_to_plain``."""
+    """Return categories from the values that ``categories_to_plain`` returned."""
     return tuple(Category(int(c["label"]), int(c["category_id"]), str(c["name"])) for c in plain)

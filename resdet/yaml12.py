@@ -1,8 +1,8 @@
-"""YAML by YAML 1.2's core rules, with the place of every key: what configuration files are written in.
+"""Read YAML by the core rules of YAML 1.2, with the line of every key.
 
-PyYAML alone follows YAML 1.1, which reads ``1e-4`` as a string and ``off`` as False, and keeps the last of two equal
-keys without a word. Here a key written twice is an error. So are aliases, with which a few lines can expand to
-gigabytes, tags (``!!python/object``), and documents of a size or depth that no configuration has.
+PyYAML follows YAML 1.1, which reads ``1e-4`` as a string and ``off`` as False, and silently keeps the last of two equal
+keys. Here a repeated key is an error. So are aliases, with which a few lines can expand to gigabytes, tags
+(``!!python/object``), and documents of a size or depth that no configuration has.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ import yaml
 from resdet.errors import ConfigError
 
 MAX_CHARACTERS = 100_000
-"""Of a document; configurations have some 5 000, and PyYAML can take a second for every 30 000."""
+"""Longest document; configurations have some 5,000, and PyYAML can take a second for every 30,000."""
 
 MAX_DEPTH = 50
-"""Of lists and mappings in each other."""
+"""Deepest nesting of lists and mappings."""
 
 _MAX_DIGITS = 100
 
@@ -27,7 +27,7 @@ KeyPath = tuple[str | int, ...]
 
 
 class _Refused(yaml.MarkedYAMLError):
-    """YAML, but of a kind that is not read."""
+    """The document uses a part of YAML that is not read."""
 
 
 # YAML 1.2 core schema (https://yaml.org/spec/1.2.2, section 10.3.2), in PyYAML's composer.
@@ -36,7 +36,7 @@ class _Yaml12Loader(yaml.SafeLoader):
     depth = 0
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        """Refuse what could expand, recurse or name types, before it is built."""
+        """Refuse nodes that could expand, recurse or name types, before they are built."""
         event = self.peek_event()  # type: ignore[no-untyped-call]
         tag = getattr(event, "tag", None)
         what = ""
@@ -72,8 +72,8 @@ def read_yaml(text: str, source: str, problems: list[str], places: dict[KeyPath,
     Args:
         text: The document.
         source: What messages call it.
-        problems: Mistakes that leave the rest readable are added here, one line each.
-        places: The place of every key, ``source:line``, is added here.
+        problems: Receives mistakes that leave the rest readable, one line each.
+        places: Receives the place of every key, ``source:line``.
 
     Raises:
         ConfigError: If it is no YAML document, is larger than ``MAX_CHARACTERS`` or deeper than ``MAX_DEPTH``, or uses
@@ -141,5 +141,5 @@ def _construct(
 
 
 def dotted(path: KeyPath) -> str:
-    """Write a path as people do: ``data.train.format``."""
+    """Return a path as text: ``data.train.format``."""
     return ".".join(str(part) for part in path)

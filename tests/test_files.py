@@ -9,22 +9,22 @@ from resdet.files import written_whole
 
 
 def fail_half_way(path: Path) -> None:
-    with written_whole(path) as beside:
-        beside.write_text("half of the new")
+    with written_whole(path) as temporary:
+        temporary.write_text("half of the new")
         raise OSError("disk full")
 
 
-def test_a_failure_leaves_the_old_file_and_nothing_beside_it(tmp_path: Path) -> None:
+def test_a_failure_leaves_the_old_file_and_no_temporary_file(tmp_path: Path) -> None:
     path = tmp_path / "file.pt"
-    with written_whole(path) as beside:
-        beside.write_text("old")
+    with written_whole(path) as temporary:
+        temporary.write_text("old")
         assert not path.exists()
     with pytest.raises(OSError, match="disk full"):
         fail_half_way(path)
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
-    with written_whole(path) as beside:
-        beside.write_text("new")
+    with written_whole(path) as temporary:
+        temporary.write_text("new")
     assert path.read_text() == "new"
 
 

@@ -314,7 +314,7 @@ def test_the_configuration_says_what_unreadable_images_do(tmp_path, caplog):
         seen = {int(dataset[index, seed][1]["image_id"]) for index in range(6) for seed in range(5)}
     assert seen == {1, 3, 4, 6}
     assert len(caplog.messages) == 3
-    assert "are missing: 2.png (image 2); other images will take their places (unreadable: skip)" in caplog.messages[0]
+    assert "are missing: 2.png (image 2); other images will replace them (unreadable: skip)" in caplog.messages[0]
     assert "2.png: no such image file; skipped" in caplog.messages[1]
     assert "5.png: cannot be decoded" in caplog.messages[2]
     assert "(2 of the 6 images of" in caplog.messages[2]

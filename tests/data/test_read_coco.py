@@ -5,8 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from benchmarks.coco_json import write_coco_json
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 
 from resdet.data import coco
 from resdet.data.coco import read_coco

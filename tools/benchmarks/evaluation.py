@@ -56,8 +56,10 @@ def benchmark_evaluation(
     load_seconds = {"resdet": 0.0}
     evaluators = {"pycocotools": (COCO, COCOeval)}
     if importlib.util.find_spec("faster_coco_eval"):
-        from faster_coco_eval import COCO as FastCOCO  # noqa: N811 - the name is theirs
-        from faster_coco_eval import COCOeval_faster
+        from faster_coco_eval import (
+            COCO as FastCOCO,  # noqa: N811 - the name is theirs
+            COCOeval_faster,
+        )
 
         evaluators["faster_coco_eval"] = (FastCOCO, COCOeval_faster)
     for name, (coco, coco_eval) in evaluators.items():
