@@ -1,4 +1,8 @@
-"""Draw boxes and their names on pictures."""
+"""Boxes and their names on pictures, for prediction, training, the browse page and the report.
+
+``torchvision.utils.draw_bounding_boxes`` is no substitute: it writes names inside the boxes and over each other, in one
+small font unless a font file is given. They cover small objects, and vanish in dark or busy photographs.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +17,9 @@ from PIL import Image, ImageDraw, ImageFont
 
 from resdet.types import Category, Prediction
 
+_Rect = tuple[int, int, int, int]
+"""Left, top, right and bottom in whole pixels, the last two excluded."""
+
 
 def draw(
     image: npt.NDArray[np.uint8],
@@ -24,15 +31,15 @@ def draw(
 ) -> npt.NDArray[np.uint8]:
     """Draw boxes with class names and scores; a class has the same colour in every picture.
 
-    Lines and letters grow with the image. The best detections lie on top; a name stands above its box, or inside or
-    below it where that place is taken, and never outside the image.
+    Lines and letters grow with the image. The best detections are on top; a name is above its box, or inside or below
+    it if another name is there, and never outside the image.
 
     Args:
-        image: uint8 RGB ``[H, W, 3]``; left as it is.
+        image: uint8 RGB ``[H, W, 3]``; not changed.
         prediction: Boxes in pixels of ``image``.
         categories: The model's classes; labels without one are written as numbers.
         score_threshold: Detections below it are not drawn.
-        scale: Whole factor by which the picture is larger than the image; ``legible_scale`` gives one.
+        scale: Whole factor by which the picture is larger than the image, such as ``legible_scale``.
 
     Returns:
         uint8 RGB ``[scale * H, scale * W, 3]``.
@@ -44,7 +51,6 @@ def draw(
     line = max(1, round((height + width) / 500))
     font = ImageFont.load_default(size=max(10, round((height + width) / 95)))
     ascent, descent = font.getmetrics() if isinstance(font, ImageFont.FreeTypeFont) else (10, 2)
-    pad = max(1, line)
     names = {category.label: category.name for category in categories}
 
     shown = above(prediction, score_threshold)
@@ -57,26 +63,34 @@ def draw(
         right, bottom = min(max(round(x2) - 1, left), width - 1), min(max(round(y2) - 1, top), height - 1)
         canvas.rectangle((left, top, right, bottom), outline=class_color(labels[i]), width=line)
 
-    plates: list[tuple[int, int, int, int]] = []
+    plates: list[_Rect] = []
     texts: list[str] = []
     for i in best_first:
-        text = f"{names.get(labels[i], labels[i])} {scores[i]:.2f}"
-        text_width, text_height = round(canvas.textlength(text, font=font)) + 2 * pad, ascent + descent
-        left = max(min(round(boxes[i][0]), width - text_width), 0)
-        above_box, inside, below = round(boxes[i][1]) - text_height, round(boxes[i][1]), round(boxes[i][3])
-        tops = [top for top in (above_box, inside, below) if 0 <= top <= height - text_height] or [0]
-        places = [(left, top, left + text_width, top + text_height) for top in tops]
-        free = [place for place in places if not any(_overlap(place, plate) for plate in plates)]
-        plates.append((free or places)[0])
-        texts.append(text)
-    for i, plate, text in reversed(list(zip(best_first, plates, texts, strict=True))):
-        color = class_color(labels[i])
-        red, green, blue = color
+        texts.append(f"{names.get(labels[i], labels[i])} {scores[i]:.2f}")
+        size = round(canvas.textlength(texts[-1], font=font)) + 2 * line, ascent + descent
+        plates.append(_free_place(boxes[i], size, (width, height), plates))
+    for i, (left, top, right, bottom), text in reversed(list(zip(best_first, plates, texts, strict=True))):
+        red, green, blue = color = class_color(labels[i])
         ink = (0, 0, 0) if 299 * red + 587 * green + 114 * blue > 128_000 else (255, 255, 255)
-        left, top, right, bottom = plate
         canvas.rectangle((left, top, right - 1, bottom - 1), fill=color)
-        canvas.text((left + pad, top), text, fill=ink, font=font)
+        canvas.text((left + line, top), text, fill=ink, font=font)
     return np.asarray(picture).copy()
+
+
+def _free_place(
+    box: Sequence[float], size: tuple[int, int], image_size: tuple[int, int], taken: Sequence[_Rect]
+) -> _Rect:
+    """Return where a box's name goes: above, inside or below, the first of them that is free and inside the image."""
+    left = max(min(round(box[0]), image_size[0] - size[0]), 0)
+    wanted = (round(box[1]) - size[1], round(box[1]), round(box[3]))
+    tops = [top for top in wanted if 0 <= top <= image_size[1] - size[1]] or [0]
+    places = [(left, top, left + size[0], top + size[1]) for top in tops]
+    free = [place for place in places if not any(_overlap(place, other) for other in taken)]
+    return (free or places)[0]
+
+
+def _overlap(one: _Rect, other: _Rect) -> bool:
+    return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
 
 
 def shown_from(evaluated: object) -> tuple[float, str]:
@@ -91,25 +105,21 @@ def shown_from(evaluated: object) -> tuple[float, str]:
 
 
 def legible_scale(image: npt.NDArray[np.uint8]) -> int:
-    """Give a scale for ``draw`` at which names do not cover a small image: its shorter side comes to 320 px or more."""
+    """Return the scale for ``draw`` that makes the shorter side 320 px or more: names do not cover such an image."""
     shorter = int(min(image.shape[:2]))
     return max(1, math.ceil(320 / shorter))
 
 
 def class_color(label: int) -> tuple[int, int, int]:
-    """Give a label's colour, RGB in 0..255: hues a golden angle apart, so that neighbours differ most."""
+    """Return a label's colour, RGB in 0..255: hues a golden angle apart, so that neighbours differ most."""
     hue = (label - 1) * 0.6180339887 % 1
     lightness = (0.5, 0.65, 0.38)[(label - 1) // 8 % 3]
     red, green, blue = colorsys.hls_to_rgb(hue, lightness, 0.9)
     return round(255 * red), round(255 * green), round(255 * blue)
 
 
-def _overlap(one: tuple[int, int, int, int], other: tuple[int, int, int, int]) -> bool:
-    return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
-
-
 def above(prediction: Prediction, score_threshold: float) -> Prediction:
-    """Give the detections whose score is at least ``score_threshold``."""
+    """Return the detections whose score is at least ``score_threshold``."""
     keep = prediction["scores"] >= score_threshold
     return Prediction(
         boxes=prediction["boxes"][keep], labels=prediction["labels"][keep], scores=prediction["scores"][keep]

@@ -25,34 +25,30 @@ from resdet.types import Category, Prediction
 
 
 def find_images(paths: Iterable[Path | str]) -> list[Path]:
-    """List image files.
+    """List image files, each once, in the order of ``paths``.
 
     Args:
-        paths: Files (taken as they are, whatever their suffix), folders (their image files by name; folders inside
-            them are left alone), and patterns such as ``photos/**/*.jpg`` for shells that do not expand them.
-
-    Returns:
-        Each file once, in the order of ``paths``.
+        paths: Files (whatever their suffix), folders (their image files by name, without subfolders), and patterns such
+            as ``photos/**/*.jpg`` for shells that do not expand them.
 
     Raises:
         DataError: If one of ``paths`` does not exist, matches nothing or holds no image.
     """
     found: list[Path] = []
     for path in map(Path, paths):
+        if path.is_file():
+            found.append(path)
+            continue
         if path.is_dir():
-            files = sorted(file for file in path.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file())
-            if not files:
-                raise DataError(f"{path}: no images in this folder (looked for {', '.join(IMAGE_SUFFIXES)})")
-        elif path.is_file():
-            files = [path]
+            matches, missing = path.iterdir(), f"no images in this folder (looked for {', '.join(IMAGE_SUFFIXES)})"
         elif glob.has_magic(str(path)):
-            matches = map(Path, sorted(glob.glob(str(path), recursive=True)))
-            files = [file for file in matches if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file()]
-            if not files:
-                raise DataError(f"{path}: no image matches this pattern")
+            matches, missing = map(Path, glob.iglob(str(path), recursive=True)), "no image matches this pattern"
         else:
             raise DataError(f"{path}: no such file or folder")
-        found += files
+        files = [file for file in matches if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file()]
+        if not files:
+            raise DataError(f"{path}: {missing}")
+        found += sorted(files, key=str)
     if not found:
         raise DataError("no images given: expected files, folders or patterns")
     return list(dict.fromkeys(found))
@@ -81,16 +77,16 @@ def predict(
 ) -> Iterator[Result]:
     """Detect objects in images, yielding each image's as soon as they are known.
 
-    Nothing is kept between batches, so the number of images is not bounded by memory. While the iterator lives, the
-    model is in evaluation mode; when it ends or is closed, its training flags are restored.
+    Nothing is kept between batches, so memory does not bound the number of images. The model is in evaluation mode
+    until the iterator ends or is closed; then its training flags are restored.
 
     Args:
         model: A ``Detector`` or any torchvision ``FasterRCNN``.
         images: Image files, or uint8 RGB arrays ``[H, W, 3]``. Files are read as training reads them: their stored
             pixels, without EXIF orientation.
         settings: How to run the model; ``num_workers`` has no effect.
-        score_threshold: Detections below it are dropped, in [0, 1]. The model's own ``roi_heads.score_thresh`` (0.05
-            unless built otherwise) applies before.
+        score_threshold: Detections below it are dropped, in [0, 1]. The model's own ``roi_heads.score_thresh`` (by
+            default 0.05) applies before.
 
     Yields:
         A result for each image, in the order given.
@@ -123,24 +119,24 @@ def predict_files(
     *,
     score_threshold: float = 0.5,
 ) -> int:
-    """Detect objects in image files; write a drawn picture for each and ``detections.json`` for all.
+    """Detect objects in image files; write a picture with boxes for each and ``detections.json`` for all.
 
-    The json holds every detection the model gives, in COCO's result format (``to_coco_json``). The pictures show those
-    above the threshold, small images enlarged, and are named as their files are, with a number where two would have
-    the same name.
+    The JSON holds every detection of the model, in COCO's result format (``to_coco_json``). The pictures show those
+    above the threshold, small images enlarged; they are named after their files, with a number where two would have the
+    same name.
 
     Args:
         model: As for ``predict``, like the others.
         files: Image files.
-        output_dir: Made if it is not there.
+        output_dir: Created if it does not exist.
         settings: How to run the model.
         score_threshold: Detections below it are not drawn.
 
     Returns:
-        The number of detections in the json.
+        The number of detections in the JSON file.
 
     Raises:
-        DataError: If an image cannot be read; what was drawn before it stays.
+        DataError: If an image cannot be read; the pictures written before it stay.
         WeightsError: If the model computes NaN or infinity.
         UserError: If this model does not support ``settings.tricks``.
     """
@@ -166,11 +162,7 @@ def predict_files(
 def to_coco_json(
     paths: Sequence[Path], predictions: Sequence[Prediction], categories: Sequence[Category]
 ) -> list[dict[str, Any]]:
-    """Give detections in COCO's result format, ready for ``json.dump`` and for pycocotools' ``loadRes``.
-
-    ``image_id`` is the file's name as a number (``000000000139.jpg`` is 139, as COCO names its images) where all files
-    have such names and no two the same; otherwise files count from 1 in the order given, and ``file_name`` says which
-    is which.
+    """Convert detections to COCO's result format, ready for ``json.dump`` and for pycocotools' ``loadRes``.
 
     Args:
         paths: Image files.
@@ -179,7 +171,8 @@ def to_coco_json(
 
     Returns:
         For each detection ``image_id``, ``file_name``, ``category_id``, ``category_name``, ``bbox`` (x, y, width,
-        height; pixels) and ``score``.
+        height; pixels) and ``score``. ``image_id`` is the file's name as a number (``000000000139.jpg`` is 139, as COCO
+        names its images) if all files have such names and no two the same; otherwise files are numbered from 1.
     """
     numbers = [int(path.stem) for path in paths if path.stem.isascii() and path.stem.isdecimal()]
     image_ids = numbers if len(set(numbers)) == len(paths) else range(1, len(paths) + 1)

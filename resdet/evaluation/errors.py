@@ -101,38 +101,44 @@ class ErrorCost:
 
 
 @dataclass(frozen=True)
-class ClassErrors:
-    """One class's errors.
+class ErrorCosts:
+    """What the kinds of errors cost one class, or all: means over the classes that have boxes.
 
     Attributes:
-        AP: In [0, 1], or -1 for a class without boxes that count.
-        kinds: The six of ``ERROR_KINDS``. A count is of detections of this class (missed: of its objects), while
-            ``dAP`` is the rise of this class's AP when the errors of all classes are fixed: a dog found as a cat
-            is the cat's error, and fixing it raises both.
-        false_positives: As in ``ErrorAnalysis``.
-        false_negatives: As in ``ErrorAnalysis``.
-        name: Class name.
-        num_boxes: Ground-truth boxes that count, without crowd regions and difficult objects.
+        AP: COCO's AP at ``iou_threshold``, in [0, 1]; -1 without boxes that count.
+        kinds: The six of ``ERROR_KINDS``, each fixed alone. Their ``dAP`` need not add up to 1 - AP: errors hide each
+            other.
+        false_positives: All unmatched detections, fixed by removing them.
+        false_negatives: All boxes that were not found, fixed by not counting them.
     """
 
     AP: float
     kinds: tuple[ErrorCost, ...]
     false_positives: ErrorCost
     false_negatives: ErrorCost
+
+
+@dataclass(frozen=True)
+class ClassErrors(ErrorCosts):
+    """One class's errors.
+
+    A count is of detections of this class (missed: of its objects), while ``dAP`` is the rise of this class's AP when
+    the errors of all classes are fixed: a dog found as a cat is the cat's error, and fixing it raises both.
+
+    Attributes:
+        name: Class name.
+        num_boxes: Ground-truth boxes that count, without crowd regions and difficult objects.
+    """
+
     name: str
     num_boxes: int
 
 
 @dataclass(frozen=True)
-class ErrorAnalysis:
+class ErrorAnalysis(ErrorCosts):
     """The result of ``find_errors``.
 
     Attributes:
-        AP: COCO's AP at ``iou_threshold``, in [0, 1], mean over the classes that have boxes; -1 if none has.
-        kinds: The six of ``ERROR_KINDS``, each fixed alone. ``dAP`` is the mean of the classes' and need not
-            add up to 1 - AP: errors hide each other.
-        false_positives: All unmatched detections, fixed by removing them.
-        false_negatives: All boxes that were not found, fixed by not counting them.
         iou_threshold: IoU that makes a match.
         background_threshold: IoU up to which a detection is unrelated to a box.
         max_detections: Detections that count per class and image.
@@ -141,10 +147,6 @@ class ErrorAnalysis:
         image_loss: float64 ``[I]``: how much ``AP`` rises when all errors of that image, and no others, are fixed.
     """
 
-    AP: float
-    kinds: tuple[ErrorCost, ...]
-    false_positives: ErrorCost
-    false_negatives: ErrorCost
     iou_threshold: float
     background_threshold: float
     max_detections: int
