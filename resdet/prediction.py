@@ -40,9 +40,11 @@ def find_images(paths: Iterable[Path | str]) -> list[Path]:
             found.append(path)
             continue
         if path.is_dir():
-            matches, missing = path.iterdir(), f"no images in this folder (looked for {', '.join(IMAGE_SUFFIXES)})"
+            matches = list(path.iterdir())
+            missing = f"no images in this folder (looked for {', '.join(IMAGE_SUFFIXES)})"
         elif glob.has_magic(str(path)):
-            matches, missing = map(Path, glob.iglob(str(path), recursive=True)), "no image matches this pattern"
+            matches = [Path(match) for match in glob.glob(str(path), recursive=True)]
+            missing = "no image matches this pattern"
         else:
             raise DataError(f"{path}: no such file or folder")
         files = [file for file in matches if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file()]

@@ -21,6 +21,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
+Bools = npt.NDArray[np.bool_]
+
 
 @dataclass(frozen=True)
 class Category:
@@ -76,10 +80,10 @@ class Detections:
         scores: float64 ``[D]``.
     """
 
-    image_index: npt.NDArray[np.int64]
-    boxes: npt.NDArray[np.float64]
-    labels: npt.NDArray[np.int64]
-    scores: npt.NDArray[np.float64]
+    image_index: Ints
+    boxes: Floats
+    labels: Ints
+    scores: Floats
 
     def __len__(self) -> int:
         return len(self.scores)

@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from resdet.data.annotations import AnnotationTable
 from resdet.errors import DataError
 from resdet.evaluation.curves import RECALLS, UNDEFINED, interpolated_precision
 from resdet.evaluation.matching import AREA_RANGES, COCO_IOU_THRESHOLDS, Matches, match_areas, to_xywh
-from resdet.types import Detections
+from resdet.types import Bools, Detections, Floats
 
 
 @dataclass(frozen=True)
@@ -107,7 +106,7 @@ def coco_metrics(table: AnnotationTable, detections: Detections, *, max_detectio
         raise ValueError(f"max_detections: must be at least 1, got {max_detections}")
     # Detections beyond max_detections take no box from better ones, and AR_10 is always of ten.
     matched = match_areas(table, detections, max_detections=max(max_detections, 10))
-    values: dict[str, npt.NDArray[np.float64]] = {}  # AP of a size: [K, T, 101]; AR: [K, T]
+    values: dict[str, Floats] = {}  # AP of a size: [K, T, 101]; AR: [K, T]
     for size, matches in zip(AREA_RANGES, matched, strict=True):
         best = matches.rank < max_detections
         suffix = "" if size == "all" else f"_{size}"
@@ -201,7 +200,7 @@ def read_coco_detections(path: Path, table: AnnotationTable) -> Detections:
     )
 
 
-def _precision(matches: Matches, best: npt.NDArray[np.bool_]) -> npt.NDArray[np.float64]:
+def _precision(matches: Matches, best: Bools) -> Floats:
     """Compute each class's interpolated precision from the detections of ``best``, float64 ``[K, T, 101]``."""
     precision = np.empty((len(matches.num_boxes) - 1, len(matches.iou_thresholds), len(RECALLS)))
     for label, num_boxes in enumerate(matches.num_boxes[1:].tolist(), start=1):
@@ -211,7 +210,7 @@ def _precision(matches: Matches, best: npt.NDArray[np.bool_]) -> npt.NDArray[np.
     return precision
 
 
-def _recall(matches: Matches, best: npt.NDArray[np.bool_]) -> npt.NDArray[np.float64]:
+def _recall(matches: Matches, best: Bools) -> Floats:
     """Compute each class's share of boxes found by the detections of ``best``, float64 ``[K, T]``; -1 without boxes."""
     labels, num_boxes = matches.labels, matches.num_boxes
     found = np.stack([np.bincount(labels[row], minlength=len(num_boxes)) for row in matches.hits & best], axis=1)
@@ -220,7 +219,7 @@ def _recall(matches: Matches, best: npt.NDArray[np.bool_]) -> npt.NDArray[np.flo
     return recall[1:]
 
 
-def _mean(values: npt.NDArray[np.float64]) -> float:
+def _mean(values: Floats) -> float:
     defined = values[values > UNDEFINED]
     return float(np.mean(defined)) if defined.size else UNDEFINED
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from resdet.data.annotations import AnnotationTable
 from resdet.evaluation.matching import overlaps
-from resdet.types import Detections
+from resdet.types import Detections, Floats, Ints
 
 
 @dataclass(frozen=True)
@@ -25,17 +24,17 @@ class ConfusionMatrix:
     """
 
     names: tuple[str, ...]
-    counts: npt.NDArray[np.int64]
+    counts: Ints
     score_threshold: float
     iou_threshold: float
 
-    def normalised(self) -> npt.NDArray[np.float64]:
+    def normalised(self) -> Floats:
         """Divide each row by its sum, float64 ``[K + 1, K + 1]``; rows without any count are 0.
 
         A class's diagonal element is then the share of its boxes that were found as that class.
         """
         sums = self.counts.sum(axis=1, keepdims=True)
-        shares: npt.NDArray[np.float64] = self.counts / np.maximum(sums, 1)
+        shares: Floats = self.counts / np.maximum(sums, 1)
         return shares
 
 

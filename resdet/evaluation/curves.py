@@ -6,16 +6,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from resdet.data.annotations import AnnotationTable
 from resdet.evaluation.matching import COCO_IOU_THRESHOLDS, match
-from resdet.types import Detections
+from resdet.types import Bools, Detections, Floats, Ints
 
 UNDEFINED = -1.0
 """pycocotools' value of a metric that has no ground truth to measure it on; it never enters a mean."""
 
-RECALLS: npt.NDArray[np.float64] = np.linspace(0.0, 1.0, 101)
+RECALLS: Floats = np.linspace(0.0, 1.0, 101)
 """The recalls 0, 0.01, ..., 1 at which COCO reads the interpolated precision, to the bit as pycocotools has them."""
 
 
@@ -52,21 +51,21 @@ class Curve:
     name: str
     iou_threshold: float
     num_boxes: int
-    hits: npt.NDArray[np.bool_]
-    scores: npt.NDArray[np.float64]
+    hits: Bools
+    scores: Floats
 
     @property
-    def precision(self) -> npt.NDArray[np.float64]:
+    def precision(self) -> Floats:
         """Hits among the detections so far, float64 ``[P]``."""
-        precision: npt.NDArray[np.float64] = np.cumsum(self.hits) / np.arange(1, len(self.hits) + 1)
+        precision: Floats = np.cumsum(self.hits) / np.arange(1, len(self.hits) + 1)
         return precision
 
     @property
-    def recall(self) -> npt.NDArray[np.float64]:
+    def recall(self) -> Floats:
         """Boxes found so far, float64 ``[P]``; -1 without ground truth."""
         if not self.num_boxes:
             return np.full(len(self.hits), UNDEFINED)
-        recall: npt.NDArray[np.float64] = np.cumsum(self.hits) / self.num_boxes
+        recall: Floats = np.cumsum(self.hits) / self.num_boxes
         return recall
 
     @property
@@ -74,7 +73,7 @@ class Curve:
         """COCO's average precision: the mean of ``interpolated``; -1 without ground truth."""
         return average_precision(self.hits, self.num_boxes)
 
-    def interpolated(self) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    def interpolated(self) -> tuple[Floats, Floats]:
         """Return precision and score at the 101 ``RECALLS``.
 
         Returns:
@@ -167,12 +166,12 @@ def best_score_threshold(table: AnnotationTable, detections: Detections) -> floa
     return precision_recall(table, detections, iou_thresholds=[0.5]).pooled[0].best_f1().threshold
 
 
-def average_precision(hits: npt.NDArray[np.bool_], num_boxes: int) -> float:
+def average_precision(hits: Bools, num_boxes: int) -> float:
     """Compute COCO's AP: the mean of ``interpolated_precision``, in [0, 1]; -1 without ground truth."""
     return float(interpolated_precision(hits, num_boxes).mean())
 
 
-def interpolated_precision(hits: npt.NDArray[np.bool_], num_boxes: int) -> npt.NDArray[np.float64]:
+def interpolated_precision(hits: Bools, num_boxes: int) -> Floats:
     """Compute the best precision at each of the 101 ``RECALLS`` or a higher recall, float64 ``[101]``.
 
     It is 0 where the recall is not reached and -1 without ground truth.
@@ -186,11 +185,11 @@ def interpolated_precision(hits: npt.NDArray[np.bool_], num_boxes: int) -> npt.N
     """
     if not num_boxes:
         return np.full(len(RECALLS), UNDEFINED)
-    interpolated: npt.NDArray[np.float64] = interpolated_precisions(np.flatnonzero(hits)[None] + 1, num_boxes)[0]
+    interpolated: Floats = interpolated_precisions(np.flatnonzero(hits)[None] + 1, num_boxes)[0]
     return interpolated
 
 
-def interpolated_precisions(number: npt.NDArray[np.int64], num_boxes: int) -> npt.NDArray[np.float64]:
+def interpolated_precisions(number: Ints, num_boxes: int) -> Floats:
     """Compute the ``interpolated_precision`` of ``S`` curves of ``T`` hits each at once, float64 ``[S, 101]``.
 
     Args:
@@ -209,7 +208,7 @@ def interpolated_precisions(number: npt.NDArray[np.int64], num_boxes: int) -> np
     return interpolated
 
 
-def _first_hits(num_hits: int, num_boxes: int) -> npt.NDArray[np.int64]:
+def _first_hits(num_hits: int, num_boxes: int) -> Ints:
     """Return the index of the hit that first reaches each of ``RECALLS``, int64 ``[101]``; ``num_hits`` if none."""
     recall = np.arange(1, num_hits + 1) / max(num_boxes, 1)
     return np.searchsorted(recall, RECALLS, side="left")

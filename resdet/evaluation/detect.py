@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Subset
@@ -21,7 +20,7 @@ from resdet.evaluation.settings import InferenceSettings
 from resdet.evaluation.state import placed, random_states_kept
 from resdet.evaluation.voc import VocMetrics, voc_metrics
 from resdet.processes import Processes
-from resdet.types import Detections, Prediction, Target
+from resdet.types import Detections, Floats, Ints, Prediction, Target
 
 
 @dataclass(frozen=True)
@@ -136,9 +135,7 @@ def detect(
     return Detections(image_index[order], boxes[order], labels[order], scores[order])
 
 
-def _columns(
-    indices: Sequence[int], predictions: Sequence[Prediction]
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64], npt.NDArray[np.int64], npt.NDArray[np.float64]]:
+def _columns(indices: Sequence[int], predictions: Sequence[Prediction]) -> tuple[Ints, Floats, Ints, Floats]:
     """Return the predictions of images as the four columns of ``Detections``: the one conversion to float64."""
     counts = [len(prediction["scores"]) for prediction in predictions]
     return (

@@ -40,7 +40,7 @@ import numpy.typing as npt
 from resdet.data.annotations import AnnotationTable
 from resdet.evaluation.curves import UNDEFINED, interpolated_precisions
 from resdet.evaluation.matching import Matches, match, overlaps
-from resdet.types import Detections
+from resdet.types import Bools, Detections, Floats, Ints
 
 ERROR_KINDS = ("classification", "localisation", "both", "duplicate", "background", "missed")
 """TIDE's six main errors, in the order that ``Errors.kind`` counts them."""
@@ -68,13 +68,13 @@ class Errors:
     """
 
     kind: npt.NDArray[np.int8]
-    image_index: npt.NDArray[np.int64]
-    label: npt.NDArray[np.int64]
-    detection: npt.NDArray[np.int64]
-    box: npt.NDArray[np.int64]
-    iou: npt.NDArray[np.float64]
-    score: npt.NDArray[np.float64]
-    becomes_hit: npt.NDArray[np.bool_]
+    image_index: Ints
+    label: Ints
+    detection: Ints
+    box: Ints
+    iou: Floats
+    score: Floats
+    becomes_hit: Bools
 
     def __len__(self) -> int:
         return len(self.kind)
@@ -152,9 +152,9 @@ class ErrorAnalysis(ErrorCosts):
     max_detections: int
     per_class: tuple[ClassErrors, ...]
     errors: Errors
-    image_loss: npt.NDArray[np.float64]
+    image_loss: Floats
 
-    def worst_images(self, num_images: int) -> npt.NDArray[np.int64]:
+    def worst_images(self, num_images: int) -> Ints:
         """Return the indices of the images that cost most AP, worst first; images that cost nothing are left out."""
         order = np.argsort(-self.image_loss, kind="stable")[:num_images]
         return order[self.image_loss[order] > 0]
@@ -213,7 +213,7 @@ def _errors(
     table: AnnotationTable,
     detections: Detections,
     matches: Matches,
-    place: npt.NDArray[np.int64],
+    place: Ints,
     background_threshold: float,
 ) -> Errors:
     """Find every error; ``place`` is each detection's position by falling score."""
@@ -273,12 +273,12 @@ def _errors(
 class _Costs:
     """APs and counts by class (``K + 1`` labels, the background's unused) and by kind of error (``_COSTS``)."""
 
-    before: npt.NDArray[np.float64]  # [K + 1]
-    after: npt.NDArray[np.float64]  # [8, K + 1], each kind fixed alone
-    counts: npt.NDArray[np.int64]  # [8, K + 1]
-    num_boxes: npt.NDArray[np.int64]  # [K + 1]
+    before: Floats  # [K + 1]
+    after: Floats  # [8, K + 1], each kind fixed alone
+    counts: Ints  # [8, K + 1]
+    num_boxes: Ints  # [K + 1]
 
-    def of(self, labels: npt.NDArray[np.int64]) -> tuple[float, tuple[ErrorCost, ...], ErrorCost, ErrorCost]:
+    def of(self, labels: Ints) -> tuple[float, tuple[ErrorCost, ...], ErrorCost, ErrorCost]:
         """Return AP, kinds, false positives and false negatives: means over those of ``labels`` that have boxes."""
         defined = labels[self.num_boxes[labels] > 0]
         rise = (self.after - self.before)[:, defined].mean(axis=1) if defined.size else np.full(len(_COSTS), UNDEFINED)
@@ -289,8 +289,8 @@ class _Costs:
 
 
 def _costs(
-    table: AnnotationTable, detections: Detections, matches: Matches, place: npt.NDArray[np.int64], errors: Errors
-) -> tuple[_Costs, npt.NDArray[np.float64]]:
+    table: AnnotationTable, detections: Detections, matches: Matches, place: Ints, errors: Errors
+) -> tuple[_Costs, Floats]:
     """Integrate the curves again with each kind of error fixed, then with each image's; return the image loss too."""
     curves = _curves(table, matches, place)
     nothing = [np.zeros(0, dtype=np.int64)]
@@ -325,13 +325,11 @@ def _costs(
 class _Curve:
     """One class's precision-recall curve, by the places of its detections in the order by falling score."""
 
-    detections: npt.NDArray[np.int64]  # ascending; all that count
-    hits: npt.NDArray[np.int64]  # [T], ascending; those of them that are hits
+    detections: Ints  # ascending; all that count
+    hits: Ints  # [T], ascending; those of them that are hits
     num_boxes: int
 
-    def average_precision(
-        self, gone: list[npt.NDArray[np.int64]], new: list[npt.NDArray[np.int64]], num_not_counted: int
-    ) -> npt.NDArray[np.float64]:
+    def average_precision(self, gone: list[Ints], new: list[Ints], num_not_counted: int) -> Floats:
         """Compute COCO's AP after each of ``S`` sets of fixes, float64 ``[S]``.
 
         Only hits can raise the interpolated precision, so the cost of a set grows with hits and not with detections.
@@ -354,11 +352,11 @@ class _Curve:
             of_new = np.searchsorted(self.detections, new) + np.arange(1, len(new[0]) + 1)
             of_new -= np.array([np.searchsorted(g, n) for g, n in zip(gone, new, strict=True)])
             number = np.sort(np.concatenate([number + _num_before(new, self.hits), of_new], axis=1), axis=1)
-        mean: npt.NDArray[np.float64] = interpolated_precisions(number, num_boxes).mean(axis=1)
+        mean: Floats = interpolated_precisions(number, num_boxes).mean(axis=1)
         return mean
 
 
-def _num_before(places: list[npt.NDArray[np.int64]], hits: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+def _num_before(places: list[Ints], hits: Ints) -> Ints:
     """Count how many of each set's places come before each hit, int64 ``[S, T]``."""
     row = np.repeat(np.arange(len(places)), [len(part) for part in places])
     cell = row * (len(hits) + 1) + np.searchsorted(hits, np.concatenate(places))
@@ -366,7 +364,7 @@ def _num_before(places: list[npt.NDArray[np.int64]], hits: npt.NDArray[np.int64]
     return np.cumsum(counts, axis=1)[:, :-1]
 
 
-def _curves(table: AnnotationTable, matches: Matches, place: npt.NDArray[np.int64]) -> list[_Curve]:
+def _curves(table: AnnotationTable, matches: Matches, place: Ints) -> list[_Curve]:
     """Return the curve of each label; the background's is empty."""
     curves = []
     for label in range(table.num_classes):
@@ -377,17 +375,11 @@ def _curves(table: AnnotationTable, matches: Matches, place: npt.NDArray[np.int6
     return curves
 
 
-_Fix = npt.NDArray[np.int64]
+_Fix = Ints
 """``[4, F]``: label of the curve, group, what is done, place of the detection (any, for a box that does not count)."""
 
 
-def _fixes(
-    table: AnnotationTable,
-    errors: Errors,
-    group: npt.NDArray[np.int64],
-    place: npt.NDArray[np.int64],
-    on_curve: npt.NDArray[np.bool_],
-) -> list[_Fix]:
+def _fixes(table: AnnotationTable, errors: Errors, group: Ints, place: Ints, on_curve: Bools) -> list[_Fix]:
     """Return the fixes of all errors.
 
     Errors of one ``group``, int64 ``[E]``, are fixed together. Detections that are not ``on_curve``, bool ``[D]``, do
@@ -404,15 +396,11 @@ def _fixes(
     ]
 
 
-def _fix(
-    what: int, group: npt.NDArray[np.int64] | int, label: npt.NDArray[np.int64], place: npt.NDArray[np.int64]
-) -> _Fix:
+def _fix(what: int, group: Ints | int, label: Ints, place: Ints) -> _Fix:
     return np.stack([label, np.broadcast_to(group, label.shape), np.full_like(label, what), place])
 
 
-def _fixed(
-    curves: list[_Curve], fixes: list[_Fix]
-) -> Iterator[tuple[int, npt.NDArray[np.int64], npt.NDArray[np.float64]]]:
+def _fixed(curves: list[_Curve], fixes: list[_Fix]) -> Iterator[tuple[int, Ints, Floats]]:
     """Apply the fixes of each group alone; yield a label, groups and the label's AP after the fixes of each group.
 
     Each group is yielded once with every label that it concerns.

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 from torch import nn
 
 from resdet.data.annotations import AnnotationTable
 from resdet.errors import DataError, name_some
-from resdet.types import Category
+from resdet.types import Category, Ints
 
 
 def model_categories(model: nn.Module) -> tuple[Category, ...]:
@@ -16,7 +15,7 @@ def model_categories(model: nn.Module) -> tuple[Category, ...]:
     return tuple(getattr(model, "categories", ()))
 
 
-def match_labels(model: nn.Module, table: AnnotationTable) -> npt.NDArray[np.int64] | None:
+def match_labels(model: nn.Module, table: AnnotationTable) -> Ints | None:
     """Return the dataset's label for each of the model's, int64 ``[K + 1]``, or None where they are the same.
 
     Classes are matched by name; if the model has no names (torchvision's own), their numbers are compared.

@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from resdet.data.annotations import AnnotationTable
 from resdet.errors import DataError
-from resdet.types import Detections
+from resdet.types import Bools, Detections, Floats, Ints
 
 COCO_IOU_THRESHOLDS: tuple[float, ...] = tuple(np.linspace(0.5, 0.95, 10).tolist())
 """0.5, 0.55, ..., 0.95, to the bit as pycocotools has them."""
@@ -46,13 +46,11 @@ class Overlaps:
         iou: float64 ``[P]``, in (0, 1].
     """
 
-    detection: npt.NDArray[np.int64]
-    box: npt.NDArray[np.int64]
-    iou: npt.NDArray[np.float64]
+    detection: Ints
+    box: Ints
+    iou: Floats
 
-    def best_box(
-        self, num_detections: int, which: npt.NDArray[np.bool_] | slice = slice(None)
-    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
+    def best_box(self, num_detections: int, which: Bools | slice = slice(None)) -> tuple[Ints, Floats]:
         """Return each detection's most overlapped box and their IoU, int64 and float64 ``[D]``.
 
         Only pairs of ``which`` count. Of equal overlaps it is the first box; without any, the box is -1 and the IoU 0.
@@ -88,19 +86,19 @@ class Matches:
         num_boxes: int64 ``[K + 1]``, boxes of each label that are not ignored.
     """
 
-    iou_thresholds: npt.NDArray[np.float64]
-    detection: npt.NDArray[np.int64]
-    labels: npt.NDArray[np.int64]
-    scores: npt.NDArray[np.float64]
-    rank: npt.NDArray[np.int64]
+    iou_thresholds: Floats
+    detection: Ints
+    labels: Ints
+    scores: Floats
+    rank: Ints
     box: npt.NDArray[np.int32]
-    ignored: npt.NDArray[np.bool_]
+    ignored: Bools
     detection_of_box: npt.NDArray[np.int32]
-    box_ignored: npt.NDArray[np.bool_]
-    num_boxes: npt.NDArray[np.int64]
+    box_ignored: Bools
+    num_boxes: Ints
 
     @property
-    def hits(self) -> npt.NDArray[np.bool_]:
+    def hits(self) -> Bools:
         """True positives, bool ``[T, M]``."""
         return (self.box >= 0) & ~self.ignored
 
@@ -210,9 +208,7 @@ def match_areas(
     )
 
 
-def _turns(
-    pairs: Overlaps, order: npt.NDArray[np.int64], rank: npt.NDArray[np.int64], num_detections: int
-) -> Iterator[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.float64]]]:
+def _turns(pairs: Overlaps, order: Ints, rank: Ints, num_detections: int) -> Iterator[tuple[Ints, Ints, Floats]]:
     """Yield the pairs of all detections of one rank at a time: column in ``order``, box and IoU, ``[P]`` each.
 
     Detections of equal rank are of different images or classes and never compete for a box, so all of them are matched
@@ -312,14 +308,14 @@ def check_detections(table: AnnotationTable, detections: Detections) -> None:
         )
 
 
-def to_xywh(boxes: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+def to_xywh(boxes: Floats) -> Floats:
     """Convert boxes ``(x1, y1, x2, y2)`` to ``(x, y, width, height)``, float64 ``[D, 4]``."""
     xywh = boxes.copy()
     xywh[:, 2:] -= xywh[:, :2]
     return xywh
 
 
-def _by_score(table: AnnotationTable, detections: Detections) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+def _by_score(table: AnnotationTable, detections: Detections) -> tuple[Ints, Ints]:
     """Return the rows of all detections in the order of ``Matches.detection``, and the rank of each of them."""
     image_place = np.argsort(np.argsort(table.image_ids, kind="stable"))  # [I], by image id
     order = np.lexsort((image_place[detections.image_index], -detections.scores, detections.labels))
@@ -331,9 +327,7 @@ def _by_score(table: AnnotationTable, detections: Detections) -> tuple[npt.NDArr
     return order, rank
 
 
-def _iou(
-    detections_xywh: npt.NDArray[np.float64], boxes_xywh: npt.NDArray[np.float64], crowd: npt.NDArray[np.bool_]
-) -> npt.NDArray[np.float64]:
+def _iou(detections_xywh: Floats, boxes_xywh: Floats, crowd: Bools) -> Floats:
     """Compute the IoU of each pair of rows, float64 ``[P]``; for crowd regions, the share of the detection inside."""
     x, y, w, h = detections_xywh.T
     box_x, box_y, box_w, box_h = boxes_xywh.T
@@ -342,6 +336,6 @@ def _iou(
     inter = width * height
     area = w * h
     union = np.where(crowd, area, area + box_w * box_h - inter)
-    iou: npt.NDArray[np.float64] = np.zeros_like(inter)
+    iou: Floats = np.zeros_like(inter)
     np.divide(inter, union, out=iou, where=(width > 0) & (height > 0))
     return iou

@@ -15,6 +15,7 @@ from resdet.data.annotations import AnnotationTable
 from resdet.data.dataset import DetectionDataset
 from resdet.evaluation.errors import ERROR_KINDS
 from resdet.evaluation.report_runs import MeasuredRun
+from resdet.types import Ints
 
 _MAX_SIDE = 640
 _JPEG_QUALITY = 80
@@ -76,7 +77,7 @@ def _data_url(image: npt.NDArray[np.uint8]) -> str:
     return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
 
 
-def _kind_of_detection(measured: MeasuredRun) -> npt.NDArray[np.int64]:
+def _kind_of_detection(measured: MeasuredRun) -> Ints:
     """Return each detection's kind, int64 ``[D]``, an index into ``_KINDS``."""
     errors = measured.errors.errors
     kinds = np.full(len(measured.run.evaluation.detections), _UNCOUNTED, dtype=np.int64)
@@ -109,7 +110,7 @@ def _ground_truth(table: AnnotationTable, measured: Sequence[MeasuredRun], index
     return boxes
 
 
-def _found(measured: MeasuredRun, kinds: npt.NDArray[np.int64], run: int, index: int) -> list[dict[str, Any]]:
+def _found(measured: MeasuredRun, kinds: Ints, run: int, index: int) -> list[dict[str, Any]]:
     """Return a run's detections in an image, the best last, so that they are drawn on top."""
     detections, errors = measured.run.evaluation.detections, measured.errors.errors
     of_image = errors.of_image(index)

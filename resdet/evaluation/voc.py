@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from resdet.data.annotations import AnnotationTable
 from resdet.evaluation.curves import UNDEFINED
 from resdet.evaluation.matching import overlaps
-from resdet.types import Detections
+from resdet.types import Bools, Detections
 
 
 @dataclass(frozen=True)
@@ -106,7 +105,7 @@ def voc_metrics(table: AnnotationTable, detections: Detections, *, iou_threshold
     )
 
 
-def _average_precision(hits: npt.NDArray[np.bool_], num_boxes: int) -> tuple[float, float]:
+def _average_precision(hits: Bools, num_boxes: int) -> tuple[float, float]:
     """Compute the area under the interpolated curve and the 11-point mean of one class's detections.
 
     Args:
