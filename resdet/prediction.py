@@ -98,10 +98,7 @@ def predict(
         WeightsError: If the model computes NaN or infinity.
         UserError: If this model does not support ``settings.tricks``.
     """
-    with (
-        inference(model, settings) as run,
-        tqdm(total=len(images), unit="image", disable=not settings.progress) as bar,
-    ):
+    with inference(model, settings) as run, tqdm(total=len(images), unit="image", disable=not settings.progress) as bar:
         for start in range(0, len(images), settings.batch_size):
             sources = images[start : start + settings.batch_size]
             paths = [None if isinstance(source, np.ndarray) else source for source in sources]

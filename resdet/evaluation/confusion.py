@@ -39,11 +39,7 @@ class ConfusionMatrix:
 
 
 def confusion_matrix(
-    table: AnnotationTable,
-    detections: Detections,
-    *,
-    score_threshold: float,
-    iou_threshold: float = 0.5,
+    table: AnnotationTable, detections: Detections, *, score_threshold: float, iou_threshold: float = 0.5
 ) -> ConfusionMatrix:
     """Count which class was detected as which.
 

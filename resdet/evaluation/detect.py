@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -80,7 +80,7 @@ def evaluate(
     labels = match_labels(model, dataset.table)
     found = detect(model, dataset, settings, team)
     if labels is not None:
-        found = Detections(found.image_index, found.boxes, labels[found.labels], found.scores)
+        found = replace(found, labels=labels[found.labels])
     return Evaluation(
         coco_metrics(dataset.table, found),
         voc_metrics(dataset.table, found),

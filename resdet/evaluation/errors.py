@@ -210,11 +210,7 @@ def find_errors(
 
 
 def _errors(
-    table: AnnotationTable,
-    detections: Detections,
-    matches: Matches,
-    place: Ints,
-    background_threshold: float,
+    table: AnnotationTable, detections: Detections, matches: Matches, place: Ints, background_threshold: float
 ) -> Errors:
     """Find every error; ``place`` is each detection's position by falling score."""
     (iou_threshold,) = matches.iou_thresholds.tolist()

@@ -141,11 +141,7 @@ def match(
     ignored (pycocotools overwrites such a flag by ``iscrowd``).
     """
     (matches,) = match_areas(
-        table,
-        detections,
-        iou_thresholds=iou_thresholds,
-        max_detections=max_detections,
-        area_ranges=(area_range,),
+        table, detections, iou_thresholds=iou_thresholds, max_detections=max_detections, area_ranges=(area_range,)
     )
     return matches
 

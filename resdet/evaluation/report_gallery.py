@@ -15,7 +15,7 @@ from resdet.data.annotations import AnnotationTable
 from resdet.data.dataset import DetectionDataset
 from resdet.evaluation.errors import ERROR_KINDS
 from resdet.evaluation.report_runs import MeasuredRun
-from resdet.types import Ints
+from resdet.types import Floats, Ints
 
 _MAX_SIDE = 640
 _JPEG_QUALITY = 80
@@ -37,12 +37,12 @@ def gallery(
     num_errors = np.bincount(error_rows, minlength=num_images)  # [I]
     order = np.lexsort((-num_errors, -loss.max(axis=0)))
     order = order[num_errors[order] > 0]
-    kinds = [_kind_of_detection(one) for one in measured]
+    verdicts = [_verdicts(one) for one in measured]
     shots: list[dict[str, Any]] = []
     num_bytes = 0
     for index in order[:max_images].tolist():
         boxes = _ground_truth(dataset.table, measured, index)
-        found = [box for run in range(len(measured)) for box in _found(measured[run], kinds[run], run, index)]
+        found = [box for run in range(len(measured)) for box in _found(measured[run], *verdicts[run], run, index)]
         picture = _data_url(dataset.image(index))
         num_bytes += len(picture) + _BYTES_PER_BOX * (len(boxes) + len(found))
         if num_bytes > max_bytes:
@@ -77,14 +77,14 @@ def _data_url(image: npt.NDArray[np.uint8]) -> str:
     return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
 
 
-def _kind_of_detection(measured: MeasuredRun) -> Ints:
-    """Return each detection's kind, int64 ``[D]``, an index into ``_KINDS``."""
-    errors = measured.errors.errors
-    kinds = np.full(len(measured.run.evaluation.detections), _UNCOUNTED, dtype=np.int64)
+def _verdicts(measured: MeasuredRun) -> tuple[Ints, Floats]:
+    """Return each detection's kind, an index into ``_KINDS``, and an error's IoU with its box, ``[D]`` each."""
+    errors, num = measured.errors.errors, len(measured.run.evaluation.detections)
+    kinds, iou = np.full(num, _UNCOUNTED, dtype=np.int64), np.zeros(num)
     kinds[measured.matches.detection[measured.matches.hits[0]]] = _HIT
     rows = np.flatnonzero(errors.detection >= 0)
-    kinds[errors.detection[rows]] = errors.kind[rows]
-    return kinds
+    kinds[errors.detection[rows]], iou[errors.detection[rows]] = errors.kind[rows], errors.iou[rows]
+    return kinds, iou
 
 
 def _ground_truth(table: AnnotationTable, measured: Sequence[MeasuredRun], index: int) -> list[dict[str, Any]]:
@@ -110,11 +110,9 @@ def _ground_truth(table: AnnotationTable, measured: Sequence[MeasuredRun], index
     return boxes
 
 
-def _found(measured: MeasuredRun, kinds: Ints, run: int, index: int) -> list[dict[str, Any]]:
+def _found(measured: MeasuredRun, kinds: Ints, iou: Floats, run: int, index: int) -> list[dict[str, Any]]:
     """Return a run's detections in an image, the best last, so that they are drawn on top."""
-    detections, errors = measured.run.evaluation.detections, measured.errors.errors
-    of_image = errors.of_image(index)
-    iou = dict(zip(errors.detection[of_image].tolist(), errors.iou[of_image].tolist(), strict=True))
+    detections = measured.run.evaluation.detections
     rows = np.flatnonzero(detections.image_index == index)
     rows = rows[np.argsort(detections.scores[rows], kind="stable")]
     found = []
@@ -126,7 +124,7 @@ def _found(measured: MeasuredRun, kinds: Ints, run: int, index: int) -> list[dic
                 "label": int(detections.labels[row]),
                 "score": detections.scores[row],
                 "kind": _KINDS[kinds[row]],
-                "iou": iou.get(row, 0.0),
+                "iou": iou[row],
                 "rect": (x1, y1, x2 - x1, y2 - y1),
             }
         )
