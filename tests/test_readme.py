@@ -1,69 +1,94 @@
-"""What README says is what there is."""
+"""Every README is true: its code runs, its paths, names and keys exist, its links lead somewhere.
 
+Python blocks are executed. Bash blocks are run by bash with every program replaced by a recorder, so that quoting,
+loops and variables are bash's own. Each command that was recorded is then run in a small world (a trained detector,
+photographs, another library's weights) or, where it takes long or needs several hosts, its options are parsed and its
+configuration is loaded. A block that needs anything unknown to this file fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import importlib
+import inspect
+import json
+import os
 import re
-import shlex
+import runpy
+import shutil
 import subprocess
 import sys
 import textwrap
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, get_args
 
+import benchmarks
 import pytest
 import torch
 import torchvision
+import yaml
+from PIL import Image
+from pydantic import BaseModel
+from torch.distributed.run import get_args_parser
 
-from resdet.config import load_config
+from resdet.classification.config import PretrainConfig, load_pretrain_config
+from resdet.config import Config, load_config
 from resdet.data.annotations import AnnotationTable
+from resdet.data.augment.pipeline import build_augment
 from resdet.data.dataset import DetectionDataset
 from resdet.data.loader import train_loader
 from resdet.data.shapes import ShapesImages, shapes_table
 from resdet.models.detector import Detector, build_detector
 from resdet.models.spec import DetectorSpec
 from resdet.training import guards
+from resdet.weights.convert_file import convert_file
 
 ROOT = Path(__file__).resolve().parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+FOLDERS = ("configs", "resdet", "tests", "tools")
+READMES = [ROOT / "README.md", *sorted(path for top in FOLDERS for path in (ROOT / top).rglob("README.md"))]
+TEXTS = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in READMES}
+MAX_LINES = 120  # of the first page
+MAX_PICTURE_BYTES = 300_000
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+@dataclass(frozen=True)
+class Block:
+    """A fenced block of code."""
+
+    readme: str
+    line: int
+    language: str
+    code: str
+
+    def __str__(self) -> str:
+        return f"{self.readme}:{self.line}"
 
 
-def test_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The block as it stands, with random weights where torch.hub would keep the downloaded ones."""
-    code = blocks("python")[0]
-    cache = tmp_path / "hub" / "checkpoints"
-    cache.mkdir(parents=True)
-    name = Path(torchvision.models.ResNet101_Weights.IMAGENET1K_V1.url).name
-    state = torchvision.models.resnet101(weights=None).state_dict()
-    state["bn1.bias"] += 0.1
-    torch.save(state, cache / name)
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    monkeypatch.chdir(tmp_path)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "(1, 256, 120, 160)" in done.stdout
-    assert (tmp_path / "r101.safetensors").exists()
+def find_blocks() -> Iterator[Block]:
+    for readme, text in TEXTS.items():
+        assert len(re.findall(r"^ *```", text, re.MULTILINE)) % 2 == 0, readme
+        for match in re.finditer(r"^( *)```(\w*)\n(.*?)^\1```$", text, re.MULTILINE | re.DOTALL):
+            line = text.count("\n", 0, match.start()) + 1
+            yield Block(readme, line, match[2], textwrap.dedent(match[3]))
 
 
-def test_python_that_reads_an_evaluation_runs() -> None:
-    (code,) = [block for block in blocks("python") if "find_errors" in block]
-    names = {"model": small_detector(), "dataset": DetectionDataset(*shapes(3), training=False)}
-    exec(code, names)  # no value of it is told here: tests/evaluation proves the numbers
-    assert names["evaluation"].metrics["AP"] >= 0  # type: ignore[attr-defined]
+BLOCKS = list(find_blocks())
 
 
-def test_python_that_repeats_a_step_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (code,) = [textwrap.dedent(block) for block in blocks("python") if "repeat_step" in block]
-    folder = tmp_path / "runs" / "mine"
-    folder.mkdir(parents=True)
-    model = small_detector()
-    batch = next(train_loader(DetectionDataset(*shapes(2), training=True), batch_size=1))
-    moment = guards.Moment(811, random_seed=0, rank=0, lr=0.1, precision="fp32", num_pieces=1)
-    guards.not_finite(moment, {"loss": torch.tensor(torch.nan)}, model, [batch], shapes(2)[0], folder)
-    monkeypatch.chdir(tmp_path)
-    names: dict[str, object] = {}
-    exec(code, names)
-    assert "loss_classifier" in names["losses"]  # type: ignore[operator]
+def blocks(language: str, readme: str | None = None) -> list[Block]:
+    return [block for block in BLOCKS if block.language == language and readme in (None, block.readme)]
+
+
+def test_every_block_is_of_a_language_that_is_tested() -> None:
+    assert [str(block) for block in BLOCKS if block.language not in ("python", "bash", "yaml")] == []
+    assert min(len(blocks(language)) for language in ("python", "bash", "yaml")) > 0
+
+
+# ---- the world
 
 
 def shapes(num_images: int) -> tuple[AnnotationTable, ShapesImages]:
@@ -75,36 +100,392 @@ def small_detector() -> Detector:
     return build_detector(spec, num_classes=4, categories=shapes(1)[0].categories)
 
 
-def commands() -> list[list[str]]:
-    text = "\n".join(blocks("bash")).replace("\\\n", " ")
-    parts = [part for line in text.splitlines() for part in re.split(r"&&", line)]
-    return [words for part in parts if (words := shlex.split(part, comments=True))]
+# What makes a recipe that needs no data finish in seconds.
+SMALL_DETECTION = (
+    *(f"data.{part}.{size}" for part in ("train", "val") for size in ("num_images=8", "image_size=64")),
+    *("model.min_size=64", "model.max_size=64", "model.out_channels=16", "model.box_head_channels=16"),
+    *("train.steps=2", "train.batch_size=4", "train.eval_every=null", "eval.num_pictures=1", "resume=auto"),
+)
+SMALL_CLASSIFICATION = ("train.epochs=null", "train.steps=2", "train.log_every=1", "train.batch_size=8", "resume=auto")
+WITHOUT_DATA = {"quickstart": SMALL_DETECTION, "pretrain_digits": SMALL_CLASSIFICATION}
 
 
-def test_every_training_command_has_a_valid_configuration() -> None:
-    found = 0
-    for words in commands():
-        if "tools/train.py" in words:  # after torchrun's own options too
-            config, *overrides = words[words.index("tools/train.py") + 1 :]
-            load_config(ROOT / config, overrides)
-            found += 1
-    assert found >= 5
+def write_coco(folder: Path, names: dict[str, str]) -> None:
+    """A folder of pictures of shapes, with one COCO json for each of ``names``, which differ in their seeds."""
+    for seed, (json_name, images_name) in enumerate(names.items()):
+        dataset = DetectionDataset(shapes_table(4, 96, seed), ShapesImages(96, seed), training=False)
+        (folder / images_name).mkdir(parents=True, exist_ok=True)
+        data: dict[str, list[Any]] = {"images": [], "annotations": [], "categories": []}
+        for index in range(4):
+            name = f"{seed}_{index}.jpg"
+            Image.fromarray(dataset.image(index)).save(folder / images_name / name)
+            data["images"].append({"id": index + 1, "file_name": name, "height": 96, "width": 96})
+        table = dataset.table
+        data["categories"] = [{"id": c.category_id, "name": c.name} for c in table.categories]
+        ids = {category.label: category.category_id for category in table.categories}
+        for row, image in enumerate(table.image_of_box().tolist()):
+            box = table.boxes_xywh[row].tolist()
+            data["annotations"].append(
+                {"id": row + 1, "image_id": image + 1, "category_id": ids[int(table.labels[row])], "bbox": box}
+                | {"area": float(table.area[row]), "iscrowd": 0}
+            )
+        (folder / json_name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / json_name).write_text(json.dumps(data))
 
 
-def test_every_tool_named_is_there() -> None:
-    tools = {word for words in commands() for word in words if word.startswith("tools/")}
-    assert tools >= {"tools/train.py", "tools/eval.py", "tools/predict.py", "tools/export.py"}
-    assert all((ROOT / tool).is_file() for tool in tools)
+def write_photograph(path: Path, seed: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(ShapesImages(96, seed)(0)).save(path)
 
 
-def test_ci_runs_the_commands_of_readme() -> None:
+def write_broken_step(folder: Path) -> None:
+    model = small_detector()
+    batch = next(train_loader(DetectionDataset(*shapes(2), training=True), batch_size=1))
+    moment = guards.Moment(811, random_seed=0, rank=0, lr=0.1, precision="fp32", num_pieces=1)
+    guards.not_finite(moment, {"loss": torch.tensor(torch.nan)}, model, [batch], shapes(2)[0], folder)
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Everything that the READMEs take for granted: a finished run, data, photographs, weights of others."""
+    world = tmp_path_factory.mktemp("readme") / "prepared"
+    shutil.copytree(ROOT / "configs", world / "configs")
+    for name in ("resdet", "tests", "tools"):
+        (world / name).symlink_to(ROOT / name)
+    run = world / "runs" / "mine"
+    with in_folder(world):
+        run_script(ROOT / "tools" / "train.py", "configs/quickstart.yaml", *SMALL_DETECTION, f"output_dir={run}")
+    write_broken_step(run)
+    shutil.copytree(run, world / "runs" / "other")
+    shutil.copy(run / "best.pt", world / "best.pt")
+    convert_file(run / "best.pt", "detectron2", world / "model_final_f6e8b1.pkl")
+    write_coco(world / "my", {"train.json": "images", "val.json": "images"})
+    names = {f"annotations/instances_{part}2017.json": f"{part}2017" for part in ("train", "val")}
+    write_coco(world / "data" / "coco", names)
+    for seed, path in enumerate(("photo.jpg", "folder/a.jpg", "folder/b.jpg", "bccd/JPEGImages/a.jpg")):
+        write_photograph(world / path, seed)
+    (world / ".venv" / "bin").mkdir(parents=True)
+    (world / ".venv" / "bin" / "activate").touch()
+    return world
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Random weights where torch.hub would keep the downloaded ones."""
+    folder = tmp_path_factory.mktemp("torch")
+    (folder / "hub" / "checkpoints").mkdir(parents=True)
+    state = torchvision.models.resnet101(weights=None).state_dict()
+    state["bn1.bias"] += 0.1
+    name = Path(torchvision.models.ResNet101_Weights.IMAGENET1K_V1.url).name
+    torch.save(state, folder / "hub" / "checkpoints" / name)
+    return folder
+
+
+@pytest.fixture
+def world(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of it, as the working directory."""
+    world = tmp_path / "world"
+    shutil.copytree(prepared, world, symlinks=True)
+    monkeypatch.chdir(world)
+    return world
+
+
+@contextmanager
+def in_folder(folder: Path) -> Iterator[None]:
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(before)
+
+
+# ---- python
+
+
+@pytest.mark.parametrize("block", blocks("python"), ids=str)
+def test_python_runs(
+    block: Block, world: Path, hub: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each block as it stands, with ``model`` and ``dataset`` as a reader of it would have them."""
+    monkeypatch.setenv("TORCH_HOME", str(hub))
+    names = {"model": small_detector(), "dataset": DetectionDataset(*shapes(3), training=False)}
+    exec(compile(block.code, str(block), "exec"), names)
+    if "export_backbone" in block.code:
+        assert "(1, 256, 120, 160)" in capsys.readouterr().out
+        assert (world / "r101.safetensors").exists()
+    if "find_errors" in block.code:
+        # No value of it is stated there: tests/evaluation proves the numbers.
+        assert names["evaluation"].metrics["AP"] >= 0  # type: ignore[attr-defined]
+    if "repeat_step" in block.code:
+        assert "loss_classifier" in names["losses"]  # type: ignore[operator]
+
+
+# ---- yaml
+
+
+@pytest.mark.parametrize("block", blocks("yaml"), ids=str)
+def test_yaml_is_part_of_a_valid_configuration(block: Block) -> None:
+    sections = yaml.safe_load(block.code)
+    overrides = [f"{key}={yaml.safe_dump(value, default_flow_style=True)}" for key, value in sections.items()]
+    config = load_config(ROOT / "configs" / "quickstart.yaml", overrides)
+    build_augment(config.augment)
+
+
+# ---- bash
+
+RECORDER = """#!/bin/sh
+{ printf '%s\\0' "${0##*/}" "$@"; printf '\\n\\0'; } >> "$RECORDED"
+"""
+PROGRAMS = {
+    "python": RECORDER,
+    "python3": RECORDER,
+    "pip": RECORDER,
+    "torchrun": RECORDER,
+    "srun": RECORDER + 'exec "$@"\n',
+    "scontrol": "#!/bin/sh\nprintf 'host1\\nhost2\\n'\n",
+    "head": f'#!/bin/sh\nexec {shutil.which("head")} "$@"\n',
+}
+
+
+def record(block: Block, world: Path) -> list[list[str]]:
+    """Run a block by bash; give the command lines of the programs that it started."""
+    programs, recorded = world / "programs", world / "recorded"
+    programs.mkdir(exist_ok=True)
+    for name, text in PROGRAMS.items():
+        (programs / name).write_text(text)
+        (programs / name).chmod(0o755)
+    recorded.write_text("")
+    environment = {"PATH": str(programs), "RECORDED": str(recorded), "SLURM_JOB_ID": "1", "SLURM_JOB_NODELIST": "host"}
+    bash = shutil.which("bash")
+    assert bash is not None
+    done = subprocess.run(
+        [bash, "-euo", "pipefail", "-c", block.code],
+        cwd=world,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, f"{block}: {done.stderr}"
+    lines = recorded.read_text().split("\n\0")[:-1]
+    commands = [line.removesuffix("\0").split("\0") for line in lines]
+    assert commands, f"{block}: starts no program"
+    return commands
+
+
+class Parsed(BaseException):
+    """The options of a command were accepted."""
+
+
+def run_script(script: Path, *arguments: str, expected: tuple[int, ...] = (0,)) -> None:
+    """Run a script in this process as a user would start it."""
+    before = sys.argv
+    sys.argv = [str(script), *arguments]
+    try:
+        runpy.run_path(str(script), run_name="__main__")
+        code: object = 0
+    except SystemExit as end:
+        code = end.code or 0
+    finally:
+        sys.argv = before
+    assert code in expected, f"{script.name} {' '.join(arguments)}: exit code {code}"
+
+
+def parse_only(script: Path, *arguments: str) -> None:
+    """Run a script up to the point where its options have been accepted."""
+
+    def parsed(parse: Callable[..., Any]) -> Callable[..., Any]:
+        def parse_and_stop(*args: Any, **kwargs: Any) -> Any:
+            parse(*args, **kwargs)
+            raise Parsed
+
+        return parse_and_stop
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("parse_args", "parse_intermixed_args"):
+            patch.setattr(argparse.ArgumentParser, name, parsed(getattr(argparse.ArgumentParser, name)))
+        with pytest.raises(Parsed):
+            run_script(script, *arguments)
+
+
+def check_training(script: Path, *arguments: str, load: Callable[..., Any]) -> None:
+    """Load the configuration with its overrides; and train some steps where that needs no data."""
+    parse_only(script, *arguments)
+    config, *overrides = arguments
+    load(config, overrides)
+    for name, small in WITHOUT_DATA.items():
+        if Path(config).name.startswith(name):
+            run_script(script, *arguments, *small)
+
+
+def check_benchmark(script: Path, *arguments: str) -> None:
+    """Have the settings read by their names and types, and nothing measured."""
+    seen = []
+
+    def measured(work: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(work)
+        def note(**settings: Any) -> str:
+            inspect.signature(work).bind(**settings)
+            seen.append(settings)
+            return ""
+
+        return note
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name, work in benchmarks.WORK.items():
+            patch.setitem(benchmarks.WORK, name, measured(work))
+        run_script(script, *arguments)
+    assert len(seen) == 1
+
+
+def check_pytest(*arguments: str) -> None:
+    parser = argparse.ArgumentParser(exit_on_error=False)
+    parser.add_argument("-m", choices=["slow", "gpu"])
+    parser.add_argument("-k", default="")
+    parser.add_argument("-n", type=int)
+    parser.add_argument("paths", nargs="*", type=Path)
+    options = parser.parse_args(arguments)
+    for path in options.paths:
+        assert path.exists()
+        assert options.k in path.read_text(), path
+
+
+def run_or_parse(script: Path, *arguments: str) -> None:
+    """Run it, but for int8 where the processor has no instructions for it."""
+    needs_vnni = script.stem == "quantize" or any(Path(argument).name == "int8.pt" for argument in arguments)
+    if needs_vnni and not torch.cpu._is_vnni_supported():
+        parse_only(script, *arguments)
+    else:
+        run_script(script, *arguments)
+
+
+TREATMENTS: dict[str, Callable[..., None]] = {
+    "tools/train.py": functools.partial(check_training, load=load_config),
+    "tools/pretrain.py": functools.partial(check_training, load=load_pretrain_config),
+    "tools/benchmark.py": check_benchmark,
+    "tests/measures.py": lambda script, *arguments: None,
+    **dict.fromkeys(
+        [f"tools/{name}.py" for name in ("check_data", "convert", "describe", "eval", "eval_classifier")], run_or_parse
+    ),
+    **dict.fromkeys([f"tools/{name}.py" for name in ("export", "predict", "quantize")], run_or_parse),
+}
+"""What is done with each script."""
+
+
+def treat(program: str, *arguments: str) -> None:
+    """Run or check one command."""
+    if program == "pip":
+        install, editable, what = arguments
+        assert (install, editable) == ("install", "-e")
+        extra = re.fullmatch(r"\.(?:\[(\w+)\])?", what)
+        assert extra
+        assert extra[1] is None or re.search(rf"^{extra[1]} = \[", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    elif program == "srun":
+        assert arguments[0] == "torchrun"  # which srun starts
+    elif program == "torchrun":
+        options = get_args_parser().parse_args(arguments)
+        assert options.training_script == "tools/train.py"
+        load_config(options.training_script_args[0], options.training_script_args[1:])
+    elif arguments[:2] == ("-m", "pytest"):
+        check_pytest(*arguments[2:])
+    elif arguments[:2] == ("-m", "venv"):
+        assert arguments[2:] == (".venv",)
+    elif arguments[0] == "-m":
+        run_script(Path(str(importlib.util.find_spec(arguments[1]).origin)), *arguments[2:])  # type: ignore[union-attr]
+    else:
+        assert arguments[0] in TREATMENTS, f"{arguments[0]}: no known treatment"
+        script = ROOT / arguments[0]
+        assert script.is_file()
+        TREATMENTS[arguments[0]](script, *arguments[1:])
+
+
+@pytest.mark.parametrize("readme", [readme for readme in TEXTS if blocks("bash", readme)])
+def test_bash_runs(readme: str, world: Path) -> None:
+    """The blocks of a README in their order: later ones use what earlier ones wrote."""
+    for block in blocks("bash", readme):
+        for command in record(block, world):
+            try:
+                treat(*command)
+            except BaseException as error:
+                error.add_note(f"{block}: {' '.join(command)}") if hasattr(error, "add_note") else None
+                raise
+
+
+def test_ci_runs_the_commands_of_the_first_page() -> None:
     script = (ROOT / ".ci" / "run").read_text()
-    install, test = next(b for b in blocks("bash") if "pytest" in b).strip().split(" && ")
+    install, test = next(b for b in blocks("bash", "README.md") if "pytest" in b.code).code.strip().split(" && ")
     assert install in script.replace(" --quiet --disable-pip-version-check", "").replace("python -m pip", "pip")
     assert test in script
 
 
-def test_every_path_named_exists() -> None:
-    named = re.findall(r"`((?:resdet|configs|tools|tests)/[\w./]*)`", README)
-    assert len(named) > 5
+# ---- text
+
+
+def prose(readme: str) -> str:
+    """A README without its blocks."""
+    return re.sub(r"^( *)```.*?^\1```$", "", TEXTS[readme], flags=re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("readme", TEXTS)
+def test_every_path_named_exists(readme: str) -> None:
+    named = re.findall(r"`((?:resdet|configs|tools|tests)/[\w./]*)`", TEXTS[readme])
     assert [path for path in named if not (ROOT / path).exists()] == []
+
+
+def test_enough_paths_are_named() -> None:
+    assert len(re.findall(r"`((?:resdet|configs|tools|tests)/[\w./]*)`", "".join(TEXTS.values()))) > 40
+
+
+@pytest.mark.parametrize("readme", TEXTS)
+def test_every_module_and_name_of_the_package_exists(readme: str) -> None:
+    for dotted in re.findall(r"`(resdet(?:\.\w+)+)", prose(readme)):
+        parts = dotted.split(".")
+        depth = len(parts)
+        while depth > 1 and importlib.util.find_spec(".".join(parts[:depth])) is None:
+            depth -= 1
+        functools.reduce(getattr, parts[depth:], importlib.import_module(".".join(parts[:depth])))
+
+
+def keys_of(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    for name, field in section.model_fields.items():
+        yield prefix + name
+        annotation = field.annotation
+        for kind in (annotation, *get_args(annotation)):
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                yield from keys_of(kind, f"{prefix}{name}.")
+
+
+@pytest.mark.parametrize("readme", TEXTS)
+def test_every_key_of_a_configuration_exists(readme: str) -> None:
+    known = {*keys_of(Config), *keys_of(PretrainConfig)}
+    sections = "|".join(sorted({key.split(".")[0] for key in known}))
+    named = re.findall(rf"`((?:{sections})\.[a-z_][\w.]*\w)[`=]", prose(readme))
+    assert [key for key in named if key not in known and not key.endswith(".py")] == []
+
+
+def anchors(text: str) -> set[str]:
+    """The anchors that GitHub gives to headings."""
+    titles = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("readme", TEXTS)
+def test_every_link_leads_somewhere(readme: str) -> None:
+    for target in re.findall(r"\]\((?!https?://)([^)]+)\)", prose(readme)):
+        name, _, anchor = target.partition("#")
+        path = (ROOT / readme).parent / name if name else ROOT / readme
+        assert path.exists(), target
+        assert not anchor or anchor in anchors(path.read_text(encoding="utf-8")), target
+
+
+def test_the_first_page_is_short_and_leads_to_all_others() -> None:
+    assert len(TEXTS["README.md"].splitlines()) <= MAX_LINES
+    linked = {target.partition("#")[0] for target in re.findall(r"\]\(([^)]+)\)", TEXTS["README.md"])}
+    assert {readme for readme in TEXTS if readme not in linked} == {"README.md"}
+
+
+def test_pictures_are_small_and_used() -> None:
+    for picture in (ROOT / ".github" / "pictures").iterdir():
+        assert picture.stat().st_size <= MAX_PICTURE_BYTES, picture.name
+        assert any(f"pictures/{picture.name})" in text for text in TEXTS.values()), picture.name
