@@ -433,6 +433,15 @@ def test_every_path_named_exists(readme: str) -> None:
     assert [path for path in named if not (ROOT / path).exists()] == []
 
 
+@pytest.mark.parametrize("readme", TEXTS)
+def test_every_file_of_code_named_exists(readme: str) -> None:
+    """Written from the README's own folder, from the package or from the commands."""
+    folders = [(ROOT / readme).parent, ROOT, ROOT / "resdet", ROOT / "tools"]
+    kinds = r"\.py|/" if readme.startswith("resdet/") else r"\.py"
+    named = [name for name in re.findall(rf"`([a-z][\w./]*(?:{kinds}))[` ]", prose(readme)) if name != "folder/"]
+    assert [name for name in named if not any((folder / name).exists() for folder in folders)] == []
+
+
 def test_enough_paths_are_named() -> None:
     assert len(re.findall(r"`((?:resdet|configs|tools|tests)/[\w./]*)`", "".join(TEXTS.values()))) > 40
 
