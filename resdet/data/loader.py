@@ -25,7 +25,10 @@ from resdet.data.dataset import DetectionDataset
 from resdet.data.order import REPEAT_THRESHOLD, Sampling, TrainBatches, image_order
 from resdet.data.workers import STALL_SECONDS, Keys, load_batches
 from resdet.errors import UserError
+from resdet.processes import Processes
 from resdet.types import Target
+
+_ALONE = Processes(0, 1, torch.device("cpu"))
 
 
 class Batch(NamedTuple):
@@ -59,33 +62,29 @@ def piece_slices(num_images: int, num_pieces: int) -> list[slice]:
 
 def train_loader(
     dataset: DetectionDataset,
+    team: Processes = _ALONE,
     *,
     batch_size: int,
     num_micro_batches: int = 1,
     num_workers: int = 0,
-    pin_memory: bool = False,
     stall_seconds: float = STALL_SECONDS,
     sampling: Sampling = "uniform",
     repeat_threshold: float = REPEAT_THRESHOLD,
     seed: int = 0,
-    rank: int = 0,
-    world_size: int = 1,
     start_batch: int = 0,
 ) -> Iterator[Batch]:
     """Yield this process's micro-batches without end, in the order of ``TrainBatches``.
 
     Args:
         dataset: Images and targets.
-        batch_size: As for ``TrainBatches``, like ``num_micro_batches``, ``seed`` and all arguments from ``rank`` on.
+        team: The processes that share the images. Batches for a CUDA device are pinned.
+        batch_size: As for ``TrainBatches``, like ``num_micro_batches``, ``seed`` and ``start_batch``.
         num_micro_batches: Micro-batches of an optimizer step in this process.
-        num_workers: As for ``load_batches``, like ``pin_memory`` and ``stall_seconds``. Batches do not depend on it.
-        pin_memory: Whether the run is on a CUDA device.
+        num_workers: As for ``load_batches``, like ``stall_seconds``. Batches do not depend on it.
         stall_seconds: Waiting time after which a warning is logged.
         sampling: How often each image is drawn, as for ``image_order``.
         repeat_threshold: As for ``image_order``.
         seed: Decides order and augmentation.
-        rank: This process's number.
-        world_size: Number of processes.
         start_batch: Optimizer steps already done by an interrupted run.
 
     Raises:
@@ -97,44 +96,35 @@ def train_loader(
         dataset.table.sizes,
         batch_size,
         order=image_order(sampling, dataset.table, dataset.trained, repeat_threshold=repeat_threshold),
-        rank=rank,
-        world_size=world_size,
+        rank=team.rank,
+        world_size=team.world_size,
         num_micro_batches=num_micro_batches,
         seed=seed,
         start_batch=start_batch,
     )
-    packed = load_batches(
-        partial(_pack, dataset), keys, num_workers=num_workers, pin_memory=pin_memory, stall_seconds=stall_seconds
-    )
+    pin_memory, make = team.device.type == "cuda", partial(_pack, dataset)
+    packed = load_batches(make, keys, num_workers=num_workers, pin_memory=pin_memory, stall_seconds=stall_seconds)
     return map(_unpacked, packed)
 
 
 def eval_loader(
-    dataset: DetectionDataset,
-    *,
-    batch_size: int,
-    num_workers: int = 0,
-    pin_memory: bool = False,
-    rank: int = 0,
-    world_size: int = 1,
+    dataset: DetectionDataset, team: Processes = _ALONE, *, batch_size: int, num_workers: int = 0
 ) -> Iterator[Batch]:
     """Yield this process's share of the images, as ``eval_keys`` divides them.
 
     Args:
         dataset: Images and targets.
+        team: The processes that share the images. Batches for a CUDA device are pinned.
         batch_size: Images of a forward pass in this process.
-        num_workers: As for ``load_batches``, like ``pin_memory``.
-        pin_memory: Whether the model is on a CUDA device.
-        rank: This process's number.
-        world_size: Number of processes.
+        num_workers: As for ``load_batches``.
 
     Raises:
         DataError: While iterating, if an image cannot be read.
         WorkerError: As from ``load_batches``.
     """
-    keys = eval_keys(len(dataset), batch_size, rank=rank, world_size=world_size)
-    packed = load_batches(partial(_pack, dataset), keys, num_workers=num_workers, pin_memory=pin_memory)
-    return map(_unpacked, packed)
+    keys = eval_keys(len(dataset), batch_size, rank=team.rank, world_size=team.world_size)
+    pin_memory, make = team.device.type == "cuda", partial(_pack, dataset)
+    return map(_unpacked, load_batches(make, keys, num_workers=num_workers, pin_memory=pin_memory))
 
 
 def eval_keys(num_images: int, batch_size: int, *, rank: int, world_size: int) -> list[list[tuple[int, int]]]:

@@ -43,14 +43,7 @@ def device_for(model: nn.Module, name: Literal["auto", "cpu", "cuda"]) -> torch.
 
 def own_batches(dataset: DetectionDataset, settings: InferenceSettings, team: Processes) -> Iterator[Batch]:
     """Return this process's share of a dataset's images, each once, in batches."""
-    return eval_loader(
-        dataset,
-        batch_size=settings.batch_size,
-        num_workers=settings.num_workers,
-        pin_memory=team.device.type == "cuda",
-        rank=team.rank,
-        world_size=team.world_size,
-    )
+    return eval_loader(dataset, team, batch_size=settings.batch_size, num_workers=settings.num_workers)
 
 
 @contextmanager

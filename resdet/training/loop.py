@@ -124,16 +124,14 @@ def train(config: Config) -> TrainResult:
 
         batches = train_loader(
             train_set,
+            team,
             batch_size=batch_size,
             num_micro_batches=config.train.accumulate,
             num_workers=config.loader.num_workers,
-            pin_memory=team.device.type == "cuda",
             stall_seconds=config.loader.stall_seconds,
             sampling=config.loader.sampling,
             repeat_threshold=config.loader.repeat_threshold,
             seed=config.seed,
-            rank=team.rank,
-            world_size=team.world_size,
             start_batch=state.step,
         )
         parallel = team.parallel(model)

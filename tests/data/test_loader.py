@@ -19,7 +19,9 @@ from resdet.data.order import TrainBatches, image_order
 from resdet.data.shapes import ShapesImages, shapes_table
 from resdet.data.workers import WorkerError
 from resdet.errors import DataError
+from resdet.processes import Processes
 
+CPU = torch.device("cpu")
 linux_only = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
 
@@ -90,7 +92,7 @@ def test_every_image_is_evaluated_once_over_all_processes(num_images, world_size
     dataset = shapes_dataset(num_images, training=False)
     seen = []
     for rank in range(world_size):
-        batches = list(eval_loader(dataset, batch_size=batch_size, rank=rank, world_size=world_size))
+        batches = list(eval_loader(dataset, Processes(rank, world_size, CPU), batch_size=batch_size))
         share = [index for batch in batches for index in batch.indices]
         assert share == list(range(rank, num_images, world_size))
         assert all(len(batch.images) <= batch_size for batch in batches)

@@ -14,6 +14,9 @@ from resdet.data.dataset import DetectionDataset
 from resdet.data.loader import eval_loader, train_loader
 from resdet.data.shapes import ShapesImages, shapes_table
 from resdet.errors import DataError
+from resdet.processes import Processes
+
+ON_CPU, ON_CUDA = (Processes(0, 1, torch.device(name)) for name in ("cpu", "cuda"))
 
 
 def shapes_dataset(images=None, *, training=True):
@@ -51,8 +54,8 @@ def pinning(monkeypatch):
 
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_a_run_on_the_cpu_of_a_host_with_cuda_pins_nothing(pinning, num_workers):
-    next(train_loader(shapes_dataset(), batch_size=2, num_workers=num_workers))
-    list(eval_loader(shapes_dataset(training=False), batch_size=2, num_workers=num_workers))
+    next(train_loader(shapes_dataset(), ON_CPU, batch_size=2, num_workers=num_workers))
+    list(eval_loader(shapes_dataset(training=False), ON_CPU, batch_size=2, num_workers=num_workers))
     assert pinning.copies == []
 
 
@@ -60,7 +63,7 @@ def test_a_run_on_the_cpu_of_a_host_with_cuda_pins_nothing(pinning, num_workers)
 def test_images_and_targets_are_pinned_in_few_pieces(pinning, num_workers):
     plain = next(train_loader(shapes_dataset(), batch_size=4))
     assert pinning.copies == []
-    loader = train_loader(shapes_dataset(), batch_size=4, num_workers=num_workers, pin_memory=True)
+    loader = train_loader(shapes_dataset(), ON_CUDA, batch_size=4, num_workers=num_workers)
     batch = next(loader)
     del loader  # else a worker's next batches are pinned meanwhile
     for image, target, plain_image, plain_target in zip(
@@ -87,11 +90,11 @@ class Slow:
         return np.full((64, 64, 3), index, dtype=np.uint8)
 
 
-@pytest.mark.parametrize("pin_memory", [False, True])
-def test_a_stall_is_noticed_and_waited_for(pinning, caplog, pin_memory):
+@pytest.mark.parametrize("team", [ON_CPU, ON_CUDA], ids=["cpu", "cuda"])
+def test_a_stall_is_noticed_and_waited_for(pinning, caplog, team):
     expected = [batch.indices for _, batch in zip(range(3), train_loader(shapes_dataset(), batch_size=2), strict=False)]
     dataset = shapes_dataset(Slow(0.4))
-    loader = train_loader(dataset, batch_size=2, num_workers=1, pin_memory=pin_memory, stall_seconds=0.25)
+    loader = train_loader(dataset, team, batch_size=2, num_workers=1, stall_seconds=0.25)
     batches = [next(loader) for _ in range(3)]
     assert [batch.indices for batch in batches] == expected
     assert all((image == index).all() for b in batches for image, index in zip(b.images, b.indices, strict=True))
@@ -113,7 +116,7 @@ def test_no_stall_is_noticed_where_none_is(caplog, num_workers):
 
 def test_a_dead_pinning_thread_is_no_stall(pinning, monkeypatch):
     monkeypatch.setattr(torch.utils.data._utils.pin_memory, "_pin_memory_loop", lambda *args: None)
-    loader = train_loader(shapes_dataset(), batch_size=2, num_workers=1, pin_memory=True, stall_seconds=0.2)
+    loader = train_loader(shapes_dataset(), ON_CUDA, batch_size=2, num_workers=1, stall_seconds=0.2)
     with pytest.raises(RuntimeError, match=r"^the thread that pins batches died"):
         next(loader)
 
