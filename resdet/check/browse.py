@@ -150,7 +150,7 @@ def _picture(dataset: DetectionDataset, sample: Sample, max_side: int) -> _Pictu
     height, width = sample.image.shape[:2]
     names = {category.label: category.name for category in dataset.categories}
     sides = sample.boxes[:, 2:] - sample.boxes[:, :2]
-    learned = dataset.learned(sample)
+    learned = dataset.is_target(sample)
     boxes = []
     # The largest first: smaller boxes lie on top, where the mouse finds them.
     for row in np.argsort(-sides.prod(axis=1), kind="stable").tolist():

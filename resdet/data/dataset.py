@@ -209,13 +209,13 @@ class DetectionDataset(Dataset[tuple[Tensor, Target]]):
         except DataError as error:
             raise DataError(f"image {sample.image_id}: {error}") from error
 
-    def learned(self, sample: Sample) -> npt.NDArray[np.bool_]:
+    def is_target(self, sample: Sample) -> npt.NDArray[np.bool_]:
         """Return which boxes of a sample are targets, bool ``[N]``: no crowd regions, difficult ones only if used."""
         return ~(sample.crowd if self._use_difficult else sample.crowd | sample.difficult)
 
     def target_of(self, sample: Sample) -> Target:
         """Return a sample's target."""
-        keep = self.learned(sample)
+        keep = self.is_target(sample)
         return Target(
             boxes=torch.from_numpy(sample.boxes[keep]),  # float32 [N, 4]
             labels=torch.from_numpy(sample.labels[keep]),

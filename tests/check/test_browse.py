@@ -58,7 +58,7 @@ def expected_boxes(dataset, sample):
     height, width = sample.image.shape[:2]
     scale = np.array([width, height, width, height]) / 100
     places = np.concatenate([sample.boxes[:, :2], sample.boxes[:, 2:] - sample.boxes[:, :2]], axis=1) / scale
-    columns = zip(places.tolist(), sample.labels.tolist(), (~dataset.learned(sample)).tolist(), strict=True)
+    columns = zip(places.tolist(), sample.labels.tolist(), (~dataset.is_target(sample)).tolist(), strict=True)
     return sorted((*place, label, left_out) for place, label, left_out in columns)
 
 

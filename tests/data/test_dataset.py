@@ -155,7 +155,7 @@ def test_a_sample_holds_crowd_and_difficult_boxes_and_the_target_does_not():
     assert sample.annotation_ids.tolist() == [0, 1, 3]
     assert sample.crowd.tolist() == [False, True, False]
     assert sample.difficult.tolist() == [False, False, True]
-    assert dataset.learned(sample).tolist() == [True, False, False]
+    assert dataset.is_target(sample).tolist() == [True, False, False]
     assert dataset[0, 5][1]["boxes"].tolist() == [[47, 1, 56, 10]]
     assert dataset.stored(0).boxes[0].tolist() == [40, 1, 49, 10]
     difficult = DetectionDataset(table, blank, training=True, use_difficult=True)
