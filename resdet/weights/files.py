@@ -21,7 +21,7 @@ from pydantic import ValidationError
 from safetensors import safe_open
 
 from resdet.errors import WeightsError, first_line
-from resdet.models.spec import CONVENTIONS, WEIGHTS_FACTS, WEIGHTS_FIELDS, DetectorSpec
+from resdet.models.spec import CONVENTIONS, WEIGHTS_FIELDS, DetectorSpec
 from resdet.types import Category, categories_from_plain
 from resdet.weights.convert import to_torchvision
 from resdet.weights.formats import FACTS_ENTRY, OWN_LAYOUTS, body_prefix, carried_facts, kind_of, tensors_in
@@ -103,7 +103,8 @@ def weights_in(content: Mapping[str, Any], path: Path, metadata: Mapping[str, st
     if name in (DETECTOR_FORMAT, INT8_FORMAT):
         return _own_detector(path, content, tensors)
     left_over: tuple[str, ...] = ()
-    facts = carried_facts(content)
+    facts, exported = carried_facts(content), _exported(metadata)
+    # Names alone do not decide: mmdetection's bodies have torchvision's, and other channels.
     if facts["format"] in OWN_LAYOUTS if facts else body_prefix(tensors) is not None:
         tensors = modern_names(tensors)
         kind = kind_of(tensors)
@@ -112,16 +113,14 @@ def weights_in(content: Mapping[str, Any], path: Path, metadata: Mapping[str, st
             converted = to_torchvision(content)
         except WeightsError as error:
             raise WeightsError(f"{path}: holds no ResNet that is known here: {error}") from error
-        kind, facts, left_over = converted.kind, converted.facts, converted.left_over
-        if any(tensor.startswith("roi_heads.") for tensor in tensors):
-            kind = "detector"  # of a kind that has no counterpart here: whoever needs one is told what it lacks
-        tensors = converted.tensors
-    exported = _exported(metadata) if name == BACKBONE_FORMAT else {}
+        # Heads without class scores are a detector too, though none that can be built here.
+        kind = "detector" if any(tensor.startswith("roi_heads.") for tensor in tensors) else converted.kind
+        tensors, facts, left_over = converted.tensors, converted.facts, converted.left_over
     return WeightsFile(
         path,
         kind,
         tensors,
-        _exported_settings(exported) if exported else _settings(facts, kind),
+        _settings(exported or facts, kind),
         content,
         format=name,
         facts=facts,
@@ -224,24 +223,21 @@ def _own_detector(path: Path, content: Mapping[str, Any], tensors: Tensors) -> W
 
 
 def _exported(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """Return the description that ``export_backbone`` wrote; {} if there is none or it is unreadable."""
+    if metadata.get("format") != BACKBONE_FORMAT:
+        return {}
     try:
         description = json.loads(metadata.get("backbone", ""))
-    except ValueError:  # load_backbone says what it misses in an empty description
-        description = None
+    except ValueError:
+        return {}
     return description if isinstance(description, dict) else {}
 
 
-def _exported_settings(exported: Mapping[str, Any]) -> dict[str, Any]:
-    fields = {name: exported[name] for name in WEIGHTS_FIELDS if name in exported}
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
-
-
-def _settings(facts: Mapping[str, Any], kind: str) -> dict[str, Any]:
-    """Return the settings that a file's facts imply: for another library's detector, all of that library's ways."""
-    if not facts:
-        return {}
-    settings = {name: tuple(facts[name]) if isinstance(facts[name], list) else facts[name] for name in WEIGHTS_FACTS}
-    library = facts["format"]
+def _settings(stated: Mapping[str, Any], kind: str) -> dict[str, Any]:
+    """Return the settings that a file states; for another library's detector, all of that library's conventions too."""
+    settings = {name: stated[name] for name in WEIGHTS_FIELDS if name in stated}
+    settings = {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
+    library = stated.get("format", "torchvision")
     if kind != "detector" or library in OWN_LAYOUTS:
         return settings
     ways = {name: DetectorSpec.model_fields[name].default for name in WEIGHTS_FIELDS} | CONVENTIONS.get(library, {})

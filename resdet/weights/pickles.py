@@ -1,9 +1,9 @@
-"""Pickles of strangers, read without running anything they name: arrays, numbers, strings and plain containers.
+"""Read untrusted pickles of arrays, numbers, strings and plain containers, without running anything they name.
 
 The model zoos of detectron2 and Detectron are pickles, and a pickle is a program: loading one may call any function it
-names. Here a name stands for one of the few stand-ins below or is refused before anything is called, and even numpy is
-kept out until the file is read: its own ``__setstate__`` trusts what it is given (a forged dtype makes bytes into
-pointers). Only afterwards are arrays made, over the bytes the file really holds.
+names. Here a name resolves to one of the few stand-ins below or is refused before anything is called. Not even numpy
+takes part: its ``__setstate__`` trusts its input (a forged dtype turns bytes into pointers). Arrays are built at the
+end, over the bytes that the file really holds. (``torch.load(weights_only=True)`` refuses numpy's arrays.)
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import pickle
 import pickletools
 from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -83,16 +84,14 @@ def _check_opcodes(content: mmap.mmap, path: Path) -> None:
             raise WeightsError(f"{path}: is damaged: it numbers its {count} objects up to {argument}")
 
 
+@dataclass(slots=True, eq=False)
 class _Array:
     """The state in an array's pickle, not yet an array."""
 
-    __slots__ = ("data", "dtype", "fortran", "shape")
-
-    def __init__(self) -> None:
-        self.shape: Any = None
-        self.dtype: Any = None
-        self.fortran: Any = False
-        self.data: Any = None
+    shape: Any = None
+    dtype: Any = None
+    fortran: Any = False
+    data: Any = None
 
     def __setstate__(self, state: Any) -> None:
         # (version, shape, dtype, is_fortran, data); version 0 had no version.
@@ -115,14 +114,12 @@ class _DType:
         self.order = state[1]
 
 
+@dataclass(slots=True, eq=False)
 class _Scalar:
     """The arguments in a numpy scalar's pickle."""
 
-    __slots__ = ("data", "dtype")
-
-    def __init__(self, dtype: Any, data: Any) -> None:
-        self.dtype = dtype
-        self.data = data
+    dtype: Any
+    data: Any
 
 
 class _Allowed:
@@ -149,9 +146,7 @@ def _reconstruct(*arguments: Any) -> _Array:
 
 
 def _from_buffer(data: Any, dtype: Any, shape: Any, order: Any) -> _Array:
-    array = _Array()
-    array.shape, array.dtype, array.fortran, array.data = shape, dtype, order == "F", data
-    return array
+    return _Array(shape, dtype, order == "F", data)
 
 
 def _encode(text: Any, encoding: Any) -> bytes:
@@ -161,23 +156,15 @@ def _encode(text: Any, encoding: Any) -> bytes:
     return str(text).encode("latin-1")
 
 
-def _empty_bytes() -> bytes:
-    return b""
-
-
-def _ordered_dict(pairs: Any = ()) -> OrderedDict[Any, Any]:
-    return OrderedDict(pairs)
-
-
 _FUNCTIONS: dict[tuple[str, str], Callable[..., Any]] = {
-    ("collections", "OrderedDict"): _ordered_dict,
+    ("collections", "OrderedDict"): OrderedDict,
     ("_codecs", "encode"): _encode,
     ("numpy", "dtype"): _DType,
     # The class of arrays is only ever an argument of _reconstruct.
     ("numpy", "ndarray"): _reconstruct,
 }
 for _builtins in ("builtins", "__builtin__"):
-    _FUNCTIONS[_builtins, "bytes"] = _empty_bytes
+    _FUNCTIONS[_builtins, "bytes"] = lambda: b""  # with a number, bytes would allocate that many
     _FUNCTIONS[_builtins, "set"] = set
     _FUNCTIONS[_builtins, "frozenset"] = frozenset
 for _package in ("numpy.core", "numpy._core"):

@@ -74,7 +74,7 @@ def test_a_classifiers_weights_and_statistics_become_a_detectors(
     assert all(torch.equal(body[name], given["model"][name]) for name in body)
     assert not torch.equal(body["bn1.running_mean"], torch.zeros(16))
     other = [*TINY_DETECTOR, weights, "model.arch=cifar32", f"output_dir={tmp_path / 'other'}"]
-    with pytest.raises(WeightsError, match=r"does not hold a cifar32 .*it looks like cifar20"):
+    with pytest.raises(WeightsError, match=r"does not fit this cifar32 .*it looks like cifar20"):
         run("train.py", CONFIGS / "quickstart.yaml", *other)
 
 
