@@ -1,6 +1,7 @@
 import gc
 import multiprocessing
 import time
+from functools import partial
 
 import numpy as np
 import pytest
@@ -8,11 +9,13 @@ import torch
 from torch import Tensor
 
 from resdet.classification.data import LabelledImages, StoredPictures
-from resdet.classification.loader import eval_loader as classification_eval_loader
+from resdet.classification.loader import _eval_batch
+from resdet.classification.views import ten_crop_views
 from resdet.data import workers
 from resdet.data.dataset import DetectionDataset
-from resdet.data.loader import eval_loader, train_loader
+from resdet.data.loader import eval_keys, eval_loader, train_loader
 from resdet.data.shapes import ShapesImages, shapes_table
+from resdet.data.workers import load_batches
 from resdet.errors import DataError
 from resdet.processes import Processes
 
@@ -124,8 +127,9 @@ def test_a_dead_pinning_thread_is_no_stall(pinning, monkeypatch):
 def views_of(num_workers, *, pin_memory=False):
     pixels = np.random.default_rng(0).integers(0, 256, (5, 40, 30, 3), dtype=np.uint8)
     images = LabelledImages("five", ("a", "b"), np.array([0, 1, 1, 0, 1]), StoredPictures(pixels, "five"))
-    options = {"views": "ten_crop", "resize": 32, "size": 24, "batch_size": 2}
-    return list(classification_eval_loader(images, **options, num_workers=num_workers, pin_memory=pin_memory))
+    make = partial(_eval_batch, images, partial(ten_crop_views, resize=32, size=24))
+    keys = eval_keys(5, 2, rank=0, world_size=1)
+    return list(load_batches(make, keys, num_workers=num_workers, pin_memory=pin_memory))
 
 
 def test_classification_too_works_around_small_shared_memory(monkeypatch, caplog):
