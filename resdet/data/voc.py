@@ -5,18 +5,16 @@ from __future__ import annotations
 import codecs
 import math
 import re
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
-import numpy as np
-
-from resdet.data.annotations import AnnotationTable, FileNames
+from resdet.data.annotations import AnnotationTable
+from resdet.data.coco import usable_table
 from resdet.data.coco_rules import CocoRecords, Problem, Record
 from resdet.data.images import IMAGE_SUFFIXES, read_size
 from resdet.errors import DataError
-from resdet.types import Category
 
 VOC_CLASSES = (
     "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog",
@@ -38,41 +36,6 @@ HOW_TO_GET_VOC = (
     "http://host.robots.ox.ac.uk/pascal/VOC, unpacked into one folder, which then holds VOCdevkit/VOC2007 and "
     f"VOCdevkit/VOC2012; such a folder, or one of your own, holds {VOC_LAYOUT}"
 )
-
-
-@dataclass(frozen=True)
-class _Object:
-    """One ``<object>``; ``corners`` are ``(xmin, ymin, xmax, ymax)`` as written."""
-
-    name: str
-    corners: tuple[float, float, float, float]
-    difficult: bool
-
-    @property
-    def has_extent(self) -> bool:
-        xmin, ymin, xmax, ymax = self.corners
-        return xmax > xmin and ymax > ymin
-
-    @property
-    def box_xywh(self) -> list[float]:
-        """The one place where VOC's corners become this package's boxes.
-
-        Without extent the sides are ``xmax - xmin`` and ``ymax - ymin``, zero or negative.
-        """
-        xmin, ymin, xmax, ymax = self.corners
-        last = 1 if self.has_extent else 0  # the last pixel is inside the object
-        return [xmin - 1, ymin - 1, xmax - xmin + last, ymax - ymin + last]
-
-
-@dataclass(frozen=True)
-class _Image:
-    file_name: str
-    size: tuple[int, int]
-    objects: list[_Object]
-
-    @property
-    def stem(self) -> str:
-        return Path(self.file_name).stem
 
 
 class _FileError(Exception):
@@ -121,11 +84,33 @@ def read_voc(root: Path, split: str | Sequence[str], *, classes: Sequence[str] |
         raise DataError(message)
 
     root, splits = Path(root), _as_list(split)
-    images, names = _read_files(root, splits, refuse)
+    records = _read_files(root, splits, refuse)
     name = f"{root} ({', '.join(splits)})"
-    if not names:
+    if not records.categories:
         raise DataError(f"{name}: none of the annotations holds an object, so there are no classes to learn")
-    table = _to_table(images, _class_names(names), name)
+
+    def stems(annotations: Iterable[Record]) -> list[str]:
+        return [Path(records.images[record["image_id"] - 1]["file_name"]).stem for record in annotations]
+
+    sound = [record for record in records.annotations if min(record["bbox"][2:]) > 0]
+    left_out = stems(record for record in records.annotations if min(record["bbox"][2:]) <= 0)
+    at_zero = stems(record for record in sound if min(record["bbox"][:2]) < 0)
+    for number, record in enumerate(sound, start=1):
+        record["id"] = number
+    table = usable_table(replace(records, annotations=sound), name, difficult=True)
+    notes = (
+        ("without extent (xmax <= xmin or ymax <= ymin) left out", left_out),
+        ("with a corner at 0, though VOC counts pixels from 1; moved by 1 like the others", at_zero),
+    )
+    table = replace(
+        table,
+        notes=tuple(
+            f"{len(where)} {'box' if len(where) == 1 else 'boxes'} {what}: {', '.join(where[:5])}"
+            + (", ..." if len(where) > 5 else "")
+            for what, where in notes
+            if where
+        ),
+    )
     return table if classes is None else table.select_classes(list(classes))
 
 
@@ -144,37 +129,14 @@ def voc_records(root: Path, split: str | Sequence[str]) -> tuple[CocoRecords, li
     def note(kind: str, message: str, file: Path) -> None:
         problems.append(Problem(kind, message.removeprefix(f"{file}: "), file=str(file)))
 
-    root = Path(root)
-    images, names = _read_files(root, _as_list(split), note)
-    category_id = {name: number for number, name in enumerate(_class_names(names), start=1)}
-    image_records: list[Record] = []
-    annotations: list[Record] = []
-    for image_id, image in enumerate(images, start=1):
-        height, width = image.size
-        image_records.append({"id": image_id, "file_name": image.file_name, "height": height, "width": width})
-        for item in image.objects:
-            box = item.box_xywh
-            annotations.append(
-                {
-                    "id": len(annotations) + 1,
-                    "image_id": image_id,
-                    "category_id": category_id[item.name],
-                    "bbox": box,
-                    "area": box[2] * box[3],
-                    "iscrowd": 0,
-                    "difficult": int(item.difficult),
-                }
-            )
-    categories: list[Record] = [{"id": number, "name": name} for name, number in category_id.items()]
-    document: Record = {"images": image_records, "annotations": annotations, "categories": categories}
-    return CocoRecords(root, document, image_records, annotations, categories), problems
+    return _read_files(Path(root), _as_list(split), note), problems
 
 
 def _as_list(split: str | Sequence[str]) -> list[str]:
     return [split] if isinstance(split, str) else list(split)
 
 
-def _read_files(root: Path, splits: list[str], report: _Report) -> tuple[list[_Image], set[str]]:
+def _read_files(root: Path, splits: list[str], report: _Report) -> CocoRecords:
     """Read the images of splits, and the class names in all annotations of their folders.
 
     Whatever is wrong with a file is reported; the file is left out if ``report`` returns.
@@ -184,8 +146,8 @@ def _read_files(root: Path, splits: list[str], report: _Report) -> tuple[list[_I
     """
     if not splits:
         raise DataError(f"{root}: at least one split must be named")
-    images: list[_Image] = []
-    names: set[str] = set()
+    images: list[Record] = []
+    objects: list[Record] = []
     listed: dict[str, str] = {}
     outside: dict[Path, None] = {}
     inside: set[Path] = set()
@@ -212,10 +174,14 @@ def _read_files(root: Path, splits: list[str], report: _Report) -> tuple[list[_I
             path = annotations[stem]
             inside.add(path)
             try:
-                images.append(_read_image(path, root / file_name, file_name))
+                (height, width), of_image = _read_image(path, root / file_name)
             except DataError as error:
                 report("bad_annotation_file", str(error), path)
-    names.update(item.name for image in images for item in image.objects)
+                continue
+            images.append({"id": len(images) + 1, "file_name": file_name, "height": height, "width": width})
+            for record in of_image:
+                objects.append({"id": len(objects) + 1, "image_id": len(images)} | record)
+    names = {record["category_id"] for record in objects}
     for path in outside:
         if path in inside:
             continue
@@ -223,44 +189,14 @@ def _read_files(root: Path, splits: list[str], report: _Report) -> tuple[list[_I
             names.update(_class_name(item) for item in _objects(_parse(path)))
         except _FileError as error:
             report("bad_annotation_file", f"{path}: {error}", path)
-    return images, names
-
-
-def _class_names(names: set[str]) -> tuple[str, ...]:
     # A class of which a split has only boxes without extent is a class all the same: the other splits have it.
-    return VOC_CLASSES if names <= set(VOC_CLASSES) else tuple(sorted(names))
-
-
-def _to_table(images: list[_Image], class_names: tuple[str, ...], name: str) -> AnnotationTable:
-    label_of = {class_name: label for label, class_name in enumerate(class_names, start=1)}
-    kept = [[item for item in image.objects if item.has_extent] for image in images]
-    objects = [item for items in kept for item in items]
-    boxes_xywh = np.array([item.box_xywh for item in objects], dtype=np.float64).reshape(-1, 4)
-    degenerate = [image.stem for image in images for item in image.objects if not item.has_extent]
-    at_zero = [image.stem for image, items in zip(images, kept, strict=True) for i in items if min(i.corners[:2]) < 1]
-    return AnnotationTable(
-        name=name,
-        categories=tuple(Category(label, label, class_name) for class_name, label in label_of.items()),
-        image_ids=np.arange(1, len(images) + 1, dtype=np.int64),
-        file_names=FileNames(image.file_name for image in images),
-        sizes=np.array([image.size for image in images], dtype=np.int32).reshape(-1, 2),
-        offsets=np.cumsum([0, *map(len, kept)], dtype=np.int64),
-        boxes_xywh=boxes_xywh,
-        labels=np.array([label_of[item.name] for item in objects], dtype=np.int64),
-        area=boxes_xywh[:, 2] * boxes_xywh[:, 3],
-        crowd=np.zeros(len(objects), dtype=np.bool_),
-        difficult=np.array([item.difficult for item in objects], dtype=np.bool_),
-        annotation_ids=np.arange(1, len(objects) + 1, dtype=np.int64),
-        notes=tuple(
-            f"{len(where)} {'box' if len(where) == 1 else 'boxes'} {what}: {', '.join(where[:5])}"
-            + (", ..." if len(where) > 5 else "")
-            for what, where in (
-                ("without extent (xmax <= xmin or ymax <= ymin) left out", degenerate),
-                ("with a corner at 0, though VOC counts pixels from 1; moved by 1 like the others", at_zero),
-            )
-            if where
-        ),
-    )
+    class_names = VOC_CLASSES if names and names <= set(VOC_CLASSES) else sorted(names)
+    category_id = {name: number for number, name in enumerate(class_names, start=1)}
+    for record in objects:
+        record["category_id"] = category_id[record["category_id"]]
+    categories: list[Record] = [{"id": number, "name": name} for name, number in category_id.items()]
+    document: Record = {"images": images, "annotations": objects, "categories": categories}
+    return CocoRecords(root, document, images, objects, categories)
 
 
 def _check_layout(folder: Path, root: Path) -> None:
@@ -340,15 +276,15 @@ def _decode(data: bytes) -> str:
     return data.decode(encoding)
 
 
-def _read_image(path: Path, image_path: Path, file_name: str) -> _Image:
-    """Read an image's annotation file.
+def _read_image(path: Path, image_path: Path) -> tuple[tuple[int, int], list[Record]]:
+    """Read an image's ``(height, width)`` and objects from its annotation file.
 
     Raises:
         DataError: If it is damaged, or names no size and the image cannot be read.
     """
     try:
         annotation = _parse(path)
-        return _Image(file_name, _size(annotation) or read_size(image_path), _read_objects(annotation))
+        return _size(annotation) or read_size(image_path), [_read_object(item) for item in _objects(annotation)]
     except _FileError as error:
         raise DataError(f"{path}: {error}") from error
 
@@ -389,19 +325,24 @@ def _objects(annotation: ElementTree.Element) -> list[ElementTree.Element]:
     return objects
 
 
-def _read_objects(annotation: ElementTree.Element) -> list[_Object]:
-    objects = []
-    for item in _objects(annotation):
-        name = _class_name(item)
-        box = _child(item, "bndbox")
-        if box is None:
-            raise _FileError(f"the object {name!r} has no <bndbox>")
-        xmin, ymin, xmax, ymax = (_number(box, tag) for tag in ("xmin", "ymin", "xmax", "ymax"))
-        difficult = _text(item, "difficult") or "0"
-        if difficult not in ("0", "1"):
-            raise _FileError(f"<difficult> must be 0 or 1, got {difficult[:80]!r}")
-        objects.append(_Object(name, (xmin, ymin, xmax, ymax), difficult == "1"))
-    return objects
+def _read_object(item: ElementTree.Element) -> Record:
+    """Read an object as a COCO annotation without ids, with its class name for the category.
+
+    This is the one place where VOC's corners become this package's boxes. A box without extent gets the sides
+    ``xmax - xmin`` and ``ymax - ymin``, of which one is zero or negative.
+    """
+    name = _class_name(item)
+    corners = _child(item, "bndbox")
+    if corners is None:
+        raise _FileError(f"the object {name!r} has no <bndbox>")
+    xmin, ymin, xmax, ymax = (_number(corners, tag) for tag in ("xmin", "ymin", "xmax", "ymax"))
+    difficult = _text(item, "difficult") or "0"
+    if difficult not in ("0", "1"):
+        raise _FileError(f"<difficult> must be 0 or 1, got {difficult[:80]!r}")
+    last = 1 if xmax > xmin and ymax > ymin else 0  # the last pixel is inside the object
+    box = [xmin - 1, ymin - 1, xmax - xmin + last, ymax - ymin + last]
+    record: Record = {"category_id": name, "bbox": box, "area": box[2] * box[3], "iscrowd": 0}
+    return record | {"difficult": int(difficult)}
 
 
 def _size(annotation: ElementTree.Element) -> tuple[int, int] | None:
