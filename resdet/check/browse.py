@@ -1,4 +1,4 @@
-"""A page to look at: training images and their boxes as training sees them, beside the images as they are stored."""
+"""Write a page that shows training images and their boxes as training sees them, next to the images as stored."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import io
 import itertools
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -23,58 +23,15 @@ from resdet.errors import DataError
 from resdet.files import written_whole
 
 NUM_IMAGES = 48
-"""How many images a page shows unless told otherwise."""
+"""Default number of images on a page."""
 
 _MAX_SIDE = 480
 _MIN_SIDE = 160
 _JPEG_QUALITY = 80
 
 
-@dataclass(frozen=True)
-class _Box:
-    """A box on the page; places are percentages of the picture."""
-
-    left: float
-    top: float
-    width: float
-    height: float
-    label: int
-    name: str
-    kind: str
-    trained: bool
-    annotation_id: int
-    size: str
-    tag_inside: bool
-    tag_right: bool
-
-
-@dataclass(frozen=True)
-class _Picture:
-    source: str
-    width: int
-    height: int
-    boxes: list[_Box]
-
-
-@dataclass(frozen=True)
-class _Card:
-    """One draw; without pictures where the image cannot be read, and then ``note`` says why."""
-
-    number: int
-    image_id: int
-    file_name: str
-    note: str
-    trained: _Picture | None = None
-    stored: _Picture | None = None
-
-
-@dataclass(frozen=True)
-class _Class:
-    label: int
-    name: str
-    color: str
-    ink: str
-    count: int
+Values = dict[str, Any]
+"""What the page's template shows, by the names that it uses."""
 
 
 def write_browse_page(
@@ -90,20 +47,20 @@ def write_browse_page(
 ) -> None:
     """Write one self-contained HTML page of the first images that training draws.
 
-    Each image stands there as the model gets it, after augmentation, and as it is stored, with the boxes of each:
-    crowd regions and difficult objects that are not trained on are dashed and dotted. Pictures are reduced to 480
-    pixels, on pages of more than 48 images further, so that a page stays below some 8 MB; boxes are drawn by the
-    browser and stay sharp. An image that cannot be read is shown as the error it gives.
+    It shows each image as the model gets it, after augmentation, and as it is stored, both with their boxes; crowd
+    regions and difficult objects that are not trained on are dashed and dotted. Pictures are reduced to 480 pixels, and
+    further on pages of more than 48 images, so that a page stays below about 8 MB; the browser draws the boxes, which
+    stay sharp. An image that cannot be read is shown as its error.
 
     Args:
         path: The page; its folder must exist.
         dataset: A training dataset.
-        num_images: How many draws to show, >= 1.
-        batch_size: Images of an optimizer step; like the next three it decides which images come first.
+        num_images: Number of draws to show, >= 1.
+        batch_size: Images of an optimizer step. Like the next three it determines which images come first.
         sampling: As for ``train_loader``.
         repeat_threshold: As for ``train_loader``.
         seed: As for ``train_loader``.
-        facts: Names and values to state at the top of the page, such as the augmentation.
+        facts: Names and values to show at the top of the page, such as the augmentation.
 
     Raises:
         UserError: If the page cannot be written.
@@ -115,17 +72,19 @@ def write_browse_page(
     max_side = max(_MIN_SIDE, min(_MAX_SIDE, round(_MAX_SIDE * (NUM_IMAGES / num_images) ** 0.5)))
     cards = [_card(dataset, number, key, max_side) for number, key in enumerate(keys, start=1)]
     page = _render(dataset, cards, facts)
-    with written_whole(path) as beside:
-        beside.write_text(page, encoding="utf-8")
+    with written_whole(path) as temporary:
+        temporary.write_text(page, encoding="utf-8")
 
 
-def _card(dataset: DetectionDataset, number: int, key: tuple[int, int], max_side: int) -> _Card:
+def _card(dataset: DetectionDataset, number: int, key: tuple[int, int], max_side: int) -> Values:
+    """Return one draw; without pictures where the image cannot be read."""
     table, (index, _) = dataset.table, key
     image_id, file_name = int(table.image_ids[index]), str(table.file_names[index])
+    card: Values = {"number": number, "trained": None, "stored": None}
     try:
         stored, trained = dataset.stored(key), dataset.sample(key)
     except DataError as error:
-        return _Card(number, image_id, file_name, str(error))
+        return card | {"image_id": image_id, "file_name": file_name, "note": str(error)}
     notes = []
     if stored.image_id != image_id:
         notes.append(f"in place of image {image_id} ({file_name}), which cannot be read")
@@ -136,43 +95,37 @@ def _card(dataset: DetectionDataset, number: int, key: tuple[int, int], max_side
     if unsound:
         some = ", ".join(map(str, unsound[:5])) + (", ..." if len(unsound) > 5 else "")
         notes.append(f"{len(unsound)} of its boxes left out, not finite or too thin: annotation {some}")
-    return _Card(
-        number,
-        image_id,
-        file_name,
-        "; ".join(notes),
-        _picture(dataset, trained, max_side),
-        _picture(dataset, stored, max_side),
-    )
+    pictures = {"trained": _picture(dataset, trained, max_side), "stored": _picture(dataset, stored, max_side)}
+    return card | {"image_id": image_id, "file_name": file_name, "note": "; ".join(notes)} | pictures
 
 
-def _picture(dataset: DetectionDataset, sample: Sample, max_side: int) -> _Picture:
+def _picture(dataset: DetectionDataset, sample: Sample, max_side: int) -> Values:
     height, width = sample.image.shape[:2]
     names = {category.label: category.name for category in dataset.categories}
     sides = sample.boxes[:, 2:] - sample.boxes[:, :2]
     learned = dataset.is_target(sample)
-    boxes = []
+    boxes: list[Values] = []
     # The largest first: smaller boxes lie on top, where the mouse finds them.
     for row in np.argsort(-sides.prod(axis=1), kind="stable").tolist():
         x1, y1, x2, y2 = sample.boxes[row].tolist()
         label = int(sample.labels[row])
         boxes.append(
-            _Box(
-                left=round(100 * x1 / width, 3),
-                top=round(100 * y1 / height, 3),
-                width=round(100 * (x2 - x1) / width, 3),
-                height=round(100 * (y2 - y1) / height, 3),
-                label=label,
-                name=names[label],
-                kind="crowd" if sample.crowd[row] else "difficult" if sample.difficult[row] else "",
-                trained=bool(learned[row]),
-                annotation_id=int(sample.annotation_ids[row]),
-                size=f"{x2 - x1:.4g} x {y2 - y1:.4g}",
-                tag_inside=y1 < 0.06 * height,
-                tag_right=x1 > 0.7 * width,
-            )
+            {
+                "left": round(100 * x1 / width, 3),  # percent of the picture, as the next three
+                "top": round(100 * y1 / height, 3),
+                "width": round(100 * (x2 - x1) / width, 3),
+                "height": round(100 * (y2 - y1) / height, 3),
+                "label": label,
+                "name": names[label],
+                "kind": "crowd" if sample.crowd[row] else "difficult" if sample.difficult[row] else "",
+                "trained": bool(learned[row]),
+                "annotation_id": int(sample.annotation_ids[row]),
+                "size": f"{x2 - x1:.4g} x {y2 - y1:.4g}",
+                "tag_inside": y1 < 0.06 * height,
+                "tag_right": x1 > 0.7 * width,
+            }
         )
-    return _Picture(_data_uri(sample.image, max_side), width, height, boxes)
+    return {"source": _data_uri(sample.image, max_side), "width": width, "height": height, "boxes": boxes}
 
 
 def _data_uri(image: npt.NDArray[np.uint8], max_side: int) -> str:
@@ -183,19 +136,20 @@ def _data_uri(image: npt.NDArray[np.uint8], max_side: int) -> str:
     return "data:image/jpeg;base64," + base64.b64encode(encoded.getvalue()).decode("ascii")
 
 
-def _render(dataset: DetectionDataset, cards: Sequence[_Card], facts: Sequence[tuple[str, str]]) -> str:
+def _render(dataset: DetectionDataset, cards: Sequence[Values], facts: Sequence[tuple[str, str]]) -> str:
     from jinja2 import Environment, StrictUndefined
 
-    pictures = [picture for card in cards for picture in (card.trained, card.stored) if picture is not None]
-    shown = {box.label for picture in pictures for box in picture.boxes}
-    counts = Counter(box.label for card in cards if card.trained for box in card.trained.boxes if box.trained)
+    readable = [card for card in cards if card["trained"]]
+    boxes = [box for card in readable for when in ("trained", "stored") for box in card[when]["boxes"]]
+    counts = Counter(box["label"] for card in readable for box in card["trained"]["boxes"] if box["trained"])
+    shown = {box["label"] for box in boxes}
     classes = [
-        _Class(category.label, category.name, *_colors(category.label), counts[category.label])
+        {"label": label, "name": category.name, "count": counts[label], **_colors(label)}
         for category in dataset.categories
-        if category.label in shown
+        if (label := category.label) in shown
     ]
     source = files("resdet.check").joinpath("browse.html.jinja").read_text(encoding="utf-8")
-    # Names come from files that anybody may have written: every value is escaped.
+    # Names come from files that anyone may have written: every value is escaped.
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     return environment.from_string(source).render(
         name=dataset.table.name,
@@ -205,12 +159,12 @@ def _render(dataset: DetectionDataset, cards: Sequence[_Card], facts: Sequence[t
         num_images=dataset.table.num_images,
         num_classes=len(dataset.categories),
         num_trained=sum(counts.values()),
-        kinds=sorted({box.kind for picture in pictures for box in picture.boxes if box.kind and not box.trained}),
+        kinds=sorted({box["kind"] for box in boxes if box["kind"] and not box["trained"]}),
     )
 
 
-def _colors(label: int) -> tuple[str, str]:
-    """Give a class's colour and that of letters on it, as CSS."""
+def _colors(label: int) -> Values:
+    """Return a class's colour and that of letters on it, as CSS."""
     red, green, blue = class_color(label)
     ink = "#000" if 299 * red + 587 * green + 114 * blue > 128_000 else "#fff"
-    return f"rgb({red} {green} {blue})", ink
+    return {"color": f"rgb({red} {green} {blue})", "ink": ink}
