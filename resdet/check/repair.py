@@ -1,9 +1,10 @@
-"""A copy of a dataset's annotations without what ``resdet.check.check`` calls wrong, and a line for every change."""
+"""Write a copy of a dataset's annotations without the errors that a check found, and list every change."""
 
 from __future__ import annotations
 
 import json
 import os
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -29,69 +30,65 @@ from resdet.errors import DataError, UserError
 from resdet.files import written_whole
 
 _REFUSED_FILES = ("missing_file", "unreadable_file", "size_mismatch", "bad_file_name")
-_NOT_MENDABLE = ("unreadable_annotations", "boxes_are_corners", "boxes_are_fractions")
+_NOT_REPAIRABLE = ("unreadable_annotations", "boxes_are_corners", "boxes_are_fractions")
 
 
 def write_fixed(split: DataSplit, report: Report, path: Path) -> list[str]:
-    """Write a repaired copy of a split as a COCO json; the source is left as it is.
+    """Write a repaired copy of a split as a COCO json; the source is not changed.
 
     Args:
         split: What was checked.
-        report: What was found; images whose files it calls missing, unreadable or of another size are left out.
+        report: What was found. Images whose files are missing, unreadable or of another size are left out.
         path: The json to write. Its file names are relative to the split's image folder (VOC: its root).
 
     Returns:
         One line for every change.
 
     Raises:
-        UserError: If ``path`` is the source, or if the damage cannot be mended record by record.
+        UserError: If ``path`` is the source, or if the damage cannot be repaired record by record.
     """
     source = split.records.path
     if path.exists() and source.exists() and os.path.samefile(path, source):
         raise UserError(f"{path}: is the annotation file itself; the copy needs another name")
     document, changes = repaired(split, report)
-    with written_whole(path) as beside:
-        beside.write_text(json.dumps(document), encoding="utf-8")
+    with written_whole(path) as temporary:
+        temporary.write_text(json.dumps(document), encoding="utf-8")
     left = next(record_problems(load_records(path)), None)
     assert left is None, f"the copy is damaged too: {left}"
     return changes
 
 
 def repaired(split: DataSplit, report: Report) -> tuple[Record, list[str]]:
-    """Give a repaired COCO document and one line for every change.
+    """Return a repaired COCO document and one line for every change.
 
-    What is right stays as it is: the order of records, keys that COCO does not know, segmentations, info, licenses.
+    What is right is kept: the order of records, keys that COCO does not define, segmentations, info, licenses.
 
-    * Entries that are no objects are dropped; whole numbers written as texts become numbers.
-    * Categories: of several with one id the first stays, those with the same name become one, one without a name gets
-      one.
-    * Images: one without id goes, since no annotation can name it. Of several entries with the same id and file name
-      the first stays; if the names differ nobody can tell whose the annotations are, and all of them go. Entries of
-      one file under several ids become one. A missing size is read from the file. Images whose file is missing,
-      unreadable or of another size go with their annotations.
-    * Annotations of images or categories that are not there go, and so do boxes that are no numbers, have no extent, or
-      lie outside their image, and exact repetitions. Boxes that reach out by more than ``OVERHANG`` are clipped; an
-      area that was width times height follows. A missing or repeated id is replaced, a crowd flag that is neither 0
-      nor 1 becomes 0, an area that is no number is removed.
-    * VOC's difficult objects get ``iscrowd`` 1: COCO knows no other way to leave them out of training and scores.
+    * Entries that are no objects are dropped; integers written as strings become numbers.
+    * Categories: of several with the same id the first is kept; those with the same name are merged; a missing name is
+      made up.
+    * Images without an id are dropped, since no annotation can name them. Of several with the same id and file name the
+      first is kept; if the names differ, their annotations are ambiguous, and all are dropped. Several ids of one file
+      are merged. A missing size is read from the file. Images whose file is missing, unreadable or of another size are
+      dropped with their annotations.
+    * Annotations of unknown images or categories are dropped, and so are boxes that are not four numbers, have no
+      extent or lie outside their image, and exact repetitions. Boxes that exceed their image by more than ``OVERHANG``
+      are clipped; an area that was width times height follows. A missing or repeated id is replaced, a crowd flag that
+      is neither 0 nor 1 becomes 0, an area that is not a number is removed.
+    * VOC's difficult objects get ``iscrowd`` 1, COCO's only way to leave them out of training and scores.
 
     Raises:
-        UserError: If all boxes seem to be written by another rule, or if nothing would be left.
+        UserError: If all boxes seem to follow another convention, or if nothing would be left.
     """
     if split.root is None:
-        raise UserError(f"{split.source}: its pictures and boxes are drawn; there is nothing to fix")
+        raise UserError(f"{split.source}: its pictures and boxes are generated; there is nothing to fix")
     refused: dict[int, str] = {}
     for finding in report.findings:
         if finding.split != split.name:
             continue
-        if finding.kind in _NOT_MENDABLE:
-            raise UserError(
-                f"{split.source}: {finding.problems[0].message}: this has to be mended where it was written"
-            )
+        if finding.kind in _NOT_REPAIRABLE:
+            raise UserError(f"{split.source}: {finding.problems[0].message}: correct what writes the file")
         if finding.kind in _REFUSED_FILES:
-            refused.update(
-                (image_id, problem.message) for problem in finding.problems for image_id in problem.image_ids
-            )
+            refused.update((image, problem.message) for problem in finding.problems for image in problem.image_ids)
     changes = [f"{problem.file}: left out: {problem.message}" for problem in split.problems if split.one_based]
     repair = _Repair(split.records, split.root, refused, changes)
     categories = repair.categories()
@@ -110,7 +107,7 @@ def repaired(split: DataSplit, report: Report) -> tuple[Record, list[str]]:
 
 
 class _Repair:
-    """The three sections of a file, mended one after the other; later ones follow what became of earlier ones."""
+    """Repairs the sections of a file one after the other; later ones follow the changes of earlier ones."""
 
     def __init__(self, records: CocoRecords, root: Path, refused: dict[int, str], changes: list[str]) -> None:
         self._records = records
@@ -127,66 +124,55 @@ class _Repair:
         for record in self._objects("categories", ("id",)):
             category_id, name = _integer(record.get("id")), record.get("name")
             if category_id is None:
-                self._changes.append(f"category {name!r}: dropped: its id {record.get('id')!r} is no integer")
+                self._changes.append(f"category {name!r}: dropped: its id {record.get('id')!r} is not an integer")
                 continue
-            if category_id in kept or category_id in self._category_of:
-                self._changes.append(f"category {category_id} ({name!r}): dropped: the id is given before")
+            if category_id in self._category_of:
+                self._changes.append(f"category {category_id} ({name!r}): dropped: an earlier one has the same id")
                 continue
             if not isinstance(name, str) or not name:
                 self._changes.append(f"category {category_id}: name {name!r} -> 'category {category_id}'")
-                name = f"category {category_id}"
-                record["name"] = name
-            if name in id_of_name:
-                self._changes.append(f"category {category_id} ({name!r}): joined with category {id_of_name[name]}")
-                self._category_of[category_id] = id_of_name[name]
-                continue
-            id_of_name[name] = self._category_of[category_id] = category_id
-            kept[category_id] = record
+                record["name"] = name = f"category {category_id}"
+            first = self._category_of[category_id] = id_of_name.setdefault(name, category_id)
+            if first == category_id:
+                kept[category_id] = record
+            else:
+                self._changes.append(f"category {category_id} ({name!r}): merged with category {first}")
         return list(kept.values())
 
     def images(self) -> list[Record]:
         records = self._objects("images", ("id", "height", "width"))
-        names_of_id: dict[int, set[str]] = {}
+        names_of_id: dict[int | None, set[str]] = defaultdict(set)
         for record in records:
-            image_id = _integer(record.get("id"))
-            if image_id is not None:
-                names_of_id.setdefault(image_id, set()).add(str(record.get("file_name")))
+            names_of_id[_integer(record.get("id"))].add(str(record.get("file_name")))
         kept: dict[int, Record] = {}
         id_of_file: dict[str, int] = {}
         for record in records:
             image_id, name = _integer(record.get("id")), record.get("file_name")
-            if image_id is None:
-                self._changes.append(f"image {name!r}: dropped: its id {record.get('id')!r} is no integer")
-                continue
             place = f"image {image_id} ({name})"
-            if len(names_of_id.get(image_id, ())) > 1:
-                self._changes.append(f"{place}: dropped with its annotations: other files have the same id")
-                continue
-            if image_id in self._image_of or image_id in self._refused:
-                why = "the entry is given before"
-                if image_id not in self._image_of:
-                    why = self._refused[image_id].removeprefix(f"{place}: ").removeprefix(f"image {image_id}: ")
-                    why = f"with its annotations: {why}"
-                self._changes.append(f"{place}: dropped: {why}")
-                continue
-            size = self._size(record, place)
-            if size is None:
-                continue
-            file = os.path.normpath(str(name))
-            first = id_of_file.get(file)
-            if first is not None and self._sizes[first] == size:
-                self._changes.append(f"{place}: joined with image {first}, the same file")
-                self._image_of[image_id] = first
-                continue
-            if first is not None:
-                self._changes.append(
-                    f"{place}: dropped with its annotations: image {first} is the same file, of another size"
-                )
-                continue
-            id_of_file[file] = self._image_of[image_id] = image_id
-            self._sizes[image_id] = size
-            kept[image_id] = record
+            if image_id is None:
+                self._changes.append(f"image {name!r}: dropped: its id {record.get('id')!r} is not an integer")
+            elif len(names_of_id[image_id]) > 1:
+                self._drop_image(place, "other files have the same id")
+            elif image_id in self._image_of:
+                self._changes.append(f"{place}: dropped: an earlier entry has the same id")
+            elif image_id in self._refused:
+                why = self._refused[image_id].removeprefix(f"{place}: ").removeprefix(f"image {image_id}: ")
+                self._drop_image(place, why)
+            elif (size := self._size(record, place)) is not None:
+                first = id_of_file.setdefault(os.path.normpath(str(name)), image_id)
+                if first == image_id:
+                    self._image_of[image_id] = image_id
+                    self._sizes[image_id] = size
+                    kept[image_id] = record
+                elif self._sizes[first] == size:
+                    self._image_of[image_id] = first
+                    self._changes.append(f"{place}: merged with image {first}, the same file")
+                else:
+                    self._drop_image(place, f"image {first} is the same file, of another size")
         return list(kept.values())
+
+    def _drop_image(self, place: str, why: str) -> None:
+        self._changes.append(f"{place}: dropped with its annotations: {why}")
 
     def annotations(self) -> list[Record]:
         records = self._objects("annotations", ("id", "image_id", "category_id"))
@@ -200,7 +186,7 @@ class _Repair:
             why = self._unusable(record)
             if why is None:
                 self._clip(record, place)
-                self._mend_values(record, place)
+                self._repair_values(record, place)
                 key = (record["image_id"], record["category_id"], *record["bbox"])
                 if key in boxes_seen and not record.get("iscrowd"):
                     why = f"the same box and class as another one of image {record['image_id']}"
@@ -218,11 +204,11 @@ class _Repair:
         return kept
 
     def _objects(self, key: str, integers: tuple[str, ...]) -> list[Record]:
-        """Give copies of a section's objects, whole numbers in texts made numbers."""
+        """Return copies of a section's objects, with integers that were strings made numbers."""
         objects = []
         for position, entry in enumerate(getattr(self._records, key)):
             if not isinstance(entry, dict):
-                self._changes.append(f"{key}[{position}]: dropped: no object")
+                self._changes.append(f"{key}[{position}]: dropped: not an object")
                 continue
             record = dict(entry)
             for name in integers:
@@ -234,13 +220,11 @@ class _Repair:
         return objects
 
     def _size(self, record: Record, place: str) -> tuple[int, int] | None:
-        """Give an image's size, from its file where the record has none; None drops it."""
+        """Return an image's size, from its file if the record has none, or None to drop the image."""
         name = record.get("file_name")
-        # The report's word on names and files is about images whose size is given.
+        # Images without a size are not in the report's table, so their names are checked here.
         if not is_file_name(name) or os.path.isabs(str(name)) or os.path.normpath(str(name)).startswith(".."):
-            self._changes.append(
-                f"{place}: dropped with its annotations: file_name {name!r} names no file in the folder"
-            )
+            self._drop_image(place, f"file_name {name!r} is not a file in the folder")
             return None
         height, width = (_integer(record.get(key)) for key in ("height", "width"))
         if height is not None and width is not None and 0 < height <= MAX_SIDE and 0 < width <= MAX_SIDE:
@@ -248,22 +232,20 @@ class _Repair:
         try:
             height, width = read_image(self._root / str(name)).shape[:2]
         except DataError as error:
-            self._changes.append(f"{place}: dropped with its annotations: no size, and {error}")
+            self._drop_image(place, f"no size, and {error}")
             return None
         self._changes.append(f"{place}: height and width -> {height} and {width}, from the file")
         record.update(height=height, width=width)
         return height, width
 
     def _unusable(self, record: Record) -> str | None:
-        """Say why an annotation cannot stay; make it follow its image and category where these were joined."""
-        for key, known, what in (
-            ("image_id", self._image_of, "image"),
-            ("category_id", self._category_of, "category"),
-        ):
+        """Return why an annotation must be dropped, if so; make it follow an image or category that was merged."""
+        for what, known in (("image", self._image_of), ("category", self._category_of)):
+            key = f"{what}_id"
             value = _integer(record.get(key))
             if value is None or value not in known:
-                return f"its {what} {record.get(key)!r} is not there"
-            if known[value] != value:
+                return f"its {what} {record.get(key)!r} does not exist"
+            if known[value] != value:  # 3.0 stays as it is
                 record[key] = known[value]
         x, y, w, h = as_boxes([record.get("bbox")])[0].tolist()
         if x != x:  # NaN
@@ -289,7 +271,7 @@ class _Repair:
         if isinstance(area, (int, float)) and np.isclose(area, w * h):
             record["area"] = clipped[2] * clipped[3]
 
-    def _mend_values(self, record: Record, place: str) -> None:
+    def _repair_values(self, record: Record, place: str) -> None:
         crowd = record.get("iscrowd")
         if (crowd or 0) not in (0, 1):
             self._changes.append(f"{place}: iscrowd {crowd!r} -> 0")

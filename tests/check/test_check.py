@@ -258,14 +258,14 @@ def test_each_change_is_the_one_that_was_needed(dataset):
     splits = dataset.splits()
     document, changes = repaired(splits[0], check_dataset(splits))
     assert changes == [
-        "image 13 (3.png): dropped: with its annotations: no such file in the image folder",
+        "image 13 (3.png): dropped with its annotations: no such file in the image folder",
         "annotations[5]: category_id '8' -> 8",
         "annotation 100 of image 10: clipped [50, 4, 20, 15] -> [50, 4, 14, 15]",
         "annotation 100 of image 10: id -> 112",
-        "annotation 102: dropped: its image 55 is not there",
+        "annotation 102: dropped: its image 55 does not exist",
         "annotation 104: dropped: box [5, 5, 0, 5] of image 12 has no extent",
-        "annotation 106: dropped: its image 13 is not there",
-        "annotation 107: dropped: its image 13 is not there",
+        "annotation 106: dropped: its image 13 does not exist",
+        "annotation 107: dropped: its image 13 does not exist",
     ]
     assert document["annotations"][0]["area"] == 14 * 15
     assert [annotation["id"] for annotation in document["annotations"]] == [100, 112, 103, 105, 108, 109, 110, 111]
