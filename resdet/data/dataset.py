@@ -126,9 +126,6 @@ class DetectionDataset(Dataset[tuple[Tensor, Target]]):
     def select_images(self, indices: Sequence[int] | npt.NDArray[np.int64]) -> DetectionDataset:
         """Return the dataset of the images at ``indices``, in that order; a repeated index is an image of its own.
 
-        Args:
-            indices: Rows of the table; negative ones count from the end.
-
         Raises:
             DataError: If there are none, or one is out of range.
         """
@@ -159,9 +156,6 @@ class DetectionDataset(Dataset[tuple[Tensor, Target]]):
 
         Boxes are clipped to the image. Crowd regions and difficult objects are among them; boxes that are not finite
         or thinner than ``MIN_TRAINABLE_SIDE`` inside the image are not. The other columns may be views of the table.
-
-        Args:
-            key: As for ``__getitem__``; the seed draws substitutes.
 
         Raises:
             DataError: If the image cannot be read and must not be replaced, or ``MAX_SUBSTITUTES`` in a row cannot.
@@ -225,15 +219,11 @@ class DetectionDataset(Dataset[tuple[Tensor, Target]]):
     def __getitem__(self, key: int | tuple[int, int]) -> tuple[Tensor, Target]:
         """Return an image and its target.
 
-        Args:
-            key: As for ``sample``.
+        The arguments and errors are those of ``sample``.
 
         Returns:
             uint8 ``[3, H, W]`` (values 0..255, RGB) and the target, boxes in pixels of that image. Where an unreadable
             image was replaced, ``image_id`` is that of its substitute.
-
-        Raises:
-            DataError: As from ``sample``.
         """
         sample = self.sample(key)
         try:

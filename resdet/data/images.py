@@ -126,11 +126,7 @@ def read_header(path: Path) -> ImageHeader:
 
 
 def read_size(path: Path) -> tuple[int, int]:
-    """Return an image file's ``(height, width)``, without decoding its pixels.
-
-    Raises:
-        UnreadableImageError: If the file is missing, empty, not an image, or larger than ``MAX_PIXELS``.
-    """
+    """Return an image file's ``(height, width)``; raises as ``read_header`` does."""
     with _opened(path) as image:
         return image.height, image.width
 
@@ -269,14 +265,10 @@ def _leaves_folder(name: str) -> bool:
 
 
 def check_files(root: Path, table: AnnotationTable) -> None:
-    """Raise if an image of a table does not exist; none is opened.
+    """Raise a DataError if an image of a table does not exist, or as ``FolderImages`` does; none is opened.
 
     Each folder is listed once (118 000 names in a fraction of a second, where as many ``stat`` calls over a network
     take minutes).
-
-    Raises:
-        DataError: If files are missing, with their number and the first few; or if a file name leads out of ``root``
-            or cannot be a file's name.
     """
     root = Path(root)
     if not root.is_dir():

@@ -75,17 +75,9 @@ def train_loader(
 ) -> Iterator[Batch]:
     """Yield this process's micro-batches without end, in the order of ``TrainBatches``.
 
-    Args:
-        dataset: Images and targets.
-        team: The processes that share the images. Batches for a CUDA device are pinned.
-        batch_size: As for ``TrainBatches``, like ``num_micro_batches``, ``seed`` and ``start_batch``.
-        num_micro_batches: Micro-batches of an optimizer step in this process.
-        num_workers: As for ``load_batches``, like ``stall_seconds``. Batches do not depend on it.
-        stall_seconds: Waiting time after which a warning is logged.
-        sampling: How often each image is drawn, as for ``image_order``.
-        repeat_threshold: As for ``image_order``.
-        seed: Decides order and augmentation.
-        start_batch: Optimizer steps already done by an interrupted run.
+    ``batch_size``, ``num_micro_batches``, ``seed`` and ``start_batch`` are as for ``TrainBatches``, ``sampling`` and
+    ``repeat_threshold`` as for ``image_order``, ``num_workers`` and ``stall_seconds`` as for ``load_batches``. Batches
+    do not depend on the number of workers. For a team on CUDA devices they are pinned.
 
     Raises:
         UserError: As from ``TrainBatches``.
@@ -112,11 +104,7 @@ def eval_loader(
 ) -> Iterator[Batch]:
     """Yield this process's share of the images, as ``eval_keys`` divides them.
 
-    Args:
-        dataset: Images and targets.
-        team: The processes that share the images. Batches for a CUDA device are pinned.
-        batch_size: Images of a forward pass in this process.
-        num_workers: As for ``load_batches``.
+    ``batch_size`` is that of this process, ``num_workers`` is as for ``load_batches``. Batches for CUDA are pinned.
 
     Raises:
         DataError: While iterating, if an image cannot be read.

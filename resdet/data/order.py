@@ -158,7 +158,7 @@ def image_order(
     An image has a class if it has a box of it that is trained on. (detectron2 counts crowd regions too.)
 
     Args:
-        sampling: ``uniform``, ``repeat_factor`` or ``class_balanced``.
+        sampling: How often each image is drawn.
         table: Images and boxes.
         trained: bool ``[N]``, the boxes that are trained on, at least one.
         repeat_threshold: As for ``repeat_factors``; only for ``repeat_factor``.
