@@ -27,7 +27,7 @@ def prediction(boxes: list[list[float]], labels: list[int], scores: list[float])
 
 
 class Corner(nn.Module):
-    """Answers each image with one box of the image's size and one of half of it."""
+    """Returns for each image one box of the image's size and one of half of it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -217,7 +217,7 @@ def test_coco_json_names_images_by_number_or_position():
         "score": 0.5,
     }
     assert [entry["category_id"] for entry in entries] == [7, 3]
-    # One name is no number, or two are the same number: positions, so that no two images share an id.
+    # One name is not a number, or two are the same number: images are numbered, so that no two share an id.
     for names in (["139.jpg", "b.jpg"], ["x/1.jpg", "y/1.jpg"], ["2.jpg", "\u00b2.jpg"]):
         entries = to_coco_json(list(map(Path, names)), [found[0], found[0]], CATEGORIES)
         assert [entry["image_id"] for entry in entries] == [1, 1, 2, 2]

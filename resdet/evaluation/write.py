@@ -6,12 +6,12 @@ import json
 from pathlib import Path
 
 from resdet.data.annotations import AnnotationTable
-from resdet.evaluation.coco import detections_to_coco
+from resdet.evaluation.coco import CocoNumbers, detections_to_coco
 from resdet.evaluation.detect import Evaluation
 
 
 def write_evaluation(output_dir: Path, evaluation: Evaluation, table: AnnotationTable) -> None:
-    """Write ``metrics.json`` (all numbers, per class too) and ``detections.json`` (COCO's result format).
+    """Write ``metrics.json`` (all metrics, per class too) and ``detections.json`` (COCO's result format).
 
     Args:
         output_dir: Created if it does not exist.
@@ -37,17 +37,18 @@ def write_evaluation(output_dir: Path, evaluation: Evaluation, table: Annotation
 
 
 def metrics_table(evaluation: Evaluation) -> str:
-    """Format a table of one line per class and one for all, then every overall number; ``-`` is undefined."""
+    """Format a table of one line per class and one for all, then every overall metric; ``-`` is undefined."""
     columns = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large", "AR_max")
     voc = evaluation.voc.per_class
-    width = max(len("all"), *(len(row.name) for row in voc), 5)
+    rows: list[tuple[CocoNumbers, str, int, float]] = [
+        (row, row.name, row.num_boxes, of_voc.AP) for row, of_voc in zip(evaluation.per_class, voc, strict=True)
+    ]
+    rows.append((evaluation.coco, "all", sum(row.num_boxes for row in voc), evaluation.voc.AP))
+    width = max(5, *(len(name) for _, name, _, _ in rows))
     lines = [f"{'class':{width}} {'boxes':>7} " + " ".join(f"{name:>9}" for name in (*columns, "voc_AP50"))]
-    for row, voc_row in zip(evaluation.per_class, voc, strict=True):
-        numbers = [getattr(row, name) for name in columns] + [voc_row.AP]
-        lines.append(f"{row.name:{width}} {row.num_boxes:>7} " + " ".join(f"{_number(n):>9}" for n in numbers))
-    overall = [getattr(evaluation.coco, name) for name in columns] + [evaluation.voc.AP]
-    num_boxes = sum(row.num_boxes for row in voc)
-    lines.append(f"{'all':{width}} {num_boxes:>7} " + " ".join(f"{_number(n):>9}" for n in overall))
+    for row, name, num_boxes, voc_ap in rows:
+        numbers = [*(getattr(row, column) for column in columns), voc_ap]
+        lines.append(f"{name:{width}} {num_boxes:>7} " + " ".join(f"{_number(number):>9}" for number in numbers))
     lines.append("")
     lines += [f"{name:<18} {_number(value)}" for name, value in evaluation.metrics.items()]
     best = "-" if evaluation.score_threshold is None else f"{evaluation.score_threshold:.3f}"

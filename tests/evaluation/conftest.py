@@ -15,7 +15,7 @@ Case = tuple[AnnotationTable, Detections]
 
 
 def make_case(seed: int, *, integer: bool = False) -> Case:
-    """Boxes of all sizes (0 and tiny included), crowds or difficult objects, equal scores, duplicates, empty images."""
+    """Return boxes of all sizes (even 0), crowds or difficult objects, equal scores, duplicates and empty images."""
     rng = np.random.default_rng(seed)
     num_images = int(rng.integers(2, 7))
     counts = rng.integers(0, 9, num_images) * (rng.random(num_images) < 0.8)

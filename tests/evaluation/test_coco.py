@@ -21,12 +21,12 @@ from resdet.types import Detections
 PUBLISHED = (0.505, 0.697, 0.573, 0.586, 0.519, 0.501, 0.387, 0.594, 0.595, 0.640, 0.566, 0.564)
 NAMES = ["AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large"]
 NAMES += ["AR_1", "AR_10", "AR_100", "AR_small", "AR_medium", "AR_large"]
-# Means in another order, and precisions without pycocotools' 2.2e-16: equality but for the last bits.
+# Means are summed in another order, and precisions lack pycocotools' 2.2e-16: only the last bits may differ.
 EXACT = 1e-12
 
 
 def pycocotools_evaluator(ground_truth: dict, results: list[dict], max_detections: int = 100):
-    """The way of pycocotools' own demo: two COCO objects, evaluate, accumulate; and summarize, where it can."""
+    """Evaluate as pycocotools' own demo does: two COCO objects, evaluate, accumulate; and summarize, where it can."""
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
@@ -54,7 +54,7 @@ def pycocotools_stats(ground_truth: dict, results: list[dict]) -> np.ndarray:
 
 
 def twelve_of(evaluator, category_id: int | None = None, max_detections: int = 100) -> list[float]:
-    """summarize() for one class, or for all and any limit, from the arrays that it reads."""
+    """Compute what summarize() does for one class, or for all and any limit, from the arrays that it reads."""
     limits = {limit: column for column, limit in enumerate(evaluator.params.maxDets)}
     k = slice(None) if category_id is None else [list(evaluator.params.catIds).index(category_id)]
     precision = evaluator.eval["precision"][:, :, k]  # [IoU, recall, class, area, max detections]
@@ -166,7 +166,7 @@ def test_fake_detections_of_cocoapi_score_as_published(assets):
     detections = read_coco_detections(results, table)
     metrics = coco_metrics(table, detections)
     assert tuple(round(value, 3) for value in metrics.as_dict().values()) == PUBLISHED
-    # The results speak of 99 of the 100 images; the last one has no detections, and counts.
+    # The results cover 99 of the 100 images; the last one has no detections, and counts.
     assert len(np.unique(detections.image_index)) == 99
     assert table.num_images == 100
     evaluator = pycocotools_evaluator(json.loads(annotations.read_text()), json.loads(results.read_text()))
@@ -224,7 +224,7 @@ def test_difficult_objects_neither_help_nor_hurt(case):
         table.image_of_box()[hard], np.array([[x, y, x + w, y + h]]), table.labels[hard], np.array([2.0])
     )
     both = Detections(*(np.concatenate([getattr(on_it, k), getattr(detections, k)]) for k in vars(on_it)))
-    # A sure detection of a difficult object would be a false positive at the very top if it counted.
+    # A confident detection of a difficult object would be the first false positive if it counted.
     missed = replace(table, difficult=np.zeros_like(table.difficult))
     assert coco_metrics(table, both).AR_max == coco_metrics(table, detections).AR_max
     assert sum(row.num_boxes for row in coco_metrics(table, both).per_class) == (~table.difficult).sum()
@@ -263,7 +263,7 @@ def test_limit_of_detections_can_be_raised(case):
 
 
 def test_some_of_the_images_and_one_of_them_twice(case):
-    # As a Subset, or a bootstrap sample, has them: an image that is drawn twice counts twice.
+    # As in a Subset or a bootstrap sample: an image that is drawn twice counts twice.
     table, detections = case(3)
     assert table.num_images > 3
     chosen = np.array([2, 0, 2])
@@ -308,7 +308,7 @@ from resdet.evaluation.detect import evaluate
 from resdet.processes import Processes
 
 class Noisy(torch.nn.Module):
-    # Answers by the picture alone: the same boxes whichever process is shown it.
+    # Answers depend on the image alone: every process gets the same boxes for it.
     def __init__(self):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.zeros(1))
@@ -356,7 +356,7 @@ def test_two_processes_and_an_odd_number_of_images_equal_pycocotools(tmp_path):
             assert_same(table, twice, stats)
 
 
-def test_detections_survive_the_file(case, tmp_path: Path):
+def test_detections_survive_writing_and_reading(case, tmp_path: Path):
     table, detections = case(7)
     path = tmp_path / "results.json"
     path.write_text(json.dumps(detections_to_coco(table, detections)))

@@ -13,7 +13,7 @@ CAT, DOG = 1, 2
 
 
 def table_of(*boxes: tuple[list[float], int], **flags: list[bool]) -> AnnotationTable:
-    """One image; boxes as x1, y1, x2, y2 with their label."""
+    """Return one image; boxes as x1, y1, x2, y2 with their label."""
     num = len(boxes)
     xyxy = np.array([box for box, _ in boxes], dtype=np.float64).reshape(num, 4)
     no = np.zeros(num, dtype=np.bool_)
@@ -66,7 +66,7 @@ def test_thresholds_are_reached_by_equality():
 def test_the_better_score_goes_first_and_takes_the_best_box_of_any_class():
     shifted = [0, 0, 10, 9]
     table = table_of((A, CAT))
-    # The dog overlaps more, the cat is surer.
+    # The dog overlaps more, the cat has the higher score.
     assert counts(table, found((A, DOG, 0.6), (shifted, CAT, 0.7))) == [[0, 0, 1], [0, 1, 0], [0, 0, 0]]
     assert counts(table, found((A, DOG, 0.8), (shifted, CAT, 0.7))) == [[0, 1, 0], [0, 0, 1], [0, 0, 0]]
     # The best box is of another class; the next one is taken only once that is gone.
@@ -81,11 +81,11 @@ def test_of_equal_overlaps_the_own_class_is_taken():
 
 
 @pytest.mark.parametrize("flag", ["crowd", "difficult"])
-def test_ignored_boxes_and_what_lies_on_them_are_not_counted(flag):
+def test_ignored_boxes_and_detections_on_them_are_not_counted(flag):
     table = table_of((A, CAT), (B, CAT), **{flag: [True, False]})
     detections = found((A, CAT, 0.9), (A, DOG, 0.8), (B, CAT, 0.7))
     assert counts(table, detections) == [[0, 0, 0], [0, 1, 0], [0, 0, 0]]
-    # A part of a crowd is in it; a part of a difficult object is something else.
+    # A detection of a part of a crowd lies inside it; one of a part of a difficult object has a low IoU.
     part = found(([0, 0, 3, 3], CAT, 0.9), (B, CAT, 0.7))
     assert counts(table, part)[0] == ([0, 0, 0] if flag == "crowd" else [0, 1, 0])
     # An ignored box takes no detection away from one that counts.
@@ -94,7 +94,7 @@ def test_ignored_boxes_and_what_lies_on_them_are_not_counted(flag):
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_perfect_detections_give_a_diagonal_and_sums_are_what_there_is(case, seed):
+def test_perfect_detections_give_a_diagonal_and_rows_sum_to_the_boxes(case, seed):
     table, detections = case(seed)
     table = replace(table, boxes_xywh=np.maximum(table.boxes_xywh, [0, 0, 1, 1]))
     counted = ~(table.crowd | table.difficult)
@@ -123,7 +123,7 @@ def test_images_are_kept_apart_and_inputs_untouched():
     assert detections.scores.tolist() == scores.tolist()
 
 
-def test_nothing_found_and_nothing_there(no_detections):
+def test_no_detections_and_no_boxes(no_detections):
     assert counts(table_of((A, CAT)), no_detections) == [[0, 0, 0], [1, 0, 0], [0, 0, 0]]
     matrix = confusion_matrix(table_of(), found((A, DOG, 0.9)), score_threshold=0.5)
     assert matrix.counts.tolist() == [[0, 0, 1], [0, 0, 0], [0, 0, 0]]

@@ -19,7 +19,7 @@ from resdet.evaluation.curves import (
 )
 from resdet.evaluation.matching import COCO_IOU_THRESHOLDS, match
 
-# Means in another order, and precisions without pycocotools' 2.2e-16.
+# Means are summed in another order, and precisions lack pycocotools' 2.2e-16.
 EXACT = 1e-12
 
 
@@ -152,23 +152,23 @@ def test_best_f1_by_hand():
     assert best == BestF1(pytest.approx(4 / 7), 0.7, pytest.approx(2 / 3), 0.5)
     # Of equal F1 (2/3 twice) the higher threshold, which shows fewer boxes.
     assert curve([1, 0, 0, 1], [0.9, 0.8, 0.7, 0.6], num_boxes=2).best_f1().threshold == 0.9
-    # Equal scores cannot be told apart by a threshold: all three, or none.
+    # A threshold cannot separate equal scores: all three are kept, or none.
     assert curve([1, 0, 0], [0.5, 0.5, 0.5], num_boxes=1).best_f1() == BestF1(0.5, 0.5, pytest.approx(1 / 3), 1.0)
 
 
-def test_many_curves_at_once_are_each_on_its_own():
+def test_many_curves_at_once_equal_each_alone():
     rng = np.random.default_rng(0)
     for num_hits, num_boxes in ((0, 3), (1, 1), (5, 9), (60, 70), (300, 200)):
         orders = [rng.permutation([True] * num_hits + [False] * 200) for _ in range(4)]
         together = interpolated_precisions(np.array([np.flatnonzero(hits) + 1 for hits in orders]), num_boxes)
         assert together.tobytes() == np.array([interpolated_precision(hits, num_boxes) for hits in orders]).tobytes()
-        # By the definition: the best precision wherever the recall is reached, or beyond.
+        # By definition: the best precision at this recall or a higher one.
         for hits, row in zip(orders, together, strict=True):
             precision, recall = np.cumsum(hits) / np.arange(1, len(hits) + 1), np.cumsum(hits) / num_boxes
             assert row.tolist() == [max(precision[recall >= r], default=0.0) for r in RECALLS]
 
 
-def test_best_score_threshold_is_the_pooled_curves_at_half_an_overlap(case, no_detections):
+def test_best_score_threshold_is_the_pooled_curves_at_iou_one_half(case, no_detections):
     table, detections = case(3)
     best = best_score_threshold(table, detections)
     assert best == precision_recall(table, detections, iou_thresholds=[0.75, 0.5]).pooled[1].best_f1().threshold

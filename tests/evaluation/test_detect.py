@@ -42,7 +42,7 @@ def draw_random_numbers() -> tuple[float, float, float]:
 
 
 class Oracle(nn.Module):
-    """Recognises each image of a dataset and answers with its ground truth, using up random numbers meanwhile."""
+    """Recognises each image of a dataset and returns its ground truth, drawing random numbers in passing."""
 
     def __init__(self, dataset: DetectionDataset, categories: tuple[Category, ...] = ()) -> None:
         super().__init__()
@@ -131,7 +131,7 @@ def test_a_subset_is_the_dataset_of_its_images(indices):
         boxes, labels = model.answers[key]
         model.answers[key] = boxes * 0.9, labels % 3 + 1
     rows = np.arange(NUM_IMAGES)[np.asarray(indices)]
-    # No id twice, but in the order of those there were: equal scores of two images are ordered by it.
+    # Unique ids in the same order as before, because equal scores of two images are ordered by id.
     image_ids = np.argsort(np.argsort(rows, kind="stable"))
     table = replace(dataset.table.select_images(rows), image_ids=image_ids)
     whole = detect(model, dataset)
@@ -191,7 +191,7 @@ def losses_and_gradients(model: nn.Module, dataset: DetectionDataset) -> dict[st
     return {**{name: value.detach() for name, value in losses.items()}, **gradients}
 
 
-def check_training_goes_on_as_if_nothing_had_been(model: nn.Module, dataset: DetectionDataset) -> None:
+def check_an_evaluation_does_not_change_training(model: nn.Module, dataset: DetectionDataset) -> None:
     untouched = copy.deepcopy(model)
     detect(model, dataset, InferenceSettings(batch_size=2))
     seen, expected = losses_and_gradients(model, dataset), losses_and_gradients(untouched, dataset)
@@ -201,11 +201,11 @@ def check_training_goes_on_as_if_nothing_had_been(model: nn.Module, dataset: Det
         torch.testing.assert_close(seen[name], value, rtol=0, atol=0, msg=name)
 
 
-def test_training_after_an_evaluation_is_what_it_would_have_been():
-    check_training_goes_on_as_if_nothing_had_been(small_rcnn().train(), shapes())
+def test_an_evaluation_does_not_change_the_training_after_it():
+    check_an_evaluation_does_not_change_training(small_rcnn().train(), shapes())
 
 
-def test_training_our_detector_after_an_evaluation_is_what_it_would_have_been():
+def test_an_evaluation_does_not_change_the_training_of_our_detector_after_it():
     from resdet import fasterrcnn_resnet101_fpn
 
     dataset = shapes()
@@ -217,14 +217,14 @@ def test_training_our_detector_after_an_evaluation_is_what_it_would_have_been():
         for name, parameter in model.backbone.body.named_parameters():
             if name.endswith("conv3.weight"):
                 parameter.mul_(0.1)
-    check_training_goes_on_as_if_nothing_had_been(model.train(), dataset)
+    check_an_evaluation_does_not_change_training(model.train(), dataset)
 
 
 @pytest.mark.parametrize("name", ["backbone.body.layer3.0.conv1.weight", "roi_heads.box_predictor.cls_score.bias"])
 def test_nan_is_an_error_and_not_an_empty_answer(name):
     dataset = shapes()
     model = small_rcnn().eval()
-    # As torchvision has it: a diverged model finds nothing, and says nothing.
+    # In torchvision, a diverged model silently finds nothing.
     with torch.no_grad():
         model.get_parameter(name).view(-1)[0] = torch.nan
         assert all(len(output["scores"]) == 0 for output in model([torch.rand(3, 64, 64)]))

@@ -12,13 +12,13 @@ from resdet.evaluation.coco import coco_metrics, read_coco_detections
 from resdet.evaluation.errors import ERROR_KINDS, ErrorAnalysis, find_errors
 from resdet.types import Category, Detections
 
-# The same hits and counts in sums of another order.
+# Sums of the same hits and counts in another order.
 ROUNDING = 1e-9
 MANY = 3000  # more detections than any case has in one image and class
 
 
 def scene(num_images: int = 3) -> tuple[AnnotationTable, Detections]:
-    """Boxes of 20 x 20 far from one another, classes in turn, and a perfect detection of each."""
+    """Return boxes of 20 x 20 far from one another, of alternating classes, and a perfect detection of each."""
     x, y = np.meshgrid(np.arange(4) * 100.0, np.arange(3) * 100.0)
     corners = np.tile(np.stack([x.ravel(), y.ravel()], axis=1), (num_images, 1))
     num = len(corners)
@@ -120,7 +120,7 @@ def test_planted_errors_are_found_and_nothing_else(kind):
         assert errors.score.tolist() == planted.scores[rows].tolist()
         iou = {"classification": 1, "duplicate": 1, "background": 0}.get(kind, 1 / 3)
         np.testing.assert_allclose(errors.iou, iou)
-    # Its fix gives everything back, and no other gives anything.
+    # Fixing this kind restores the whole AP, and fixing any other kind changes nothing.
     assert costs(analysis)[kind] == pytest.approx(1 - analysis.AP)
     assert sum(costs(analysis).values()) == pytest.approx(1 - analysis.AP)
 
@@ -157,7 +157,7 @@ def test_a_dog_found_as_a_cat_by_hand():
     assert counts(analysis) == {"classification": 1}
     assert (cat.kinds[0].count, dog.kinds[0].count) == (1, 0)
     assert (cat.kinds[0].dAP, dog.kinds[0].dAP, owl.kinds[0].dAP) == pytest.approx((1 - cat.AP, 1 - dog.AP, -1))
-    # Taking the wrong "cat" away helps the cats only; not counting the dog that was not found, the dogs only.
+    # Removing the wrong "cat" helps the cats only; not counting the dog that was not found helps the dogs only.
     assert analysis.false_positives.dAP == pytest.approx((1 - cat.AP) / 2)
     assert analysis.false_negatives.dAP == pytest.approx((1 - dog.AP) / 2)
     assert analysis.image_loss.tolist() == pytest.approx([1 - analysis.AP])
@@ -190,7 +190,7 @@ def test_ignored_boxes_are_neither_missed_nor_found(flag):
 def physically_fixed(
     table: AnnotationTable, detections: Detections, analysis: ErrorAnalysis, which: np.ndarray
 ) -> list[float]:
-    """AP50 of each class after the errors' boxes, labels and detections have really been changed."""
+    """Compute AP50 of each class after actually changing the errors' boxes, labels and detections."""
     errors = analysis.errors
     boxes, labels = detections.boxes.copy(), detections.labels.copy()
     hits = np.flatnonzero(which & errors.becomes_hit)
@@ -211,7 +211,7 @@ def physically_fixed(
 
 
 def sound(case: Callable, seed: int) -> tuple[AnnotationTable, Detections]:
-    """A case whose boxes have an area: a detection cannot be moved onto one that has none."""
+    """Return a case whose boxes have an area: a detection cannot be moved onto one that has none."""
     table, detections = case(seed)
     boxes_xywh = np.maximum(table.boxes_xywh, [-np.inf, -np.inf, 1, 1])
     return replace(table, boxes_xywh=boxes_xywh), detections
@@ -250,7 +250,7 @@ def test_fixing_everything_gives_an_ap_of_one(case, seed):
     everything = np.ones(len(analysis.errors), dtype=np.bool_)
     after = physically_fixed(table, detections, analysis, everything)
     assert {round(value, 9) for value in after} <= {1, -1}
-    # One fix too few, and it does not.
+    # With one fix left out it does not.
     if (hits := np.flatnonzero(analysis.errors.becomes_hit)).size:
         everything[hits[0]] = False
         assert min(v for v in physically_fixed(table, detections, analysis, everything) if v >= 0) < 1
@@ -311,7 +311,7 @@ def tide_run(table: AnnotationTable, detections: Detections):
 
 
 def assert_same_as_tide(analysis: ErrorAnalysis, run) -> int:
-    """Compare every class's AP after each fix, and the counts; give how many numbers were compared."""
+    """Compare every class's AP after each fix, and the counts; return how many numbers were compared."""
     from tidecv.errors import main_errors as tide
 
     kinds = (
@@ -343,7 +343,7 @@ def tide_case(case: Callable, seed: int) -> tuple[AnnotationTable, Detections] |
     table, detections = case(seed)
     if not table.num_boxes or np.bincount(detections.image_index, minlength=1).max() > 100:
         return None  # tidecv divides by zero, or cuts detections per image
-    # No equal scores: tidecv brings them into another order when it fixes something.
+    # No equal scores, which tidecv reorders when it fixes something.
     scores = np.random.default_rng(seed).permutation(len(detections)) / max(len(detections), 1)
     return table, replace(detections, scores=scores)
 

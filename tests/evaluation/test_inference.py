@@ -1,4 +1,4 @@
-"""Where a detector runs."""
+"""The device that a detector runs on."""
 
 from pathlib import Path
 
@@ -39,7 +39,7 @@ def test_an_int8_detector_runs_on_the_cpu_of_a_host_with_a_gpu_and_says_so(int8_
     assert device_for(nn.Linear(1, 1), name) == torch.device("cuda", 0)
 
 
-def test_nothing_is_said_where_the_cpu_was_asked_for_or_is_all_there_is(int8_detector, monkeypatch, caplog):
+def test_nothing_is_logged_if_the_cpu_was_chosen_or_is_all_there_is(int8_detector, monkeypatch, caplog):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     with caplog.at_level("INFO"):
         assert device_for(int8_detector, "cpu") == device_for(int8_detector, "auto") == torch.device("cpu")

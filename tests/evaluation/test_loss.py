@@ -1,4 +1,4 @@
-"""The validation loss: right, the same every time, and without a trace."""
+"""The validation loss is correct, reproducible and without side effects."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def shapes() -> DetectionDataset:
 
 
 def detector(categories: tuple[Category, ...] = ()) -> Detector:
-    """A small detector, in training, whose batch norms are not what they were made with."""
+    """Return a small detector in training mode, whose batch norms have other statistics than the initial ones."""
     torch.manual_seed(0)
     spec = DetectorSpec(
         arch="resnet18",
@@ -96,7 +96,7 @@ def test_loss_is_the_sum_of_its_parts(alone: dict[str, float]) -> None:
 
 @pytest.mark.parametrize("make", [detector, torchvision_rcnn])
 def test_losses_are_those_of_the_models_own_forward(make: Callable[[], FasterRCNN]) -> None:
-    """Where everything is drawn there is no chance: the model's own forward pass with its norms fixed agrees."""
+    """When every box is sampled nothing is random: the model's own forward pass with its norms fixed agrees."""
     model, dataset = make(), shapes()
     for sampler in (model.rpn.fg_bg_sampler, model.roi_heads.fg_bg_sampler):
         sampler.batch_size_per_image, sampler.positive_fraction = 10**6, 0.5
@@ -109,7 +109,7 @@ def test_losses_are_those_of_the_models_own_forward(make: Callable[[], FasterRCN
             image, target = dataset[index]
             for name, value in model([image.float() / 255], [target]).items():
                 own.setdefault(f"val_{name}", []).append(value.item())
-    # Float32 sums in the order of what was drawn: 1e-6 or so.
+    # Float32 sums in the order of sampling differ by about 1e-6.
     expected = {name: np.mean(values) for name, values in own.items()}
     assert {name: found[name] for name in PARTS} == pytest.approx(expected, rel=1e-5)
     with pytest.raises(AssertionError):
@@ -122,7 +122,7 @@ def random_states() -> list[object]:
 
 
 def everything(model: nn.Module) -> dict[str, object]:
-    """Whatever can be told of a model, bit for bit."""
+    """Return everything that can be observed of a model, bit for bit."""
     found: dict[str, object] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         found[name] = tensor.detach().cpu().numpy().tobytes()
@@ -152,13 +152,13 @@ def test_nothing_is_changed(make: Callable[[], FasterRCNN], device: str) -> None
     again = validation_loss(model, shapes(), InferenceSettings(batch_size=2))  # the same draws
     # A GPU may choose another algorithm the second time.
     assert again == (first if device == "cpu" else pytest.approx(first, rel=1e-3))
-    # What a forward pass in training would change.
+    # A forward pass in training would change this.
     model(*batch)
     changed = [name for name, value in everything(model).items() if value != before[name]]
     assert any(name.endswith("running_mean") for name in changed)
 
 
-def test_flags_and_random_states_are_given_back_after_an_error(model: Detector) -> None:
+def test_flags_and_random_states_are_restored_after_an_error(model: Detector) -> None:
     broken = copy.deepcopy(model)
     with torch.no_grad():
         broken.roi_heads.box_predictor.cls_score.bias[0] = torch.nan
@@ -170,13 +170,13 @@ def test_flags_and_random_states_are_given_back_after_an_error(model: Detector) 
     assert random_states() == states
 
 
-def test_an_image_has_the_same_loss_whatever_is_beside_it(model: Detector, alone: dict[str, float]) -> None:
+def test_an_image_has_the_same_loss_whatever_else_is_in_the_batch(model: Detector, alone: dict[str, float]) -> None:
     dataset = shapes()
     each = [validation_loss(model, Subset(dataset, [index])) for index in range(NUM_IMAGES)]
     for name, value in alone.items():
         assert np.mean([one[name] for one in each]) == pytest.approx(value, rel=1e-12)
     assert len({one["val_loss"] for one in each}) == NUM_IMAGES
-    # Of equal size nothing is padded: convolutions of several images differ by float32's rounding alone.
+    # Images of equal size are not padded: convolutions of several differ by float32 rounding alone.
     together = validation_loss(model, dataset, InferenceSettings(batch_size=2, num_workers=1))
     assert together == pytest.approx(alone, rel=1e-4)
     again = validation_loss(model, Subset(Subset(dataset, [2, 1, 0]), [2, 2, 0]))
@@ -206,7 +206,7 @@ def test_other_models_are_refused() -> None:
 
 def test_bf16_is_close_to_fp32(model: Detector, alone: dict[str, float]) -> None:
     rough = validation_loss(model, shapes(), InferenceSettings(precision="bf16"))
-    # bf16 keeps 8 bits, and proposals that move are other samples.
+    # bf16 keeps 8 bits, and proposals that move are sampled differently.
     assert rough == pytest.approx(alone, rel=0.2)
     assert rough != alone
 

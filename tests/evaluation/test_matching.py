@@ -13,7 +13,7 @@ from resdet.types import Category, Detections
 
 
 def pycocotools_images(table: AnnotationTable, detections: Detections) -> list[dict]:
-    """COCOeval's own record per class, size and image; ids are rows + 1."""
+    """Return COCOeval's own record per class, size and image; ids are rows + 1."""
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
@@ -59,7 +59,7 @@ def pycocotools_images(table: AnnotationTable, detections: Detections) -> list[d
 
 
 def assert_same(matches: Matches, records: list[dict]) -> None:
-    """Every detection and every box has the fate that COCOeval records, at every threshold."""
+    """Compare every detection and every box with COCOeval's record, at every threshold."""
     column = {int(row): column for column, row in enumerate(matches.detection)}
     seen_detections, seen_boxes = 0, 0
     for record in records:
@@ -126,7 +126,7 @@ def test_overlaps_are_those_of_pycocotools_to_the_bit(case, seed, monkeypatch):
         np.testing.assert_array_equal(pairs.iou, iou[detection, box])
         some = overlaps(table, detections, same_class=same_class, min_iou=0.3)
         np.testing.assert_array_equal(some.iou, pairs.iou[pairs.iou >= 0.3])
-        # In pieces, as data too large for one go are done.
+        # In several chunks, as for large data.
         with monkeypatch.context() as patch:
             patch.setattr(matching, "_PAIRS_AT_ONCE", 7)
             pieces = overlaps(table, detections, same_class=same_class)
@@ -186,7 +186,7 @@ def test_a_crowd_region_takes_any_number():
     table = one_image([[0, 0, 100, 100]], crowd=[0])
     assert outcome(table, found([A, A, A])) == ([0, 0, 0], [True] * 3)
     assert match(table, found([A, A, A])).detection_of_box[0].tolist() == [2]
-    # By its share, not by IoU: half of this detection lies outside.
+    # By its share inside, not by IoU: half of this detection lies outside.
     assert outcome(table, found([[-5, 0, 10, 10]]))[0] == [0]
     assert outcome(table, found([[-5.1, 0, 10, 10]]))[0] == [-1]
 
@@ -198,7 +198,7 @@ def test_outside_of_the_area_range_nothing_counts():
     matches = match(table, detections, area_range=(200, 1e10))
     assert matches.box_ignored.tolist() == [True, False]
     assert matches.num_boxes.tolist() == [0, 1]
-    # Both ends belong to the range.
+    # Both ends are included in the range.
     assert match(table, detections, area_range=(100, 400)).box_ignored.tolist() == [False, False]
 
 
@@ -229,7 +229,7 @@ def test_nothing_to_match(case, no_detections):
     assert not match(bare, first).ignored.any()
 
 
-def test_impossible_options_and_detections_are_refused():
+def test_invalid_options_and_detections_are_refused():
     table, detections = one_image([A]), found([A])
     for thresholds in ([], [0], [0.5, 1.1], [[0.5]]):
         with pytest.raises(ValueError, match=r"iou_thresholds: must be one or more numbers in \(0, 1\]"):

@@ -43,7 +43,7 @@ def evaluated(table: AnnotationTable, detections: Detections) -> Evaluation:
 
 
 def make_dataset(num_images: int = 8) -> DetectionDataset:
-    """Shapes, with a class of a nasty name and one that no image shows."""
+    """Return shapes, with a class whose name is a script and one that no image shows."""
     table = shapes_table(num_images, 96, 0)
     names = ["circle", "square", EVIL, "never there"]
     categories = tuple(Category(label, label, name) for label, name in enumerate(names, start=1))
@@ -149,7 +149,7 @@ def test_undefined_numbers_are_dashes(single: Path) -> None:
     assert "-1" not in re.sub(r"<[^>]*>", "", row[0])
 
 
-def test_headline_numbers_are_the_evaluation_s(dataset: DetectionDataset, single: Path) -> None:
+def test_headline_numbers_are_those_of_the_evaluation(dataset: DetectionDataset, single: Path) -> None:
     text = single.read_text(encoding="utf-8")
     metrics = make_runs(dataset.table)[0].evaluation.metrics
     shown = re.findall(r"<dt>([^<]*)</dt><dd>(.*?)</dd>", text)
@@ -177,7 +177,7 @@ def test_images_keep_to_their_budget_and_the_page_says_so(dataset: DetectionData
 
 
 def worst_images(table: AnnotationTable, detections: Detections) -> list[int]:
-    """Images with errors, by what they cost, then by how many."""
+    """Return the images with errors, by cost, then by number of errors."""
     analysis = find_errors(table, detections)
     counts = np.bincount(analysis.errors.image_index, minlength=table.num_images).tolist()
     wrong = [index for index, count in enumerate(counts) if count]
@@ -188,8 +188,8 @@ def pictures(path: Path) -> list[str]:
     return re.findall(r'<img src="(data:image/jpeg;base64,[^"]*)"', path.read_text(encoding="utf-8"))
 
 
-def test_gallery_tells_what_find_errors_found(dataset: DetectionDataset, single: Path) -> None:
-    """Each detection once, of its kind; images in the order of their cost."""
+def test_gallery_shows_what_find_errors_found(dataset: DetectionDataset, single: Path) -> None:
+    """Each detection is shown once, with its kind; images come in the order of their cost."""
     text = single.read_text(encoding="utf-8")
     detections = make_runs(dataset.table)[0].evaluation.detections
     analysis = find_errors(dataset.table, detections)
@@ -212,7 +212,7 @@ def test_points_of_a_curve_are_what_their_thresholds_give() -> None:
     assert 100 < len(points) <= 151
 
     def check(recall: float, precision: float, score: float) -> None:
-        # Four decimals are written; scores of 1/300 apart stay apart.
+        # Four decimals are written; scores that differ by 1/300 stay distinct.
         kept = curve.scores >= score - 6e-5
         assert recall == pytest.approx(curve.hits[kept].sum() / 900, abs=6e-5)
         assert precision == pytest.approx(curve.hits[kept].sum() / kept.sum(), abs=6e-5)
@@ -282,7 +282,7 @@ def test_more_classes_than_the_matrix_shows(dataset: DetectionDataset, tmp_path:
     assert section[: section.index("</tr>")].count('<th scope="col"') == 101
 
 
-def test_run_report_stands_in_the_run_s_folder(dataset: DetectionDataset, tmp_path: Path) -> None:
+def test_run_report_is_in_the_folder_of_the_run(dataset: DetectionDataset, tmp_path: Path) -> None:
     run = make_runs(dataset.table)[0]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in run.log))
     write_run_report(tmp_path, dataset, run.evaluation, run.config)
@@ -291,7 +291,7 @@ def test_run_report_stands_in_the_run_s_folder(dataset: DetectionDataset, tmp_pa
     assert embedded(tmp_path / "report.html")["logs"][0]["title"] == "Loss"
 
 
-def test_log_may_end_in_half_a_line_only(tmp_path: Path) -> None:
+def test_only_the_last_line_of_a_log_may_be_cut_off(tmp_path: Path) -> None:
     assert read_log(tmp_path) == []
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "lo')
@@ -316,7 +316,7 @@ def test_only_runs_on_the_same_data_are_compared(dataset: DetectionDataset) -> N
         check_same_ground_truth([("a", table), ("b", table), ("c", moved)])
 
 
-def test_runs_need_names_of_their_own(dataset: DetectionDataset, tmp_path: Path) -> None:
+def test_names_of_runs_are_unique(dataset: DetectionDataset, tmp_path: Path) -> None:
     run = make_runs(dataset.table)[0]
     for runs in ([], [run, run]):
         with pytest.raises(ValueError, match="with different names"):
@@ -344,7 +344,7 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture
 def visit(browser: Any) -> Iterator[Open]:
-    """Open pages; whatever they do, nothing may be fetched and nothing may be complained of."""
+    """Open pages; none of them may request anything or write to the console."""
     requested: list[str] = []
     complaints: list[str] = []
     contexts = []
@@ -385,7 +385,7 @@ def slide(page: Any, value: float) -> None:
     page.locator("#filter-score").fill(str(value))
 
 
-def test_headers_sort_with_what_is_undefined_last(visit: Open, single: Path) -> None:
+def test_headers_sort_with_undefined_values_last(visit: Open, single: Path) -> None:
     page = visit(single)
     headers = page.locator("#classes-0 thead th")
     assert column(page, "#classes-0", 1) == ["circle", "square", EVIL, "never there"]
@@ -436,7 +436,7 @@ def test_gallery_is_filtered_by_score_class_and_kind(visit: Open, single: Path, 
     assert drawn(page, ".gt") == 0
 
 
-def test_pointing_at_a_curve_or_a_box_tells_its_numbers(visit: Open, single: Path) -> None:
+def test_pointing_at_a_curve_or_a_box_shows_its_numbers(visit: Open, single: Path) -> None:
     page = visit(single)
     tip = page.locator("#tip")
     assert tip.is_hidden()
@@ -457,10 +457,10 @@ def test_pointing_at_a_curve_or_a_box_tells_its_numbers(visit: Open, single: Pat
     box = page.locator("#large .det rect").last.bounding_box()
     page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
     assert tip.is_visible()
-    assert tip.evaluate("tip => tip.parentElement.id") == "large", "a dialog lies above all that is not in it"
+    assert tip.evaluate("tip => tip.parentElement.id") == "large", "an open dialog covers everything outside it"
 
 
-def test_all_of_it_works_by_keyboard(visit: Open, single: Path) -> None:
+def test_the_whole_page_works_by_keyboard(visit: Open, single: Path) -> None:
     page = visit(single)
     page.keyboard.press("Tab")
     assert page.evaluate("document.activeElement.textContent") == "Skip to the numbers"
@@ -531,7 +531,7 @@ LUMINANCE = """query => {
     return (high + 0.05) / (low + 0.05);
   });
 }"""
-"""WCAG's contrast of each element's text with what lies behind it."""
+"""Computes the WCAG contrast of each element's text with its background."""
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -559,7 +559,7 @@ def test_phone_never_scrolls_sideways(which: str, visit: Open, request: pytest.F
     assert page.locator("#large").bounding_box()["width"] <= 360
 
 
-def test_page_is_told_apart_by_those_who_cannot_see_it(visit: Open, double: Path) -> None:
+def test_page_is_accessible_to_screen_readers(visit: Open, double: Path) -> None:
     page = visit(double)
     for landmark in ("banner", "navigation", "main", "contentinfo"):
         assert page.get_by_role(landmark).count() == 1
@@ -597,7 +597,7 @@ def test_several_runs_stand_side_by_side(visit: Open, double: Path) -> None:
     assert page.locator("#curve-legend li").count() == page.locator("#curve-chart path.series").count() == 2
 
 
-def test_policy_stops_a_script_that_gets_in_all_the_same(browser: Any, single: Path) -> None:
+def test_policy_blocks_an_injected_script(browser: Any, single: Path) -> None:
     page = browser.new_page()
     said: list[str] = []
     page.on("console", lambda message: said.append(message.text))

@@ -9,12 +9,12 @@ from resdet.errors import DataError
 from resdet.evaluation.voc import voc_metrics
 from resdet.types import Category, Detections
 
-# Sums in another order than the development kit's.
+# Sums are taken in another order than in the development kit.
 ROUNDING = 1e-12
 
 
 def table_of(boxes: list[list[float]], labels: list[int] | None = None, difficult: list[int] = ()) -> AnnotationTable:
-    """One image of 100 x 100; boxes as x1, y1, x2, y2."""
+    """Return one image of 100 x 100; boxes as x1, y1, x2, y2."""
     num = len(boxes)
     xyxy = np.array(boxes, dtype=np.float64).reshape(num, 4)
     return AnnotationTable(
@@ -62,7 +62,7 @@ def test_false_positive_between_two_hits():
 
 
 def test_duplicate_is_a_false_positive():
-    # As above: the second detection of A takes the place of the one elsewhere.
+    # As above, with the second detection of A in place of the one elsewhere.
     detections = found([(A, 0.9), (A, 0.8), (B, 0.7)])
     assert cat(table_of([A, B]), detections) == pytest.approx((0.5 + 0.5 * 2 / 3, (6 + 5 * 2 / 3) / 11))
 
@@ -105,7 +105,7 @@ def test_hand_computed_at_other_thresholds():
     assert at(0.9) == at(1) == pytest.approx((1 / 2 * 1 / 3, 6 / 11 * 1 / 3))
 
 
-def test_crowd_region_is_measured_by_iou_and_counts_for_nothing():
+def test_crowd_region_is_measured_by_iou_and_does_not_count():
     table = replace(table_of([A, [20, 0, 40, 20]]), crowd=np.array([False, True]))
     inside, like_it = [20, 0, 30, 10], [20, 0, 40, 18]
     assert cat(table, found([(like_it, 0.95), (A, 0.9)])) == (1, 1)
@@ -128,7 +128,7 @@ def test_classes_without_ground_truth_stay_out_of_the_mean(no_detections):
     metrics = voc_metrics(table_of([A]), found([(A, 0.9)]))
     assert metrics.as_dict() == {"voc_AP50": 1.0, "voc_AP50_11point": 1.0}
     assert metrics.per_class[1].AP == metrics.per_class[1].AP_11point == -1
-    # A detection of a class that is nowhere is not punished; one of the other class finds nothing here.
+    # A detection of a class without ground truth costs nothing; the one of the other class finds no box here.
     assert voc_metrics(table_of([A]), found([(A, 0.9)], label=2)).AP == 0
     assert voc_metrics(table_of([A]), no_detections).AP == 0
     assert voc_metrics(table_of([]), found([(A, 0.9)])).AP == -1
@@ -146,7 +146,7 @@ def test_threshold_is_in_the_name_and_checked(no_detections):
 
 
 def devkit_ap(table: AnnotationTable, detections: Detections, label: int) -> tuple[float, float]:
-    """VOCevaldet.m and VOCap.m line by line: 1-based inclusive integer corners, "+ 1", one box after the other."""
+    """Compute what VOCevaldet.m and VOCap.m do, line by line: 1-based inclusive integer corners, "+ 1", box by box."""
     image_of_box = table.image_of_box()
     truth = {}
     npos = 0
