@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -31,6 +32,25 @@ def assets() -> Path:
     return ASSETS
 
 
+@pytest.fixture(scope="session")
+def session_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for what fixtures make once for all files."""
+    return tmp_path_factory.mktemp("session")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _remove_what_a_file_wrote(
+    request: pytest.FixtureRequest, session_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[None]:
+    """Remove the folders of a file's tests and fixtures when all have passed: runs and checkpoints come to 20 GB."""
+    base = tmp_path_factory.getbasetemp()
+    kept, failed = set(base.iterdir()), request.session.testsfailed
+    yield
+    if request.session.testsfailed == failed:
+        for folder in set(base.iterdir()) - kept:
+            shutil.rmtree(folder) if folder.is_dir() and not folder.is_symlink() else folder.unlink()
+
+
 def make_weights(arch: str, assets: Path, folder: Path) -> Path:
     path = folder / f"{arch}.pth"
     subprocess.run([sys.executable, str(assets / "make_weights.py"), arch, str(path)], check=True)
@@ -38,15 +58,15 @@ def make_weights(arch: str, assets: Path, folder: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def resnet18_file(assets: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def resnet18_file(assets: Path, session_folder: Path) -> Path:
     """Real ImageNet weights of a ResNet-18 as torchvision saves them."""
-    return make_weights("resnet18", assets, tmp_path_factory.mktemp("weights"))
+    return make_weights("resnet18", assets, session_folder)
 
 
 @pytest.fixture(scope="session")
-def resnet101_file(assets: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def resnet101_file(assets: Path, session_folder: Path) -> Path:
     """Real ImageNet features in a ResNet-101's shape, as torchvision saves them."""
-    return make_weights("resnet101", assets, tmp_path_factory.mktemp("weights"))
+    return make_weights("resnet101", assets, session_folder)
 
 
 @pytest.fixture(scope="session")

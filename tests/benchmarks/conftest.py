@@ -21,7 +21,7 @@ def small_operations(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="session")
-def small_detector(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def small_detector(session_folder: Path) -> Path:
     """A detector's checkpoint with random weights, few proposals and a knob of its own, for four classes."""
     spec = DetectorSpec(
         arch="resnet18",
@@ -39,6 +39,6 @@ def small_detector(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     model = build_detector(spec, num_classes=5)
     calibrate_norm(model.backbone.body, [torch.randn(2, 3, 64, 96, generator=generator)])
-    path = tmp_path_factory.mktemp("weights") / "small.pt"
+    path = session_folder / "small.pt"
     torch.save(checkpoint_payload(model), path)
     return path

@@ -1,14 +1,15 @@
 """torchvision's detector and ours beside each other: the same weights, every kind of work, sane figures."""
 
+import contextlib
 import json
 import sys
 
 import pytest
 import torch
-from benchmarks import run_benchmark
-from benchmarks.inference import agreement
+from benchmarks import inference, run_benchmark
+from benchmarks.inference import agreement, detection_runs
 from benchmarks.memory import measure_steps
-from benchmarks.pair import build_ours, build_torchvision, float_images, variants
+from benchmarks.pair import Variant, build_ours, build_torchvision, float_images, variants
 from benchmarks.pictures import GENERATED_SIZE, annotated_pictures, photographs
 from benchmarks.roi_align import random_boxes
 from benchmarks.timing import in_turn, time_rows
@@ -87,6 +88,34 @@ def test_inference_of_a_checkpoint_on_photographs(small_detector, photos, tmp_pa
     assert written["settings"]["arch"] == "resnet18"
     assert written["machine"]["threads"] == torch.get_num_threads()
     assert [row["what"] for row in written["tables"][title]] == VARIANTS
+
+
+def test_each_model_is_given_images_on_its_own_device(monkeypatch):
+    """An int8 detector computes on the CPU where the others compute on a GPU."""
+    monkeypatch.setattr(inference, "autocast", lambda device, precision: contextlib.nullcontext())
+    devices = {}
+
+    def model(name):
+        return lambda images: devices.setdefault(name, {image.device.type for image in images})
+
+    batches = annotated_pictures("", "", num_images=2, batch_size=1).batches
+    models = {
+        "ours fp32": Variant(model("ours fp32"), "fp32", True, torch.device("meta")),
+        "ours int8": Variant(model("ours int8"), "fp32", True, CPU),
+    }
+    found = {name: {} for name in models}
+    for run in detection_runs(models, batches, found).values():
+        run(0), run(1)
+    assert devices == {"ours fp32": {"meta"}, "ours int8": {"cpu"}}
+    assert [sorted(by_batch) for by_batch in found.values()] == [[0, 1], [0, 1]]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cpu._is_vnni_supported(), reason="int8 needs a CPU with AVX512-VNNI")
+def test_int8_beside_a_gpu(small_detector):
+    settings = [f"weights={small_detector}", "min_size=64", "max_size=96", "repeats=1", "warmup=0", "num_images=1"]
+    report = run_benchmark(["work=inference", *settings, "int8=true", "device=cuda"])
+    assert [row["what"] for row in next(iter(report.tables.values()))] == [*VARIANTS, "ours int8"]
 
 
 def test_training_on_annotated_photographs(small_detector, photos):

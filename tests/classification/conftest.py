@@ -9,9 +9,10 @@ from small_classes import make_folder
 
 
 @pytest.fixture(scope="session")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(session_folder: Path) -> Path:
     """Two folders, train and val, of folders of pictures."""
-    root = tmp_path_factory.mktemp("colours")
+    root = session_folder / "colours"
+    root.mkdir()
     make_folder(root / "train", num_images=8, seed=0)
     make_folder(root / "val", num_images=5, seed=1)
     return root

@@ -1,7 +1,7 @@
-"""Measurements behind every figure that the documentation claims, one module each.
+"""Measure every figure that the documentation claims, one module for each kind of work.
 
-A benchmark is a function of keyword arguments with defaults (int, float, bool, str or Path) that gives a ``Report``.
-It measures what it compares in turn; memory, and what a cache would change, in processes of their own.
+A benchmark is a function of keyword arguments with defaults (int, float, bool, str or Path) that returns a
+``Report``. It measures what it compares in turn; memory, and what a cache would change, in separate processes.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Loading an annotation file of COCO's size, and the memory that its table takes in data-loading workers."""
+"""Measure loading an annotation file of COCO's size, and the memory of its table in data-loading workers."""
 
 from __future__ import annotations
 
@@ -44,15 +44,15 @@ def benchmark_annotations(
     against the same processes indexing nothing.
 
     Args:
-        num_images: Images in the made-up annotation file.
+        num_images: Images in the generated annotation file.
         num_boxes: Annotations in it.
         num_workers: Worker processes.
-        repeats: Measurements of each way of loading, of which the median is given.
+        repeats: Measurements of each way of loading; medians are reported.
         start_methods: How workers are started, separated by commas: fork, spawn, forkserver.
-        seed: Decides the file's contents.
+        seed: Seed of the file's contents.
 
     Raises:
-        UserError: If a setting is out of range, or this is not Linux, which alone tells proportional memory.
+        UserError: If a setting is out of range, or this is not Linux, which alone reports proportional memory.
     """
     settings = dict(locals())
     check_counts(settings, "num_images", "num_boxes", "num_workers", "repeats")
@@ -67,55 +67,55 @@ def benchmark_annotations(
         write_coco_json(path, num_images=num_images, num_boxes=num_boxes, seed=seed)
         settings["file_mb"] = path.stat().st_size / 1e6
         caches = [Path(folder, f"cache{number}") for number in range(repeats)]
-        ways: dict[str, list[dict[str, float]]] = {"pycocotools.COCO": [], "cold cache": [], "from cache": []}
-        for cache in caches:
-            for what, runs in ways.items():
-                own_cache = {"RESDET_CACHE": str(cache)}
-                runs.append(in_own_process(measure_loading, path, what == "pycocotools.COCO", environment=own_cache))
-        loading = [{key: median(run[key] for run in runs) for key in runs[0]} for runs in ways.values()]
-        memory: list[dict[str, str | float]] = []
-        for method in methods:
-            with_table, without = (
-                in_own_process(
-                    measure_memory,
-                    path,
-                    method,
-                    num_workers,
-                    num_images,
-                    loads,
-                    environment={"RESDET_CACHE": str(caches[0])},
-                )
-                for loads in (True, False)
-            )
-            memory.append(
-                {
-                    "workers": f"{num_workers} by {method}",
-                    **{f"{when} [MB]": with_table[when] - without[when] for when in with_table},
-                    "all, with table [MB]": with_table["end"],
-                }
-            )
+        loading = _loading_rows(path, caches)
+        memory = [_memory_row(path, caches[0], method, num_workers, num_images) for method in methods]
+    title = f"Loading {num_images:,} images and {num_boxes:,} annotations ({settings['file_mb']:.0f} MB)"
     return Report(
         work="annotations",
         settings=settings,
         tables={
-            f"Loading {num_images:,} images and {num_boxes:,} annotations ({settings['file_mb']:.0f} MB), "
-            f"median of {repeats}": [
-                {
-                    "what": what,
-                    "seconds": row["seconds"],
-                    "times faster": loading[0]["seconds"] / row["seconds"],
-                    "CPU seconds": row["cpu_seconds"],
-                    "peak [MB]": row["peak_mb"],
-                }
-                for what, row in zip(ways, loading, strict=True)
-            ],
+            f"{title}, median of {repeats}": loading,
             "Proportional memory that the table adds to a process and its workers, over an epoch": memory,
         },
     )
 
 
+def _loading_rows(path: Path, caches: list[Path]) -> list[dict[str, str | float]]:
+    """Measure each way of loading once for each cache, in turn."""
+    ways: dict[str, list[dict[str, float]]] = {"pycocotools.COCO": [], "cold cache": [], "from cache": []}
+    for cache in caches:
+        for what, runs in ways.items():
+            environment = {"RESDET_CACHE": str(cache)}
+            runs.append(in_own_process(measure_loading, path, what == "pycocotools.COCO", environment=environment))
+    medians = {what: {key: median(run[key] for run in runs) for key in runs[0]} for what, runs in ways.items()}
+    return [
+        {
+            "what": what,
+            "seconds": row["seconds"],
+            "times faster": medians["pycocotools.COCO"]["seconds"] / row["seconds"],
+            "CPU seconds": row["cpu_seconds"],
+            "peak [MB]": row["peak_mb"],
+        }
+        for what, row in medians.items()
+    ]
+
+
+def _memory_row(path: Path, cache: Path, method: str, num_workers: int, num_images: int) -> dict[str, str | float]:
+    """Measure the memory of processes with the table and without it."""
+    environment = {"RESDET_CACHE": str(cache)}
+    with_table, without = (
+        in_own_process(measure_memory, path, method, num_workers, num_images, loads, environment=environment)
+        for loads in (True, False)
+    )
+    return {
+        "workers": f"{num_workers} by {method}",
+        **{f"{when} [MB]": with_table[when] - without[when] for when in with_table},
+        "all, with table [MB]": with_table["end"],
+    }
+
+
 def measure_loading(path: Path, by_pycocotools: bool) -> dict[str, float]:
-    """Load an annotation file and give seconds, seconds of CPU and the peak of memory above what stood before.
+    """Load an annotation file; return seconds, seconds of CPU and the peak of memory above the level before.
 
     Args:
         path: The annotation file.
@@ -138,7 +138,7 @@ def measure_loading(path: Path, by_pycocotools: bool) -> dict[str, float]:
 def measure_memory(
     path: Path, start_method: str, num_workers: int, num_images: int, loads_table: bool
 ) -> dict[str, float]:
-    """Give the proportional memory in MB of this process and its workers at three points of an epoch of indexing.
+    """Return the proportional memory in MB of this process and its workers at three points of an epoch of indexing.
 
     Args:
         path: The annotation file.
@@ -149,7 +149,7 @@ def measure_memory(
     """
     from resdet.data.coco import read_coco
 
-    # More workers than cores are what is asked for.
+    # More workers than cores are intended.
     warnings.filterwarnings("ignore", message="This DataLoader will create")
     items = _Items(read_coco(path) if loads_table else None, num_images)
     loader = DataLoader(
@@ -158,7 +158,7 @@ def measure_memory(
         num_workers=num_workers,
         collate_fn=sum,
         multiprocessing_context=start_method,
-        persistent_workers=True,  # so that they can be looked at after the last batch
+        persistent_workers=True,  # alive to be measured after the last batch
     )
     num_batches = len(loader)
     pss = {}
@@ -175,7 +175,7 @@ def measure_memory(
 
 
 class _Items(Dataset[int]):
-    """What a dataset asks of its table for each image."""
+    """The reads of a dataset from its table for each image."""
 
     def __init__(self, table: AnnotationTable | None, num_images: int) -> None:
         self.table = table
@@ -200,7 +200,7 @@ class _Items(Dataset[int]):
 
 
 def _pss_mb() -> float:
-    """Give the proportional memory of this process and its children, without program code.
+    """Return the proportional memory of this process and its children in MB, without program code.
 
     Code is the same with and without a table, but its share falls and rises with the other programs on the machine
     that use the same libraries, by far more than a table weighs.

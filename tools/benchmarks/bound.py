@@ -1,4 +1,4 @@
-"""The least time that a network's arithmetic can take on this machine: its operations over the best rate seen."""
+"""Compute the least time that a network's arithmetic can take here: its operations over the best rate measured."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from resdet.malloc import keep_freed_memory
 from resdet.precision import Precision
 
 MATMUL_SIDES = (1024, 2048, 4096, 8192)
-"""Sides of the square matrices whose product is timed; a device that takes long for one is spared the next."""
+"""Sides of the square matrices whose product is timed; a device that takes long for one skips the next."""
 
 CONV_SIZE = (200, 304)
 """Pixels of the map (P2 of an image of 800x1216) on which a 3x3 convolution of 256 to 256 channels is timed."""
@@ -27,7 +27,7 @@ _DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bf
 
 
 class Rate(NamedTuple):
-    """The best rate of arithmetic that was seen in a precision.
+    """The best rate of arithmetic measured in a precision.
 
     Attributes:
         flops_per_second: Two for each multiply-add.
@@ -55,15 +55,15 @@ PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16")
 
 
 def best_rates(device: torch.device, known: Mapping[Precision, Rate] | None = None) -> dict[Precision, Rate]:
-    """Give the best rate of each precision over products of square matrices and a 3x3 convolution, five runs of each.
+    """Return the best rate of each precision over products of square matrices and a 3x3 convolution, five runs of each.
 
-    Both, because neither is always the faster: torch gives float32 products to MKL, which on CPUs of AMD reaches half
-    of what oneDNN's convolutions do.
+    Both, because neither is always faster: torch computes float32 products by MKL, which on CPUs of AMD reaches half
+    the rate of oneDNN's convolutions.
 
     Args:
         device: What to measure.
-        known: Rates seen before, which count too. Other programs can only lower a rate, so of two looks at different
-            times the higher one is nearer to what the machine can do.
+        known: Rates measured before, which count too. Other programs can only lower a rate, so of two measurements
+            the higher is nearer to what the machine can do.
     """
     keep_freed_memory()
     best = dict(known or {})
@@ -78,7 +78,7 @@ def count_flops(forward: Callable[[], object], *, backward: bool = False) -> Flo
     """Run something once and count the operations it takes.
 
     Args:
-        forward: Gives losses by name if ``backward``, or whatever it likes.
+        forward: Returns losses by name if ``backward``, or anything.
         backward: Also run back through the sum of the losses.
 
     Source: ``torch.utils.flop_counter``, which counts a backward pass by the gradients that are computed: none of what
@@ -96,14 +96,14 @@ def count_flops(forward: Callable[[], object], *, backward: bool = False) -> Flo
 def bound_row(
     precision: Precision, rate: Rate, flops: Flops, *, ours_seconds: float, torchvision_seconds: float
 ) -> dict[str, str | float]:
-    """Say how near to the bound two measured times come.
+    """Return how near to the bound two measured times come.
 
     Args:
         precision: That of the times and of the rate.
-        rate: The best that was seen.
+        rate: The best measured.
         flops: What was computed in that time.
-        ours_seconds: What it took.
-        torchvision_seconds: What it took torchvision, in the same precision.
+        ours_seconds: Time of our model.
+        torchvision_seconds: Time of torchvision's, in the same precision.
     """
     bound = flops.total / rate.flops_per_second
     return {
@@ -121,7 +121,7 @@ def bound_row(
 def bound_rows(
     rates: Mapping[Precision, Rate], flops: Flops, seconds: Mapping[str, Sequence[float]]
 ) -> list[dict[str, str | float]]:
-    """Say it of each precision, by the medians of times as ``in_turn`` gives them."""
+    """Return ``bound_row`` of each precision, for the medians of times as ``in_turn`` returns them."""
     return [
         bound_row(
             precision,
@@ -135,7 +135,7 @@ def bound_rows(
 
 
 def _operations(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, int, Callable[[], Tensor]]]:
-    """Give names, operations and calls."""
+    """Yield names, numbers of operations and calls."""
     height, width = CONV_SIZE
     image = torch.randn(1, 256, height, width, device=device).to(dtype, memory_format=torch.channels_last)
     weight = torch.randn(256, 256, 3, 3, device=device).to(dtype, memory_format=torch.channels_last)

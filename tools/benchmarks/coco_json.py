@@ -1,4 +1,4 @@
-"""A COCO annotation file of any size, made up: what train2017's weighs to a parser, without its content."""
+"""Write a generated COCO annotation file of any size, as hard to parse as train2017's."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def write_coco_json(path: Path, *, num_images: int, num_boxes: int, num_categori
     with_boxes = rng.permutation(num_images)[: max(1, round(0.99 * num_images))]
     polygons, runs = _outlines(rng)
 
-    with written_whole(path) as beside, beside.open("w", encoding="utf-8") as file:
+    with written_whole(path) as temporary, temporary.open("w", encoding="utf-8") as file:
         file.write('{"info": {"description": "made up"}, "licenses": [], "images": [')
         for start in range(0, num_images, _CHUNK):
             part = slice(start, start + _CHUNK)

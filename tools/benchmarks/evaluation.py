@@ -1,4 +1,4 @@
-"""COCO evaluation at the size of val2017: pycocotools, faster-coco-eval and ours, in turn."""
+"""Time COCO evaluation at the size of val2017: pycocotools, faster-coco-eval and ours, in turn."""
 
 from __future__ import annotations
 

@@ -1,24 +1,30 @@
-"""Detection: torchvision's Faster R-CNN and ours with the same weights, in turn."""
+"""Time detection by torchvision's Faster R-CNN and by ours with the same weights, in turn."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
+from torchvision.models.detection import FasterRCNN
 
-from benchmarks.bound import best_rates, bound_rows, count_flops
+from benchmarks.bound import Flops, best_rates, bound_rows, count_flops
 from benchmarks.pair import Variant, build_ours, float_images, input_shape, shape_text, variants, weights_text
 from benchmarks.pictures import photographs
 from benchmarks.report import Report
 from benchmarks.settings import check_counts, check_size, find_device
 from benchmarks.timing import in_turn, time_rows
+from resdet.data.loader import Batch
+from resdet.models.detector import Detector
 from resdet.models.int8 import quantize_detector
 from resdet.precision import autocast
 from resdet.types import Prediction
 
 MATCH_PX = 1.0
 """Corners of a detection may be this far from those of another, in pixels, for the two to be the same."""
+
+Found = dict[str, dict[int, list[Prediction]]]
+"""Detections of a batch's images, by the model's name and the batch's number."""
 
 
 def benchmark_inference(
@@ -42,7 +48,7 @@ def benchmark_inference(
     non-maximum suppression are inside. Each repetition runs each of the four on the next batch, in turn.
 
     The bound is the multiply-adds of torchvision's convolutions and fully connected layers over the best rate that any
-    matrix product or convolution reached on this machine: pooling, norms, proposals and suppression come for nothing.
+    matrix product or convolution reached on this machine: pooling, norms, proposals and suppression count as free.
 
     Args:
         images: Folder of photographs, the first of which are taken; empty for generated pictures.
@@ -54,7 +60,7 @@ def benchmark_inference(
         num_images: Images to go through.
         repeats: Calls of each, of which medians are given.
         warmup: Calls of each before these.
-        int8: Whether to time ours in int8 too, calibrated on the same images.
+        int8: Whether to time ours in int8 too, on the CPU, calibrated on the same images.
         device: auto, cpu or cuda.
         seed: Of random weights.
 
@@ -65,9 +71,9 @@ def benchmark_inference(
     check_counts(settings, "batch_size", "num_images", "repeats")
     check_counts(settings, "warmup", "seed", least=0)
     check_size(min_size, max_size)
-    place = find_device(device)
+    torch_device = find_device(device)
     pictures = photographs(images, num_images=num_images, batch_size=batch_size)
-    # Generated pictures have boxes, but nothing here is trained on them.
+    # Generated pictures have boxes, but nothing is trained on them here.
     ours = build_ours(
         arch=arch,
         weights=weights,
@@ -77,34 +83,19 @@ def benchmark_inference(
         num_classes=0,
         seed=seed,
     )
-    settings |= {"arch": ours.spec.arch, "device": str(place)}
-    batches = [float_images(batch, place) for batch in pictures.batches]
-    models = variants(ours, place, training=False)
-    found: dict[str, dict[int, list[Prediction]]] = {name: {} for name in models}
-
-    def detects(name: str, variant: Variant) -> Callable[[int], None]:
-        @torch.no_grad()
-        def detect(repetition: int) -> None:
-            number = repetition % len(batches)
-            with autocast(place, variant.precision):
-                found[name][number] = variant.model(batches[number])
-
-        return detect
-
-    rates = best_rates(place)
-    runs = {name: detects(name, variant) for name, variant in models.items()}
-    if int8:
-        quantized = quantize_detector(ours.eval(), [image for batch in batches for image in batch])
-        found["ours int8"] = {}
-        runs["ours int8"] = detects("ours int8", Variant(quantized, "fp32", is_ours=True))
-    seconds = in_turn(runs, repeats=repeats, warmup=warmup, device=place)
-
+    settings |= {"arch": ours.spec.arch, "device": str(torch_device)}
+    models = variants(ours, torch_device, training=False)
     reference = models["torchvision fp32"].model
-    used = [repetition % len(batches) for repetition in range(repeats)]
-    with torch.no_grad():
-        flops = {number: count_flops(lambda n=number: reference(batches[n])) for number in set(used)}  # type: ignore[misc]
-    middle = sorted((flops[number] for number in used), key=lambda one: one.total)[len(used) // 2]
-    rates = best_rates(place, rates)
+    if int8:
+        models["ours int8"] = quantized_variant(ours, pictures.batches)
+    found: Found = {name: {} for name in models}
+    rates = best_rates(torch_device)
+    seconds = in_turn(
+        detection_runs(models, pictures.batches, found), repeats=repeats, warmup=warmup, device=torch_device
+    )
+    rates = best_rates(torch_device, rates)
+    used = [repetition % len(pictures.batches) for repetition in range(repeats)]
+    flops = _median_flops(reference, [float_images(batch, torch_device) for batch in pictures.batches], used)
     shapes = shape_text([input_shape(reference, pictures.batches[number]) for number in used])
     theirs_fp32, ours_fp32 = (
         [image for number in sorted(found[name]) for image in found[name][number]]
@@ -115,13 +106,56 @@ def benchmark_inference(
         settings=settings,
         tables={
             f"Inference: {weights_text(ours, weights)}; {batch_size} of {pictures.origin} at {min_size}/{max_size} "
-            f"({shapes}), {place.type}; medians of {repeats}": time_rows(seconds),
-            "What arithmetic alone would take": bound_rows(rates, middle, seconds),
+            f"({shapes}), {torch_device.type}; medians of {repeats}": time_rows(seconds),
+            "What arithmetic alone would take": bound_rows(rates, flops, seconds),
             f"ours fp32 against torchvision fp32, detections of {len(ours_fp32)} images": [
                 agreement(theirs_fp32, ours_fp32)
             ],
         },
     )
+
+
+def quantized_variant(ours: Detector, batches: Sequence[Batch]) -> Variant:
+    """Quantise our detector, calibrated on these images; an int8 detector computes on the CPU, whatever the others do.
+
+    Raises:
+        UserError: If the CPU or torch cannot compute in int8.
+    """
+    host = torch.device("cpu")
+    images = [image for batch in batches for image in float_images(batch, host)]
+    return Variant(quantize_detector(ours.eval(), images), "fp32", is_ours=True, device=host)
+
+
+def detection_runs(
+    models: Mapping[str, Variant], batches: Sequence[Batch], found: Found
+) -> dict[str, Callable[[int], None]]:
+    """Return, for each model, a function that detects on a batch by the number of the repetition.
+
+    Args:
+        models: What to run, each on batches on its own device.
+        batches: To be used over and over.
+        found: Receives each model's detections by the number of the batch.
+    """
+
+    def run(name: str, variant: Variant) -> Callable[[int], None]:
+        inputs = [float_images(batch, variant.device) for batch in batches]
+
+        @torch.no_grad()
+        def detect(repetition: int) -> None:
+            number = repetition % len(inputs)
+            with autocast(variant.device, variant.precision):
+                found[name][number] = variant.model(inputs[number])
+
+        return detect
+
+    return {name: run(name, variant) for name, variant in models.items()}
+
+
+@torch.no_grad()
+def _median_flops(model: FasterRCNN, batches: Sequence[list[Tensor]], used: Sequence[int]) -> Flops:
+    """Return the operations of the batch in the middle, by operations, of those used."""
+    flops = {number: count_flops(lambda n=number: model(batches[n])) for number in set(used)}  # type: ignore[misc]
+    return sorted((flops[number] for number in used), key=lambda one: one.total)[len(used) // 2]
 
 
 def agreement(reference: Sequence[Prediction], others: Sequence[Prediction]) -> dict[str, str | float]:
@@ -135,7 +169,7 @@ def agreement(reference: Sequence[Prediction], others: Sequence[Prediction]) -> 
         others: Of each image.
 
     Returns:
-        How many there are, how many of both sides have no counterpart, and the largest differences of those that have.
+        How many there are, how many of both sides have no counterpart, and the largest differences of the others.
     """
     num_unmatched = 0
     box_difference = score_difference = 0.0

@@ -1,4 +1,4 @@
-"""Data loading for training with flips and multi-scale, against the pipeline of torchvision's references/detection.
+"""Measure data loading with flips and multi-scale, against the pipeline of torchvision's references/detection.
 
 What is compared, each in a process of its own:
 
@@ -221,7 +221,7 @@ def _resdet(dataset: DetectionDataset, batch_size: int, seed: int) -> Callable[[
 def _torchvision(
     dataset: DetectionDataset, images: Path, annotations: Path, pipeline: str, batch_size: int, total: int, seed: int
 ) -> Callable[[int], Iterator[Any]]:
-    """Give torchvision's loader of the same batches, ``total`` of them.
+    """Return torchvision's loader of the same batches, ``total`` of them.
 
     Source: torchvision's references/detection: ``get_coco`` of coco_utils.py, ``DetectionPresetTrain`` of presets.py,
     ``collate_fn`` of utils.py. Deviation: batches are those of ``TrainBatches``, which groups images by the shape of
@@ -265,7 +265,7 @@ def _reference_collate(batch: Any) -> tuple[Any, ...]:
 
 
 def _to_input(pipeline: str) -> Callable[[Any], Tensor]:
-    """Give what makes the network's input of a batch, as the training step of each does it."""
+    """Return a function that makes the network's input of a batch, as in the training step of each library."""
     from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
     from resdet.models.seeded import SeededTransform
@@ -326,8 +326,8 @@ def write_photos(folder: Path, annotations: Path, *, num_images: int, seed: int 
             for row in range(table.num_boxes)
         ],
     }
-    with written_whole(annotations) as beside:
-        beside.write_text(json.dumps(document))
+    with written_whole(annotations) as temporary:
+        temporary.write_text(json.dumps(document))
 
 
 def _squeezed(picture: npt.NDArray[np.uint8], size: tuple[int, int]) -> npt.NDArray[np.float32]:
@@ -338,7 +338,7 @@ def _squeezed(picture: npt.NDArray[np.uint8], size: tuple[int, int]) -> npt.NDAr
 
 
 def _noise(rng: np.random.Generator, size: tuple[int, int]) -> npt.NDArray[np.float32]:
-    """Give noise ``[H, W, 3]`` of octaves from two pixels to 64, each as strong as the last and half."""
+    """Return noise ``[H, W, 3]`` of octaves from 2 pixels to 64, each 1.5 times as strong as the one before."""
     import cv2
 
     total = np.zeros((*size, 3), dtype=np.float32)

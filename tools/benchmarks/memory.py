@@ -1,4 +1,4 @@
-"""The memory that a training step takes: torchvision's Faster R-CNN and ours, each in a process of its own."""
+"""Measure the memory of a training step: torchvision's Faster R-CNN and ours, each in a process of its own."""
 
 from __future__ import annotations
 
@@ -58,8 +58,8 @@ def benchmark_memory(
     check_counts(settings, "batch_size")
     check_counts(settings, "seed", least=0)
     parsed = parse_sizes(sizes)
-    place = find_device(device)
-    if place.type == "cpu":
+    torch_device = find_device(device)
+    if torch_device.type == "cpu":
         check_linux("clear_refs")
     pictures = annotated_pictures(images, annotations, num_images=batch_size, batch_size=batch_size)
     tables: dict[str, list[dict[str, str | float]]] = {}
@@ -75,18 +75,18 @@ def benchmark_memory(
                 num_classes=pictures.num_classes,
                 seed=seed,
             )
-            settings |= {"arch": ours.spec.arch, "device": str(place)}
+            settings |= {"arch": ours.spec.arch, "device": str(torch_device)}
             save_tensors(checkpoint_payload(ours), path)
             peaks = {
                 f"{'ours' if is_ours else 'torchvision'} {precision}": in_own_process(
-                    measure_steps, path, is_ours, precision, images, annotations, batch_size, place
+                    measure_steps, path, is_ours, precision, images, annotations, batch_size, torch_device
                 )["peak_mb"]
                 for precision in PRECISIONS
                 for is_ours in (False, True)
             }
             title = (
                 f"Memory of a training step: {weights_text(ours, weights)}; {batch_size} of {pictures.origin} at "
-                f"{min_size}/{max_size} ({shape_text([input_shape(ours, pictures.batches[0])])}), {place.type}"
+                f"{min_size}/{max_size} ({shape_text([input_shape(ours, pictures.batches[0])])}), {torch_device.type}"
             )
             tables[title] = [
                 {
@@ -108,7 +108,7 @@ def measure_steps(
     batch_size: int,
     device: torch.device,
 ) -> dict[str, float]:
-    """Take ``NUM_STEPS`` training steps and give the peak of memory above what stood before them, ``peak_mb``.
+    """Take ``NUM_STEPS`` training steps and return the peak of memory above the level before, ``peak_mb``.
 
     Args:
         path: Checkpoint of our detector.
@@ -126,7 +126,7 @@ def measure_steps(
     model = model.to(device).train()
     if is_ours and device.type == "cpu":
         keep_freed_memory()  # as training does
-    step = make_step(Variant(model, precision, is_ours), batches, device)
+    step = make_step(Variant(model, precision, is_ours, device), batches, device)
     if device.type == "cuda":
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)

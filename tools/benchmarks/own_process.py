@@ -1,4 +1,4 @@
-"""Measurements in processes of their own, and the peak of a process's memory."""
+"""Run measurements in separate processes, and read the peak of a process's memory."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ _CHILD = "import json, pickle, sys; f, a = pickle.load(sys.stdin.buffer); print(
 def in_own_process(
     function: Callable[..., dict[str, float]], *arguments: Any, environment: Mapping[str, str] | None = None
 ) -> dict[str, float]:
-    """Call a function in a new interpreter, so that nothing that was done before weighs on it.
+    """Call a function in a new interpreter, so that nothing done before affects it.
 
     Args:
         function: A module's function; figures by name.
         arguments: Its arguments; they must pickle.
-        environment: Variables to set for that process beside those of this one.
+        environment: Variables to set for that process, in addition to those of this one.
 
     Raises:
-        CalledProcessError: If that process fails; what it says goes to this one's stderr.
+        CalledProcessError: If that process fails; its stderr goes to this one's.
     """
     run = subprocess.run(
         [sys.executable, "-c", _CHILD],
@@ -43,19 +43,19 @@ def in_own_process(
 
 
 def check_linux(file: str) -> None:
-    """Find out that there is a file of Linux's ``/proc``.
+    """Check that a file of Linux's ``/proc`` exists.
 
     Raises:
-        UserError: If not.
+        UserError: If it does not.
     """
     if not Path("/proc/self", file).exists():
         raise UserError(f"memory is read from /proc/self/{file}, which is Linux's alone")
 
 
 def forget_peak() -> float:
-    """Begin to measure this process's peak of memory; give what it has now, in MB.
+    """Start measuring this process's peak of memory; return what it has now, in MB.
 
-    What was freed goes back to the system first. Kept by the allocator, it would be used again without showing.
+    Freed memory is returned to the system first: memory kept by the allocator would be reused without showing.
     """
     gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's alone
@@ -66,7 +66,7 @@ def forget_peak() -> float:
 
 
 def peak_mb() -> float:
-    """Give this process's peak of memory since ``forget_peak``, in MB."""
+    """Return this process's peak of memory since ``forget_peak``, in MB."""
     return _status_mb("VmHWM")
 
 

@@ -1,4 +1,4 @@
-"""torchvision's Faster R-CNN and ours with the same weights."""
+"""Build torchvision's Faster R-CNN and ours with the same weights."""
 
 from __future__ import annotations
 
@@ -46,11 +46,13 @@ class Variant(NamedTuple):
         model: Its own copy. What ours keeps between calls, folded weights, is kept for one precision at a time.
         precision: What it computes in.
         is_ours: Whether it is this package's.
+        device: Where it computes, and its images must be.
     """
 
     model: FasterRCNN
     precision: Precision
     is_ours: bool
+    device: torch.device
 
 
 def build_ours(
@@ -133,42 +135,44 @@ def build_torchvision(ours: Detector) -> FasterRCNN:
 
 
 def variants(ours: Detector, device: torch.device, *, training: bool) -> dict[str, Variant]:
-    """Give torchvision's detector and ours in float32 and under bfloat16 autocast, each a copy of its own."""
+    """Return torchvision's detector and ours in float32 and under bfloat16 autocast, each a copy of its own."""
     reference = build_torchvision(ours)
     return {
-        f"{name} {precision}": Variant(copy.deepcopy(model).to(device).train(training), precision, model is ours)
+        f"{name} {precision}": Variant(
+            copy.deepcopy(model).to(device).train(training), precision, model is ours, device
+        )
         for precision in PRECISIONS
         for name, model in (("torchvision", reference), ("ours", ours))
     }
 
 
 def float_images(batch: Batch, device: torch.device) -> list[Tensor]:
-    """Give a batch's images as torchvision's models take them: float32 in [0, 1]."""
+    """Return a batch's images as torchvision's models take them: float32 in [0, 1]."""
     return [image.to(device).float().div_(255) for image in batch.images]
 
 
 def input_shape(model: FasterRCNN, batch: Batch) -> tuple[int, int]:
-    """Give the ``(height, width)`` to which a batch is scaled and padded."""
+    """Return the ``(height, width)`` to which a batch is scaled and padded."""
     device = next(model.parameters()).device
     height, width = model.transform(float_images(batch, device))[0].tensors.shape[-2:]
     return int(height), int(width)
 
 
 def shape_text(shapes: Sequence[tuple[int, int]]) -> str:
-    """Name the sizes of network inputs: the one there is, or the least and the largest."""
+    """Return the sizes of network inputs as text: the only one, or the smallest and the largest."""
     texts = [f"{height}x{width}" for height, width in sorted(set(shapes), key=lambda shape: (math.prod(shape), shape))]
     return texts[0] if len(texts) == 1 else f"{len(texts)} sizes from {texts[0]} to {texts[-1]}"
 
 
 def weights_text(ours: Detector, weights: str) -> str:
-    """Say in words what a detector's weights are."""
+    """Return in words what a detector's weights are."""
     if not weights:
         return f"{ours.spec.arch} of random weights, norms calibrated"
     return f"{ours.spec.arch} of {weights}"
 
 
 def _check_spec(spec: DetectorSpec) -> None:
-    """Find out that torchvision has a Faster R-CNN like this one."""
+    """Raise a ``UserError`` if torchvision has no Faster R-CNN like this one."""
     if not hasattr(torchvision.models.resnet, spec.arch):
         raise UserError(f"arch must be a ResNet of torchvision's, which it is compared with, got {spec.arch!r}")
     default = DetectorSpec(arch=spec.arch)

@@ -1,4 +1,4 @@
-"""The pictures that benchmarks run on: photographs of a folder, or generated ones."""
+"""Read or generate the pictures that benchmarks run on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a benchmark measured: tables for people, json for programs."""
+"""Report what a benchmark measured: tables for people, json for programs."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def _machine() -> dict[str, Any]:
 
 
 def _processor() -> dict[str, Any]:
-    """Give the CPU's name and its instructions for bfloat16, where the system tells them."""
+    """Return the CPU's name and its instructions for bfloat16, where the system reports them."""
     try:
         lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
     except OSError:
@@ -77,8 +77,8 @@ class Report:
         Raises:
             UserError: If the folder does not exist.
         """
-        with written_whole(path) as beside:
-            beside.write_text(json.dumps(asdict(self), indent=2, default=str) + "\n")
+        with written_whole(path) as temporary:
+            temporary.write_text(json.dumps(asdict(self), indent=2, default=str) + "\n")
 
     def __str__(self) -> str:
         tables = [f"{title}\n{_lay_out(rows)}" for title, rows in self.tables.items()]

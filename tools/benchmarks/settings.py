@@ -1,4 +1,4 @@
-"""What the settings of several benchmarks have in common: counts, sizes, devices."""
+"""Check settings that several benchmarks share: counts, sizes, devices."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from resdet.processes import choose_device
 
 
 def check_counts(settings: Mapping[str, Any], *keys: str, least: int = 1) -> None:
-    """Find out that settings are at least ``least``.
+    """Check that settings are at least ``least``.
 
     Raises:
         UserError: If one is less.
@@ -23,7 +23,7 @@ def check_counts(settings: Mapping[str, Any], *keys: str, least: int = 1) -> Non
 
 
 def find_device(name: str) -> torch.device:
-    """Give the device that ``device=`` names: ``cpu``, ``cuda``, or ``auto`` for a GPU where there is one.
+    """Return the device that ``device=`` names: ``cpu``, ``cuda``, or ``auto`` for a GPU where there is one.
 
     Raises:
         UserError: If it is none of these, or there is no GPU.
@@ -50,10 +50,10 @@ def parse_sizes(text: str) -> list[tuple[int, int]]:
 
 
 def check_size(min_size: int, max_size: int) -> None:
-    """Find out that a size is one that images can be scaled to.
+    """Check that images can be scaled to a size.
 
     Raises:
-        UserError: If not.
+        UserError: If they cannot.
     """
     if not 1 <= min_size <= max_size:
         raise UserError(f"min_size must lie between 1 and max_size, got {min_size} and {max_size}")

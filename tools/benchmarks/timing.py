@@ -1,4 +1,4 @@
-"""Times taken in turn, and what is said of them."""
+"""Time several things in turn, and lay the times out as rows."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ def in_turn(
 ) -> dict[str, list[float]]:
     """Time each of several things once, then each of them once more, and so on.
 
-    A machine that slows down for a while (other programs, heat) slows down all of them alike. What is ours runs with
-    freed memory kept, as our loops have it; everything else as the C library does by itself. Each is run once untimed
-    before it is timed, so that it finds memory and caches as its own last run left them.
+    A machine that slows down for a while (other programs, heat) slows down all of them alike. Ours run with
+    freed memory kept, as in our loops; everything else with the C library's default. Each is run once untimed before it
+    is timed, so that it finds memory and caches as its own last run left them.
 
     Args:
         runs: What to time, by name (ours begins with "ours"); each is given the number of the repetition.
@@ -47,7 +47,7 @@ def in_turn(
 
 
 def time_rows(seconds: Mapping[str, Sequence[float]]) -> list[dict[str, str | float]]:
-    """Lay times out: medians, extremes, and speed against what each is compared with.
+    """Return times as rows: medians, extremes, and speed against the references.
 
     Args:
         seconds: By name, ``REFERENCES`` among them.

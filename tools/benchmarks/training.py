@@ -1,4 +1,4 @@
-"""A training step: torchvision's Faster R-CNN and ours with the same weights, in turn."""
+"""Time a training step of torchvision's Faster R-CNN and of ours with the same weights, in turn."""
 
 from __future__ import annotations
 
@@ -81,9 +81,9 @@ def benchmark_training(
     check_counts(settings, "batch_size", "num_images", "repeats")
     check_counts(settings, "warmup", "seed", least=0)
     parsed = parse_sizes(sizes)
-    place = find_device(device)
+    torch_device = find_device(device)
     pictures = annotated_pictures(images, annotations, num_images=num_images, batch_size=batch_size)
-    rates = best_rates(place)
+    rates = best_rates(torch_device)
     tables = {}
     for min_size, max_size in parsed:
         ours = build_ours(
@@ -95,12 +95,14 @@ def benchmark_training(
             num_classes=pictures.num_classes,
             seed=seed,
         )
-        settings |= {"arch": ours.spec.arch, "device": str(place)}
-        seconds, losses, flops, shapes = _measure(ours, pictures, place, repeats=repeats, warmup=warmup, seed=seed)
-        rates = best_rates(place, rates)
+        settings |= {"arch": ours.spec.arch, "device": str(torch_device)}
+        seconds, losses, flops, shapes = _measure(
+            ours, pictures, torch_device, repeats=repeats, warmup=warmup, seed=seed
+        )
+        rates = best_rates(torch_device, rates)
         title = (
             f"Training: {weights_text(ours, weights)}; forward, backward and SGD step on {batch_size} of "
-            f"{pictures.origin} at {min_size}/{max_size} ({shapes}), {place.type}; medians of {repeats}"
+            f"{pictures.origin} at {min_size}/{max_size} ({shapes}), {torch_device.type}; medians of {repeats}"
         )
         tables[title] = [{**row, "loss": losses[str(row["what"])]} for row in time_rows(seconds)]
         tables[f"What arithmetic alone would take at {min_size}/{max_size}"] = bound_rows(rates, flops, seconds)
@@ -108,7 +110,7 @@ def benchmark_training(
 
 
 def make_step(variant: Variant, batches: list[Batch], device: torch.device) -> Callable[[int], float]:
-    """Give a function that takes a training step on a batch, by its number, and gives the loss.
+    """Return a function that takes a training step on a batch, by its number, and returns the loss.
 
     Args:
         variant: What to train, in training mode and on ``device``.
@@ -179,7 +181,7 @@ def _check_finite(loss: float, norm: float, name: str, precision: Precision) -> 
 def _measure(
     ours: Detector, pictures: Pictures, device: torch.device, *, repeats: int, warmup: int, seed: int
 ) -> tuple[dict[str, list[float]], dict[str, float], Flops, str]:
-    """Give seconds by variant, each one's median loss, the operations of a step, and the sizes of inputs."""
+    """Return seconds by variant, each one's median loss, the operations of a step, and the sizes of inputs."""
     batches = pictures.batches
     models = variants(ours, device, training=True)
     losses: dict[str, list[float]] = {name: [] for name in models}
