@@ -1,1 +1,1 @@
-"""What is wrong with a dataset, found and repaired."""
+"""Find what is wrong with a dataset, and repair it."""

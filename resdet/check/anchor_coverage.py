@@ -1,4 +1,4 @@
-"""Which boxes the anchors of a detector can reach, exactly, for a whole dataset at once."""
+"""Find the boxes that no anchor of a detector reaches, exactly, for a whole dataset at once."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import numpy.typing as npt
 from resdet.data.annotations import AnnotationTable
 
 IOU_REACHED = 0.5
-"""Overlap from which an anchor reaches a box."""
+"""IoU from which an anchor reaches a box."""
 
 SIZES = {"small": (0.0, 32.0**2), "medium": (32.0**2, 96.0**2), "large": (96.0**2, np.inf)}
-"""Areas of boxes in pixels of the stored image, as COCO divides them."""
+"""Areas of boxes in pixels of the stored image, in COCO's classes."""
 
 _STRIDES = (4, 8, 16, 32, 64)
 
@@ -23,12 +23,12 @@ class AnchorLayout:
     """Where a detector puts its anchors.
 
     Attributes:
-        cell_anchors: For each level P2..P6 float ``[A, 4]``: the anchors of one place, xyxy around 0.
-        nominal: Whether anchors of a level are 4, 8, 16, 32, 64 pixels apart, and not the padded image's size over the
-            level's, rounded down.
-        min_sizes: Pixels to which the shorter side is scaled; of several one is drawn for each training image.
-        max_size: Pixels that the longer side may have after that.
-        sides_rounded: Whether scaled sides are rounded to the nearest pixel, as with Pillow's resize, and not down.
+        cell_anchors: For each level P2..P6 float ``[A, 4]``: the anchors of one location, xyxy around 0.
+        nominal: Whether anchors of a level are 4, 8, 16, 32, 64 pixels apart, rather than the padded image's size over
+            the level's, rounded down.
+        min_sizes: Pixels to which the shorter side is scaled; of several, one is drawn for each training image.
+        max_size: Maximum of the longer side after that, in pixels.
+        sides_rounded: Whether scaled sides are rounded to the nearest pixel, as by Pillow's resize, rather than down.
     """
 
     cell_anchors: tuple[npt.NDArray[np.float64], ...]
@@ -43,7 +43,7 @@ class Coverage:
     """How many boxes no anchor reaches.
 
     Attributes:
-        num_boxes: Boxes looked at, by size, and ``"all"``.
+        num_boxes: Number of boxes by size, and ``"all"``.
         unreached: Share of them that no anchor overlaps by ``IOU_REACHED``, in [0, 1]; the mean over the sizes to which
             training scales images. NaN where there are no boxes.
     """
@@ -53,13 +53,13 @@ class Coverage:
 
 
 def anchor_coverage(table: AnnotationTable, layout: AnchorLayout) -> Coverage:
-    """Find the boxes that no anchor reaches, of those that training uses.
+    """Count the boxes that no anchor reaches, of those that training uses.
 
-    Each image is taken alone: in a batch it is padded to the largest, which can move torchvision's measured strides of
-    the coarsest levels by a few pixels.
+    Each image is considered alone: in a batch it is padded to the largest, which can change torchvision's measured
+    strides of the coarsest levels by a few pixels.
     """
     keep = table.trainable(use_difficult=True)
-    boxes = table.boxes_in_image()[keep]
+    boxes = table.boxes_in_image()[keep]  # [N, 4]
     sizes = table.sizes[table.image_of_box()[keep]].astype(np.float64)
     unreached = np.zeros(len(boxes))
     for min_size in layout.min_sizes:
@@ -77,11 +77,11 @@ def anchor_coverage(table: AnnotationTable, layout: AnchorLayout) -> Coverage:
 def best_iou(
     boxes: npt.NDArray[np.float64], sizes: npt.NDArray[np.float64], layout: AnchorLayout, min_size: int
 ) -> npt.NDArray[np.float64]:
-    """Give the largest overlap of each box with any anchor of its image.
+    """Return the largest IoU of each box with any anchor of its image.
 
-    Anchors of one shape differ in their place only, and their overlap with a box is the product of what they share
-    along each axis: the best one is the nearest along both. So the whole grid is searched by looking at one anchor of
-    each shape and level.
+    Anchors of one shape differ only in their location, and their intersection with a box is the product of what they
+    share along each axis: the best one is the nearest along both. So one anchor of each shape and level stands for the
+    whole grid.
 
     Args:
         boxes: ``[N, 4]``, xyxy, pixels of the stored image, within it.
@@ -92,10 +92,10 @@ def best_iou(
     Returns:
         float64 ``[N]``, in [0, 1].
     """
-    scaled = _scaled_sizes(sizes, layout, min_size)
+    scaled = _scaled_sizes(sizes, layout, min_size)  # [N, 2], like all that follows
     factor = scaled / sizes
     low, high = boxes[:, 1::-1] * factor, boxes[:, 3:1:-1] * factor  # (y, x), as sizes are (height, width)
-    area = np.prod(high - low, axis=1)
+    area = np.prod(high - low, axis=1)  # [N]
     padded = np.ceil(scaled / 32) * 32
     best = np.zeros(len(boxes))
     for nominal, cells in zip(_STRIDES, layout.cell_anchors, strict=True):
@@ -106,13 +106,13 @@ def best_iou(
             offset = (low + high - anchor_low - anchor_high) / 2
             shift = np.clip(np.round(offset / stride), 0, grid - 1) * stride
             shared = np.minimum(high, shift + anchor_high) - np.maximum(low, shift + anchor_low)
-            both = np.prod(np.maximum(shared, 0), axis=1)
+            both = np.prod(np.maximum(shared, 0), axis=1)  # [N]
             best = np.maximum(best, both / (area + np.prod(anchor_high - anchor_low) - both))
     return best
 
 
 def _scaled_sizes(sizes: npt.NDArray[np.float64], layout: AnchorLayout, min_size: int) -> npt.NDArray[np.float64]:
-    """Give ``(height, width)`` as the detector's transform makes them, float64 ``[N, 2]``."""
+    """Return ``(height, width)`` as the detector's transform makes them, float64 ``[N, 2]``."""
     scale = np.minimum(min_size / sizes.min(axis=1), layout.max_size / sizes.max(axis=1))
     scaled = sizes * scale[:, None]
     whole: npt.NDArray[np.float64] = np.floor(scaled + 0.5 if layout.sides_rounded else scaled)

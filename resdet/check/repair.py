@@ -148,17 +148,17 @@ class _Repair:
         id_of_file: dict[str, int] = {}
         for record in records:
             image_id, name = _integer(record.get("id")), record.get("file_name")
-            place = f"image {image_id} ({name})"
+            subject = f"image {image_id} ({name})"
             if image_id is None:
                 self._changes.append(f"image {name!r}: dropped: its id {record.get('id')!r} is not an integer")
             elif len(names_of_id[image_id]) > 1:
-                self._drop_image(place, "other files have the same id")
+                self._drop_image(subject, "other files have the same id")
             elif image_id in self._image_of:
-                self._changes.append(f"{place}: dropped: an earlier entry has the same id")
+                self._changes.append(f"{subject}: dropped: an earlier entry has the same id")
             elif image_id in self._refused:
-                why = self._refused[image_id].removeprefix(f"{place}: ").removeprefix(f"image {image_id}: ")
-                self._drop_image(place, why)
-            elif (size := self._size(record, place)) is not None:
+                why = self._refused[image_id].removeprefix(f"{subject}: ").removeprefix(f"image {image_id}: ")
+                self._drop_image(subject, why)
+            elif (size := self._size(record, subject)) is not None:
                 first = id_of_file.setdefault(os.path.normpath(str(name)), image_id)
                 if first == image_id:
                     self._image_of[image_id] = image_id
@@ -166,13 +166,13 @@ class _Repair:
                     kept[image_id] = record
                 elif self._sizes[first] == size:
                     self._image_of[image_id] = first
-                    self._changes.append(f"{place}: merged with image {first}, the same file")
+                    self._changes.append(f"{subject}: merged with image {first}, the same file")
                 else:
-                    self._drop_image(place, f"image {first} is the same file, of another size")
+                    self._drop_image(subject, f"image {first} is the same file, of another size")
         return list(kept.values())
 
-    def _drop_image(self, place: str, why: str) -> None:
-        self._changes.append(f"{place}: dropped with its annotations: {why}")
+    def _drop_image(self, subject: str, why: str) -> None:
+        self._changes.append(f"{subject}: dropped with its annotations: {why}")
 
     def annotations(self) -> list[Record]:
         records = self._objects("annotations", ("id", "image_id", "category_id"))
@@ -182,21 +182,21 @@ class _Repair:
         kept = []
         for record in records:
             own_id = _integer(record.get("id"))
-            place = f"annotation {own_id if own_id is not None else record.get('id')!r}"
+            subject = f"annotation {own_id if own_id is not None else record.get('id')!r}"
             why = self._unusable(record)
             if why is None:
-                self._clip(record, place)
-                self._repair_values(record, place)
+                self._clip(record, subject)
+                self._repair_values(record, subject)
                 key = (record["image_id"], record["category_id"], *record["bbox"])
                 if key in boxes_seen and not record.get("iscrowd"):
                     why = f"the same box and class as another one of image {record['image_id']}"
                 elif not record.get("iscrowd"):
                     boxes_seen.add(key)
             if why is not None:
-                self._changes.append(f"{place}: dropped: {why}")
+                self._changes.append(f"{subject}: dropped: {why}")
                 continue
             if own_id is None or own_id in taken:
-                self._changes.append(f"{place} of image {record['image_id']}: id -> {next_id}")
+                self._changes.append(f"{subject} of image {record['image_id']}: id -> {next_id}")
                 record["id"] = own_id = next_id
                 next_id += 1
             taken.add(own_id)
@@ -219,12 +219,12 @@ class _Repair:
             objects.append(record)
         return objects
 
-    def _size(self, record: Record, place: str) -> tuple[int, int] | None:
+    def _size(self, record: Record, subject: str) -> tuple[int, int] | None:
         """Return an image's size, from its file if the record has none, or None to drop the image."""
         name = record.get("file_name")
         # Images without a size are not in the report's table, so their names are checked here.
         if not is_file_name(name) or os.path.isabs(str(name)) or os.path.normpath(str(name)).startswith(".."):
-            self._drop_image(place, f"file_name {name!r} is not a file in the folder")
+            self._drop_image(subject, f"file_name {name!r} is not a file in the folder")
             return None
         height, width = (_integer(record.get(key)) for key in ("height", "width"))
         if height is not None and width is not None and 0 < height <= MAX_SIDE and 0 < width <= MAX_SIDE:
@@ -232,9 +232,9 @@ class _Repair:
         try:
             height, width = read_image(self._root / str(name)).shape[:2]
         except DataError as error:
-            self._drop_image(place, f"no size, and {error}")
+            self._drop_image(subject, f"no size, and {error}")
             return None
-        self._changes.append(f"{place}: height and width -> {height} and {width}, from the file")
+        self._changes.append(f"{subject}: height and width -> {height} and {width}, from the file")
         record.update(height=height, width=width)
         return height, width
 
@@ -258,30 +258,29 @@ class _Repair:
             return f"box {record['bbox']} lies outside image {record['image_id']} of {width}x{height} pixels"
         return None
 
-    def _clip(self, record: Record, place: str) -> None:
+    def _clip(self, record: Record, subject: str) -> None:
         x, y, w, h = record["bbox"]
         height, width = self._sizes[record["image_id"]]
         if max(-x, -y, x + w - width, y + h - height) <= OVERHANG:
             return
         left, top = max(x, 0), max(y, 0)
         clipped = [left, top, min(x + w, width) - left, min(y + h, height) - top]
-        self._changes.append(f"{place} of image {record['image_id']}: clipped {record['bbox']} -> {clipped}")
+        self._changes.append(f"{subject} of image {record['image_id']}: clipped {record['bbox']} -> {clipped}")
         record["bbox"] = clipped
         area = record.get("area")
         if isinstance(area, (int, float)) and np.isclose(area, w * h):
             record["area"] = clipped[2] * clipped[3]
 
-    def _repair_values(self, record: Record, place: str) -> None:
+    def _repair_values(self, record: Record, subject: str) -> None:
         crowd = record.get("iscrowd")
         if (crowd or 0) not in (0, 1):
-            self._changes.append(f"{place}: iscrowd {crowd!r} -> 0")
+            self._changes.append(f"{subject}: iscrowd {crowd!r} -> 0")
             record["iscrowd"] = 0
         area = record.get("area")
         if area is not None and np.isnan(as_numbers([area])[0]):
-            self._changes.append(f"{place}: area {area!r} removed")
+            self._changes.append(f"{subject}: area {area!r} removed")
             del record["area"]
 
 
 def _integer(value: object) -> int | None:
-    values, whole = as_integers([value])
-    return int(values[0]) if whole[0] else None
+    return next(iter(as_integers([value]).at(0)), None)

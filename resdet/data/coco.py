@@ -18,6 +18,7 @@ from resdet.data.cache import cached_table
 from resdet.data.coco_rules import (
     MAX_SIDE,
     CocoRecords,
+    Integers,
     Record,
     as_boxes,
     as_integers,
@@ -140,7 +141,7 @@ def _usable_columns(records: CocoRecords, *, difficult: bool = False) -> _Column
         for section in (records.categories, records.images, records.annotations)
     )
 
-    def integers(section: list[Record], key: str) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
+    def integers(section: list[Record], key: str) -> Integers:
         return as_integers([record.get(key) for record in section])
 
     def flags(key: str) -> npt.NDArray[np.bool_]:
@@ -281,23 +282,16 @@ def _to_columns(file: _File) -> _Columns:
 
 def _is_sound(columns: _Columns) -> bool:
     """Check the rules of ``record_problems`` that types alone do not ensure."""
-    image_ids, category_ids, annotation_ids = (
-        np.sort(ids) for ids in (columns.image_ids, columns.category_ids, columns.annotation_ids)
-    )
     return bool(
-        len(image_ids)
-        and len(category_ids)
-        and all((ids[1:] != ids[:-1]).all() for ids in (image_ids, category_ids, annotation_ids))
-        and _all_in(columns.image_id, image_ids)
-        and _all_in(columns.category_id, category_ids)
+        len(columns.image_ids)
+        and len(columns.category_ids)
+        and all(
+            len(np.unique(ids)) == len(ids) for ids in (columns.image_ids, columns.category_ids, columns.annotation_ids)
+        )
+        and np.isin(columns.image_id, columns.image_ids).all()
+        and np.isin(columns.category_id, columns.category_ids).all()
         and ((columns.sizes >= 1) & (columns.sizes <= MAX_SIDE)).all()
         and all(name and "\0" not in name for name in columns.file_names)
         and all(columns.category_names)
         and len(set(columns.category_names)) == len(columns.category_names)
     )
-
-
-def _all_in(values: npt.NDArray[np.int64], known: npt.NDArray[np.int64]) -> bool:
-    """Check that all values are among the ``known``, which are sorted."""
-    found = np.minimum(np.searchsorted(known, values), len(known) - 1)
-    return bool((known[found] == values).all())

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any, NamedTuple, TypeGuard
 
 import numpy as np
 import numpy.typing as npt
@@ -132,10 +132,25 @@ def record_problems(records: CocoRecords) -> Iterator[Problem]:
     for kind, message, image_ids, annotation_ids in problems:
         # All annotations of unknown images, or of unknown categories, are one problem.
         count = max(len(annotation_ids), 1)
-        yield Problem(kind, message, tuple(image_ids), tuple(annotation_ids), file, count)
+        yield Problem(kind, message, image_ids, annotation_ids, file, count)
 
 
-_Found = tuple[str, str, Sequence[int], Sequence[int]]
+class Integers(NamedTuple):
+    """Values of which not all need be integers."""
+
+    values: npt.NDArray[np.int64]  # [V], 0 where not an integer
+    valid: npt.NDArray[np.bool_]  # [V]
+
+    def at(self, row: int) -> tuple[int, ...]:
+        """Return one value, or nothing if it is not an integer."""
+        return (int(self.values[row]),) if self.valid[row] else ()
+
+    def among(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Return the integers in some rows."""
+        return self.values[rows][self.valid[rows]]
+
+
+_Found = tuple[str, str, tuple[int, ...], tuple[int, ...]]
 """Kind, message, image ids and annotation ids."""
 
 
@@ -146,23 +161,18 @@ class _Section:
     kind: str
     records: list[Record]
     numbers: npt.NDArray[np.int64]  # [R], positions in the file from 1
-    ids: npt.NDArray[np.int64]  # [R], meaningful where has_id
-    has_id: npt.NDArray[np.bool_]  # [R]
+    ids: Integers  # [R]
 
     @classmethod
     def of(cls, key: str, entries: list[Any]) -> _Section:
         numbers = np.array([n for n, entry in enumerate(entries, start=1) if isinstance(entry, dict)], dtype=np.int64)
         objects = entries if len(numbers) == len(entries) else [entries[n - 1] for n in numbers]
-        ids, has_id = as_integers([record.get("id") for record in objects])
-        return cls(_KINDS[key], objects, numbers, ids, has_id)
+        return cls(_KINDS[key], objects, numbers, as_integers([record.get("id") for record in objects]))
 
     def name(self, row: int) -> str:
         """Name a record in a message: by its id, or its position in the file if it has none."""
-        return f"{self.kind} {self.ids[row]}" if self.has_id[row] else f"{self.kind} number {self.numbers[row]}"
-
-    def id_of(self, row: int) -> list[int]:
-        """Return a record's id in a list, which is empty if it has none."""
-        return [int(self.ids[row])] if self.has_id[row] else []
+        valid, ids = self.ids.valid, self.ids.values
+        return f"{self.kind} {ids[row]}" if valid[row] else f"{self.kind} number {self.numbers[row]}"
 
     def column(self, key: str) -> list[Any]:
         """Return one value of each record."""
@@ -187,33 +197,36 @@ def _problems(records: CocoRecords, sections: dict[str, _Section]) -> Iterator[_
     for key in ("height", "width"):
         yield from _side_problems(images, key)
     yield from _id_problems(objects)
-    image_ids, has_image_id = as_integers(objects.column("image_id"))
-    for key, known in (("image_id", images), ("category_id", categories)):
-        yield from _reference_problems(objects, key, known, image_ids, has_image_id)
+    image_ids = as_integers(objects.column("image_id"))
+    yield from _reference_problems(objects, image_ids, "image_id", images, "images")
+    yield from _reference_problems(objects, image_ids, "category_id", categories, "categories")
     for kind, row, message in _value_problems(objects):
-        yield kind, message, [int(image_ids[row])] if has_image_id[row] else [], objects.id_of(row)
+        yield kind, message, image_ids.at(row), objects.ids.at(row)
 
 
 def _id_problems(section: _Section) -> Iterator[_Found]:
     kind = section.kind
-    for row in np.flatnonzero(~section.has_id).tolist():
+    for row in np.flatnonzero(~section.ids.valid).tolist():
         got = _show(section.records[row].get("id"))
         yield f"bad_{kind}_id", f"{kind} number {section.numbers[row]}: id must be an integer, got {got}", (), ()
-    unique, first, counts = np.unique(section.ids[section.has_id], return_index=True, return_counts=True)
+    ids = section.ids.values[section.ids.valid]
+    unique, first, counts = np.unique(ids, return_index=True, return_counts=True)
     repeated = np.flatnonzero(counts > 1)
-    for i in repeated[np.argsort(first[repeated])].tolist():
-        ids = {kind: [int(unique[i])]}
+    for i in repeated[np.argsort(first[repeated])].tolist():  # in the order of the file
         message = f"{kind} id {unique[i]} is given {counts[i]} times"
-        yield f"duplicate_{kind}_id", message, ids.get("image", ()), ids.get("annotation", ())
+        concerned = (int(unique[i]),)
+        image_ids, annotation_ids = concerned if kind == "image" else (), concerned if kind == "annotation" else ()
+        yield f"duplicate_{kind}_id", message, image_ids, annotation_ids
 
 
 def _category_name_problems(categories: _Section) -> Iterator[_Found]:
     name_of: dict[str, str] = {}
     # Of a category id given twice, which is a problem of its own, only the first record is checked.
-    _, first = np.unique(categories.ids[categories.has_id], return_index=True)
-    for row in np.flatnonzero(categories.has_id)[first].tolist():
+    ids, valid = categories.ids
+    _, first = np.unique(ids[valid], return_index=True)
+    for row in np.flatnonzero(valid)[first].tolist():
         name = categories.records[row].get("name")
-        category_id = str(categories.ids[row])
+        category_id = str(ids[row])
         if not isinstance(name, str) or not name:
             yield "bad_category_name", f"category {category_id}: name must be a string, got {_show(name)}", (), ()
         elif name in name_of:
@@ -229,7 +242,7 @@ def _file_name_problems(images: _Section) -> Iterator[_Found]:
             continue
         what = "a string" if not isinstance(name, str) or not name else "a name that files can have"
         message = f"{images.name(row)}: file_name must be {what}, got {_show(name)}"
-        yield "bad_file_name", message, images.id_of(row), ()
+        yield "bad_file_name", message, images.ids.at(row), ()
 
 
 def is_file_name(name: object) -> TypeGuard[str]:
@@ -249,30 +262,24 @@ def _side_problems(images: _Section, key: str) -> Iterator[_Found]:
     sides, whole = as_integers(values)
     for row in np.flatnonzero(~whole | (sides < 1) | (sides > MAX_SIDE)).tolist():
         message = f"{images.name(row)}: {key} must be a whole number of pixels > 0, got {_show(values[row])}"
-        yield "bad_image_size", message, images.id_of(row), ()
+        yield "bad_image_size", message, images.ids.at(row), ()
 
 
 def _reference_problems(
-    objects: _Section,
-    key: str,
-    known: _Section,
-    image_ids: npt.NDArray[np.int64],
-    has_image_id: npt.NDArray[np.bool_],
+    objects: _Section, image_ids: Integers, key: str, known: _Section, known_name: str
 ) -> Iterator[_Found]:
     values = objects.column(key)
-    wanted, whole = (image_ids, has_image_id) if key == "image_id" else as_integers(values)
-    for row in np.flatnonzero(~whole).tolist():
+    wanted, valid = image_ids if key == "image_id" else as_integers(values)
+    for row in np.flatnonzero(~valid).tolist():
         message = f"{objects.name(row)}: {key} must be an integer, got {_show(values[row])}"
-        images = [int(image_ids[row])] if has_image_id[row] else []
-        yield f"bad_{known.kind}_reference", message, images, objects.id_of(row)
-    unknown = np.flatnonzero(whole & ~np.isin(wanted, known.ids[known.has_id]))
+        yield f"bad_{known.kind}_reference", message, image_ids.at(row), objects.ids.at(row)
+    unknown = np.flatnonzero(valid & ~np.isin(wanted, known.ids.values[known.ids.valid]))
     if len(unknown):
-        section = {"image": "images", "category": "categories"}[known.kind]
         more = f" ({len(unknown)} annotations of this kind)" if len(unknown) > 1 else ""
         first = int(unknown[0])
-        message = f"{objects.name(first)}: {key} {wanted[first]} is not among its {section!r}{more}"
-        images = np.unique(image_ids[unknown][has_image_id[unknown]]).tolist()
-        yield f"unknown_{known.kind}", message, images, objects.ids[unknown][objects.has_id[unknown]].tolist()
+        message = f"{objects.name(first)}: {key} {wanted[first]} is not among its {known_name!r}{more}"
+        concerned = tuple(np.unique(image_ids.among(unknown)).tolist())
+        yield f"unknown_{known.kind}", message, concerned, tuple(objects.ids.among(unknown).tolist())
 
 
 def _value_problems(objects: _Section) -> Iterator[tuple[str, int, str]]:
@@ -295,17 +302,17 @@ def _is_finite(value: object) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and abs(value) <= sys.float_info.max
 
 
-def as_integers(values: Sequence[Any]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
-    """Convert values to int64 ``[V]``, 0 where one is not an integer, and return bool ``[V]`` that tells which are.
+def as_integers(values: Sequence[Any]) -> Integers:
+    """Convert values to integers as far as they are.
 
     ``640.0`` is an integer, because JSON writers of some languages have no others; ``"640"`` is not.
     """
     column = _integer_column(values)
     if column is not None:
-        return column, np.ones(len(values), dtype=np.bool_)
+        return Integers(column, np.ones(len(values), dtype=np.bool_))
     singles = [_integer_column([value]) for value in values]
     whole = np.array([single is not None for single in singles], dtype=np.bool_)
-    return np.array([0 if single is None else single[0] for single in singles], dtype=np.int64), whole
+    return Integers(np.array([0 if single is None else single[0] for single in singles], dtype=np.int64), whole)
 
 
 def _integer_column(values: Sequence[Any]) -> npt.NDArray[np.int64] | None:

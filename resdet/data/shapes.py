@@ -1,7 +1,7 @@
-"""A generated dataset: shapes on cluttered backgrounds, drawn when asked for, the same on every machine of one kind.
+"""Generate a dataset of shapes on cluttered backgrounds, drawn on access, the same on every machine of one kind.
 
-It lets the whole chain run, and be learned from, without downloading anything. Textured backgrounds, distractor strokes
-and rings, random contrast and some overlap keep it from being trivial.
+The whole pipeline can run and learn from it without any download. Textured backgrounds, distracting strokes and rings,
+random contrast and some overlap keep it from being trivial.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ SHAPE_CLASSES = ("circle", "square", "triangle")
 
 MAX_OBJECTS = 6
 MIN_SIDE, MAX_SIDE = 1 / 8, 1 / 2
-"""Diameter of an object's circumscribed circle, as a share of the image's side."""
+"""Diameter of an object's circumscribed circle, relative to the image's side."""
 _MAX_COVERED = 0.15
 """Share of a box that another box may cover."""
 _CORNERS = {"square": 4, "triangle": 3}
@@ -29,7 +29,7 @@ _CORNERS = {"square": 4, "triangle": 3}
 
 @dataclass(frozen=True)
 class _Shape:
-    """An object before it is painted; centre and radius in continuous pixels, angle in radians."""
+    """An object to be painted; centre and radius in continuous pixels, angle in radians."""
 
     label: int
     x: float
@@ -38,13 +38,13 @@ class _Shape:
     angle: float
 
     def corners(self) -> npt.NDArray[np.float64]:
-        """Give the corners of a polygon in turning order, float64 ``[C, 2]``; none for a circle."""
+        """Return the corners of a polygon in order, float64 ``[C, 2]``; none for a circle."""
         num_corners = _CORNERS.get(SHAPE_CLASSES[self.label - 1], 0)
         angles = self.angle + np.arange(num_corners) * 2 * math.pi / max(num_corners, 1)
         return np.stack([self.x + self.radius * np.cos(angles), self.y + self.radius * np.sin(angles)], axis=1)
 
     def box(self) -> tuple[float, float, float, float]:
-        """Give the tight ``(x1, y1, x2, y2)``."""
+        """Return the tight ``(x1, y1, x2, y2)``."""
         corners = self.corners()
         if len(corners) == 0:
             return self.x - self.radius, self.y - self.radius, self.x + self.radius, self.y + self.radius
@@ -53,9 +53,9 @@ class _Shape:
 
 
 def shapes_table(num_images: int, image_size: int, seed: int) -> AnnotationTable:
-    """Give the annotations of the first ``num_images`` pictures of a seed.
+    """Return the annotations of the first ``num_images`` pictures of a seed.
 
-    Picture ``i`` depends on ``(seed, i, image_size)`` only: a longer table begins with the shorter one. Use different
+    Picture ``i`` depends only on ``(seed, i, image_size)``: a longer table begins with the shorter one. Use different
     seeds for training and validation.
 
     Args:
@@ -89,7 +89,7 @@ def shapes_table(num_images: int, image_size: int, seed: int) -> AnnotationTable
 
 @dataclass(frozen=True)
 class ShapesImages:
-    """The pictures that belong to ``shapes_table`` of the same size and seed.
+    """The pictures of ``shapes_table`` with the same size and seed.
 
     Attributes:
         image_size: Height and width in pixels, at least 32.
@@ -125,11 +125,11 @@ def _check(num_images: int, image_size: int, seed: int) -> None:
 
 
 def _layout(seed: int, index: int, image_size: int) -> tuple[list[_Shape], np.random.Generator]:
-    """Place the objects of a picture; the generator given back goes on to paint it."""
+    """Place the objects of a picture; the returned generator then paints it."""
     rng = np.random.default_rng([seed, index])
     shapes: list[_Shape] = []
     num_objects = int(rng.integers(1, MAX_OBJECTS + 1))
-    # A crowded picture may not find room for the last ones.
+    # A crowded picture may have no room for the last ones.
     for _ in range(4 * num_objects):
         if len(shapes) == num_objects:
             break
@@ -144,7 +144,7 @@ def _layout(seed: int, index: int, image_size: int) -> tuple[list[_Shape], np.ra
 
 
 def _covered(a: tuple[float, float, float, float], b: tuple[float, float, float, float]) -> float:
-    """Give the share of the smaller box that the other one covers."""
+    """Return the share of the smaller box that the other one covers."""
     width = min(a[2], b[2]) - max(a[0], b[0])
     height = min(a[3], b[3]) - max(a[1], b[1])
     smaller = min((a[2] - a[0]) * (a[3] - a[1]), (b[2] - b[0]) * (b[3] - b[1]))
@@ -156,7 +156,7 @@ def _color(rng: np.random.Generator) -> npt.NDArray[np.float32]:
 
 
 def _background(rng: np.random.Generator, size: int) -> npt.NDArray[np.float32]:
-    """Paint soft clouds of two colours, a fine texture, and strokes and rings that are no objects."""
+    """Paint soft clouds of two colours, a fine texture, and strokes and rings that are not objects."""
     first, second = _color(rng), _color(rng)
     num_cells = int(rng.integers(2, 6))
     clouds = cv2.resize(
@@ -180,9 +180,10 @@ def _background(rng: np.random.Generator, size: int) -> npt.NDArray[np.float32]:
 
 
 def _coverage(shape: _Shape, size: int) -> tuple[slice, slice, npt.NDArray[np.float32]]:
-    """Give the rows, columns and share of each pixel there, in [0, 1], that the shape covers.
+    """Return the rows and columns of a shape and the share of each of their pixels, in [0, 1], that it covers.
 
-    From the signed distance of the pixel's centre to the outline, which is exact for straight edges across a pixel.
+    The share follows from the signed distance of the pixel's centre to the outline, which is exact for straight edges
+    across a pixel.
     """
     x1, y1, x2, y2 = shape.box()
     columns = slice(max(math.floor(x1) - 1, 0), min(math.ceil(x2) + 1, size))
@@ -202,10 +203,10 @@ def _coverage(shape: _Shape, size: int) -> tuple[slice, slice, npt.NDArray[np.fl
 
 
 def _paint(canvas: npt.NDArray[np.float32], shape: _Shape, rng: np.random.Generator) -> None:
-    """Paint a shape over the canvas ``[size, size, 3]`` with a shaded and striped fill and a darker or lighter rim."""
+    """Paint a shape over the canvas ``[size, size, 3]`` with a shaded or striped fill and perhaps a darker rim."""
     rows, columns, coverage = _coverage(shape, len(canvas))
-    below = canvas[rows, columns]
-    # A colour too near to what lies under it would make an object that nobody can see.
+    below = canvas[rows, columns]  # [h, w, 3]
+    # A colour too close to what lies under it would make an invisible object.
     mean = below.mean(axis=(0, 1))
     color = _color(rng)
     for _ in range(8):
@@ -221,7 +222,7 @@ def _paint(canvas: npt.NDArray[np.float32], shape: _Shape, rng: np.random.Genera
         shade = shade + 0.12 * np.sin(float(rng.uniform(5, 14)) * along + phase)
     fill = color * shade[:, :, None]
     if rng.random() < 0.5:
-        # Scaled about the same centre, the shape inside its own rim.
+        # The part inside the rim: the same shape scaled about its centre.
         inner = _coverage(_Shape(shape.label, shape.x, shape.y, shape.radius * 0.86, shape.angle), len(canvas))
         rim = coverage.copy()
         rim[
