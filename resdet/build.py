@@ -147,7 +147,7 @@ def build_model(config: ModelConfig, train_set: DetectionDataset, *, resume_from
 
     Args:
         config: The configuration's ``model`` section.
-        train_set: Gives the classes, and the images from which frozen norms are calibrated.
+        train_set: The source of the classes, and of the images from which frozen norms are calibrated.
         resume_from: The checkpoint that will be loaded over whatever the model holds: no first weights are loaded, and
             the settings are taken from it. None for a run that begins.
 

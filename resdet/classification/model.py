@@ -212,8 +212,7 @@ def load_classifier(path: WeightsPath, *, arch: str | None = None) -> ImageClass
         if file.kind != "classifier" or num_classes is None:
             raise WeightsError(f"{file.path}: holds no classifier; its tensors are {name_some(file.tensors)}")
         classifier = make_classifier(ClassifierSpec(arch=arch, **file.settings), _class_names(num_classes))
-    what = f"this {classifier.spec.arch} classifier"
-    load_strictly(classifier.network, file.tensors, source=file.path, what=what)
+    load_strictly(classifier.network, file, what=f"this {classifier.spec.arch} classifier")
     classifier.network.eval()
     return classifier
 
@@ -236,12 +235,7 @@ def load_first_weights(classifier: ImageClassifier, source: str) -> LoadReport:
     check_stride(file, classifier.network.body)
     names = file.content.get("classes")
     same = _num_classes(file.tensors) == len(classifier.classes) and names in (None, list(classifier.classes))
-    own = classifier.network.state_dict()
-    kept = () if same else tuple(name for name in own if name.startswith(_HEADS))
-    tensors = {name: value for name, value in file.tensors.items() if same or not name.startswith(_HEADS)}
-    tensors |= {name: own[name] for name in kept}
-    load_strictly(classifier.network, tensors, source=file.path, what=f"this {arch} classifier")
-    report = LoadReport(str(file.path), tuple(name for name in own if name not in kept), file.left_over, kept)
+    report = load_strictly(classifier.network, file, what=f"this {arch} classifier", keep=() if same else _HEADS)
     logger.info("%s: %s", arch, report)
     return report
 

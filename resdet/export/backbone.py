@@ -130,7 +130,7 @@ def load_backbone(path: str | os.PathLike[str], *, trainable_layers: int = 3, fa
             backbone = body
     except (KeyError, TypeError, ValueError) as error:
         raise WeightsError(f"{file.path}: its description and its tensors do not fit together ({error})") from error
-    load_strictly(backbone, file.tensors, source=file.path, what=f"the {body.arch} that its description builds")
+    load_strictly(backbone, file, what=f"the {body.arch} that its description builds")
     freeze_stages(body, trainable_layers)
     return backbone
 

@@ -28,8 +28,6 @@ from resdet.weights.formats import OWN_LAYOUTS
 
 logger = logging.getLogger(__name__)
 
-_PREDICTOR = CLASS_SCORES.removesuffix("cls_score.weight")
-
 # Parts of other libraries' detectors that change their detections: one that torchvision's Faster R-CNN lacks is fatal.
 _ESSENTIAL = re.compile(
     r"(module\.)?(backbone|neck|rpn_head|rpn\.head|proposal_generator\.rpn_head|roi_heads?\.(box|bbox_head))"
@@ -103,7 +101,7 @@ def load_detector(path: WeightsPath, device: torch.device | str = "cpu") -> Dete
             model = build_detector(file.spec, num_classes=num_classes, categories=file.categories)
     except UserError as error:
         raise WeightsError(f"{file.path}: {error}") from error
-    load_strictly(model, file.tensors, source=file.path, what=f"this {file.spec.arch} detector")
+    load_strictly(model, file, what=f"this {file.spec.arch} detector")
     model.score_threshold = file.score_threshold
     return model.to(device).eval()  # type: ignore[no-any-return]
 
@@ -127,16 +125,12 @@ def load_detector_weights(model: Detector, path: WeightsPath) -> LoadReport:
         WeightsError: If the file cannot be read, or anything else in it does not fit the model.
     """
     file = describe_detector(read_weights(path))
-    own = model.state_dict()
     names, own_names = [c.name for c in file.categories], [c.name for c in model.categories]
-    same_classes = len(class_scores(file)) == len(own[CLASS_SCORES]) and (
+    same_classes = len(class_scores(file)) == model.roi_heads.box_predictor.cls_score.out_features and (
         not names or not own_names or names == own_names
     )
-    kept = () if same_classes else tuple(name for name in own if name.startswith(_PREDICTOR))
-    tensors = file.tensors | {name: own[name] for name in kept}
-    load_strictly(model, tensors, source=file.path, what=f"this {model.spec.arch} detector")
-    loaded = tuple(name for name in own if name not in kept)
-    report = LoadReport(str(file.path), loaded, file.left_over, kept)
+    keep = () if same_classes else ("roi_heads.box_predictor.",)
+    report = load_strictly(model, file, what=f"this {model.spec.arch} detector", keep=keep)
     logger.info("%s detector: %s", model.spec.arch, report)
     return report
 

@@ -58,6 +58,6 @@ def fasterrcnn_resnet101_fpn(
     model = build_detector(
         spec, num_classes=found, trainable_layers=trainable_backbone_layers, categories=file.categories
     )
-    load_strictly(model, file.tensors, source=file.path, what=f"this {spec.arch} detector")
+    load_strictly(model, file, what=f"this {spec.arch} detector")
     model.score_threshold = file.score_threshold
     return model

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -53,25 +53,24 @@ class LoadReport:
         return text
 
 
-def load_strictly(module: nn.Module, tensors: Mapping[str, Tensor], *, source: object, what: str) -> tuple[str, ...]:
+def load_strictly(module: nn.Module, file: WeightsFile, *, what: str, keep: tuple[str, ...] = ()) -> LoadReport:
     """Load a module's whole state dict, or raise the one error that names everything that does not fit.
 
     Only BatchNorm's counters (``num_batches_tracked``) may be missing or in excess.
 
     Args:
         module: Changed in place, unless an error is raised.
-        tensors: By the module's names.
-        source: The file, for the message.
+        file: Its tensors are named as the module's.
         what: The module, for the message: "this resnet34 detector".
-
-    Returns:
-        The names that were loaded.
+        keep: Prefixes of names that stay as they are in the module, whatever the file holds.
 
     Raises:
         WeightsError: If a tensor is missing, in excess or of another shape. If the body's convolutions are those of
             another architecture, the message names it.
     """
-    expected = module.state_dict()
+    state = module.state_dict()
+    expected = {name: value for name, value in state.items() if not name.startswith(keep)}
+    tensors = {name: value for name, value in file.tensors.items() if not name.startswith(keep)}
     missing = [name for name in expected if name not in tensors and not name.endswith(_COUNTER)]
     extra = [name for name in tensors if name not in expected and not name.endswith(_COUNTER)]
     wrong = [
@@ -86,10 +85,11 @@ def load_strictly(module: nn.Module, tensors: Mapping[str, Tensor], *, source: o
         own = _fitting_archs(expected)
         others = [arch for arch in _fitting_archs(tensors) if arch not in own]
         guess = f"; it looks like {' or '.join(others)}" if others else ""
-        raise WeightsError(f"{source}: does not fit {what}: {'; '.join(faults)}{guess}")
+        raise WeightsError(f"{file.path}: does not fit {what}: {'; '.join(faults)}{guess}")
     loaded = {name: tensors[name] for name in expected if name in tensors}
-    module.load_state_dict(expected | loaded)
-    return tuple(loaded)
+    module.load_state_dict(state | loaded)
+    kept = tuple(name for name in state if name.startswith(keep))
+    return LoadReport(str(file.path), tuple(loaded), file.left_over, kept)
 
 
 def load_backbone_weights(body: Body, source: WeightsSource, arch: str) -> LoadReport:
@@ -120,14 +120,14 @@ def load_backbone_weights(body: Body, source: WeightsSource, arch: str) -> LoadR
         logger.info(
             "%s: from %s, trained on pixels of mean %s and deviation %s", file.path, file.facts["format"], mean, std
         )
-    given = {name.removeprefix(prefix): value for name, value in file.tensors.items() if name.startswith(prefix)}
+    state = body.state_dict()
+    left_over = [name for name in file.tensors if name.removeprefix(prefix) not in state or not name.startswith(prefix)]
     # A file may have stages that the body does not have, but not other blocks in those it has.
-    stages = {name.split(".")[0] for name in body.state_dict()}
+    stages = {name.split(".")[0] for name in state}
+    given = {name.removeprefix(prefix): value for name, value in file.tensors.items() if name.startswith(prefix)}
     given = {name: value for name, value in given.items() if name.split(".")[0] in stages}
-    loaded = load_strictly(body, given, source=file.path, what=f"this {arch} with norm={body.norm!r}")
-    used = {f"{prefix}{name}" for name in loaded}
-    left_over = tuple(name for name in file.tensors if name not in used)
-    report = LoadReport(str(file.path), loaded, left_over + file.left_over)
+    file = replace(file, tensors=given, left_over=(*left_over, *file.left_over))
+    report = load_strictly(body, file, what=f"this {arch} with norm={body.norm!r}")
     logger.info("%s: %s", arch, report)
     return report
 

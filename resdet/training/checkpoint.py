@@ -132,7 +132,7 @@ def load_training_state(path: Path, model: nn.Module) -> TrainingState:
     file = read_weights(path)
     if "training" not in file.content:
         raise WeightsError(f"{path}: holds no training state to resume from (best.pt has none; use last.pt)")
-    load_strictly(model, file.tensors, source=path, what="the configuration's model")
+    load_strictly(model, file, what="the configuration's model")
     if isinstance(model, Detector):
         model.score_threshold = file.score_threshold
     try:

@@ -1,1 +1,1 @@
-"""Weights files: names and tensors, never modules."""
+"""Weights files: where they come from, how they are read safely, how other libraries name the same tensors."""

@@ -43,7 +43,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Converted:
-    """A state dict under torchvision's names, and what a builder must know besides.
+    """A state dict under torchvision's names, and what a builder must also know.
 
     Attributes:
         tensors: Names as torchvision has them: of a ``FasterRCNN`` (``backbone.body.``, ``backbone.fpn.``, ``rpn.``,
@@ -88,7 +88,7 @@ def to_torchvision(content: Mapping[str, Any], source_format: str | None = None)
     """Convert a state dict to torchvision's names and layout.
 
     Args:
-        content: A file's content (``read_checkpoint``), of which entries beside the state dict are used too, or a state
+        content: A file's content (``read_checkpoint``), whose other entries are used too, or a state
             dict.
         source_format: A key of ``FORMATS``; by default the one that its names show.
 

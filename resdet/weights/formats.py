@@ -1,7 +1,7 @@
 """Recognise whose weights a file holds: the state dict in it, the library that named it, and what else the file states.
 
 Some of what a network needs shows in no tensor: where a bottleneck strides, what is subtracted from an image. These
-facts come from what the file stores beside its tensors, from the tensors' values, or else from the library's habits.
+facts come from other entries of the file, from the tensors' values, or else from the library's habits.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from resdet.models.archs import ARCHS, ResNetArch
 from resdet.weights.layouts import BACKGROUND_LAST, BODY, FORMATS, MEAN, SCORES, STD, Tensors, count_blocks
 
 FACTS_ENTRY = "resdet_facts"
-"""Where a converted file carries its facts: an entry beside the state dict, or an attribute of a bare one."""
+"""Where a converted file carries its facts: an entry next to the state dict, or an attribute of a bare one."""
 
 OWN_LAYOUTS = ("torchvision", "timm")
 """Formats whose names are those of torchvision's models."""

@@ -135,16 +135,12 @@ def modern_names(tensors: Tensors) -> Tensors:
     return renamed
 
 
-def _unchanged(tensors: Tensors) -> Tensors:
-    return tensors
-
-
 BGR_STEM = Rule("BGR stem", flip_stem_channels, flip_stem_channels)
 BACKGROUND_LAST = Rule("background row last", background_to_first, partial(background_to_first, shift=-1))
 NO_BACKGROUND_DELTAS = Rule("no box regression of the background", add_background_deltas, drop_background_deltas)
 AFFINE_NORMS = Rule("norms without statistics", add_norm_statistics, drop_norm_statistics)
 # detectron2 reads norms without statistics, and always writes them.
-MISSING_STATISTICS = Rule("norms without statistics", add_norm_statistics, _unchanged)
+MISSING_STATISTICS = Rule("norms without statistics", add_norm_statistics, lambda tensors: tensors)
 
 
 # ---- names

@@ -1,4 +1,4 @@
-"""Weights files converted: by the library function, and by tools/convert.py as a user runs it."""
+"""Convert weights files, by the library function and by tools/convert.py as a user runs it."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def detectron2_state() -> dict[str, Tensor]:
     state = model.state_dict()
     for name, tensor in state.items():
         if name.endswith("running_mean"):
-            tensor.normal_()  # means of zero would tell of MSRA's networks
+            tensor.normal_()  # means of zero would show MSRA's networks
     return write(state, "detectron2").tensors
 
 

@@ -1,4 +1,4 @@
-"""Pickles of strangers: what model zoos write is read, and nothing else is, nor run."""
+"""Untrusted pickles: the files of model zoos are read; anything else is refused and never run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``read_weights``: what it finds in each kind of file, that a file is opened once, and files from before it."""
+"""Reading weights files: what each kind states, that a file is opened once, formats of older versions."""
 
 from __future__ import annotations
 

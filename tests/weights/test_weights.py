@@ -1,4 +1,4 @@
-"""First weights: from files, torchvision's names and a local server, and what is said when they do not fit."""
+"""First weights from files, torchvision's names and a local server, and the errors when they do not fit."""
 
 from __future__ import annotations
 
