@@ -88,8 +88,7 @@ def to_torchvision(content: Mapping[str, Any], source_format: str | None = None)
     """Convert a state dict to torchvision's names and layout.
 
     Args:
-        content: A file's content (``read_checkpoint``), whose other entries are used too, or a state
-            dict.
+        content: A file's content (``read_checkpoint``), whose other entries are used too, or a state dict.
         source_format: A key of ``FORMATS``; by default the one that its names show.
 
     Raises:
