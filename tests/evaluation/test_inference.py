@@ -1,4 +1,4 @@
-"""The device that a detector runs on."""
+"""The device that a detector runs on, and how its detections leave it."""
 
 from pathlib import Path
 
@@ -10,12 +10,13 @@ from torch import nn
 
 from resdet.commands import predict
 from resdet.errors import UserError
-from resdet.evaluation.inference import device_for
+from resdet.evaluation.inference import device_for, inference
 from resdet.models.checkpoint import save_int8_detector
 from resdet.models.detector import build_detector
 from resdet.models.int8 import Int8Detector, quantize_detector
 from resdet.models.norm import calibrate_norm
 from resdet.models.spec import DetectorSpec
+from resdet.types import Prediction
 
 
 @pytest.fixture
@@ -46,6 +47,40 @@ def test_nothing_is_logged_if_the_cpu_was_chosen_or_is_all_there_is(int8_detecto
     assert not caplog.text
     with pytest.raises(UserError, match="needs a GPU"):
         device_for(nn.Linear(1, 1), "cuda")
+
+
+class Boxes(nn.Module):
+    """Returns as many boxes for each image as its first pixel says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+
+    def forward(self, images: list[torch.Tensor]) -> list[Prediction]:
+        counts = [round(float(image[0, 0, 0]) * 255) for image in images]
+        return [
+            Prediction(
+                boxes=torch.arange(4 * n, dtype=torch.float64).view(n, 4),
+                labels=torch.arange(n) + 1,
+                scores=torch.linspace(1, 0, n),
+            )
+            for n in counts
+        ]
+
+
+def test_detections_leave_the_device_in_three_copies_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    copies: list[torch.Size] = []
+    to_cpu = torch.Tensor.cpu
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor: copies.append(tensor.shape) or to_cpu(tensor))
+    counts = [2, 0, 3]
+    with inference(Boxes()) as run:
+        found = run([torch.full((3, 2, 2), n, dtype=torch.uint8) for n in counts], "three images")
+    assert copies == [(5, 4), (5,), (5,)]
+    assert [one["boxes"].dtype for one in found] == [torch.float32] * 3
+    for one, n in zip(found, counts, strict=True):
+        assert one["boxes"].tolist() == torch.arange(4 * n).view(n, 4).tolist()
+        assert one["labels"].tolist() == list(range(1, n + 1))
+        assert one["scores"].tolist() == torch.linspace(1, 0, n).tolist()
 
 
 @pytest.mark.skipif(not torch.cpu._is_vnni_supported(), reason="int8 needs a CPU with AVX512-VNNI")

@@ -261,6 +261,7 @@ def test_extremes_are_pages_too(what: str, dataset: DetectionDataset, tmp_path: 
     text = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert ("No image has any error." in text) == (what in ("perfect", "no ground truth"))
     assert bool(pictures(tmp_path / "report.html")) == (what in ("no detections", "nothing right"))
+    assert ("Detections of score 0.50 (the default, as no detection is correct) or more" in text) == (what != "perfect")
 
 
 def test_subset_is_the_dataset_of_its_images(dataset: DetectionDataset, tmp_path: Path) -> None:
