@@ -210,8 +210,9 @@ class TrainConfig(Section):
     """Decay of an exponential moving average of the weights (0.999, say), which is evaluated and saved as best.pt; null
     keeps none. last.pt holds both."""
     deterministic: bool = False
-    """On GPUs, use only deterministic algorithms: slower, with torchvision's RoIAlign in Python. On CPUs runs are
-    bit-identical without it, for the same number of threads."""
+    """On GPUs, use only algorithms that give the same bits every time: slower, and RoIAlign by torchvision's Python
+    code. It sets CUBLAS_WORKSPACE_CONFIG=:4096:8 unless the environment has a value; a process that has used CUDA
+    before must set it itself. CPUs give the same bits without it, for the same number of threads."""
     retry_out_of_memory: bool = False
     """Halve micro-batches from then on when memory runs out (one process only)."""
 
@@ -237,8 +238,8 @@ class EvalConfig(Section):
     """Test-time tricks: more computation for each image, for better detections from the same weights."""
     num_pictures: int = Field(8, ge=0)
     """Pictures of detections on the first images of ``data.val``, written to output_dir/pictures and TensorBoard."""
-    picture_score: float = Field(0.5, ge=0, le=1)
-    """Detections below this score are not drawn."""
+    picture_score: float | None = Field(None, ge=0, le=1)
+    """Detections below this score are not drawn; null takes the threshold of the best F1 of this evaluation."""
     best_metric: Literal["AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large", "AR_100", "voc_AP50"] = "AP"
     """Metric whose highest value makes an evaluation the best: it decides best.pt and ``train.patience``."""
 

@@ -44,7 +44,8 @@ from resdet.data.loader import train_loader
 from resdet.data.shapes import ShapesImages, shapes_table
 from resdet.models.detector import Detector, build_detector
 from resdet.models.spec import DetectorSpec
-from resdet.training import guards
+from resdet.training.detection import not_finite
+from resdet.training.guards import Moment
 from resdet.weights.convert_file import convert_file
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -141,8 +142,8 @@ def write_photograph(path: Path, seed: int) -> None:
 def write_broken_step(folder: Path) -> None:
     model = small_detector()
     batch = next(train_loader(DetectionDataset(*shapes(2), training=True), batch_size=1))
-    moment = guards.Moment(811, random_seed=0, rank=0, lr=0.1, precision="fp32", num_pieces=1)
-    guards.not_finite(moment, {"loss": torch.tensor(torch.nan)}, model, [batch], shapes(2)[0], folder)
+    moment = Moment(811, random_seed=0, rank=0, lr=0.1, precision="fp32", num_pieces=1)
+    not_finite(moment, {"loss": torch.tensor(torch.nan)}, model, [batch], shapes(2)[0], folder)
 
 
 @pytest.fixture(scope="module")

@@ -8,9 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
@@ -18,7 +16,10 @@ from resdet.classification.data import LabelledImages
 from resdet.classification.loader import eval_loader
 from resdet.classification.model import ImageClassifier, match_classes
 from resdet.errors import WeightsError
-from resdet.precision import Precision, autocast
+from resdet.evaluation.settings import InferenceSettings
+from resdet.evaluation.state import evaluation_mode, placed
+from resdet.precision import autocast
+from resdet.processes import Processes
 
 
 @dataclass(frozen=True)
@@ -38,17 +39,17 @@ class ClassifierMetrics:
     loss: float
 
     def as_dict(self) -> dict[str, float]:
-        """Give the numbers as they are logged."""
+        """Return the metrics under the names of the log."""
         return {"top1": self.top1, "top5": self.top5, "val_loss": self.loss}
 
 
 def probabilities(classifier: ImageClassifier, views: Sequence[Tensor], *, dense: bool = False) -> Tensor:
-    """Give what a classifier thinks of images that it sees in several views: the mean of its probabilities.
+    """Compute the class probabilities of images seen in several views: the mean over the views.
 
     Args:
         classifier: In evaluation mode.
         views: uint8 ``[B, 3, H, W]`` each, on the network's device: the same view of all images.
-        dense: Look at all places of each view, not at the whole of it (``ImageClassifier.dense_scores``).
+        dense: Classify every window of each view, not the view as a whole (``ImageClassifier.dense_scores``).
 
     Returns:
         float32 ``[B, K]``.
@@ -56,7 +57,7 @@ def probabilities(classifier: ImageClassifier, views: Sequence[Tensor], *, dense
     scores = classifier.dense_scores if dense else classifier.network
     total: Tensor | None = None
     for view in views:
-        answer = scores(classifier.normalise(view)).float().softmax(1)
+        answer = scores(classifier.normalise(view)).float().softmax(1)  # [B, K]
         total = answer if total is None else total + answer
     assert total is not None
     return total / len(views)
@@ -66,16 +67,12 @@ def probabilities(classifier: ImageClassifier, views: Sequence[Tensor], *, dense
 def evaluate_classifier(
     classifier: ImageClassifier,
     images: LabelledImages,
+    settings: InferenceSettings = InferenceSettings(batch_size=64),
+    team: Processes | None = None,
     *,
     views: str = "single",
     resize: int | None = None,
     scales: Sequence[int] = (224, 256, 384, 480, 640),
-    batch_size: int = 64,
-    num_workers: int = 0,
-    precision: Precision = "fp32",
-    rank: int = 0,
-    world_size: int = 1,
-    progress: bool = False,
 ) -> ClassifierMetrics:
     """Run a classifier over images and count its right answers.
 
@@ -83,68 +80,59 @@ def evaluate_classifier(
     (``match_classes``); the classifier still chooses among all of its own.
 
     Args:
-        classifier: The model; where its network is, is computed. Its training flag is afterwards what it was.
+        classifier: The model; its training flags are restored afterwards.
         images: Images and their classes.
+        settings: How to run it; ``tricks`` have no effect, and dense views go through one by one.
+        team: The processes that share the work, each of which must call this and gets the whole result; None: this
+            process alone.
         views: ``single`` (the centre), ``ten_crop`` (corners and centre, flipped too) or ``dense`` (everything, at
             several scales, flipped too).
         resize: Length of the short side before cropping; None: ``spec.image_size``.
         scales: dense: lengths of the short side.
-        batch_size: Images per forward pass; 1 if dense.
-        num_workers: Processes that read images; 0 reads them in this one.
-        precision: fp32, or autocast to bf16 or fp16.
-        rank: This process's number.
-        world_size: Processes that share the work; each must call this, and each is given the whole result.
-        progress: Show a progress bar on standard error (rank 0).
 
     Raises:
-        DataError: If the images have a class that the classifier has not, or one cannot be read.
-        WeightsError: If the classifier answers with NaN or infinity.
+        DataError: If the images have a class that the classifier does not have, or one cannot be read.
+        WeightsError: If the classifier computes NaN or infinity.
     """
-    network = classifier.network
-    device = next(network.parameters()).device
+    network, size = classifier.network, classifier.spec.image_size
+    device = placed(network, settings.device)
+    team = Processes(0, 1, device) if team is None else team
     label_of = torch.from_numpy(match_classes(images.classes, classifier.classes, where=images.name))
-    size = classifier.spec.image_size
     batches = eval_loader(
         images,
+        team,
         views=views,
         resize=resize or size,
         size=size,
         scales=scales,
-        batch_size=batch_size,
-        num_workers=num_workers,
-        pin_memory=device.type == "cuda",
-        rank=rank,
-        world_size=world_size,
+        batch_size=settings.batch_size,
+        num_workers=settings.num_workers,
     )
-    sums = torch.zeros(4, dtype=torch.float64)
-    training = network.training
-    network.eval()
-    try:
-        with tqdm(
-            total=len(range(rank, len(images), world_size)), unit="image", disable=not progress or rank > 0
-        ) as bar:
-            for batch in batches:
-                with autocast(device, precision):
-                    seen = [view.to(device, non_blocking=True) for view in batch.views]
-                    answers = probabilities(classifier, seen, dense=views == "dense").cpu()
-                labels = label_of[batch.labels]
-                if not answers.isfinite().all():
-                    raise WeightsError(
-                        f"the classifier answers with NaN or infinity to {images.pictures.name(batch.indices[0])} "
-                        "or an image of its batch: its weights are damaged, or the precision does not hold them"
-                    )
-                best = answers.topk(min(5, answers.shape[1]), dim=1).indices
-                right = best == labels[:, None]
-                of_class = answers.gather(1, labels[:, None]).clamp_min(torch.finfo(torch.float32).tiny)
-                sums += torch.tensor(
-                    [len(labels), right[:, 0].sum(), right.any(1).sum(), -of_class.log().sum()], dtype=torch.float64
+    sums = torch.zeros(4, dtype=torch.float64)  # images, right answers, right among five, losses
+    num_images = len(range(team.rank, len(images), team.world_size))
+    with (
+        evaluation_mode(network),
+        tqdm(total=num_images, unit="image", disable=not settings.progress or not team.is_main) as bar,
+    ):
+        for batch in batches:
+            with autocast(device, settings.precision):
+                seen = [view.to(device, non_blocking=True) for view in batch.views]
+                answers = probabilities(classifier, seen, dense=views == "dense").cpu()  # waits for the device
+            if not answers.isfinite().all():
+                raise WeightsError(
+                    f"the classifier computes NaN or infinity for {images.pictures.name(batch.indices[0])} "
+                    "or an image of its batch: its weights are damaged, or the precision does not hold them"
                 )
-                bar.update(len(labels))
-    finally:
-        network.train(training)
-    if world_size > 1:
-        sums = sums.to(device)
-        dist.all_reduce(sums)
-    num_images, *totals = sums.tolist()
-    top1, top5, loss = np.array(totals) / num_images
-    return ClassifierMetrics(int(num_images), float(top1), float(top5), float(loss))
+            sums += _sums(answers, label_of[batch.labels])
+            bar.update(len(batch.indices))
+    total, top1, top5, loss = torch.stack(team.gather(sums)).sum(0).tolist()
+    return ClassifierMetrics(int(total), top1 / total, top5 / total, loss / total)
+
+
+def _sums(answers: Tensor, labels: Tensor) -> Tensor:
+    """Return number, right answers, right ones among five, and sum of losses of probabilities, float64 ``[4]``."""
+    best = answers.topk(min(5, answers.shape[1]), dim=1).indices  # [B, 5]
+    right = best == labels[:, None]
+    of_class = answers.gather(1, labels[:, None]).clamp_min(torch.finfo(torch.float32).tiny)
+    parts = [len(labels), right[:, 0].sum(), right.any(1).sum(), -of_class.log().sum()]
+    return torch.tensor(parts, dtype=torch.float64)

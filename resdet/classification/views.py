@@ -118,9 +118,10 @@ class TrainView:
             The view, uint8 ``[3, S, S]``, and what is to be added to its red, green and blue in [0, 1], float32
             ``[3]``: eight bits would round small shifts away.
         """
-        # torchvision draws from torch's global generator, which training depends on.
+        # torchvision draws from the CPU's global generator, which training depends on. torch.manual_seed would also
+        # reseed the GPUs' generators, which fork_rng does not restore here.
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)
             view: Any = image
             for step in self._steps:
                 view = step(view)

@@ -28,22 +28,25 @@ def main(arguments: Sequence[str]) -> None:
     from resdet.classification.build import build_images, eval_config
     from resdet.classification.evaluate import evaluate_classifier
     from resdet.classification.model import load_classifier
+    from resdet.evaluation.settings import InferenceSettings
     from resdet.processes import choose_device
 
     config = eval_config(options.weights, arch=options.arch, images=options.images, overrides=options.overrides)
     classifier = load_classifier(options.weights, arch=options.arch)
     images = build_images(config.data.val)
-    classifier.network.to(choose_device(config.train.device))
     metrics = evaluate_classifier(
         classifier,
         images,
+        InferenceSettings(
+            batch_size=config.eval.batch_size,
+            num_workers=config.loader.num_workers,
+            device=choose_device(config.train.device),
+            precision=config.eval.precision or config.train.precision,
+            progress=True,
+        ),
         views=config.eval.views,
         resize=config.eval.resize,
         scales=config.eval.scales,
-        batch_size=config.eval.batch_size,
-        num_workers=config.loader.num_workers,
-        precision=config.eval.precision or config.train.precision,
-        progress=True,
     )
     print(f"top1 {metrics.top1:.4f}  top5 {metrics.top5:.4f}  loss {metrics.loss:.4f}")
     print(f"{metrics.num_images} images of {images.name}, {config.eval.views}")

@@ -22,7 +22,7 @@ def main(arguments: Sequence[str]) -> None:
     options = parser.parse_args(arguments)
 
     from resdet.classification.config import load_pretrain_config
-    from resdet.classification.loop import pretrain
+    from resdet.classification.task import pretrain
 
     config = load_pretrain_config(options.config, options.overrides)
     result = pretrain(config)

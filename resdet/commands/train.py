@@ -20,7 +20,7 @@ def main(arguments: Sequence[str]) -> None:
     options = parser.parse_args(arguments)
 
     from resdet.config import load_config
-    from resdet.training.loop import train
+    from resdet.training.detection import train
 
     config = load_config(options.config, options.overrides)
     result = train(config)

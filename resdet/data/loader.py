@@ -11,7 +11,6 @@ What did not pay:
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterator
 from functools import partial
@@ -45,19 +44,6 @@ class Batch(NamedTuple):
     targets: list[Target]
     indices: list[int]
     seeds: list[int]
-
-    def cut(self, num_pieces: int) -> list[Batch]:
-        """Return the batch in ``num_pieces`` parts of nearly equal size, or fewer if it has fewer images."""
-        return [
-            Batch(self.images[rows], self.targets[rows], self.indices[rows], self.seeds[rows])
-            for rows in piece_slices(len(self.images), num_pieces)
-        ]
-
-
-def piece_slices(num_images: int, num_pieces: int) -> list[slice]:
-    """Cut ``num_images`` rows into ``num_pieces`` slices of nearly equal size, none of them empty."""
-    bounds = np.linspace(0, num_images, min(num_pieces, num_images) + 1).astype(int).tolist()
-    return [slice(start, end) for start, end in itertools.pairwise(bounds)]
 
 
 def train_loader(

@@ -1,4 +1,8 @@
-"""A run's folder: who may write into it, and what is there to go on from."""
+"""A run's folder: which run may write into it, and which checkpoint in it to resume from.
+
+The lock is POSIX's, not filelock's: that is flock, which belongs to the open file and so to forked workers too. A
+worker that outlives a killed trainer would keep the folder locked; a POSIX lock ends with the process that took it.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +22,8 @@ LOCK = ".lock"
 def claimed(folder: Path) -> Iterator[None]:
     """Make a folder and hold it, so that no second run writes into it.
 
-    The lock ends with the process, however that ends; a lock file that lies about means nothing.
+    A lock file left behind by a process that has ended locks nothing. Without locks (Windows, some network file
+    systems) the folder is not protected.
 
     Raises:
         UserError: If another run holds it (the message names its process and host), or it cannot be written.
@@ -30,12 +35,11 @@ def claimed(folder: Path) -> Iterator[None]:
         raise UserError(f"{folder}: the run's folder must be writable: {error.strerror}") from None
     with file:
         try:
-            # POSIX locks, which belong to the process alone: flock's would live on in workers that outlive it.
             import fcntl
 
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except ImportError:
-            pass  # Windows: no lock
+            pass  # Windows
         except BlockingIOError:
             file.seek(0)
             raise UserError(f"{folder}: another run is writing here ({file.read().strip()})") from None
@@ -48,7 +52,7 @@ def claimed(folder: Path) -> Iterator[None]:
 
 
 def checkpoint_to_resume(folder: Path, resume: str | None) -> Path | None:
-    """Find the checkpoint to go on from; None for a new run, whose folder must not hold another.
+    """Return the checkpoint to resume from; None for a new run, whose folder must not hold another.
 
     Args:
         folder: The run's folder.
@@ -63,5 +67,5 @@ def checkpoint_to_resume(folder: Path, resume: str | None) -> Path | None:
     if resume is not None:
         return Path(resume)
     if (folder / LAST).exists() or (folder / "metrics.jsonl").exists():
-        raise UserError(f"{folder}: already holds a run; resume=auto goes on with it, output_dir=... begins another")
+        raise UserError(f"{folder}: already holds a run; resume=auto continues it, output_dir=... starts another")
     return None

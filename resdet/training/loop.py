@@ -1,4 +1,8 @@
-"""Training, from a configuration to a detector, in one function that reads from top to bottom."""
+"""The training loop, for detection and for classification: ``run`` reads from top to bottom.
+
+What is trained is a ``Task``; the two are in ``resdet/training/detection.py`` and ``resdet/classification/task.py``.
+Set-up is in ``launch.py`` (processes, folder, signals) and ``state.py`` (optimizer, average, resume).
+"""
 
 from __future__ import annotations
 
@@ -6,51 +10,87 @@ import logging
 import math
 import signal
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, Protocol
 
 import torch
-from PIL import Image
-from torch.nn.utils import clip_grad_norm_, get_total_norm
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+import yaml
+from torch import Tensor, nn
 
-from resdet.build import build_dataset, build_model
-from resdet.config import Config
-from resdet.config_reading import config_to_plain, config_to_yaml
-from resdet.data.dataset import DetectionDataset
-from resdet.data.loader import train_loader
-from resdet.drawing import draw, legible_scale
-from resdet.errors import Interrupted
-from resdet.evaluation.detect import Evaluation, evaluate
-from resdet.evaluation.labels import match_labels
-from resdet.evaluation.loss import validation_loss
-from resdet.evaluation.report import write_run_report
-from resdet.evaluation.settings import InferenceSettings
-from resdet.malloc import keep_freed_memory
-from resdet.models.detector import Detector
-from resdet.processes import Processes, processes
+from resdet.errors import Interrupted, TrainingError
+from resdet.processes import Processes
 from resdet.training import guards
-from resdet.training.checkpoint import BEST, TrainingState, load_training_state, save_checkpoint, save_last
-from resdet.training.folder import checkpoint_to_resume, claimed
+from resdet.training.checkpoint import BEST, LAST, save_checkpoint, save_last
 from resdet.training.interrupt import StopSignals
-from resdet.training.optim import build_optimizer, lr_factor, scale_lr, set_lr
+from resdet.training.optim import set_lr
 from resdet.training.runlog import RunLog, memory_in_use
-from resdet.training.step import accumulate_gradients
+from resdet.training.settings import RunSettings
+from resdet.training.state import Learner, RunState, set_up, training_state
+from resdet.training.step import BatchT, accumulate_gradients
 
 logger = logging.getLogger(__name__)
 
 
+class Task(Protocol[BatchT]):
+    """What is trained, on what, and how it is evaluated.
+
+    Attributes:
+        image_size_keys: The configuration's keys that make images smaller, for the message when memory runs out.
+        shown_metrics: The metrics that the terminal shows.
+    """
+
+    image_size_keys: str
+    shown_metrics: Sequence[str]
+
+    @property
+    def model(self) -> nn.Module:
+        """The model that is trained, on its device."""
+        ...
+
+    def describe(self) -> Sequence[str]:
+        """Return lines for the log on model and data."""
+        ...
+
+    def batches(self, start_step: int) -> Iterator[BatchT]:
+        """Return this process's micro-batches from the step after ``start_step`` on, without end."""
+        ...
+
+    def losses(self, parallel: nn.Module, batch: BatchT) -> dict[str, Tensor]:
+        """Compute what ``resdet.training.step.Losses`` describes."""
+        ...
+
+    def not_finite(self, moment: guards.Moment, values: dict[str, Tensor], batches: Sequence[BatchT]) -> TrainingError:
+        """Save a step whose loss or gradient is not finite and return the error that reports it."""
+        ...
+
+    def logged(self, means: dict[str, float]) -> dict[str, float]:
+        """Return what the log says of an interval, from the means of what ``losses`` returned, and ``grad_norm``."""
+        ...
+
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        """Evaluate ``model``, which is ``self.model`` or its average; every process calls this."""
+        ...
+
+    def report(self, log: RunLog, step: int) -> None:
+        """Write files on the last evaluation, in the main process."""
+        ...
+
+    def payload(self, model: nn.Module) -> dict[str, Any]:
+        """Return ``model`` as tensors and plain values, as checkpoints hold it; its state dict is ``model``."""
+        ...
+
+
 @dataclass(frozen=True)
 class TrainResult:
-    """What a run came to.
+    """The outcome of a run.
 
     Attributes:
         output_dir: Folder of the run.
         steps: Optimizer steps done in total; fewer than asked for if it stopped early.
-        metrics: The last evaluation's numbers (``AP``, ``AP50``, ...).
-        best: The best value of ``eval.best_metric`` in all evaluations; ``best.pt`` is that detector.
+        metrics: The metrics of the last evaluation (``AP``, ``AP50``, ...; ``top1``, ``top5``, ``val_loss``).
+        best: The best value of ``eval.best_metric`` in all evaluations; ``best.pt`` is that model.
         seconds: Wall-clock time of this call, evaluations included.
     """
 
@@ -61,325 +101,232 @@ class TrainResult:
     seconds: float
 
 
-def train(config: Config) -> TrainResult:
-    """Train a detector as the configuration says, judge it, and leave everything in ``config.output_dir``.
+def run(task: Task[BatchT], settings: RunSettings, team: Processes, stop: StopSignals, *, begun: float) -> TrainResult:
+    """Train until the last step, an early stop or a signal; leave checkpoints and logs in the run's folder.
 
-    Under torchrun each process calls this; together they do what one would.
+    The host waits for a GPU where a line says so, and some dozens of times more inside a detector's forward pass (NMS,
+    selections by masks): a step is not one queue of kernels.
 
-    A run that ends before its time, in whatever way, goes on with ``resume=auto`` as if nothing had been: what follows
-    is equal bit for bit on CPUs (with the same number of threads), and on GPUs with ``train.deterministic``.
+    Args:
+        task: What is trained.
+        settings: The run's settings.
+        team: The processes of the run, each of which calls this.
+        stop: The signals that have come.
+        begun: When the run began (``time.perf_counter``).
 
     Raises:
-        UserError: If data, weights or settings do not allow it (each subclass says which), and ``TrainingError`` if a
-            loss or gradient stops being finite, or memory does not suffice; last.pt is then the last good checkpoint.
+        TrainingError: If a loss or gradient is not finite, memory does not suffice, or a checkpoint cannot be written.
         Interrupted: After SIGTERM or SIGINT, when everything is on the disk.
     """
-    begun = time.perf_counter()
-    with ExitStack() as stack:
-        team = stack.enter_context(processes(config.train.device))
-        stop = stack.enter_context(StopSignals())
-        if team.device.type == "cpu":
-            keep_freed_memory()
-        team.on_main(lambda: stack.enter_context(claimed(config.output_dir)))
-        resume_from = team.on_main(lambda: checkpoint_to_resume(config.output_dir, config.resume))
-        micro_batch_size = team.micro_batch_size(config.train.batch_size, config.train.accumulate)
-        if config.train.deterministic:
-            stack.enter_context(guards.deterministic(team.device))
-
-        train_set = build_dataset(
-            config.data.train, training=True, augment=config.augment, min_visibility=config.min_visibility
-        )
-        val_set = build_dataset(config.data.val, training=False)
-        torch.manual_seed(config.seed)
-        model = build_model(config.model, train_set, resume_from=resume_from).to(team.device)
-        match_labels(model, val_set.table)  # other classes in data.val are told now, not at the first evaluation
-
-        batch_size, num_images = config.train.batch_size, train_set.table.num_images
-        num_steps = config.train.steps or math.ceil((config.train.epochs or 0) * num_images / batch_size)
-        lr = scale_lr(config.optim.lr, batch_size=batch_size, lr_batch_size=config.optim.lr_batch_size)
-        optimizer = build_optimizer(
-            model,
-            name=config.optim.name,
-            lr=lr,
-            momentum=config.optim.momentum,
-            weight_decay=config.optim.weight_decay,
-            norm_weight_decay=config.optim.norm_weight_decay,
-        )
-        scaler = torch.amp.GradScaler(team.device.type, enabled=config.train.precision == "fp16")
-        state = TrainingState.begin()
-        if resume_from is not None:
-            state = load_training_state(resume_from, model)
-            optimizer.load_state_dict(state.optimizer)
-            if state.scaler:
-                scaler.load_state_dict(state.scaler)
-            logger.info("resumed from %s at step %d", resume_from, state.step)
-        ema: AveragedModel | None = None
-        if config.train.ema_decay is not None:
-            average = get_ema_multi_avg_fn(config.train.ema_decay)  # type: ignore[no-untyped-call]
-            ema = AveragedModel(model, multi_avg_fn=average)
-            if state.ema:
-                ema.load_state_dict(state.ema)
-        # What is evaluated, and what best.pt holds.
-        judged = model if ema is None else cast(Detector, ema.module)
-
-        batches = train_loader(
-            train_set,
-            team,
-            batch_size=batch_size,
-            num_micro_batches=config.train.accumulate,
-            num_workers=config.loader.num_workers,
-            stall_seconds=config.loader.stall_seconds,
-            sampling=config.loader.sampling,
-            repeat_threshold=config.loader.repeat_threshold,
-            seed=config.seed,
-            start_batch=state.step,
-        )
-        parallel = team.parallel(model)
-        trained = [p for group in optimizer.param_groups for p in group["params"]]
-
-        log = stack.enter_context(
-            RunLog(
-                config.output_dir,
-                num_steps=num_steps,
-                start_step=state.step,
-                evaluated=state.evaluated,
-                enabled=team.is_main,
-            )
-        )
+    train, num_steps = settings.train, settings.num_steps
+    learner, state = set_up(task.model, settings, team)
+    model, optimizer, scaler = learner.model, learner.optimizer, learner.scaler
+    batches = task.batches(state.step)
+    log = RunLog(
+        settings.output_dir,
+        num_steps=num_steps,
+        start_step=state.step,
+        evaluated=state.evaluated,
+        enabled=team.is_main,
+    )
+    with log:
         if team.is_main:
-            (config.output_dir / "config.yaml").write_text(config_to_yaml(config), encoding="utf-8")
-            _say_plan(config, model, train_set, val_set, num_steps, lr, micro_batch_size, team)
-
-        step, best, num_worse, evaluated = state.step, state.best, state.num_worse, state.evaluated
-        metrics = state.metrics
-        sums = {name: value.to(team.device) for name, value in state.log_sums.items()}
-        log_steps, logged_at, data_s = state.log_steps, time.perf_counter(), 0.0
-        saved = step if resume_from is not None else None
-
-        def save() -> None:
-            nonlocal saved
-            saved = step
-            if team.is_main:
-                now = TrainingState(
-                    step=step,
-                    best=best,
-                    num_worse=num_worse,
-                    evaluated=evaluated,
-                    metrics=metrics,
-                    log_sums=sums,
-                    log_steps=log_steps,
-                    optimizer=optimizer.state_dict(),
-                    scaler=scaler.state_dict(),
-                    ema={} if ema is None else ema.state_dict(),
-                )
-                with guards.full_disk_told():
-                    save_last(config.output_dir, model, config=config_to_plain(config), training=now)
-
-        inference_settings = InferenceSettings(
-            batch_size=config.eval.batch_size,
-            num_workers=config.loader.num_workers,
-            precision=config.eval.precision or config.train.precision,
-            tricks=config.eval.tricks,
-        )
-        num_pieces = 1
+            write_plan(task, settings, learner, team)
         model.train()
+        state.logged_at = time.perf_counter()
         while True:
-            is_over = step >= num_steps or (
-                config.train.patience is not None and num_worse >= config.train.patience and evaluated == step
-            )
-            is_due = step > 0 and config.train.eval_every is not None and step % config.train.eval_every == 0
-            if (is_due or step >= num_steps) and evaluated != step:
-                if saved != step:
-                    save()  # an evaluation can take long; what was trained must not hang on it
+            # Evaluate if it is time to; the clock of the training log stands still meanwhile.
+            if evaluation_is_due(state, settings):
+                if state.saved != state.step:
+                    save(task, learner, state, settings, team)  # evaluation can take long: keep what was trained
                 paused = time.perf_counter()
-                team.share_buffers(judged)
-                evaluation = evaluate(judged, val_set, inference_settings, team)
-                metrics, evaluated = evaluation.metrics, step
-                model.score_threshold = judged.score_threshold = evaluation.score_threshold
-                if config.eval.loss:
-                    metrics |= validation_loss(judged, val_set, inference_settings, team)
-                log.evaluation(step, metrics)
-                if best is None or metrics[config.eval.best_metric] > best:
-                    best, num_worse = metrics[config.eval.best_metric], 0
-                    if team.is_main:
-                        with guards.full_disk_told():
-                            plain = config_to_plain(config)
-                            save_checkpoint(config.output_dir / BEST, judged, config=plain, training=None)
-                else:
-                    num_worse += 1
-                if team.is_main and config.eval.num_pictures:
-                    _draw_pictures(config, evaluation, val_set, log, step)
-                if team.is_main:
-                    write_run_report(config.output_dir, val_set, evaluation, config_to_plain(config))
-                save()
-                logged_at += time.perf_counter() - paused
-                continue
-            if is_over:
+                evaluate(task, learner, state, settings, team, log)
+                save(task, learner, state, settings, team)
+                state.logged_at += time.perf_counter() - paused
+            if is_over(state, settings):
                 break
 
-            factor = lr_factor(
-                step,
-                num_steps=num_steps,
-                warmup_steps=config.optim.warmup_steps,
-                warmup_factor=config.optim.warmup_factor,
-                schedule=config.optim.schedule,
-                milestones=config.optim.milestones,
-                gamma=config.optim.gamma,
-            )
-            set_lr(optimizer, lr * factor)
             # Every random number of a step follows from (seed, step, rank), or from its image's seed: a resumed run
-            # repeats it without saved random states, and nothing drawn between steps (evaluation) can change it.
-            random_seed = team.step_seed(config.seed, step)
+            # repeats it without saved random states, and random numbers drawn between steps cannot change it.
+            random_seed = team.step_seed(settings.seed, state.step)
             torch.manual_seed(random_seed)
+            lr = learner.rate.at(state.step, state.schedule)
+            set_lr(optimizer, lr)
 
+            # Draw this process's share of the step: `accumulate` micro-batches of uint8 images in host memory.
             waiting = time.perf_counter()
-            micro_batches = [next(batches) for _ in range(config.train.accumulate)]
-            data_s += time.perf_counter() - waiting
-            while True:
-                try:
-                    values = accumulate_gradients(
-                        model, parallel, micro_batches, num_pieces, scaler, config.train.precision, team.device
-                    )
-                    break
-                except (torch.OutOfMemoryError, RuntimeError) as error:
-                    num_pieces = guards.after_out_of_memory(
-                        error,
-                        num_pieces,
-                        micro_batch_size=micro_batch_size,
-                        may_retry=config.train.retry_out_of_memory and team.world_size == 1,
-                    )
-                    optimizer.zero_grad(set_to_none=True)
-            if config.optim.clip_grad_norm is None:
-                grad_norm = get_total_norm([p.grad for p in trained if p.grad is not None])
-                grad_norm = grad_norm / scaler.get_scale() if scaler.is_enabled() else grad_norm
-            else:
-                scaler.unscale_(optimizer)
-                grad_norm = clip_grad_norm_(trained, config.optim.clip_grad_norm)
-            values["grad_norm"] = grad_norm
+            micro_batches = [next(batches) for _ in range(train.accumulate)]
+            state.data_s += time.perf_counter() - waiting
 
-            # One synchronisation with the device per step: the price of never stepping on a broken gradient, and of
-            # stopping at the same step everywhere.
+            # Forward and backward: nearly all of a step's time. DDP averages gradients over processes meanwhile.
+            values = compute_gradients(task, learner, micro_batches, state, settings, team)
+            values["grad_norm"] = learner.clip_gradient(settings.optim.clip_grad_norm)
+
+            # Never step on a broken gradient, and stop at the same step everywhere: this waits for the device to finish
+            # the backward pass, and (with several processes) for the slowest process.
             wish = torch.tensor(float(stop.received != 0), device=team.device)
-            mean_loss, norm, stop_wish = team.mean(torch.stack([values["loss"], grad_norm.detach(), wish])).tolist()
+            own = torch.stack([values["loss"], values["grad_norm"].detach(), wish])  # [3]
+            loss, grad_norm, stop_wish = team.mean(own).tolist()
             # fp16 meets infinite gradients by design: the scaler skips the step and lowers its scale.
-            if not math.isfinite(mean_loss) or not (math.isfinite(norm) or scaler.is_enabled()):
-                moment = guards.Moment(step, random_seed, team.rank, lr * factor, config.train.precision, num_pieces)
-                raise guards.not_finite(moment, values, model, micro_batches, train_set.table, config.output_dir)
+            if not math.isfinite(loss) or not (math.isfinite(grad_norm) or scaler.is_enabled()):
+                moment = guards.Moment(state.step, random_seed, team.rank, lr, train.precision, state.num_pieces)
+                raise task.not_finite(moment, values, micro_batches)
 
-            scaler.step(optimizer)
+            scaler.step(optimizer)  # fp16: waits for the device, to know whether a gradient is infinite
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
-            if ema is not None:
-                ema.update_parameters(model)
+            if learner.average is not None:
+                learner.average.update_parameters(model)  # waits for the device: its count of updates is there
 
-            step += 1
+            state.step += 1
             log.advance()
-            log_steps += 1
+            state.log_steps += 1
             for name, value in values.items():
-                sums[name] = sums[name] + value if name in sums else value
-            if step % config.train.log_every == 0 or step == num_steps:
-                elapsed = time.perf_counter() - logged_at
-                means = team.mean(torch.stack(list(sums.values())) / log_steps).tolist()
-                train_values = dict(zip(sums, means, strict=True))
-                num_objects, num_found = train_values.pop("num_objects"), train_values.pop("num_found")
-                log.losses(
-                    step,
-                    {
-                        **train_values,
-                        # Of no objects none is missed.
-                        "proposal_recall": num_found / num_objects if num_objects else 1.0,
-                        "lr": lr * factor,
-                        "epoch": step * batch_size / num_images,
-                        "images_per_s": log_steps * batch_size / elapsed,
-                        "data_s": data_s / log_steps,
-                        "step_s": elapsed / log_steps,
-                        **memory_in_use(team.device),
-                    },
-                )
-                sums, log_steps, logged_at, data_s = {}, 0, time.perf_counter(), 0.0
+                state.log_sums[name] = state.log_sums[name] + value if name in state.log_sums else value
+            if state.step % train.log_every == 0 or state.step == num_steps:
+                log_interval(task, learner, state, settings, team, log, lr)
 
             if stop_wish > 0:
-                save()
-                name = signal.Signals(stop.received or signal.SIGTERM).name
-                raise Interrupted(
-                    f"stopped by {name} after step {step} of {num_steps}: {config.output_dir / 'last.pt'} holds "
-                    "everything, and the same command with resume=auto goes on",
-                    stop.received or signal.SIGTERM,
-                )
-            if config.train.save_every is not None and step % config.train.save_every == 0:
-                save()
+                save(task, learner, state, settings, team)
+                raise interrupted(stop, state, settings)
+            if train.save_every is not None and state.step % train.save_every == 0:
+                save(task, learner, state, settings, team)
 
-        if step < num_steps:
-            logger.info("stopped early: %s has not risen in %d evaluations", config.eval.best_metric, num_worse)
-    assert best is not None
-    return TrainResult(config.output_dir, step, metrics, best, time.perf_counter() - begun)
+    if state.step < num_steps:
+        logger.info("stopped early: %s has not risen in %d evaluations", settings.best_metric, state.num_worse)
+    assert state.best is not None
+    return TrainResult(settings.output_dir, state.step, state.metrics, state.best, time.perf_counter() - begun)
 
 
-def _say_plan(
-    config: Config,
-    model: Detector,
-    train_set: DetectionDataset,
-    val_set: DetectionDataset,
-    num_steps: int,
-    lr: float,
-    micro_batch_size: int,
-    team: Processes,
+def evaluation_is_due(state: RunState, settings: RunSettings) -> bool:
+    """Return whether to evaluate before the next step: every ``eval_every`` steps and after the last."""
+    every = settings.train.eval_every
+    is_due = state.step > 0 and every is not None and state.step % every == 0
+    return (is_due or state.step >= settings.num_steps) and state.evaluated != state.step
+
+
+def is_over(state: RunState, settings: RunSettings) -> bool:
+    """Return whether the run has done its steps, or ``patience`` evaluations in a row brought nothing."""
+    patience = settings.train.patience
+    is_stuck = patience is not None and state.num_worse >= patience and state.evaluated == state.step
+    return state.step >= settings.num_steps or is_stuck
+
+
+def evaluate(
+    task: Task[BatchT], learner: Learner, state: RunState, settings: RunSettings, team: Processes, log: RunLog
 ) -> None:
-    """Say what is about to happen, the learning rate's scaling above all."""
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    total = sum(p.numel() for p in model.parameters())
+    """Evaluate, log the metrics, keep the model as best.pt if it is the best, and write the task's report."""
+    team.share_buffers(learner.evaluated)
+    state.metrics, state.evaluated = task.evaluate(learner.evaluated), state.step
+    log.evaluation(state.step, state.metrics, shown=task.shown_metrics)
+    metric = state.metrics[settings.best_metric]
+    if state.best is None or metric > state.best:
+        state.best, state.num_worse = metric, 0
+        if team.is_main:
+            payload = task.payload(learner.evaluated)
+            payload["config"] = settings.config
+            save_checkpoint(settings.output_dir / BEST, payload)
+    else:
+        state.num_worse += 1
+        learner.rate.after_evaluation(state.step, state.num_worse, state.schedule)
+    if team.is_main:
+        task.report(log, state.step)
+
+
+def save(task: Task[BatchT], learner: Learner, state: RunState, settings: RunSettings, team: Processes) -> None:
+    """Write last.pt, in the main process."""
+    state.saved = state.step
+    if team.is_main:
+        payload = task.payload(learner.model)
+        payload["config"] = settings.config
+        payload["training"] = training_state(learner, state)
+        save_last(settings.output_dir, payload)
+
+
+def compute_gradients(
+    task: Task[BatchT],
+    learner: Learner,
+    micro_batches: Sequence[BatchT],
+    state: RunState,
+    settings: RunSettings,
+    team: Processes,
+) -> dict[str, Tensor]:
+    """Compute the gradients of a step, in smaller pieces from then on if memory runs out and that is allowed.
+
+    Returns:
+        As ``accumulate_gradients``.
+    """
+    train = settings.train
+    while True:
+        try:
+            return accumulate_gradients(task.losses, learner.parallel, micro_batches, state.num_pieces, learner.scaler)
+        except (torch.OutOfMemoryError, RuntimeError) as error:
+            state.num_pieces = guards.after_out_of_memory(
+                error,
+                state.num_pieces,
+                micro_batch_size=team.micro_batch_size(train.batch_size, train.accumulate),
+                may_retry=train.retry_out_of_memory and team.world_size == 1,
+                image_size_keys=task.image_size_keys,
+            )
+            learner.optimizer.zero_grad(set_to_none=True)
+
+
+def log_interval(
+    task: Task[BatchT],
+    learner: Learner,
+    state: RunState,
+    settings: RunSettings,
+    team: Processes,
+    log: RunLog,
+    lr: float,
+) -> None:
+    """Log the means since the last line of metrics.jsonl and begin a new interval."""
+    elapsed, batch_size = time.perf_counter() - state.logged_at, settings.train.batch_size
+    means = team.mean(torch.stack(list(state.log_sums.values())) / state.log_steps).tolist()  # waits for the device
+    values = task.logged(dict(zip(state.log_sums, means, strict=True)))
+    log.losses(
+        state.step,
+        {
+            **values,
+            "lr": lr,
+            "epoch": state.step * batch_size / settings.num_images,
+            "images_per_s": state.log_steps * batch_size / elapsed,
+            "data_s": state.data_s / state.log_steps,
+            "step_s": elapsed / state.log_steps,
+            **memory_in_use(team.device),
+        },
+    )
+    state.log_sums, state.log_steps, state.logged_at, state.data_s = {}, 0, time.perf_counter(), 0.0
+    learner.rate.after_interval(state.step, values, state.schedule)
+
+
+def interrupted(stop: StopSignals, state: RunState, settings: RunSettings) -> Interrupted:
+    """Return the error that ends a run after a signal; another process may have received it."""
+    number = stop.received or signal.SIGTERM
+    return Interrupted(
+        f"stopped by {signal.Signals(number).name} after step {state.step} of {settings.num_steps}: "
+        f"{settings.output_dir / LAST} holds everything, and the same command with resume=auto continues the run",
+        number,
+    )
+
+
+def write_plan(task: Task[BatchT], settings: RunSettings, learner: Learner, team: Processes) -> None:
+    """Write config.yaml and log what is about to happen."""
+    text = yaml.safe_dump(settings.config, sort_keys=False, default_flow_style=None, width=120)
+    (settings.output_dir / "config.yaml").write_text(text, encoding="utf-8")
+    for line in task.describe():
+        logger.info("%s", line)
+    train, optim, num_steps = settings.train, settings.optim, settings.num_steps
     logger.info(
-        "%s, %s norm: %.1f M parameters, %.1f M trained; %s on %d x %s",
-        config.model.arch,
-        config.model.norm,
-        total / 1e6,
-        trained / 1e6,
-        config.train.precision,
+        "%d steps of %d images (%d at a time in each process), %.1f epochs; %s on %d x %s",
+        num_steps,
+        train.batch_size,
+        team.micro_batch_size(train.batch_size, train.accumulate),
+        num_steps * train.batch_size / settings.num_images,
+        train.precision,
         team.world_size,
         team.device.type,
     )
-    logger.info(
-        "train: %d images, %d classes; val: %d images",
-        train_set.table.num_images,
-        len(train_set.categories),
-        val_set.table.num_images,
-    )
-    batch_size, stated_for = config.train.batch_size, config.optim.lr_batch_size
-    logger.info(
-        "%d steps of %d images (%d at a time in each process), %.1f epochs",
-        num_steps,
-        batch_size,
-        micro_batch_size,
-        num_steps * batch_size / train_set.table.num_images,
-    )
-    if stated_for is None or stated_for == batch_size:
-        logger.info("learning rate %g", lr)
-    else:
-        logger.info(
-            "learning rate %g: %g for %d images, scaled linearly to %d (optim.lr_batch_size)",
-            lr,
-            config.optim.lr,
-            stated_for,
-            batch_size,
-        )
-
-
-def _draw_pictures(config: Config, evaluation: Evaluation, dataset: DetectionDataset, log: RunLog, step: int) -> None:
-    """Draw the evaluation's detections on the first images, for the folder and for TensorBoard."""
-    folder = config.output_dir / "pictures"
-    folder.mkdir(exist_ok=True)
-    names, pictures = [], []
-    for index in range(min(config.eval.num_pictures, dataset.table.num_images)):
-        found = evaluation.detections.of_image(index)
-        image = dataset.image(index)
-        picture = draw(
-            image,
-            found,
-            dataset.categories,
-            score_threshold=config.eval.picture_score,
-            scale=legible_scale(image),
-        )
-        names.append(Path(str(dataset.table.file_names[index])).stem)
-        pictures.append(picture)
-        Image.fromarray(picture).save(folder / f"{names[-1]}.png")
-    log.pictures(step, names, pictures)
+    scaled = f": {optim.lr:g} for {optim.lr_batch_size} images, scaled linearly (optim.lr_batch_size)"
+    is_scaled = optim.lr_batch_size not in (None, train.batch_size)
+    logger.info("learning rate %g%s", learner.rate.base, scaled if is_scaled else "")

@@ -1,13 +1,22 @@
-"""Optimizer and learning rate; the rate is a pure function of the step, so a resumed run needs no scheduler state."""
+"""Optimizer and learning rate.
+
+The rate is a pure function of the step, so a resumed run needs no scheduler state; but for two rules of classification
+training, which follow the run's own metrics and keep two integers in ``RunState.schedule``.
+"""
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from typing import Literal
 
 import torch
 from torch import nn
+
+from resdet.training.settings import RunSettings
+
+logger = logging.getLogger(__name__)
 
 _NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm)
 
@@ -21,7 +30,7 @@ def build_optimizer(
     weight_decay: float = 1e-4,
     norm_weight_decay: float = 0.0,
 ) -> torch.optim.Optimizer:
-    """Make the optimizer of a model's trainable parameters.
+    """Build the optimizer of a model's trainable parameters.
 
     Args:
         model: Its parameters with ``requires_grad`` are trained.
@@ -46,7 +55,7 @@ def build_optimizer(
 
 
 def scale_lr(lr: float, *, batch_size: int, lr_batch_size: int | None) -> float:
-    """Give the rate for ``batch_size`` images a step, from the one stated for ``lr_batch_size``.
+    """Return the rate for ``batch_size`` images a step, from the one stated for ``lr_batch_size``.
 
     Source: linear scaling, Goyal et al. 2017, section 2.1. ``None`` leaves the rate as it is.
     """
@@ -63,7 +72,7 @@ def lr_factor(
     milestones: Sequence[float] = (),
     gamma: float = 0.1,
 ) -> float:
-    """Give what the rate is multiplied by at a step.
+    """Return what the rate is multiplied by at a step.
 
     Args:
         step: 0 for the first.
@@ -89,3 +98,55 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
     """Use ``lr`` for all parameters from the next step on."""
     for group in optimizer.param_groups:
         group["lr"] = lr
+
+
+class LearningRate:
+    """The learning rate of a run at each step.
+
+    Two rules follow the run's own metrics. ``warmup_until_error``: the rate stays at ``warmup_factor`` times its value
+    until the training error is below this. ``plateau_patience``: after this many evaluations in a row without a new
+    best one, the rate is multiplied by ``gamma``. Where they stand (``is_held``, ``num_drops``) is saved with the run.
+    """
+
+    def __init__(self, settings: RunSettings) -> None:
+        self._settings = settings
+        optim, batch_size = settings.optim, settings.train.batch_size
+        self.base = scale_lr(optim.lr, batch_size=batch_size, lr_batch_size=optim.lr_batch_size)
+
+    def first_schedule(self) -> dict[str, int]:
+        """Return where the two rules stand when a run begins; empty if it has neither."""
+        settings = self._settings
+        if settings.plateau_patience is None and settings.warmup_until_error is None:
+            return {}
+        return {"num_drops": 0, "is_held": int(settings.warmup_until_error is not None)}
+
+    def at(self, step: int, schedule: dict[str, int]) -> float:
+        """Return the rate of the step after ``step`` steps."""
+        optim = self._settings.optim
+        if schedule.get("is_held", 0):
+            return self.base * optim.warmup_factor
+        factor = lr_factor(
+            step,
+            num_steps=self._settings.num_steps,
+            warmup_steps=optim.warmup_steps,
+            warmup_factor=optim.warmup_factor,
+            schedule=optim.schedule,
+            milestones=optim.milestones,
+            gamma=optim.gamma,
+        )
+        return self.base * (optim.gamma ** schedule.get("num_drops", 0) * factor)
+
+    def after_evaluation(self, step: int, num_worse: int, schedule: dict[str, int]) -> None:
+        """Lower the rate if the last ``num_worse`` evaluations were not better than the best."""
+        patience, gamma = self._settings.plateau_patience, self._settings.optim.gamma
+        if patience and num_worse and num_worse % patience == 0:
+            schedule["num_drops"] = schedule.get("num_drops", 0) + 1
+            metric, lr = self._settings.best_metric, self.base * gamma ** schedule["num_drops"]
+            logger.info("step %d: %s has not risen in %d evaluations: learning rate %g", step, metric, num_worse, lr)
+
+    def after_interval(self, step: int, values: dict[str, float], schedule: dict[str, int]) -> None:
+        """Raise a rate that is held once the training error is low enough."""
+        limit = self._settings.warmup_until_error
+        if limit is not None and schedule.get("is_held", 0) and values["error"] < limit:
+            schedule["is_held"] = 0
+            logger.info("step %d: training error %.3f, learning rate %g", step, values["error"], self.base)

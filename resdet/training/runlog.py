@@ -138,6 +138,7 @@ def memory_in_use(device: torch.device) -> dict[str, float]:
         values["memory_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
     if device.type == "cuda":
         values["gpu_memory_mb"] = torch.cuda.max_memory_allocated(device) / 2**20
-        with contextlib.suppress(ImportError, RuntimeError):
+        # NVML has errors of its own (not supported, no permission): a number for the log must never end a run.
+        with contextlib.suppress(Exception):
             values["gpu_use"] = torch.cuda.utilization(device) / 100
     return values

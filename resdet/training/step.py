@@ -2,58 +2,73 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
+from typing import Any, Protocol, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from resdet.data.loader import Batch
-from resdet.models.detector import Detector
-from resdet.models.seeded import image_seeds
-from resdet.precision import Precision, autocast
-from resdet.types import target_to
+
+class AnyBatch(Protocol):
+    """A NamedTuple whose every field has one entry for each image: what one forward pass takes."""
+
+    @property
+    def indices(self) -> list[int]:
+        """Rows of the images in their dataset."""
+        ...
+
+    def __iter__(self) -> Iterator[Any]: ...
+
+
+BatchT = TypeVar("BatchT", bound=AnyBatch)
+
+Losses = Callable[[nn.Module, BatchT], dict[str, Tensor]]
+"""Takes the model (or its wrapper for several processes) and a batch; returns scalars, means over the batch's images:
+``loss``, which is differentiated, and whatever else is logged."""
+
+
+def cut(batch: BatchT, num_pieces: int) -> list[BatchT]:
+    """Cut a batch into ``num_pieces`` parts of nearly equal size, or fewer if it has fewer images."""
+    num_images = len(batch.indices)
+    bounds = np.linspace(0, num_images, min(num_pieces, num_images) + 1).astype(int).tolist()
+    kind = type(batch)
+    return [kind(*(field[start:end] for field in batch)) for start, end in itertools.pairwise(bounds)]
 
 
 def accumulate_gradients(
-    model: Detector,
+    losses: Losses[BatchT],
     parallel: nn.Module,
-    micro_batches: Sequence[Batch],
+    micro_batches: Sequence[BatchT],
     num_pieces: int,
     scaler: torch.amp.GradScaler,
-    precision: Precision,
-    device: torch.device,
 ) -> dict[str, Tensor]:
-    """Add up a step's gradients.
+    """Add up the gradients of a step.
 
     Args:
-        model: The detector.
-        parallel: The same, or its wrapper for several processes.
-        micro_batches: What this process has to do for the step.
+        losses: The task's losses.
+        parallel: The model, or its wrapper for several processes.
+        micro_batches: This process's share of the step.
         num_pieces: Parts in which each micro-batch is computed, one after the other.
         scaler: Scales the loss for fp16.
-        precision: Of the forward pass.
-        device: Where to compute.
 
     Returns:
-        ``loss``, the losses it is made of, and what the detector counted, means over the images of the step.
+        What ``losses`` returns, as means over the images of the step, scalars on the device.
     """
-    pieces = [piece for batch in micro_batches for piece in batch.cut(num_pieces)]
-    num_images = sum(len(piece.images) for piece in pieces)
-    values: dict[str, Tensor] = {}
+    pieces = [piece for batch in micro_batches for piece in cut(batch, num_pieces)]
+    num_images = sum(len(piece.indices) for piece in pieces)
+    means: dict[str, Tensor] = {}
     for number, piece in enumerate(pieces):
-        images = [image.to(device, non_blocking=True).float().div_(255) for image in piece.images]
-        targets = [target_to(target, device) for target in piece.targets]
-        share = len(images) / num_images
+        share = len(piece.indices) / num_images
         # Gradients travel between processes once per step, with the last piece.
         is_last = number == len(pieces) - 1
         with parallel.no_sync() if isinstance(parallel, DistributedDataParallel) and not is_last else nullcontext():
-            with autocast(device, precision), image_seeds(model, piece.seeds):
-                losses: dict[str, Tensor] = parallel(images, targets)
-            loss = torch.stack(list(losses.values())).sum()
-            scaler.scale(loss * share).backward()  # type: ignore[no-untyped-call]
-        for name, value in {"loss": loss, **losses, **model.training_counts()}.items():
+            values = losses(parallel, piece)
+            scaler.scale(values["loss"] * share).backward()  # type: ignore[no-untyped-call]
+        for name, value in values.items():
             part = value.detach() * share
-            values[name] = values[name] + part if name in values else part
-    return values
+            means[name] = means[name] + part if name in means else part
+    return means

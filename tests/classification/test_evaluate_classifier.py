@@ -13,6 +13,7 @@ from resdet.classification.data import LabelledImages, read_folder
 from resdet.classification.evaluate import evaluate_classifier, probabilities
 from resdet.classification.model import ClassifierSpec, ImageClassifier, make_classifier, match_classes
 from resdet.errors import DataError, WeightsError
+from resdet.evaluation.settings import InferenceSettings
 
 CLASSES = ("blue", "green", "red")
 # Sums of float32 in another order, through a network of 20 layers.
@@ -64,7 +65,7 @@ def test_ten_crops_of_real_files_are_decoded_cut_and_averaged_as_by_hand(
         answer = answers_by_hand(classifier, crops)
         right += int(answer.argmax() == images.labels[index])
         losses.append(-answer[images.labels[index]].log().item())
-    metrics = evaluate_classifier(classifier, images, views="ten_crop", resize=10, batch_size=4)
+    metrics = evaluate_classifier(classifier, images, InferenceSettings(batch_size=4), views="ten_crop", resize=10)
     assert metrics.num_images == 15
     assert metrics.top1 == pytest.approx(right / 15)
     assert metrics.top5 == 1.0  # of three classes
@@ -173,7 +174,7 @@ def test_five_of_many_classes_are_counted() -> None:
 
     images = LabelledImages("noise", names, np.arange(60) % 12, Noise())
     made.network.train()
-    metrics = evaluate_classifier(made, images, batch_size=7)
+    metrics = evaluate_classifier(made, images, InferenceSettings(batch_size=7))
     assert made.network.training
     made.network.eval()
     ranks = []
@@ -187,7 +188,7 @@ def test_five_of_many_classes_are_counted() -> None:
     assert 0 < metrics.top5 < 1
     with torch.no_grad():
         made.network.fc.bias.fill_(torch.nan)
-    with pytest.raises(WeightsError, match="answers with NaN or infinity to noise 0"):
+    with pytest.raises(WeightsError, match="computes NaN or infinity for noise 0"):
         evaluate_classifier(made, images)
 
 

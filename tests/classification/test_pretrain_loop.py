@@ -12,12 +12,12 @@ import pytest
 import torch
 from small_classes import ROOT, config_of, different, logged
 
-from resdet.classification import loop
 from resdet.classification.build import measure_mean
 from resdet.classification.data import read_folder
-from resdet.classification.loop import pretrain
 from resdet.classification.model import ClassifierSpec, load_classifier, load_first_weights, make_classifier
+from resdet.classification.task import pretrain
 from resdet.errors import DataError, Interrupted, TrainingError, UserError
+from resdet.training import loop
 from resdet.training.runlog import RunLog
 
 ONE_RATE = (
@@ -204,7 +204,7 @@ def test_two_processes_train_as_one(folder: Path, tmp_path: Path) -> None:
     script.write_text(
         f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests' / 'classification')!r}]\n"
         "from pathlib import Path\nfrom small_classes import config_of\n"
-        "from resdet.classification.loop import pretrain\n"
+        "from resdet.classification.task import pretrain\n"
         f"pretrain(config_of(Path({str(folder)!r}), Path({str(tmp_path / 'two')!r}), *sys.argv[1:]))\n"
     )
     settings = ["model.norm=group", "optim.schedule=constant"]

@@ -105,6 +105,14 @@ def test_a_seed_decides_everything_and_nothing_else_is_touched(image: Image.Imag
     assert first[0].shape == (3, 16, 16)
 
 
+def test_gpus_keep_their_random_state(image: Image.Image, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.manual_seed would reseed all of them, and nothing would restore that."""
+    reseeded: list[int] = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", reseeded.append)
+    view_of(crop="pad", pad=2)(image, 5)
+    assert reseeded == []
+
+
 def test_flips_come_as_often_as_told(image: Image.Image) -> None:
     small = image.crop((0, 0, 16, 16))
     whole = TrainView(AugmentConfig(crop="none", flip=0.0), size=16, resize=16)(small, 0)[0]

@@ -29,7 +29,7 @@ from resdet.evaluation.settings import InferenceSettings
 from resdet.models.detector import Detector, build_detector
 from resdet.models.spec import DetectorSpec
 from resdet.processes import Processes
-from resdet.training.loop import train
+from resdet.training.detection import train
 from resdet.types import Category, target_to
 
 NUM_IMAGES, IMAGE_SIZE, SEED = 3, 64, 3

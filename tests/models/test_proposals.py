@@ -18,7 +18,7 @@ from resdet.models.checkpoint import load_detector
 from resdet.models.detector import build_detector
 from resdet.models.proposals import FastProposalNetwork, ProposalHead, _ReadRows
 from resdet.models.spec import DetectorSpec
-from resdet.training.loop import train
+from resdet.training.detection import train
 
 RandomiseNorms = Callable[[nn.Module], None]
 SIZES = {"min_size": 96, "max_size": 128, "rpn_pre_nms_top_n_train": 60, "rpn_pre_nms_top_n_test": 40}

@@ -53,6 +53,34 @@ def test_an_average_computes_with_its_newest_weights(norm: str) -> None:
     assert not torch.allclose(before, after, rtol=1e-3)
 
 
+def averaged_run(tmp_path: Path, norm: str) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Return the weights after one step, and the average (0.75) of these and those after the second."""
+    settings = (*STILL, f"model.norm={norm}", "model.calibration_images=8")
+    train(tmp_path / "one", *settings, "train.steps=1")
+    train(tmp_path / "two", *settings, "train.steps=2", "train.ema_decay=0.75")
+    first = torch.load(tmp_path / "one" / "last.pt", weights_only=True)["model"]
+    second = torch.load(tmp_path / "two" / "last.pt", weights_only=True)["model"]
+    best = torch.load(tmp_path / "two" / "best.pt", weights_only=True)["model"]
+    return {name: 0.75 * first[name] + 0.25 * second[name] for name in first}, best
+
+
+def test_statistics_of_trained_norms_are_averaged_too(tmp_path: Path) -> None:
+    """The last weights' statistics are not those of the averaged weights."""
+    expected, best = averaged_run(tmp_path, "batch")
+    statistics = [name for name in best if name.endswith(("running_mean", "running_var"))]
+    assert len(statistics) > 10
+    for name in statistics:
+        torch.testing.assert_close(best[name], expected[name], rtol=1e-6, atol=1e-8)
+
+
+def test_frozen_statistics_stay_bit_equal(tmp_path: Path) -> None:
+    _, best = averaged_run(tmp_path, "frozen")
+    last = torch.load(tmp_path / "two" / "last.pt", weights_only=True)["model"]
+    statistics = [name for name in best if name.endswith(("running_mean", "running_var"))]
+    assert len(statistics) > 10
+    assert all(torch.equal(best[name].view(torch.int32), last[name].view(torch.int32)) for name in statistics)
+
+
 def test_patience_ends_a_run_that_no_longer_gains(tmp_path: Path) -> None:
     """With a rate that moves nothing every evaluation is as good as the first, and none is better."""
     settings = (*STILL, "optim.lr=1e-12", "train.steps=40", "train.eval_every=1", "train.patience=2", "resume=auto")

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 from small_runs import ROOT, command, differences, environment, train
-from torch import Tensor
+from torch import Tensor, nn
 
 from resdet.data.loader import Batch
 from resdet.data.shapes import ShapesImages, shapes_table
@@ -24,6 +25,7 @@ from resdet.models.detector import Detector, build_detector
 from resdet.models.spec import DetectorSpec
 from resdet.training import guards
 from resdet.training.checkpoint import damage, newest_whole
+from resdet.training.detection import detection_losses, not_finite, repeat_step
 from resdet.training.folder import claimed
 from resdet.training.step import accumulate_gradients
 from resdet.types import Target
@@ -245,7 +247,11 @@ def batch(num_images: int) -> Batch:
 def gradients(model: Detector, one: Batch, num_pieces: int = 1) -> dict[str, Tensor]:
     model.zero_grad()
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    return accumulate_gradients(model, model, [one], num_pieces, scaler, "fp32", torch.device("cpu"))
+
+    def losses(parallel: nn.Module, piece: Batch) -> dict[str, Tensor]:
+        return detection_losses(model, parallel, piece, "fp32")
+
+    return accumulate_gradients(losses, model, [one], num_pieces, scaler)
 
 
 @pytest.mark.parametrize("place", ["layer", "batch"])
@@ -260,14 +266,14 @@ def test_a_broken_step_can_be_repeated(place: str, tmp_path: Path) -> None:
     torch.manual_seed(11)
     values = gradients(model, one)
     moment = guards.Moment(7, random_seed=11, rank=0, lr=0.1, precision="fp32", num_pieces=1)
-    error = guards.not_finite(moment, values, model, [one], shapes_table(2, 64, 0), tmp_path)
+    error = not_finite(moment, values, model, [one], shapes_table(2, 64, 0), tmp_path)
     assert isinstance(error, TrainingError)
     told = str(error)
     assert told.startswith("loss is not finite at step 8, learning rate 0.1: loss nan, ")
     assert "largest layers: " in told
     assert "(gradient up to nan, weights up to " in told or place == "batch"
     assert "image ids of the batch: 1 (shapes_0_000000.png), 2 (shapes_0_000001.png)" in told
-    again, losses = guards.repeat_step(tmp_path / "broken_step_8.pt")
+    again, losses = repeat_step(tmp_path / "broken_step_8.pt")
     assert losses.keys() == values.keys()
     for name, value in values.items():
         torch.testing.assert_close(losses[name], value, rtol=0, atol=0, equal_nan=True)
@@ -277,7 +283,7 @@ def test_a_broken_step_can_be_repeated(place: str, tmp_path: Path) -> None:
         torch.testing.assert_close(theirs[name].grad, parameter.grad, rtol=0, atol=0, equal_nan=True)
     torch.save({"format": "resdet-detector-1"}, tmp_path / "other.pt")
     with pytest.raises(WeightsError, match=r"must be a broken_step_N\.pt that a run left"):
-        guards.repeat_step(tmp_path / "other.pt")
+        repeat_step(tmp_path / "other.pt")
 
 
 def test_pieces_add_up_to_the_whole() -> None:
@@ -296,13 +302,15 @@ def test_pieces_add_up_to_the_whole() -> None:
 
 def test_out_of_memory_is_met_by_smaller_pieces_or_told() -> None:
     lack = RuntimeError("[enforce fail at alloc_cpu.cpp:118] . DefaultCPUAllocator: can't allocate memory: you tried")
-    assert guards.after_out_of_memory(lack, 1, micro_batch_size=4, may_retry=True) == 2
+    assert guards.after_out_of_memory(lack, 1, micro_batch_size=4, may_retry=True, image_size_keys="k") == 2
     with pytest.raises(TrainingError, match=r"out of memory with 4 images at a time .*train\.batch_size"):
-        guards.after_out_of_memory(lack, 1, micro_batch_size=4, may_retry=False)
+        guards.after_out_of_memory(lack, 1, micro_batch_size=4, may_retry=False, image_size_keys="k")
     with pytest.raises(TrainingError, match="out of memory with 4 images"):
-        guards.after_out_of_memory(lack, 4, micro_batch_size=4, may_retry=True)
+        guards.after_out_of_memory(lack, 4, micro_batch_size=4, may_retry=True, image_size_keys="k")
     with pytest.raises(RuntimeError, match="something else"):
-        guards.after_out_of_memory(RuntimeError("something else"), 1, micro_batch_size=4, may_retry=True)
+        guards.after_out_of_memory(
+            RuntimeError("something else"), 1, micro_batch_size=4, may_retry=True, image_size_keys="k"
+        )
 
 
 def test_memory_that_does_not_suffice_ends_the_run_in_a_line_or_goes_on_in_pieces(
@@ -310,6 +318,7 @@ def test_memory_that_does_not_suffice_ends_the_run_in_a_line_or_goes_on_in_piece
 ) -> None:
     from resdet.config import load_config
     from resdet.training import loop, step
+    from resdet.training.detection import train as train_here
 
     real = step.accumulate_gradients
 
@@ -321,28 +330,67 @@ def test_memory_that_does_not_suffice_ends_the_run_in_a_line_or_goes_on_in_piece
     monkeypatch.setattr(loop, "accumulate_gradients", tight)
     overrides = [*command(tmp_path)[3:], "train.steps=2"]
     with pytest.raises(TrainingError, match="out of memory with 4 images at a time"):
-        loop.train(load_config(ROOT / "configs" / "quickstart.yaml", [*overrides, f"output_dir={tmp_path / 'a'}"]))
+        train_here(load_config(ROOT / "configs" / "quickstart.yaml", [*overrides, f"output_dir={tmp_path / 'a'}"]))
     settings = [*overrides, f"output_dir={tmp_path / 'b'}", "train.retry_out_of_memory=true"]
-    result = loop.train(load_config(ROOT / "configs" / "quickstart.yaml", settings))
+    result = train_here(load_config(ROOT / "configs" / "quickstart.yaml", settings))
     assert result.steps == 2
 
 
-def test_a_stall_is_noticed(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level("WARNING"), guards.stall_noticed("step 3", seconds=0.05):
-        time.sleep(0.13)
-    assert caplog.messages[0].startswith("step 3: waiting for images for 0 s: slow storage")
-    assert len(caplog.messages) == 2
-    caplog.clear()
-    with guards.stall_noticed("step 4", seconds=5):
+def test_deterministic_training_prepares_cublas_before_cuda_is_initialised(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """On a host with a GPU, as far as it can be pretended: choosing the device initialises CUDA."""
+    from resdet.config import TrainConfig
+    from resdet.training.launch import launched
+
+    seen: list[str | None] = []
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: seen.append(os.environ.get("CUBLAS_WORKSPACE_CONFIG")))
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: bool(seen))
+    settings = TrainConfig(steps=1, device="cuda", deterministic=True)
+    with launched(tmp_path, settings, None) as (team, _, _):
+        assert team.device == torch.device("cuda", 0)
+        assert torch.are_deterministic_algorithms_enabled()
+    assert seen == [":4096:8"]
+    assert not torch.are_deterministic_algorithms_enabled()
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    with (
+        pytest.raises(TrainingError, match="CUDA is already initialised in this process; set CUBLAS_WORKSPACE_CONFIG"),
+        launched(tmp_path, settings, None),
+    ):
         pass
-    assert caplog.messages == []
+
+
+def test_pictures_are_drawn_from_the_evaluated_threshold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the score of the best F1, unless the user states one."""
+    from resdet.config import load_config
+    from resdet.training import detection
+
+    thresholds: list[float] = []
+    real = detection.evaluate
+
+    def evaluate(*arguments):  # type: ignore[no-untyped-def]
+        return replace(real(*arguments), score_threshold=0.64)
+
+    def draw(image, found, categories, *, score_threshold, scale):  # type: ignore[no-untyped-def]
+        thresholds.append(score_threshold)
+        return image
+
+    monkeypatch.setattr(detection, "evaluate", evaluate)
+    monkeypatch.setattr(detection, "draw", draw)
+    overrides = [*command(tmp_path)[3:], "train.steps=1", "eval.num_pictures=2"]
+    for number, stated in enumerate(([], ["eval.picture_score=0.3"])):
+        folder = f"output_dir={tmp_path / str(number)}"
+        detection.train(load_config(ROOT / "configs" / "quickstart.yaml", [*overrides, *stated, folder]))
+    assert thresholds == [0.64, 0.64, 0.3, 0.3]
 
 
 def test_a_broken_step_is_told_on_a_full_disk_too(small_disk: Path) -> None:
     model, one = small_detector(), batch(2)
     values = gradients(model, one) | {"loss": torch.tensor(torch.nan)}
     moment = guards.Moment(7, random_seed=0, rank=0, lr=0.1, precision="fp32", num_pieces=1)
-    told = str(guards.not_finite(moment, values, model, [one], shapes_table(2, 64, 0), small_disk))
+    told = str(not_finite(moment, values, model, [one], shapes_table(2, 64, 0), small_disk))
     assert told.startswith("loss is not finite at step 8")
     assert "the step could not be saved (" in told
     assert list(small_disk.iterdir()) == []

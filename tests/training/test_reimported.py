@@ -10,7 +10,7 @@ from resdet.config import load_config
 from resdet.models.checkpoint import checkpoint_payload
 from resdet.models.detector import build_detector
 from resdet.models.spec import DetectorSpec
-from resdet.training.loop import train
+from resdet.training.detection import train
 from resdet.weights.convert_file import convert_file
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -3,7 +3,10 @@
 import json
 from pathlib import Path
 
-from resdet.training.runlog import RunLog
+import pytest
+import torch
+
+from resdet.training.runlog import RunLog, memory_in_use
 
 VALUES = {"loss": 1.0, "lr": 0.1, "images_per_s": 3.0}
 
@@ -52,3 +55,17 @@ def test_tensorboard_holds_the_curves(tmp_path: Path) -> None:
     events.Reload()
     assert [(event.step, event.value) for event in events.Scalars("val/AP")] == [(2, 0.25)]
     assert "train/loss" in events.Tags()["scalars"]
+
+
+def test_a_gpu_that_tells_no_load_ends_no_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    class NVMLError(Exception):
+        """NVML's errors derive from nothing more specific."""
+
+    def not_supported(device: torch.device) -> int:
+        raise NVMLError("Not Supported")
+
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 3 * 2**20)
+    monkeypatch.setattr(torch.cuda, "utilization", not_supported)
+    values = memory_in_use(torch.device("cuda", 0))
+    assert values["gpu_memory_mb"] == 3
+    assert "gpu_use" not in values

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from statistics import median
 
 import torch
+from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
 from benchmarks.bound import Flops, best_rates, bound_rows, count_flops
@@ -19,6 +20,7 @@ from resdet.data.loader import Batch
 from resdet.errors import TrainingError
 from resdet.models.detector import Detector
 from resdet.precision import Precision, autocast
+from resdet.training.detection import detection_losses
 from resdet.training.optim import build_optimizer
 from resdet.training.step import accumulate_gradients
 from resdet.types import target_to
@@ -135,9 +137,12 @@ def _our_step(
     scaler = torch.amp.GradScaler(device.type, enabled=False)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
 
+    def losses(parallel: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        return detection_losses(model, parallel, batch, precision)
+
     def step(number: int) -> float:
         batch = batches[number % len(batches)]
-        values = accumulate_gradients(model, model, [batch], 1, scaler, precision, device)
+        values = accumulate_gradients(losses, model, [batch], 1, scaler)
         norm = get_total_norm([parameter.grad for parameter in trained if parameter.grad is not None])
         loss, norm_value = torch.stack([values["loss"], norm.detach()]).tolist()
         _check_finite(loss, norm_value, "ours", precision)

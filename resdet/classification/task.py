@@ -1,0 +1,242 @@
+"""Training of classifiers: from a configuration to weights, and what a classifier's step and evaluation are.
+
+What a run's folder holds, how it resumes, logs and stops is the same as for detectors (``resdet.training``).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from resdet.classification.build import build_images, build_pretrained, build_train_view
+from resdet.classification.config import ClassifierEvalConfig, ClassifierTrainConfig, PretrainConfig
+from resdet.classification.data import LabelledImages
+from resdet.classification.evaluate import evaluate_classifier
+from resdet.classification.loader import TrainBatch, train_loader
+from resdet.classification.model import ImageClassifier, classifier_payload, match_classes
+from resdet.classification.views import TrainView
+from resdet.config import LoaderConfig
+from resdet.config_reading import config_to_plain
+from resdet.errors import TrainingError, name_some
+from resdet.evaluation.settings import InferenceSettings
+from resdet.models.bodies import Classifier
+from resdet.precision import autocast
+from resdet.processes import Processes
+from resdet.training import guards
+from resdet.training.launch import launched
+from resdet.training.loop import TrainResult, run
+from resdet.training.runlog import RunLog
+from resdet.training.settings import RunSettings
+
+Mix = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""Takes images and their labels; returns mixed images and the share of each class in them, ``[B, K]``."""
+
+
+def pretrain(config: PretrainConfig) -> TrainResult:
+    """Train a classifier as the configuration says, evaluate it, and leave everything in ``config.output_dir``.
+
+    Under torchrun each process calls this, and together they compute what one process would, but for batch norms, each
+    of which sees its own process's images.
+
+    Resuming is as for ``resdet.train``, and so are the errors.
+
+    Raises:
+        UserError: If data, weights or settings do not allow it (each subclass says which), and ``TrainingError`` if a
+            loss or gradient is not finite, or memory does not suffice; last.pt is then the last good checkpoint.
+        Interrupted: After SIGTERM or SIGINT, when everything is on the disk.
+    """
+    begun = time.perf_counter()
+    with launched(config.output_dir, config.train, config.resume) as (team, stop, resume_from):
+        train_set = build_images(config.data.train)
+        val_set = build_images(config.data.val, classes=train_set.classes)
+        # Other classes in data.val are reported now, not at the first evaluation.
+        match_classes(val_set.classes, train_set.classes, where=val_set.name)
+        torch.manual_seed(config.seed)
+        resize = config.eval.resize or config.model.image_size
+        classifier = build_pretrained(config.model, train_set, resize=resize, resume_from=resume_from)
+        classifier.network.to(team.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        settings = RunSettings(
+            config=config_to_plain(config),
+            output_dir=config.output_dir,
+            resume_from=resume_from,
+            seed=config.seed,
+            train=config.train,
+            optim=config.optim,
+            best_metric=config.eval.best_metric,
+            num_images=len(train_set),
+            plateau_patience=config.optim.plateau_patience,
+            warmup_until_error=config.optim.warmup_until_error,
+        )
+        view = build_train_view(config.augment, classifier)
+        objective = Objective(classifier, config.train)
+        task = ClassificationTask(
+            classifier, train_set, val_set, view, objective, settings, config.loader, config.eval, team
+        )
+        return run(task, settings, team, stop, begun=begun)
+
+
+class ClassificationTask:
+    """A classifier in training (``resdet.training.loop.Task``).
+
+    Args:
+        classifier: The classifier, its network on its device.
+        train_set: What it learns from.
+        val_set: What it is evaluated on.
+        view: Makes what training sees of an image.
+        objective: Computes the loss.
+        settings: The run's settings.
+        loader: How images are read.
+        evaluation: How the classifier is evaluated.
+        team: The processes of the run.
+    """
+
+    image_size_keys = "model.image_size"
+    shown_metrics: Sequence[str] = ("top1", "top5", "val_loss")
+
+    def __init__(
+        self,
+        classifier: ImageClassifier,
+        train_set: LabelledImages,
+        val_set: LabelledImages,
+        view: TrainView,
+        objective: Objective,
+        settings: RunSettings,
+        loader: LoaderConfig,
+        evaluation: ClassifierEvalConfig,
+        team: Processes,
+    ) -> None:
+        self.model = classifier.network
+        self._classifier, self._objective = classifier, objective
+        self._train_set, self._val_set, self._view = train_set, val_set, view
+        self._settings, self._loader, self._eval, self._team = settings, loader, evaluation, team
+
+    def describe(self) -> list[str]:
+        """Return lines for the log on model and data."""
+        spec, train_set, val_set = self._classifier.spec, self._train_set, self._val_set
+        millions = sum(p.numel() for p in self.model.parameters()) / 1e6
+        return [
+            f"{spec.arch}, {spec.norm} norm: {millions:.2f} M parameters",
+            f"train: {len(train_set)} images, {len(train_set.classes)} classes ({train_set.name}); "
+            f"val: {len(val_set)} images ({val_set.name})",
+        ]
+
+    def batches(self, start_step: int) -> Iterator[TrainBatch]:
+        """Return micro-batches without end."""
+        return train_loader(
+            self._train_set,
+            self._view,
+            self._team,
+            batch_size=self._settings.train.batch_size,
+            num_micro_batches=self._settings.train.accumulate,
+            num_workers=self._loader.num_workers,
+            stall_seconds=self._loader.stall_seconds,
+            seed=self._settings.seed,
+            start_batch=start_step,
+        )
+
+    def losses(self, parallel: nn.Module, batch: TrainBatch) -> dict[str, Tensor]:
+        """Compute the loss and the error of a batch (``Objective``)."""
+        return self._objective(parallel, batch)
+
+    def not_finite(
+        self, moment: guards.Moment, values: dict[str, Tensor], batches: Sequence[TrainBatch]
+    ) -> TrainingError:
+        """Save a broken step, with its images and labels, and return the error that reports it."""
+        names = [self._train_set.pictures.name(index) for batch in batches for index in batch.indices]
+        content = classifier_payload(self._classifier)
+        content["batches"] = [batch._asdict() for batch in batches]
+        return guards.broken_step(
+            moment,
+            values,
+            self.model,
+            images=f"images of the batch: {name_some(names, 8)}",
+            content=content,
+            use=": weights, images and labels",
+            folder=self._settings.output_dir,
+        )
+
+    def logged(self, means: dict[str, float]) -> dict[str, float]:
+        """Return the means as they are."""
+        return means
+
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        """Compute ``top1``, ``top5`` and ``val_loss``."""
+        return evaluate_classifier(
+            self._with_network(model),
+            self._val_set,
+            InferenceSettings(
+                batch_size=self._eval.batch_size,
+                num_workers=self._loader.num_workers,
+                precision=self._eval.precision or self._settings.train.precision,
+            ),
+            self._team,
+            views=self._eval.views,
+            resize=self._eval.resize,
+            scales=self._eval.scales,
+        ).as_dict()
+
+    def report(self, log: RunLog, step: int) -> None:
+        """Write nothing: the metrics say all there is."""
+
+    def payload(self, model: nn.Module) -> dict[str, Any]:
+        """Return a classifier with this network as checkpoints hold it."""
+        return classifier_payload(self._with_network(model))
+
+    def _with_network(self, network: nn.Module) -> ImageClassifier:
+        assert isinstance(network, Classifier)
+        return replace(self._classifier, network=network)
+
+
+class Objective:
+    """Computes what a classifier is trained on: the cross entropy, of smoothed labels and mixed images if wanted.
+
+    Args:
+        classifier: The classifier, its network on its device.
+        train: The configuration's section ``train``.
+    """
+
+    def __init__(self, classifier: ImageClassifier, train: ClassifierTrainConfig) -> None:
+        self._classifier, self._train = classifier, train
+        self._mix = _mixing(train, len(classifier.classes))
+
+    def __call__(self, parallel: nn.Module, batch: TrainBatch) -> dict[str, Tensor]:
+        """Compute the loss of a batch, moving it to the network's device.
+
+        Args:
+            parallel: The network, in training mode, or its wrapper for several processes.
+            batch: Images in host memory; copied asynchronously if pinned.
+
+        Returns:
+            ``loss``, and ``error``: the share of images whose own class did not get the highest score.
+        """
+        device = next(self._classifier.network.parameters()).device
+        pixels, shifts = (part.to(device, non_blocking=True) for part in (batch.images, batch.shifts))
+        images = self._classifier.normalise(pixels, shifts)  # float32 [B, 3, S, S]
+        targets = labels = batch.labels.to(device, non_blocking=True)  # [B]
+        if self._mix is not None:
+            images, targets = self._mix(images, labels)  # targets: [B, K]
+        with autocast(device, self._train.precision):
+            scores = parallel(images)  # [B, K]
+        loss = F.cross_entropy(scores.float(), targets, label_smoothing=self._train.label_smoothing)
+        return {"loss": loss, "error": (scores.detach().argmax(1) != labels).float().mean()}
+
+
+def _mixing(train: ClassifierTrainConfig, num_classes: int) -> Mix | None:
+    """Return what mixes the images of a batch, by torch's own random numbers, or None."""
+    from torchvision.transforms import v2
+
+    kinds: list[Any] = []
+    if train.mixup:
+        kinds.append(v2.MixUp(alpha=train.mixup, num_classes=num_classes))
+    if train.cutmix:
+        kinds.append(v2.CutMix(alpha=train.cutmix, num_classes=num_classes))
+    if not kinds:
+        return None
+    mix: Mix = kinds[0] if len(kinds) == 1 else v2.RandomChoice(kinds)
+    return mix

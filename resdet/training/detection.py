@@ -1,0 +1,293 @@
+"""Training of detectors: from a configuration to a detector, and what a detector's step and evaluation are."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from resdet.build import build_dataset, build_model
+from resdet.config import Config, EvalConfig, LoaderConfig
+from resdet.config_reading import config_to_plain
+from resdet.data.annotations import AnnotationTable
+from resdet.data.dataset import DetectionDataset
+from resdet.data.loader import Batch, train_loader
+from resdet.drawing import draw, legible_scale, shown_from
+from resdet.errors import TrainingError, WeightsError
+from resdet.evaluation.detect import Evaluation, evaluate
+from resdet.evaluation.labels import match_labels
+from resdet.evaluation.loss import validation_loss
+from resdet.evaluation.report import write_run_report
+from resdet.evaluation.settings import InferenceSettings
+from resdet.models.checkpoint import checkpoint_payload, load_detector
+from resdet.models.detector import Detector
+from resdet.models.seeded import image_seeds
+from resdet.precision import Precision, autocast
+from resdet.processes import Processes
+from resdet.training import guards
+from resdet.training.launch import launched
+from resdet.training.loop import TrainResult, run
+from resdet.training.runlog import RunLog
+from resdet.training.settings import RunSettings
+from resdet.training.step import accumulate_gradients
+from resdet.types import target_to
+from resdet.weights.files import read_checkpoint, weights_in
+
+
+def train(config: Config) -> TrainResult:
+    """Train a detector as the configuration says, evaluate it, and leave everything in ``config.output_dir``.
+
+    Under torchrun each process calls this, and together they compute what one process would.
+
+    A run that ends early, for whatever reason, continues with ``resume=auto`` as if nothing had happened: the rest is
+    equal bit for bit on CPUs (with the same number of threads), and on GPUs with ``train.deterministic``.
+
+    Raises:
+        UserError: If data, weights or settings do not allow it (each subclass says which), and ``TrainingError`` if a
+            loss or gradient is not finite, or memory does not suffice; last.pt is then the last good checkpoint.
+        Interrupted: After SIGTERM or SIGINT, when everything is on the disk.
+    """
+    begun = time.perf_counter()
+    with launched(config.output_dir, config.train, config.resume) as (team, stop, resume_from):
+        train_set = build_dataset(
+            config.data.train, training=True, augment=config.augment, min_visibility=config.min_visibility
+        )
+        val_set = build_dataset(config.data.val, training=False)
+        torch.manual_seed(config.seed)
+        model = build_model(config.model, train_set, resume_from=resume_from).to(team.device)
+        match_labels(model, val_set.table)  # other classes in data.val are reported now, not at the first evaluation
+        settings = RunSettings(
+            config=config_to_plain(config),
+            output_dir=config.output_dir,
+            resume_from=resume_from,
+            seed=config.seed,
+            train=config.train,
+            optim=config.optim,
+            best_metric=config.eval.best_metric,
+            num_images=train_set.table.num_images,
+        )
+        task = DetectionTask(model, train_set, val_set, settings, config.loader, config.eval, team)
+        return run(task, settings, team, stop, begun=begun)
+
+
+class DetectionTask:
+    """A detector in training (``resdet.training.loop.Task``).
+
+    Args:
+        model: The detector, on its device.
+        train_set: What it learns from.
+        val_set: What it is evaluated on.
+        settings: The run's settings.
+        loader: How images are read and in which order.
+        evaluation: How the detector is evaluated.
+        team: The processes of the run.
+    """
+
+    image_size_keys = "model.min_size, model.max_size"
+    shown_metrics: Sequence[str] = ("AP", "AP50", "AP75")
+
+    def __init__(
+        self,
+        model: Detector,
+        train_set: DetectionDataset,
+        val_set: DetectionDataset,
+        settings: RunSettings,
+        loader: LoaderConfig,
+        evaluation: EvalConfig,
+        team: Processes,
+    ) -> None:
+        self.model = model
+        self._train_set, self._val_set = train_set, val_set
+        self._settings, self._loader, self._eval, self._team = settings, loader, evaluation, team
+        self._inference = InferenceSettings(
+            batch_size=evaluation.batch_size,
+            num_workers=loader.num_workers,
+            precision=evaluation.precision or settings.train.precision,
+            tricks=evaluation.tricks,
+        )
+        self._evaluation: Evaluation | None = None
+
+    def describe(self) -> list[str]:
+        """Return lines for the log on model and data."""
+        parameters = list(self.model.parameters())
+        trained = sum(p.numel() for p in parameters if p.requires_grad)
+        total, spec = sum(p.numel() for p in parameters), self.model.spec
+        return [
+            f"{spec.arch}, {spec.norm} norm: {total / 1e6:.1f} M parameters, {trained / 1e6:.1f} M trained",
+            f"train: {self._train_set.table.num_images} images, {len(self._train_set.categories)} classes; "
+            f"val: {self._val_set.table.num_images} images",
+        ]
+
+    def batches(self, start_step: int) -> Iterator[Batch]:
+        """Return micro-batches without end."""
+        return train_loader(
+            self._train_set,
+            self._team,
+            batch_size=self._settings.train.batch_size,
+            num_micro_batches=self._settings.train.accumulate,
+            num_workers=self._loader.num_workers,
+            stall_seconds=self._loader.stall_seconds,
+            sampling=self._loader.sampling,
+            repeat_threshold=self._loader.repeat_threshold,
+            seed=self._settings.seed,
+            start_batch=start_step,
+        )
+
+    def losses(self, parallel: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        """Compute the losses of a batch (``detection_losses``)."""
+        return detection_losses(self.model, parallel, batch, self._settings.train.precision)
+
+    def not_finite(self, moment: guards.Moment, values: dict[str, Tensor], batches: Sequence[Batch]) -> TrainingError:
+        """Save a broken step and return the error that reports it (``not_finite``)."""
+        return not_finite(moment, values, self.model, batches, self._train_set.table, self._settings.output_dir)
+
+    def logged(self, means: dict[str, float]) -> dict[str, float]:
+        """Return the means with the recall of the proposals in place of the two counts that it is made of."""
+        num_objects, num_found = means.pop("num_objects"), means.pop("num_found")
+        # Of no objects none is missed.
+        return means | {"proposal_recall": num_found / num_objects if num_objects else 1.0}
+
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        """Compute COCO's and VOC's metrics, and the losses if they are wanted; set the model's score threshold."""
+        assert isinstance(model, Detector)
+        self._evaluation = evaluate(model, self._val_set, self._inference, self._team)
+        self.model.score_threshold = model.score_threshold = self._evaluation.score_threshold
+        metrics = self._evaluation.metrics
+        if self._eval.loss:
+            metrics |= validation_loss(model, self._val_set, self._inference, self._team)
+        return metrics
+
+    def report(self, log: RunLog, step: int) -> None:
+        """Draw the last evaluation's detections on the first images and write report.html."""
+        assert self._evaluation is not None
+        if self._eval.num_pictures:
+            self._draw_pictures(self._evaluation, log, step)
+        write_run_report(self._settings.output_dir, self._val_set, self._evaluation, self._settings.config)
+
+    def payload(self, model: nn.Module) -> dict[str, Any]:
+        """Return a detector as checkpoints hold it."""
+        assert isinstance(model, Detector)
+        return checkpoint_payload(model)
+
+    def _draw_pictures(self, evaluation: Evaluation, log: RunLog, step: int) -> None:
+        folder, dataset = self._settings.output_dir / "pictures", self._val_set
+        folder.mkdir(exist_ok=True)
+        stated = self._eval.picture_score
+        threshold = shown_from(evaluation)[0] if stated is None else stated
+        names, pictures = [], []
+        for index in range(min(self._eval.num_pictures, dataset.table.num_images)):
+            image = dataset.image(index)
+            picture = draw(
+                image,
+                evaluation.detections.of_image(index),
+                dataset.categories,
+                score_threshold=threshold,
+                scale=legible_scale(image),
+            )
+            names.append(Path(str(dataset.table.file_names[index])).stem)
+            pictures.append(picture)
+            Image.fromarray(picture).save(folder / f"{names[-1]}.png")
+        log.pictures(step, names, pictures)
+
+
+def detection_losses(model: Detector, parallel: nn.Module, batch: Batch, precision: Precision) -> dict[str, Tensor]:
+    """Compute the losses of a batch, moving it to the detector's device.
+
+    Args:
+        model: The detector, in training mode.
+        parallel: The same, or its wrapper for several processes.
+        batch: Images and targets in host memory; copied asynchronously if pinned.
+        precision: Of the forward pass; losses are float32.
+
+    Returns:
+        ``loss``, the losses it is the sum of, and what the detector counted, means over the batch's images.
+    """
+    device = next(model.parameters()).device
+    # uint8 on the way, a quarter of float32's bytes; [3, H, W] in [0, 1] each. The detector resizes, pads and stacks.
+    images = [image.to(device, non_blocking=True).float().div_(255) for image in batch.images]
+    targets = [target_to(target, device) for target in batch.targets]
+    with autocast(device, precision), image_seeds(model, batch.seeds):
+        losses: dict[str, Tensor] = parallel(images, targets)
+    loss = torch.stack(list(losses.values())).sum()
+    return {"loss": loss, **losses, **model.training_counts()}
+
+
+def not_finite(
+    moment: guards.Moment,
+    values: dict[str, Tensor],
+    model: Detector,
+    micro_batches: Sequence[Batch],
+    table: AnnotationTable,
+    folder: Path,
+) -> TrainingError:
+    """Save a step of a detector whose loss or gradient is not finite and return the error that reports it.
+
+    What is saved is enough for ``repeat_step``: the weights before the step, the images as the model was given them,
+    the targets, and the seeds.
+
+    Args:
+        moment: Which step.
+        values: Loss, its parts and the gradient's norm, scalars.
+        model: The detector, with the gradients.
+        micro_batches: The step's images and targets in this process.
+        table: Names the images.
+        folder: The run's folder.
+    """
+    indices = [index for batch in micro_batches for index in batch.indices]
+    content = checkpoint_payload(model)
+    content["trained"] = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    content["batches"] = [
+        {"images": batch.images, "targets": [dict(target) for target in batch.targets], "seeds": batch.seeds}
+        for batch in micro_batches
+    ]
+    return guards.broken_step(
+        moment,
+        values,
+        model,
+        images="image ids of the batch: " + ", ".join(f"{table.image_ids[i]} ({table.file_names[i]})" for i in indices),
+        content=content,
+        use=": resdet.training.detection.repeat_step computes it again",
+        folder=folder,
+    )
+
+
+def repeat_step(path: Path, *, device: torch.device | None = None) -> tuple[Detector, dict[str, Tensor]]:
+    """Compute a saved step again, forward and backward: the same losses, and in the model the same gradients.
+
+    >>> model, losses = repeat_step(Path("runs/mine/broken_step_812.pt"))  # doctest: +SKIP
+    >>> [name for name, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+
+    Args:
+        path: What ``not_finite`` saved.
+        device: Where to compute; None: on the CPU. The bits are those of the run on the same kind of device.
+
+    Returns:
+        The detector in training mode, with gradients (not clipped), and the losses as the run logged them.
+
+    Raises:
+        WeightsError: If the file is not such a step.
+    """
+    payload = read_checkpoint(path)
+    if "moment" not in payload:
+        raise WeightsError(f"{path}: must be a broken_step_N.pt that a run left; it holds {sorted(payload)[:8]}")
+    moment = guards.Moment(**payload["moment"])
+    device = device or torch.device("cpu")
+    model = load_detector(weights_in(payload, path)).to(device).train()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in payload["trained"])
+    micro_batches = [
+        Batch(batch["images"], batch["targets"], [0] * len(batch["images"]), batch["seeds"])
+        for batch in payload["batches"]
+    ]
+    torch.manual_seed(moment.random_seed)
+    scaler = torch.amp.GradScaler(device.type, enabled=False)
+
+    def losses(parallel: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        return detection_losses(model, parallel, batch, moment.precision)
+
+    return model, accumulate_gradients(losses, model, micro_batches, moment.num_pieces, scaler)

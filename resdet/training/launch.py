@@ -1,0 +1,45 @@
+"""What precedes a run: its processes, its folder, and the checkpoint that it resumes from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from resdet.config import TrainConfig
+from resdet.malloc import keep_freed_memory
+from resdet.processes import Processes, processes
+from resdet.training import guards
+from resdet.training.folder import checkpoint_to_resume, claimed
+from resdet.training.interrupt import StopSignals
+
+
+@contextmanager
+def launched(
+    output_dir: Path, train: TrainConfig, resume: str | None
+) -> Iterator[tuple[Processes, StopSignals, Path | None]]:
+    """Join the run's processes, claim its folder and take over SIGTERM and SIGINT, until the block ends.
+
+    Args:
+        output_dir: The run's folder.
+        train: The configuration's section ``train``.
+        resume: The configuration's ``resume``.
+
+    Yields:
+        The processes, the signals that have come, and the checkpoint to resume from (None: a new run).
+
+    Raises:
+        UserError: If the folder is taken or not writable, or ``train`` does not fit the number of processes.
+        WeightsError: If all checkpoints to resume from are damaged.
+    """
+    with ExitStack() as stack:
+        if train.deterministic:
+            stack.enter_context(guards.deterministic(train.device))  # before anything touches CUDA
+        team = stack.enter_context(processes(train.device))
+        stop = stack.enter_context(StopSignals())
+        if team.device.type == "cpu":
+            keep_freed_memory()
+        team.on_main(lambda: stack.enter_context(claimed(output_dir)))
+        resume_from = team.on_main(lambda: checkpoint_to_resume(output_dir, resume))
+        team.micro_batch_size(train.batch_size, train.accumulate)  # fails now, not after minutes of reading data
+        yield team, stop, resume_from

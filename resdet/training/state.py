@@ -1,0 +1,151 @@
+"""A run's state: how far it has come, and the model with everything that trains it."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import clip_grad_norm_, get_total_norm
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from resdet.errors import WeightsError
+from resdet.processes import Processes
+from resdet.training.checkpoint import load_training_state
+from resdet.training.optim import LearningRate, build_optimizer
+from resdet.training.settings import RunSettings
+
+logger = logging.getLogger(__name__)
+
+_SAVED = ("step", "best", "num_worse", "evaluated", "metrics", "log_sums", "log_steps", "schedule")
+_OF_LEARNER = ("optimizer", "scaler", "ema")
+
+
+@dataclass
+class RunState:
+    """How far a run has come.
+
+    There is no random state in it: every random number of a run follows from its seed and the step.
+
+    Attributes:
+        step: Optimizer steps done.
+        best: Value of the best evaluation so far (its ``eval.best_metric``); None before the first.
+        num_worse: Evaluations since then.
+        evaluated: Step of the last evaluation; None before the first.
+        metrics: The metrics of that evaluation.
+        log_sums: Sums since the last line of metrics.jsonl, by name, scalars on the device.
+        log_steps: Steps they were summed over.
+        schedule: State of a learning rate that follows the run's own metrics (``LearningRate``); empty if it follows
+            the step alone.
+        saved: Step that last.pt holds; None if it holds none of this run. Neither this nor the next three are saved.
+        num_pieces: Pieces in which each micro-batch is computed; more than one after memory ran out.
+        logged_at: When the current interval of the log began, without the time of evaluations.
+        data_s: Seconds waited for images since then.
+    """
+
+    step: int = 0
+    best: float | None = None
+    num_worse: int = 0
+    evaluated: int | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
+    log_sums: dict[str, Tensor] = field(default_factory=dict)
+    log_steps: int = 0
+    schedule: dict[str, int] = field(default_factory=dict)
+    saved: int | None = None
+    num_pieces: int = 1
+    logged_at: float = field(default_factory=time.perf_counter)
+    data_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class Learner:
+    """A model and everything that trains it.
+
+    Attributes:
+        model: The model that is trained.
+        parallel: The same, or its wrapper for several processes.
+        optimizer: Its optimizer.
+        scaler: Scales the loss for fp16; switched off for other precisions.
+        rate: The learning rate.
+        average: The moving average of the weights; None without one.
+    """
+
+    model: nn.Module
+    parallel: nn.Module
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    rate: LearningRate
+    average: AveragedModel | None
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """The model that is evaluated and that best.pt holds."""
+        return self.model if self.average is None else self.average.module
+
+    def clip_gradient(self, max_norm: float | None) -> Tensor:
+        """Return the 2-norm of the whole gradient, clipped to ``max_norm`` afterwards unless that is None."""
+        trained = [p for group in self.optimizer.param_groups for p in group["params"]]
+        if max_norm is not None:
+            self.scaler.unscale_(self.optimizer)
+            return clip_grad_norm_(trained, max_norm)
+        norm = get_total_norm([p.grad for p in trained if p.grad is not None])
+        return norm / self.scaler.get_scale() if self.scaler.is_enabled() else norm
+
+
+def set_up(model: nn.Module, settings: RunSettings, team: Processes) -> tuple[Learner, RunState]:
+    """Build a run's optimizer and what goes with it, and load the state of the checkpoint that it resumes from.
+
+    Raises:
+        WeightsError: If the checkpoint is not one of this run.
+    """
+    optim, rate = settings.optim, LearningRate(settings)
+    saved: dict[str, Any] = {}
+    if settings.resume_from is not None:
+        saved = load_training_state(settings.resume_from, model)
+        if not {*_SAVED[:-1], *_OF_LEARNER} <= saved.keys() <= {*_SAVED, *_OF_LEARNER}:
+            raise WeightsError(f"{settings.resume_from}: its training state is another version's: {sorted(saved)}")
+    optimizer = build_optimizer(
+        model,
+        name=optim.name,
+        lr=rate.base,
+        momentum=optim.momentum,
+        weight_decay=optim.weight_decay,
+        norm_weight_decay=optim.norm_weight_decay,
+    )
+    scaler = torch.amp.GradScaler(team.device.type, enabled=settings.train.precision == "fp16")
+    average = None if settings.train.ema_decay is None else _averaged(model, settings.train.ema_decay)
+    state = RunState(schedule=rate.first_schedule())
+    if saved:
+        optimizer.load_state_dict(saved["optimizer"])
+        if saved["scaler"]:
+            scaler.load_state_dict(saved["scaler"])
+        if average is not None and saved["ema"]:
+            average.load_state_dict(saved["ema"])
+        state = RunState(**{name: saved[name] for name in _SAVED if name in saved}, saved=saved["step"])
+        state.schedule = rate.first_schedule() | state.schedule
+        state.log_sums = {name: value.to(team.device) for name, value in state.log_sums.items()}
+        logger.info("resumed from %s at step %d", settings.resume_from, state.step)
+    return Learner(model, team.parallel(model), optimizer, scaler, rate, average), state
+
+
+def training_state(learner: Learner, state: RunState) -> dict[str, Any]:
+    """Return what last.pt holds beside the model: tensors (not copied) and plain values."""
+    return {name: getattr(state, name) for name in _SAVED} | {
+        "optimizer": learner.optimizer.state_dict(),
+        "scaler": learner.scaler.state_dict(),
+        "ema": {} if learner.average is None else learner.average.state_dict(),
+    }
+
+
+def _averaged(model: nn.Module, decay: float) -> AveragedModel:
+    """Return an exponential moving average of a model's weights.
+
+    If a norm keeps running statistics, they are averaged too: those of the last weights are not those of the averaged
+    ones. Other buffers do not change in training and are copied.
+    """
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._NormBase)]
+    average = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
+    return AveragedModel(model, multi_avg_fn=average, use_buffers=any(norm.track_running_stats for norm in norms))
