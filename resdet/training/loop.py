@@ -23,6 +23,7 @@ from resdet.errors import Interrupted, TrainingError
 from resdet.processes import Processes
 from resdet.training import guards
 from resdet.training.checkpoint import BEST, LAST, save_checkpoint, save_last
+from resdet.training.guards import Moment
 from resdet.training.interrupt import StopSignals
 from resdet.training.optim import set_lr
 from resdet.training.runlog import RunLog, memory_in_use
@@ -47,39 +48,30 @@ class Task(Protocol[BatchT]):
     @property
     def model(self) -> nn.Module:
         """The model that is trained, on its device."""
-        ...
 
     def describe(self) -> Sequence[str]:
         """Return lines for the log on model and data."""
-        ...
 
     def batches(self, start_step: int) -> Iterator[BatchT]:
-        """Return this process's micro-batches from the step after ``start_step`` on, without end."""
-        ...
+        """Return this process's micro-batches after ``start_step`` steps, without end."""
 
     def losses(self, parallel: nn.Module, batch: BatchT) -> dict[str, Tensor]:
-        """Compute what ``resdet.training.step.Losses`` describes."""
-        ...
+        """Compute the losses of a batch, as ``resdet.training.step.Losses`` says."""
 
-    def not_finite(self, moment: guards.Moment, values: dict[str, Tensor], batches: Sequence[BatchT]) -> TrainingError:
+    def not_finite(self, moment: Moment, values: dict[str, Tensor], batches: Sequence[BatchT]) -> TrainingError:
         """Save a step whose loss or gradient is not finite and return the error that reports it."""
-        ...
 
     def logged(self, means: dict[str, float]) -> dict[str, float]:
-        """Return what the log says of an interval, from the means of what ``losses`` returned, and ``grad_norm``."""
-        ...
+        """Return what the log says of an interval, from the means of ``losses`` and ``grad_norm``."""
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
-        """Evaluate ``model``, which is ``self.model`` or its average; every process calls this."""
-        ...
+        """Return the metrics of ``self.model`` or its average; every process calls this."""
 
     def report(self, log: RunLog, step: int) -> None:
         """Write files on the last evaluation, in the main process."""
-        ...
 
     def payload(self, model: nn.Module) -> dict[str, Any]:
-        """Return ``model`` as tensors and plain values, as checkpoints hold it; its state dict is ``model``."""
-        ...
+        """Return the model, or its average, as checkpoints hold it; its state dict is ``model``."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +112,6 @@ def run(task: Task[BatchT], settings: RunSettings, team: Processes, stop: StopSi
     """
     train, num_steps = settings.train, settings.num_steps
     learner, state = set_up(task.model, settings, team)
-    model, optimizer, scaler = learner.model, learner.optimizer, learner.scaler
     batches = task.batches(state.step)
     log = RunLog(
         settings.output_dir,
@@ -131,17 +122,17 @@ def run(task: Task[BatchT], settings: RunSettings, team: Processes, stop: StopSi
     )
     with log:
         if team.is_main:
-            write_plan(task, settings, learner, team)
-        model.train()
+            write_plan(task, learner)
+        learner.model.train()
         state.logged_at = time.perf_counter()
         while True:
             # Evaluate if it is time to; the clock of the training log stands still meanwhile.
             if evaluation_is_due(state, settings):
                 if state.saved != state.step:
-                    save(task, learner, state, settings, team)  # evaluation can take long: keep what was trained
+                    save(task, learner, state)  # evaluation can take long: keep what was trained
                 paused = time.perf_counter()
-                evaluate(task, learner, state, settings, team, log)
-                save(task, learner, state, settings, team)
+                evaluate(task, learner, state, log)
+                save(task, learner, state)
                 state.logged_at += time.perf_counter() - paused
             if is_over(state, settings):
                 break
@@ -151,7 +142,7 @@ def run(task: Task[BatchT], settings: RunSettings, team: Processes, stop: StopSi
             random_seed = team.step_seed(settings.seed, state.step)
             torch.manual_seed(random_seed)
             lr = learner.rate.at(state.step, state.schedule)
-            set_lr(optimizer, lr)
+            set_lr(learner.optimizer, lr)
 
             # Draw this process's share of the step: `accumulate` micro-batches of uint8 images in host memory.
             waiting = time.perf_counter()
@@ -159,7 +150,7 @@ def run(task: Task[BatchT], settings: RunSettings, team: Processes, stop: StopSi
             state.data_s += time.perf_counter() - waiting
 
             # Forward and backward: nearly all of a step's time. DDP averages gradients over processes meanwhile.
-            values = compute_gradients(task, learner, micro_batches, state, settings, team)
+            values = compute_gradients(task, learner, state, micro_batches)
             values["grad_norm"] = learner.clip_gradient(settings.optim.clip_grad_norm)
 
             # Never step on a broken gradient, and stop at the same step everywhere: this waits for the device to finish
@@ -168,15 +159,15 @@ def run(task: Task[BatchT], settings: RunSettings, team: Processes, stop: StopSi
             own = torch.stack([values["loss"], values["grad_norm"].detach(), wish])  # [3]
             loss, grad_norm, stop_wish = team.mean(own).tolist()
             # fp16 meets infinite gradients by design: the scaler skips the step and lowers its scale.
-            if not math.isfinite(loss) or not (math.isfinite(grad_norm) or scaler.is_enabled()):
-                moment = guards.Moment(state.step, random_seed, team.rank, lr, train.precision, state.num_pieces)
+            if not math.isfinite(loss) or not (math.isfinite(grad_norm) or learner.scaler.is_enabled()):
+                moment = Moment(state.step, random_seed, team.rank, lr, train.precision, state.num_pieces)
                 raise task.not_finite(moment, values, micro_batches)
 
-            scaler.step(optimizer)  # fp16: waits for the device, to know whether a gradient is infinite
-            scaler.update()
-            optimizer.zero_grad(set_to_none=True)
+            learner.scaler.step(learner.optimizer)  # fp16: waits for the device, to know whether a gradient is infinite
+            learner.scaler.update()
+            learner.optimizer.zero_grad(set_to_none=True)
             if learner.average is not None:
-                learner.average.update_parameters(model)  # waits for the device: its count of updates is there
+                learner.average.update_parameters(learner.model)  # waits for the device: its count of updates is there
 
             state.step += 1
             log.advance()
@@ -184,13 +175,13 @@ def run(task: Task[BatchT], settings: RunSettings, team: Processes, stop: StopSi
             for name, value in values.items():
                 state.log_sums[name] = state.log_sums[name] + value if name in state.log_sums else value
             if state.step % train.log_every == 0 or state.step == num_steps:
-                log_interval(task, learner, state, settings, team, log, lr)
+                log_interval(task, learner, state, log, lr)
 
             if stop_wish > 0:
-                save(task, learner, state, settings, team)
+                save(task, learner, state)
                 raise interrupted(stop, state, settings)
             if train.save_every is not None and state.step % train.save_every == 0:
-                save(task, learner, state, settings, team)
+                save(task, learner, state)
 
     if state.step < num_steps:
         logger.info("stopped early: %s has not risen in %d evaluations", settings.best_metric, state.num_worse)
@@ -212,51 +203,44 @@ def is_over(state: RunState, settings: RunSettings) -> bool:
     return state.step >= settings.num_steps or is_stuck
 
 
-def evaluate(
-    task: Task[BatchT], learner: Learner, state: RunState, settings: RunSettings, team: Processes, log: RunLog
-) -> None:
+def evaluate(task: Task[BatchT], learner: Learner, state: RunState, log: RunLog) -> None:
     """Evaluate, log the metrics, keep the model as best.pt if it is the best, and write the task's report."""
-    team.share_buffers(learner.evaluated)
+    settings, is_main = learner.settings, learner.team.is_main
+    learner.team.share_buffers(learner.evaluated)
     state.metrics, state.evaluated = task.evaluate(learner.evaluated), state.step
     log.evaluation(state.step, state.metrics, shown=task.shown_metrics)
     metric = state.metrics[settings.best_metric]
     if state.best is None or metric > state.best:
         state.best, state.num_worse = metric, 0
-        if team.is_main:
+        if is_main:
             payload = task.payload(learner.evaluated)
             payload["config"] = settings.config
             save_checkpoint(settings.output_dir / BEST, payload)
     else:
         state.num_worse += 1
         learner.rate.after_evaluation(state.step, state.num_worse, state.schedule)
-    if team.is_main:
+    if is_main:
         task.report(log, state.step)
 
 
-def save(task: Task[BatchT], learner: Learner, state: RunState, settings: RunSettings, team: Processes) -> None:
+def save(task: Task[BatchT], learner: Learner, state: RunState) -> None:
     """Write last.pt, in the main process."""
     state.saved = state.step
-    if team.is_main:
+    if learner.team.is_main:
         payload = task.payload(learner.model)
-        payload["config"] = settings.config
+        payload["config"] = learner.settings.config
         payload["training"] = training_state(learner, state)
-        save_last(settings.output_dir, payload)
+        save_last(learner.settings.output_dir, payload)
 
 
 def compute_gradients(
-    task: Task[BatchT],
-    learner: Learner,
-    micro_batches: Sequence[BatchT],
-    state: RunState,
-    settings: RunSettings,
-    team: Processes,
+    task: Task[BatchT], learner: Learner, state: RunState, micro_batches: Sequence[BatchT]
 ) -> dict[str, Tensor]:
     """Compute the gradients of a step, in smaller pieces from then on if memory runs out and that is allowed.
 
     Returns:
         As ``accumulate_gradients``.
     """
-    train = settings.train
     while True:
         try:
             return accumulate_gradients(task.losses, learner.parallel, micro_batches, state.num_pieces, learner.scaler)
@@ -264,36 +248,29 @@ def compute_gradients(
             state.num_pieces = guards.after_out_of_memory(
                 error,
                 state.num_pieces,
-                micro_batch_size=team.micro_batch_size(train.batch_size, train.accumulate),
-                may_retry=train.retry_out_of_memory and team.world_size == 1,
+                micro_batch_size=learner.micro_batch_size,
+                may_retry=learner.settings.train.retry_out_of_memory and learner.team.world_size == 1,
                 image_size_keys=task.image_size_keys,
             )
             learner.optimizer.zero_grad(set_to_none=True)
 
 
-def log_interval(
-    task: Task[BatchT],
-    learner: Learner,
-    state: RunState,
-    settings: RunSettings,
-    team: Processes,
-    log: RunLog,
-    lr: float,
-) -> None:
+def log_interval(task: Task[BatchT], learner: Learner, state: RunState, log: RunLog, lr: float) -> None:
     """Log the means since the last line of metrics.jsonl and begin a new interval."""
-    elapsed, batch_size = time.perf_counter() - state.logged_at, settings.train.batch_size
-    means = team.mean(torch.stack(list(state.log_sums.values())) / state.log_steps).tolist()  # waits for the device
+    elapsed, batch_size = time.perf_counter() - state.logged_at, learner.settings.train.batch_size
+    sums = torch.stack(list(state.log_sums.values()))  # one number for each name
+    means = learner.team.mean(sums / state.log_steps).tolist()  # waits for the device
     values = task.logged(dict(zip(state.log_sums, means, strict=True)))
     log.losses(
         state.step,
         {
             **values,
             "lr": lr,
-            "epoch": state.step * batch_size / settings.num_images,
+            "epoch": state.step * batch_size / learner.settings.num_images,
             "images_per_s": state.log_steps * batch_size / elapsed,
             "data_s": state.data_s / state.log_steps,
             "step_s": elapsed / state.log_steps,
-            **memory_in_use(team.device),
+            **memory_in_use(learner.team.device),
         },
     )
     state.log_sums, state.log_steps, state.logged_at, state.data_s = {}, 0, time.perf_counter(), 0.0
@@ -310,8 +287,9 @@ def interrupted(stop: StopSignals, state: RunState, settings: RunSettings) -> In
     )
 
 
-def write_plan(task: Task[BatchT], settings: RunSettings, learner: Learner, team: Processes) -> None:
+def write_plan(task: Task[BatchT], learner: Learner) -> None:
     """Write config.yaml and log what is about to happen."""
+    settings, team = learner.settings, learner.team
     text = yaml.safe_dump(settings.config, sort_keys=False, default_flow_style=None, width=120)
     (settings.output_dir / "config.yaml").write_text(text, encoding="utf-8")
     for line in task.describe():
@@ -321,7 +299,7 @@ def write_plan(task: Task[BatchT], settings: RunSettings, learner: Learner, team
         "%d steps of %d images (%d at a time in each process), %.1f epochs; %s on %d x %s",
         num_steps,
         train.batch_size,
-        team.micro_batch_size(train.batch_size, train.accumulate),
+        learner.micro_batch_size,
         num_steps * train.batch_size / settings.num_images,
         train.precision,
         team.world_size,

@@ -1,4 +1,4 @@
-"""What a run tells while it trains: metrics.jsonl, TensorBoard, a progress bar, and lines on the terminal."""
+"""The log of a run: metrics.jsonl, TensorBoard, a progress bar, and lines on the terminal."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ class RunLog:
     Args:
         output_dir: Folder of the run.
         num_steps: Length of the run.
-        start_step: Steps done before this process began. What an interrupted run had logged after them is dropped
-            from metrics.jsonl (and hidden in TensorBoard), since it is about to happen again.
+        start_step: Steps done before this process began. Lines that an interrupted run logged after them are dropped
+            from metrics.jsonl (and hidden in TensorBoard), since these steps are about to happen again.
         evaluated: Step of the last evaluation that is not about to be repeated; None if there was none.
         enabled: Whether this process is the one that writes.
     """
@@ -43,7 +43,6 @@ class RunLog:
         self, output_dir: Path, *, num_steps: int, start_step: int, evaluated: int | None = None, enabled: bool
     ) -> None:
         self._path = output_dir / "metrics.jsonl"
-        self._enabled = enabled
         self._board: SummaryWriter | None = None
         self._bar: tqdm[Never] | None = None
         self._redirect = logging_redirect_tqdm(loggers=[logging.getLogger()])
@@ -58,8 +57,8 @@ class RunLog:
             is_training = "lr" in values  # the other lines are evaluations
             if values["step"] <= (start_step if is_training else evaluated or 0):
                 kept.append(line)
-        with written_whole(self._path) as beside:
-            beside.write_text("".join(kept), encoding="utf-8")
+        with written_whole(self._path) as temporary:
+            temporary.write_text("".join(kept), encoding="utf-8")
         purge_step = start_step + 1 if start_step else None
         self._board = SummaryWriter(str(output_dir / "tensorboard"), purge_step=purge_step)
         self._bar = tqdm(total=num_steps, initial=start_step, unit="step", dynamic_ncols=True, mininterval=1.0)
@@ -95,9 +94,9 @@ class RunLog:
     def evaluation(
         self, step: int, metrics: Mapping[str, float], *, shown: Sequence[str] = ("AP", "AP50", "AP75")
     ) -> None:
-        """Log one evaluation; the terminal shows some of its numbers."""
+        """Log one evaluation; the terminal shows some of its metrics."""
         self._write(step, metrics, "val")
-        if self._enabled:
+        if self._board is not None:
             logger.info("step %d: %s", step, "  ".join(f"{name} {metrics[name]:.3f}" for name in shown))
 
     def pictures(self, step: int, names: Sequence[str], images: Sequence[npt.NDArray[np.uint8]]) -> None:
@@ -125,7 +124,7 @@ class RunLog:
 
 
 def memory_in_use(device: torch.device) -> dict[str, float]:
-    """Give what a process holds: ``memory_mb`` and, on a GPU, ``gpu_memory_mb`` and ``gpu_use``.
+    """Return the memory that this process holds: ``memory_mb`` and, on a GPU, ``gpu_memory_mb`` and ``gpu_use``.
 
     The first two are peaks since the process began. ``gpu_use`` is the share of the last second in which the GPU
     computed, in [0, 1]; it needs the package nvidia-ml-py and is left out without it.

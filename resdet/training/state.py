@@ -65,6 +65,8 @@ class Learner:
     """A model and everything that trains it.
 
     Attributes:
+        settings: The run's settings.
+        team: The processes of the run.
         model: The model that is trained.
         parallel: The same, or its wrapper for several processes.
         optimizer: Its optimizer.
@@ -73,12 +75,19 @@ class Learner:
         average: The moving average of the weights; None without one.
     """
 
+    settings: RunSettings
+    team: Processes
     model: nn.Module
     parallel: nn.Module
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     rate: LearningRate
     average: AveragedModel | None
+
+    @property
+    def micro_batch_size(self) -> int:
+        """The number of images that this process holds at a time."""
+        return self.team.micro_batch_size(self.settings.train.batch_size, self.settings.train.accumulate)
 
     @property
     def evaluated(self) -> nn.Module:
@@ -128,7 +137,7 @@ def set_up(model: nn.Module, settings: RunSettings, team: Processes) -> tuple[Le
         state.schedule = rate.first_schedule() | state.schedule
         state.log_sums = {name: value.to(team.device) for name, value in state.log_sums.items()}
         logger.info("resumed from %s at step %d", settings.resume_from, state.step)
-    return Learner(model, team.parallel(model), optimizer, scaler, rate, average), state
+    return Learner(settings, team, model, team.parallel(model), optimizer, scaler, rate, average), state
 
 
 def training_state(learner: Learner, state: RunState) -> dict[str, Any]:

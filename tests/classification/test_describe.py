@@ -78,7 +78,7 @@ def test_it_prints_the_table(capsys: pytest.CaptureFixture[str]) -> None:
         (["resnet18", "--image-size", "0", "5"], "at least 1"),
         (["resnet18", "--responses", "x.png"], "--weights and --responses go together"),
         (["resnet18", "cifar20", "--responses", "x.png", "--weights", "a.pt"], "one for each of the 2 ARCH, got 1"),
-        (["resnet18", "--output", "x.png"], "--output is for the plot"),
+        (["resnet18", "--output", "x.png"], "--output is the plot of --responses"),
     ],
 )
 def test_mistakes_end_with_exit_code_2_and_a_readable_line(arguments: list[str], message: str) -> None:
