@@ -1,4 +1,4 @@
-"""What a network is made of, counted and not looked up: stages, parameters, multiply-adds, receptive fields, responses.
+"""Summaries of networks, counted and not looked up: stages, parameters, multiply-adds, receptive fields, responses.
 
 Legend: ``B`` images, ``C`` channels, ``H, W`` pixels.
 """
@@ -6,18 +6,22 @@ Legend: ``B`` images, ``C`` channels, ``H, W`` pixels.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from resdet.errors import UserError
 from resdet.models.archs import ResNetArch, VGGArch, find_arch
 from resdet.models.bodies import Body, Classifier, build_classifier
 from resdet.models.norm import conv_norm_names
 from resdet.models.resnet import BasicBlock, Bottleneck, PooledProjection, Projection
+
+_LAYERS = (nn.Conv2d, nn.Linear)
+
+Hook = Callable[[nn.Module, tuple[Tensor], Tensor], None]
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,7 @@ class StageSummary:
 
 
 def default_image_size(arch: str) -> tuple[int, int]:
-    """Give the ``(height, width)`` that a network was published for: 224, or CIFAR's 32.
+    """Return the ``(height, width)`` that a network was published for: 224, or CIFAR's 32.
 
     Raises:
         UserError: If there is no such architecture.
@@ -62,6 +66,10 @@ def summarise(
 ) -> list[StageSummary]:
     """Summarise a classification network stage by stage, without computing anything: it runs on the meta device.
 
+    The receptive field is that of the longest path, by the recursion ``r += (k - 1) * d * j; j *= s`` over its
+    convolutions and poolings of kernel ``k``, dilation ``d``, stride ``s``, the field ``r`` and the distance ``j`` of
+    neighbouring pixels starting at 1 (Araujo et al., "Computing Receptive Fields", Distill 2019).
+
     Args:
         arch: A key of ``resdet.models.archs.ARCHS``.
         image_size: ``(height, width)``; by default ``default_image_size``.
@@ -74,42 +82,40 @@ def summarise(
 
     Raises:
         UserError: If there is no such architecture, or the image is too small for it.
-
-    The receptive field is that of the longest path, by the recursion ``r += (k - 1) * d * j; j *= s`` over its
-    convolutions and poolings of kernel ``k``, dilation ``d``, stride ``s``, the field ``r`` and the distance ``j`` of
-    neighbouring pixels starting at 1 (Araujo et al., "Computing Receptive Fields", Distill 2019).
     """
     height, width = image_size or default_image_size(arch)
     if num_classes is None:
         num_classes = 10 if default_image_size(arch) == (32, 32) else 1000
     with torch.device("meta"):
         model = build_classifier(arch, num_classes=num_classes, fast=False, stride_in_1x1=stride_in_1x1).eval()
-        with torch.no_grad(), _traced(model) as calls:
+        counter = FlopCounterMode(display=False)
+        with torch.no_grad(), counter, _traced(model) as calls:
             try:
                 model(torch.empty(1, 3, height, width))
             except RuntimeError as error:
                 raise UserError(f"an image of {height}x{width} pixels is too small for {arch} ({error})") from error
+    block = nn.Conv2d if isinstance(find_arch(arch), VGGArch) else (BasicBlock, Bottleneck)
+    # Two operations are one multiply-add; modules are named by the root's class and their path.
+    flops = {name.partition(".")[2]: sum(by_kind.values()) for name, by_kind in counter.get_flop_counts().items()}
     stages: list[StageSummary] = []
     field = jump = 1
-    for stage, modules in {**model.body.stage_modules, "classifier": []}.items():
-        own = [call for call in calls if _stage_of(call.name, model.body) == stage]
+    for stage in (*model.body.stage_modules, "classifier"):
+        own = [call for call in calls if _stage_of(call.name, model) == stage]
         for call in own:
             if call.on_path:
                 field += (call.kernel - 1) * call.dilation * jump
                 jump *= call.stride
-        numbers = [
-            parameter.numel()
-            for name, parameter in model.named_parameters()
-            if _stage_of(name.rpartition(".")[0], model.body) == stage
-        ]
-        sizes = [*own[-1].output, 1, 1][:3]
+        modules = {name: part for name, part in model.named_modules() if _stage_of(name, model) == stage}
+        parameters = [p for name, p in model.named_parameters() if _stage_of(name, model) == stage]
+        sizes = [*own[-1].output, 1, 1]
         stages.append(
             StageSummary(
                 name=stage,
                 output=(sizes[0], sizes[1], sizes[2]),
-                num_blocks=sum(_counts_as_block(model, name, modules) for name, _ in model.named_modules()),
-                num_parameters=sum(numbers),
-                num_multiply_adds=sum(call.multiply_adds for call in own),
+                num_blocks=sum(isinstance(part, block) for part in modules.values()),
+                num_parameters=sum(parameter.numel() for parameter in parameters),
+                num_multiply_adds=sum(flops.get(name, 0) for name, part in modules.items() if isinstance(part, _LAYERS))
+                // 2,
                 receptive_field=field,
                 stride=jump,
             )
@@ -127,9 +133,9 @@ def summarise(
 
 
 def summary_table(stages: Iterable[StageSummary]) -> str:
-    """Lay a summary out as lines of text."""
-    head = ("stage", "output", "blocks", "parameters", "multiply-adds", "field", "stride")
-    rows = [head] + [
+    """Format a summary as lines of text."""
+    rows = [("stage", "output", "blocks", "parameters", "multiply-adds", "field", "stride")]
+    rows += [
         (
             stage.name,
             "x".join(map(str, stage.output)),
@@ -141,11 +147,10 @@ def summary_table(stages: Iterable[StageSummary]) -> str:
         )
         for stage in stages
     ]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    aligns = ["<", "<", *">>>>>"]
     return "\n".join(
-        "  ".join(
-            cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        )
+        "  ".join(f"{cell:{align}{width}}" for cell, align, width in zip(row, aligns, widths, strict=True))
         for row in rows
     )
 
@@ -155,7 +160,7 @@ def response_deviations(body: Body, batches: Iterable[Tensor]) -> dict[str, floa
     """Measure how strongly the 3x3 layers of a network respond: figure 7 of the first ResNet paper.
 
     Args:
-        body: In evaluation mode, with trained weights. What is measured of norms that were just calibrated is 1.
+        body: In evaluation mode, with trained weights; right after calibration every deviation is that of its norm.
         batches: Images as the body takes them, ``[B, 3, H, W]``.
 
     Returns:
@@ -168,29 +173,24 @@ def response_deviations(body: Body, batches: Iterable[Tensor]) -> dict[str, floa
     norm_of = dict(conv_norm_names(body))
     moments: dict[str, tuple[int, float, float]] = {}  # number of values, their sum, the sum of their squares
 
-    def watch(name: str) -> Any:
+    def watch(name: str) -> Hook:
         def measure(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
             count, total, squares = moments.get(name, (0, 0.0, 0.0))
             wide = output.double()
-            moments[name] = (
-                count + wide.numel(),
-                total + float(wide.sum()),
-                squares + float(wide.square().sum()),
-            )
+            moments[name] = count + wide.numel(), total + float(wide.sum()), squares + float(wide.square().sum())
 
         return measure
 
-    handles = [
-        body.get_submodule(norm_of.get(name, name)).register_forward_hook(watch(name))
+    watched = {
+        name: body.get_submodule(norm_of.get(name, name))
         for name, conv in body.named_modules()
         if isinstance(conv, nn.Conv2d) and conv.kernel_size == (3, 3)
-    ]
-    try:
+    }
+    with contextlib.ExitStack() as stack:
+        for name, module in watched.items():
+            stack.callback(module.register_forward_hook(watch(name)).remove)
         for images in batches:
             body(images)
-    finally:
-        for handle in handles:
-            handle.remove()
     if not moments:
         raise UserError("responses: got no batch of images")
     return {
@@ -203,60 +203,45 @@ def response_deviations(body: Body, batches: Iterable[Tensor]) -> dict[str, floa
 class _Call:
     name: str
     output: tuple[int, ...]
-    multiply_adds: int
     on_path: bool  # of the receptive field: not on a shortcut
-    kernel: int
-    stride: int
-    dilation: int
+    kernel: int = 1
+    stride: int = 1
+    dilation: int = 1
 
 
 @contextlib.contextmanager
 def _traced(model: nn.Module) -> Iterator[list[_Call]]:
     """Record the calls of convolutions, poolings and fully connected layers, in the order they are made in."""
     calls: list[_Call] = []
-    shortcuts = {
-        id(part)
-        for module in model.modules()
-        if isinstance(module, Projection | PooledProjection)
-        for part in module.modules()
-    }
+    shortcuts = [module for module in model.modules() if isinstance(module, Projection | PooledProjection)]
+    off_path = {part for shortcut in shortcuts for part in shortcut.modules()}
 
-    def record(name: str) -> Any:
+    def record(name: str) -> Hook:
         def hook(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
-            kernel = stride = dilation = 1
-            multiply_adds = 0
+            shape, on_path = tuple(output.shape[1:]), module not in off_path
             if isinstance(module, nn.Conv2d):
                 kernel, stride, dilation = module.kernel_size[0], module.stride[0], module.dilation[0]
-                multiply_adds = output[0].numel() * module.weight[0].numel()
-            elif isinstance(module, nn.Linear):
-                multiply_adds = module.weight.numel()
+                calls.append(_Call(name, shape, on_path, kernel, stride, dilation))
             elif isinstance(module, nn.MaxPool2d):
                 assert isinstance(module.kernel_size, int)
                 assert isinstance(module.stride, int)
-                kernel, stride = module.kernel_size, module.stride
-            on_path = id(module) not in shortcuts
-            calls.append(_Call(name, tuple(output.shape[1:]), multiply_adds, on_path, kernel, stride, dilation))
+                calls.append(_Call(name, shape, on_path, module.kernel_size, module.stride))
+            else:
+                calls.append(_Call(name, shape, on_path))
 
         return hook
 
     # Blocks are recorded for their outputs alone: a shortcut runs after the convolutions it goes around.
-    kinds = (nn.Conv2d, nn.MaxPool2d, nn.Linear, BasicBlock, Bottleneck)
-    handles = [m.register_forward_hook(record(name)) for name, m in model.named_modules() if isinstance(m, kinds)]
-    try:
+    kinds = (*_LAYERS, nn.MaxPool2d, BasicBlock, Bottleneck)
+    with contextlib.ExitStack() as stack:
+        for name, module in model.named_modules():
+            if isinstance(module, kinds):
+                stack.callback(module.register_forward_hook(record(name)).remove)
         yield calls
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
-def _stage_of(name: str, body: Body) -> str:
-    for stage, modules in body.stage_modules.items():
+def _stage_of(name: str, model: Classifier) -> str:
+    for stage, modules in model.body.stage_modules.items():
         if any(name == module or name.startswith(f"{module}.") for module in modules):
             return stage
     return "classifier"
-
-
-def _counts_as_block(model: Classifier, name: str, modules: list[str]) -> bool:
-    if isinstance(find_arch(model.body.arch), VGGArch):
-        return name in modules and isinstance(model.get_submodule(name), nn.Conv2d)
-    return isinstance(model.get_submodule(name), BasicBlock | Bottleneck) and name.split(".")[0] in modules
