@@ -35,7 +35,7 @@ if TYPE_CHECKING:  # what type checkers and editors read; the table below is wha
     from resdet.models.int8 import quantize_detector as quantize_detector
     from resdet.models.spec import DetectorSpec as DetectorSpec, Tricks as Tricks
     from resdet.prediction import predict as predict
-    from resdet.training.loop import train as train
+    from resdet.training.detection import train as train
     from resdet.types import (
         Category as Category,
         Detections as Detections,
@@ -64,7 +64,7 @@ _PUBLIC = {
     "models.int8": ("quantize_detector",),
     "models.spec": ("DetectorSpec", "Tricks"),
     "prediction": ("predict",),
-    "training.loop": ("train",),
+    "training.detection": ("train",),
     "types": ("Category", "Detections", "Prediction", "Target"),
 }
 _HOMES = {name: f"resdet.{module}" for module, names in _PUBLIC.items() for name in names}
