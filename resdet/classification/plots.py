@@ -1,4 +1,4 @@
-"""Curves of training and test error of several runs in one figure, as figures 4 and 6 of He et al. 2016 show them.
+"""Plots of classifiers: error curves of several runs, and responses of the layers of several networks.
 
 python -m resdet.classification.plots RUN [RUN ...] --output FILE.png
 """
@@ -7,17 +7,23 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from resdet.commands.run import run_tool
 from resdet.errors import UserError
+from resdet.files import written_whole
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
 class ErrorCurves:
-    """What a run's metrics.jsonl tells of its errors.
+    """The errors that a run's metrics.jsonl holds.
 
     Attributes:
         name: Of the run.
@@ -35,10 +41,7 @@ class ErrorCurves:
 
 
 def read_curves(run: Path) -> ErrorCurves:
-    """Read the errors of a run of tools/pretrain.py.
-
-    Args:
-        run: Its folder.
+    """Read the errors of a run of tools/pretrain.py from its folder.
 
     Raises:
         UserError: If it is no such run.
@@ -50,7 +53,7 @@ def read_curves(run: Path) -> ErrorCurves:
         raise UserError(f"{path}: must be the log of a run of tools/pretrain.py: {error}") from None
     train = [(line["step"], line["error"]) for line in lines if line.get("error") is not None]
     test = [(line["step"], 1 - line["top1"]) for line in lines if line.get("top1") is not None]
-    if not train and not test:
+    if not train:
         raise UserError(f"{path}: holds no errors of classification; is it a run of tools/pretrain.py?")
     return ErrorCurves(
         run.name, [step for step, _ in train], [e for _, e in train], [step for step, _ in test], [e for _, e in test]
@@ -63,41 +66,88 @@ def smoothed(values: Sequence[float], window: int) -> list[float]:
 
 
 def plot_errors(runs: Sequence[ErrorCurves], path: Path, *, window: int = 1, top: float | None = None) -> None:
-    """Draw training error (thin) and test error (bold) over steps, one colour for each run, in percent.
+    """Draw training error (thin) and test error (bold) over steps in percent, as figures 4 and 6 of He et al. 2016.
 
     Args:
-        runs: What to draw, in the order of the legend.
-        path: The picture; its suffix says which kind (.png, .svg, .pdf).
-        window: Training errors are averaged over so many logged intervals: each is that of a few batches.
+        runs: What to draw, one colour for each, in the order of the legend.
+        path: The picture; its suffix is its format (.png, .svg, .pdf).
+        window: Number of logged intervals that training errors are averaged over: each is that of a few batches.
         top: Largest error shown, in percent; None shows all.
 
     Raises:
         UserError: If matplotlib is not installed, or the picture cannot be written.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UserError("plots are drawn by matplotlib, which is not installed: pip install 'resdet[plots]'") from None
-    figure = Figure(figsize=(7, 4.5), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = _figure(7, 4.5)
     axes = figure.add_subplot()
     for number, run in enumerate(runs):
-        colour = f"C{number}"
         train = [100 * error for error in smoothed(run.train_errors, window)]
-        axes.plot(run.train_steps, train, color=colour, linewidth=0.8, alpha=0.7)
+        axes.plot(run.train_steps, train, color=f"C{number}", linewidth=0.8, alpha=0.7)
         last = f" ({100 * run.test_errors[-1]:.2f} %)" if run.test_errors else ""
         test = [100 * error for error in run.test_errors]
-        axes.plot(run.test_steps, test, color=colour, linewidth=2, label=f"{run.name}{last}")
+        axes.plot(run.test_steps, test, color=f"C{number}", linewidth=2, label=f"{run.name}{last}")
     axes.set_xlabel("step")
     axes.set_ylabel("error (%), thin: training, bold: test")
     axes.set_ylim(0, top)
     axes.set_xlim(left=0)
     axes.grid(alpha=0.3)
     axes.legend()
+    _save(figure, path)
+
+
+def plot_responses(responses: Mapping[str, Mapping[str, float]], path: str | os.PathLike[str]) -> None:
+    """Draw the responses of several networks, in the order of their layers and sorted, as figure 7 of He et al. 2016.
+
+    Args:
+        responses: For each network, by the name in the legend, what ``response_deviations`` returns.
+        path: The picture; its suffix is its format.
+
+    Raises:
+        UserError: If there is nothing to draw, matplotlib is not installed, or the picture cannot be written.
+    """
+    if not responses:
+        raise UserError("plot_responses: got no responses to draw")
+    figure = _figure(7.5, 6)
+    in_order, by_size = figure.subplots(2, 1, sharey=True)
+    for number, (name, deviations) in enumerate(responses.items()):
+        # The paper's dashes distinguish plain networks where colours cannot.
+        style = {"linestyle": "--" if "plain" in name else "-", "color": f"C{number}", "linewidth": 1.3}
+        marker = "o" if len(deviations) <= 60 else None
+        values = list(deviations.values())
+        layers = range(1, len(values) + 1)
+        in_order.plot(layers, values, label=name, marker=marker, markersize=3, **style)
+        by_size.plot(layers, sorted(values, reverse=True), label=name, marker=marker, markersize=3, **style)
+    in_order.set_xlabel("3x3 layer, from the input on")
+    by_size.set_xlabel("3x3 layer, sorted by its response")
+    for axes in (in_order, by_size):
+        axes.set_ylabel("standard deviation")
+        axes.set_ylim(bottom=0)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(alpha=0.3)
+    in_order.legend(frameon=False)
+    _save(figure, Path(path))
+
+
+def _figure(width: float, height: float) -> Figure:
+    """Return a figure made without pyplot, which would choose a display and keep the figure."""
     try:
-        figure.savefig(path)
-    except (OSError, ValueError) as error:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UserError("plots are drawn by matplotlib, which is not installed: pip install 'resdet[plots]'") from None
+    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _save(figure: Figure, path: Path) -> None:
+    """Write a figure, whole or not at all."""
+    kind, kinds = path.suffix.lstrip("."), figure.canvas.get_supported_filetypes()
+    if kind not in kinds:
+        raise UserError(f"{path}: its ending must be one of {', '.join(sorted(kinds))}; others cannot be written")
+    try:
+        with written_whole(path) as temporary:
+            figure.savefig(temporary, format=kind)
+    except OSError as error:
         raise UserError(f"{path}: the plot cannot be written: {error}") from None
 
 

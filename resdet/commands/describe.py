@@ -36,7 +36,8 @@ def main(arguments: Sequence[str]) -> None:
     if options.weights and len(options.weights) != len(options.archs):
         parser.error(f"--weights: one for each of the {len(options.archs)} ARCH, got {len(options.weights)}")
 
-    from resdet.classification.describe import measure_responses, plot_responses
+    from resdet.classification.describe import measure_responses
+    from resdet.classification.plots import plot_responses
     from resdet.classification.summary import summarise, summary_table
 
     size = tuple(options.image_size) if options.image_size else None

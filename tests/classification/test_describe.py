@@ -13,7 +13,8 @@ import pytest
 import torch
 from PIL import Image
 
-from resdet.classification.describe import measure_responses, plot_responses
+from resdet.classification.describe import measure_responses
+from resdet.classification.plots import plot_responses
 from resdet.errors import UserError
 from resdet.models.bodies import build_classifier
 
