@@ -1,4 +1,4 @@
-"""One process or many: torchrun's environment in, rank and device out. gloo on CPUs, NCCL on GPUs."""
+"""The processes of a run, one or many, as torchrun's environment describes them: gloo on CPUs, NCCL on GPUs."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ class Processes:
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the process that writes files and talks."""
+        """Whether this is the process that writes files and logs."""
         return self.rank == 0
 
     def on_main(self, work: Callable[[], _Result]) -> _Result:
-        """Do ``work`` in the main process, and give every process its result, or raise its ``UserError`` in each.
+        """Call ``work`` in the main process; return its result, or raise its ``UserError``, in every process.
 
         The others wait. The result must pickle.
         """
@@ -60,7 +60,7 @@ class Processes:
         return result
 
     def micro_batch_size(self, batch_size: int, accumulate: int) -> int:
-        """Give the number of images a process holds at a time.
+        """Return the number of images that a process holds at a time.
 
         Raises:
             UserError: If a step's images cannot be divided evenly.
@@ -74,11 +74,11 @@ class Processes:
         return size
 
     def step_seed(self, seed: int, step: int) -> int:
-        """Give what this process's random numbers of a step follow from."""
+        """Return the seed of this process's random numbers of a step."""
         return int(np.random.SeedSequence([seed, step, self.rank]).generate_state(1, np.uint64)[0] >> 1)
 
     def parallel(self, model: nn.Module) -> nn.Module:
-        """Give what computes a forward pass so that gradients become means over all processes."""
+        """Wrap a model so that its gradients become means over all processes; with one process return it as it is."""
         if self.world_size == 1:
             return model
         with warnings.catch_warnings():
@@ -87,7 +87,7 @@ class Processes:
             return DistributedDataParallel(model, broadcast_buffers=False)
 
     def share_buffers(self, model: nn.Module) -> None:
-        """Give every process the main one's buffers: each trains its own statistics of ``norm: batch``."""
+        """Copy the main process's buffers to all: with ``norm: batch`` each has statistics of its own images."""
         if self.world_size > 1:
             for buffer in model.buffers():
                 dist.broadcast(buffer, src=0)
@@ -101,7 +101,7 @@ class Processes:
         return shares
 
     def mean(self, value: Tensor) -> Tensor:
-        """Give the mean of ``value`` over all processes (on each of them)."""
+        """Return the mean of ``value`` over all processes, in each of them."""
         if self.world_size > 1:
             value = value.clone()
             dist.all_reduce(value)
@@ -110,7 +110,7 @@ class Processes:
 
 
 def choose_device(name: Literal["auto", "cpu", "cuda"], local_rank: int = 0) -> torch.device:
-    """Give the device of that name.
+    """Return the device of that name.
 
     Raises:
         UserError: If it is ``cuda`` and there is no GPU for this process.
@@ -125,7 +125,7 @@ def choose_device(name: Literal["auto", "cpu", "cuda"], local_rank: int = 0) -> 
 
 @contextmanager
 def processes(device: Literal["auto", "cpu", "cuda"]) -> Iterator[Processes]:
-    """Join the other processes that torchrun started (or be alone), and leave them at the end.
+    """Join the other processes that torchrun started, if any, and leave them at the end.
 
     Raises:
         TrainingError: If one of the others dies meanwhile.
@@ -156,9 +156,9 @@ def processes(device: Literal["auto", "cpu", "cuda"]) -> Iterator[Processes]:
 def _meet(backend: str, rank: int, world_size: int) -> None:
     """Join the process group.
 
-    torchrun's agent keeps one store over all restarts (torch 2.15). A restarted process could read there where another
-    listened before it died, and wait for that one for half an hour; so each restart gets a part of the store of its
-    own. Hosts count restarts each for itself, so with several of them the store is used as it is.
+    torchrun's agent keeps one store over all restarts (torch 2.15). A restarted process could read there the address of
+    one that has died, and wait for it for half an hour; so each restart uses a part of the store of its own. Hosts
+    count restarts independently, so with several of them the store is used as it is.
     """
     if os.environ.get("GROUP_WORLD_SIZE") != "1":
         dist.init_process_group(backend)

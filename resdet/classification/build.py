@@ -1,4 +1,4 @@
-"""Where the configuration of a classification run meets the library. Nothing below takes a PretrainConfig."""
+"""Builders that turn the configuration of a classification run into objects. Nothing below takes a PretrainConfig."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def build_images(source: Source, *, classes: Sequence[str] | None = None) -> Lab
 def build_pretrained(
     config: NetworkConfig, train_set: LabelledImages, *, resize: int, resume_from: Path | None
 ) -> ImageClassifier:
-    """Make the classifier of a run, with its first weights and the mean of its images.
+    """Build the classifier of a run, with its first weights and the mean of its images.
 
     Args:
         config: The configuration's ``model`` section.
@@ -115,7 +115,7 @@ def measure_mean(images: LabelledImages, *, num_images: int, resize: int, size: 
 
 
 def build_train_view(augment: AugmentConfig, classifier: ImageClassifier) -> TrainView:
-    """Make what training sees of images."""
+    """Build the random views of training."""
     size = classifier.spec.image_size
     red, green, blue = (round(255 * value) for value in classifier.spec.image_mean)
     return TrainView(augment, size=augment.size or size, resize=size, mean_colour=(red, green, blue))
@@ -124,12 +124,12 @@ def build_train_view(augment: AugmentConfig, classifier: ImageClassifier) -> Tra
 def eval_config(
     weights: WeightsPath, *, arch: str | None, images: Path | None, overrides: Sequence[str] = ()
 ) -> PretrainConfig:
-    """Give the configuration by which weights are judged: that of their run, or ImageNet's usual one.
+    """Return the configuration to evaluate weights with: that of their run, or ImageNet's usual one.
 
     Args:
         weights: A checkpoint of tools/pretrain.py, or with ``arch`` and ``images`` torchvision's weights.
-        arch: The network of the latter.
-        images: A folder of class-named folders, in the place of the run's ``data.val``.
+        arch: The architecture of the latter.
+        images: A folder with one subfolder of images per class; replaces the run's ``data.val``.
         overrides: ``key=value`` with dotted keys.
 
     Raises:

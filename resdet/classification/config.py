@@ -1,4 +1,4 @@
-"""Every knob of a classification run: typed, documented in place, checked all at once, as ``resdet.config`` does it.
+"""Every setting of a classification run: typed, documented in place, checked all at once, as in ``resdet.config``.
 
 ``python -m resdet.classification.config`` prints the JSON Schema; ``configs/pretrain_schema.json`` is that output.
 """
@@ -86,13 +86,13 @@ class DataConfig(BaseModel):
     model_config = _SECTION
 
     train: Source
-    """What the model learns from."""
+    """Training data."""
     val: Source
-    """What it is judged on, during training and by tools/eval_classifier.py."""
+    """Evaluation data, during training and for tools/eval_classifier.py."""
 
 
 class AugmentConfig(BaseModel):
-    """What is done to training images, in the order in which it stands here."""
+    """Augmentation of training images, in the order of the keys."""
 
     model_config = _SECTION
 
@@ -182,7 +182,7 @@ class ClassifierTrainConfig(TrainConfig):
 
 
 class ClassifierEvalConfig(BaseModel):
-    """How the model is judged."""
+    """Evaluation of the model."""
 
     model_config = _SECTION
 
@@ -214,7 +214,7 @@ class PretrainConfig(BaseModel):
     data: DataConfig
     """Training and validation data."""
     augment: AugmentConfig = AugmentConfig()
-    """What is done to training images."""
+    """Augmentation of training images."""
     loader: LoaderConfig = LoaderConfig()
     """Reading of images."""
     optim: ClassifierOptimConfig = ClassifierOptimConfig()

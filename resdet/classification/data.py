@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from resdet.data.images import IMAGE_SUFFIXES, read_image
-from resdet.errors import DataError, UserError
+from resdet.errors import DataError, UserError, name_some
 from resdet.weights.pickles import read_pickle
 
 Split: TypeAlias = Literal["train", "val", "trainval", "test"]
@@ -27,15 +27,13 @@ _CIFAR_VAL_EVERY, _DIGITS_VAL_EVERY, _DIGITS_TEST_EVERY = 10, 8, 5
 
 
 class Pictures(Protocol):
-    """Whatever gives image ``index``; must pickle where workers are spawned."""
+    """Images by their row, uint8 RGB ``[H, W, 3]``; must pickle where workers are spawned."""
 
     def __call__(self, index: int) -> npt.NDArray[np.uint8]:
-        """Give image ``index``, uint8 RGB ``[H, W, 3]``."""
-        ...
+        """Return image ``index``."""
 
     def name(self, index: int) -> str:
-        """Say what messages call it."""
-        ...
+        """Return its name for messages."""
 
 
 @dataclass(frozen=True)
@@ -43,10 +41,10 @@ class LabelledImages:
     """Images with one class each.
 
     Attributes:
-        name: What messages call them.
+        name: The dataset's name for messages.
         classes: Names of the classes, in label order.
         labels: Class of each image, int64 ``[N]``, 0-based: there is no background.
-        pictures: Gives the images.
+        pictures: The images.
     """
 
     name: str
@@ -58,7 +56,7 @@ class LabelledImages:
         return len(self.labels)
 
     def image(self, index: int) -> Image.Image:
-        """Give image ``index``, 8-bit RGB.
+        """Return image ``index``, 8-bit RGB.
 
         Raises:
             DataError: If it cannot be read; the message names it.
@@ -66,75 +64,66 @@ class LabelledImages:
         return Image.fromarray(self.pictures(index))
 
 
+@dataclass(frozen=True)
 class StoredPictures:
     """Images in memory.
 
-    Args:
+    Attributes:
         pixels: uint8 RGB ``[N, H, W, 3]``.
-        name: What they are called, with their row after it.
+        source: Their name, to which messages append the row.
     """
 
-    def __init__(self, pixels: npt.NDArray[np.uint8], name: str) -> None:
-        assert pixels.ndim == 4
-        assert pixels.shape[3] == 3
-        self._pixels = pixels
-        self._name = name
+    pixels: npt.NDArray[np.uint8]
+    source: str
 
     def __call__(self, index: int) -> npt.NDArray[np.uint8]:
-        """Give image ``index``, uint8 RGB ``[H, W, 3]``."""
-        pixels: npt.NDArray[np.uint8] = self._pixels[index]
-        return pixels
+        """Return image ``index``."""
+        return self.pixels[index]  # type: ignore[no-any-return]
 
     def name(self, index: int) -> str:
-        """Say what messages call it."""
-        return f"{self._name} image {index}"
+        """Return its name for messages."""
+        return f"{self.source} image {index}"
 
 
+@dataclass(frozen=True)
 class FolderPictures:
-    """Image files in folders of one folder.
+    """Image files in the subfolders of a folder.
 
-    Args:
-        root: The folder of folders.
-        folders: Their names.
-        of_folder: Which of them each image is in, ``[N]``.
+    Attributes:
+        root: The folder.
+        folders: Names of its subfolders.
+        of_folder: Subfolder of each image, a row of ``folders``, ``[N]``.
         files: File names as bytes ``[N]``: a million of them are one array, which workers share without copies.
     """
 
-    def __init__(
-        self, root: Path, folders: Sequence[str], of_folder: npt.NDArray[np.int64], files: npt.NDArray[np.bytes_]
-    ) -> None:
-        self._root = root
-        self._folders = tuple(folders)
-        self._of_folder = of_folder
-        self._files = files
+    root: Path
+    folders: Sequence[str]
+    of_folder: npt.NDArray[np.int64]
+    files: npt.NDArray[np.bytes_]
 
     def __call__(self, index: int) -> npt.NDArray[np.uint8]:
-        """Read image ``index``, uint8 RGB ``[H, W, 3]``.
-
-        Raises:
-            DataError: If it cannot be read.
-        """
+        """Read image ``index``; a DataError is raised if it cannot be read."""
         return read_image(Path(self.name(index)))
 
     def name(self, index: int) -> str:
-        """Give its path."""
-        return str(self._root / self._folders[self._of_folder[index]] / os.fsdecode(self._files[index]))
+        """Return its path."""
+        return str(self.root / self.folders[self.of_folder[index]] / os.fsdecode(self.files[index]))
 
 
 def read_folder(root: Path, classes: Sequence[str] | None = None) -> LabelledImages:
-    """List a folder of folders of images, one for each class. No image is opened.
+    """List a folder with one subfolder of images for each class. No image is opened.
 
-    A million files take a second or two: each folder is listed once. Hidden files and files that are no images by
-    their suffix are passed over.
+    A million files take a second or two: each subfolder is listed once. Hidden files and files without the suffix of an
+    image are skipped.
 
     Args:
-        root: The folder of folders.
-        classes: Names of the classes in label order; None: the folders' names, sorted. Of given classes some may have
-            no folder here, as a small validation set has not.
+        root: The folder.
+        classes: Names of the classes in label order; None: the subfolders' names, sorted. If given, some may have no
+            subfolder here, as in a small validation set.
 
     Raises:
-        DataError: If there is no such folder, it has no folders of images or one that is none of ``classes``, or a
-            class that was not given has no images.
+        DataError: If there is no such folder, it has no subfolders of images or one that is none of ``classes``, or
+            ``classes`` is None and a subfolder is empty.
     """
     if not root.is_dir():
         raise DataError(f"{root}: no such folder of class folders")
@@ -147,7 +136,7 @@ def read_folder(root: Path, classes: Sequence[str] | None = None) -> LabelledIma
     if strange:
         raise DataError(
             f"{root}: {len(strange)} of its {len(folders)} folders are none of the {len(names)} classes: "
-            f"{', '.join(strange[:3])}; the classes are {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
+            f"{name_some(strange, 3)}; the classes are {name_some(names, 3)}"
         )
     files: list[bytes] = []
     counts = np.zeros(len(folders), dtype=np.int64)
@@ -170,7 +159,7 @@ def read_folder(root: Path, classes: Sequence[str] | None = None) -> LabelledIma
 
 
 def read_class_names(path: Path) -> tuple[str, ...]:
-    """Read a text file with one class a line, in label order; what follows a space or comma is left out.
+    """Read a text file with one class per line, in label order; anything after a space or comma is ignored.
 
     Raises:
         DataError: If it cannot be read, is empty, or names a class twice.
@@ -189,12 +178,9 @@ def read_class_names(path: Path) -> tuple[str, ...]:
 
 
 def stratified_split(labels: npt.NDArray[np.int64], every: int) -> npt.NDArray[np.bool_]:
-    """Choose every ``every``-th image of each class, in the order of the data.
+    """Return a mask ``[N]`` of every ``every``-th image of each class, in the order of the data.
 
-    It draws no random numbers, so that it is the same in every version of everything.
-
-    Returns:
-        bool ``[N]``, true for the chosen.
+    It draws no random numbers, so it does not depend on the version of any library.
     """
     chosen = np.zeros(len(labels), dtype=np.bool_)
     for label in np.unique(labels):
@@ -203,18 +189,18 @@ def stratified_split(labels: npt.NDArray[np.int64], every: int) -> npt.NDArray[n
 
 
 def read_cifar10(root: Path, split: Split) -> LabelledImages:
-    """Read CIFAR-10 in its binary or its Python version. Pickles are read without running anything they name.
+    """Read CIFAR-10 in its binary or its Python version. Pickles are read without running code that they name.
 
     Args:
-        root: ``cifar-10-batches-bin``, ``cifar-10-batches-py``, or the folder that one of them is in.
+        root: ``cifar-10-batches-bin``, ``cifar-10-batches-py``, or the folder that holds one of them.
         split: ``trainval`` (50,000), its parts ``train`` (45,000) and ``val`` (5,000), or ``test`` (10,000).
 
     Raises:
         DataError: If it is not there (the message says where to get it), incomplete or damaged.
 
     Source: Krizhevsky, "Learning Multiple Layers of Features from Tiny Images", 2009; the formats are described at
-        https://www.cs.toronto.edu/~kriz/cifar.html. The papers do not say which 5,000 images they validate on; here it
-        is every tenth of each class.
+        https://www.cs.toronto.edu/~kriz/cifar.html. The papers do not say which 5,000 images they validate on; here
+        these are every tenth of each class.
     """
     stems = ["test_batch"] if split == "test" else [f"data_batch_{number}" for number in range(1, 6)]
     folder, is_binary = _find_cifar(root)
@@ -253,27 +239,26 @@ def _read_cifar_binary(path: Path) -> tuple[npt.NDArray[np.uint8], npt.NDArray[n
     try:
         content = np.fromfile(path, dtype=np.uint8)
     except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}; get it anew from {_CIFAR_PLACE}") from None
-    if content.size != _CIFAR_RECORDS * 3073:
-        expected = _CIFAR_RECORDS * 3073
+        raise _cannot_be_read(path, error) from None
+    expected = _CIFAR_RECORDS * 3073  # a label and 3 * 32 * 32 colours each
+    if content.size != expected:
         raise DataError(f"{path}: must have {expected} bytes, has {content.size}; it is cut short or damaged")
     records = content.reshape(-1, 3073)
-    return _planes_to_pixels(records[:, 1:]), _checked_labels(records[:, 0].astype(np.int64), path)
+    return _pixels_and_labels(records[:, 1:], records[:, 0].astype(np.int64), path)
 
 
 def _read_cifar_pickle(path: Path) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
     try:
         content = read_pickle(path)
     except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}; get it anew from {_CIFAR_PLACE}") from None
+        raise _cannot_be_read(path, error) from None
     except UserError as error:
         raise DataError(str(error)) from error
-    planes = content.get("data") if isinstance(content, dict) else None
-    labels = content.get("labels") if isinstance(content, dict) else None
+    planes, labels = (content.get("data"), content.get("labels")) if isinstance(content, dict) else (None, None)
     if (
         not isinstance(planes, Tensor)
         or planes.dtype != torch.uint8
-        or tuple(planes.shape) != (_CIFAR_RECORDS, 3072)
+        or planes.shape != (_CIFAR_RECORDS, 3072)
         or not isinstance(labels, list)
         or len(labels) != _CIFAR_RECORDS
         or not all(isinstance(label, int) for label in labels)
@@ -282,20 +267,26 @@ def _read_cifar_pickle(path: Path) -> tuple[npt.NDArray[np.uint8], npt.NDArray[n
             f"{path}: must hold data, uint8 [{_CIFAR_RECORDS}, 3072], and labels, a list of {_CIFAR_RECORDS}; "
             "it is not a batch of CIFAR-10"
         )
-    return _planes_to_pixels(planes.numpy()), _checked_labels(np.array(labels, dtype=np.int64), path)
+    return _pixels_and_labels(planes.numpy(), np.array(labels, dtype=np.int64), path)
 
 
-def _checked_labels(labels: npt.NDArray[np.int64], path: Path) -> npt.NDArray[np.int64]:
+def _pixels_and_labels(
+    planes: npt.NDArray[np.uint8], labels: npt.NDArray[np.int64], path: Path
+) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
+    """Return images ``[N, 32, 32, 3]`` of planes ``[N, 3 * 32 * 32]``, and their labels if they are in range."""
     if labels.min() < 0 or labels.max() >= len(CIFAR10_CLASSES):
         raise DataError(f"{path}: labels must lie in 0..9, got {labels.min()}..{labels.max()}; it is damaged")
-    return labels
+    return np.ascontiguousarray(planes.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)), labels
+
+
+def _cannot_be_read(path: Path, error: OSError) -> DataError:
+    return DataError(f"{path}: cannot be read: {error.strerror}; download it again from {_CIFAR_PLACE}")
 
 
 def read_digits(split: Split) -> LabelledImages:
-    """Give the handwritten digits that come with scikit-learn, 8 x 8 pixels, as RGB.
+    """Return the handwritten digits that come with scikit-learn, 8 x 8 pixels, as RGB.
 
-    Real digits by 13 people. The same people wrote the images of all splits, which lie interleaved: these are new
-    digits by known hands.
+    They were written by 13 people, each of whom wrote digits of all splits: a test is on new digits of known writers.
 
     Args:
         split: ``test`` (355: every fifth image of each class), ``trainval`` (the other 1,442), or its parts ``val``

@@ -1,6 +1,6 @@
-"""A deeper network started from a shallower one's weights, so that it computes the same function.
+"""Grow a network: start a deeper one from a shallower one's weights, so that it computes the same function.
 
-Blocks are added at the end of the stages that want them. A block whose last convolution, or the scale of whose last
+Blocks are added at the end of the stages that lack some. A block whose last convolution, or the scale of whose last
 norm, is zero adds nothing to its shortcut, and what comes in is not negative, so the ReLU after the sum changes nothing
 either: the deeper network gives the same bits. The first step of training moves that last layer, the steps after it
 everything in the block.
@@ -141,7 +141,7 @@ def _num_blocks(names: Mapping[str, Tensor]) -> dict[int, int]:
 
 
 def _zero_branches(model: nn.Module, depths: Mapping[int, int]) -> None:
-    """Make the blocks beyond these depths add nothing to their shortcuts."""
+    """Let the blocks beyond these depths add nothing to their shortcuts."""
     for name, block in model.named_modules():
         found = _BLOCK.search(f"{name}.")
         if found is None or not isinstance(block, BasicBlock | Bottleneck) or int(found[2]) < depths[int(found[1])]:

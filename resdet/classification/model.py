@@ -1,4 +1,4 @@
-"""A classifier with what it must be told beside its weights: how images reach it, and what its classes are called.
+"""A classifier: its network, how images are normalised for it, and the names of its classes.
 
 Legend: ``B`` images, ``K`` classes, ``S`` side of the square images it was trained on, ``H, W`` pixels.
 """
@@ -69,12 +69,12 @@ class ClassifierSpec(BaseModel):
 
 @dataclass(frozen=True)
 class ImageClassifier:
-    """A network, and how images reach it.
+    """A network, its classes, and how images are normalised for it.
 
     Attributes:
-        spec: What it is.
+        spec: Its settings.
         classes: Names of its ``K`` classes by label.
-        network: Takes normalised images, gives scores ``[B, K]``.
+        network: Takes normalised images, returns scores ``[B, K]``.
         mean: Subtracted from images in [0, 1]: float32 ``[3, 1, 1]``, or ``[3, S, S]`` for a mean of each pixel.
     """
 
@@ -84,7 +84,7 @@ class ImageClassifier:
     mean: Tensor
 
     def normalise(self, pixels: Tensor, shifts: Tensor | None = None) -> Tensor:
-        """Make 8-bit images what the network takes.
+        """Turn 8-bit images into the network's input.
 
         Args:
             pixels: uint8 ``[B, 3, H, W]``, on the network's device. Where they are not ``S`` x ``S``, a mean of each
@@ -103,17 +103,10 @@ class ImageClassifier:
         return images.sub_(mean).div_(images.new_tensor(self.spec.image_std)[:, None, None])
 
     def dense_scores(self, images: Tensor) -> Tensor:
-        """Give the scores of images of any size, averaged over all places where the network could look.
+        """Compute the scores ``[B, K]`` of normalised images ``[B, 3, H, W]`` of any size, averaged over windows.
 
-        The network made fully convolutional: its last pooling and its classifier are applied to every window of the
-        last feature map of the size that it has for ``S`` x ``S`` images, at stride 1. Features smaller than that are
-        pooled as a whole.
-
-        Args:
-            images: ``[B, 3, H, W]``, normalised.
-
-        Returns:
-            ``[B, K]``.
+        The network is made fully convolutional: its last pooling and its classifier are applied, at stride 1, to every
+        window of the last feature map whose size is that of ``S`` x ``S`` images. Smaller features are pooled whole.
 
         Source: Simonyan & Zisserman (arXiv:1409.1556), section 3.2.
         """
@@ -134,7 +127,7 @@ def make_classifier(spec: ClassifierSpec, classes: Sequence[str]) -> ImageClassi
     """Build a classifier with random weights: He et al. 2015 for convolutions.
 
     Raises:
-        UserError: If the architecture does not allow what the spec asks of it.
+        UserError: If a setting does not fit the architecture.
     """
     network = build_classifier(
         spec.arch,
@@ -147,10 +140,10 @@ def make_classifier(spec: ClassifierSpec, classes: Sequence[str]) -> ImageClassi
 
 
 def classifier_payload(classifier: ImageClassifier) -> dict[str, Any]:
-    """Give a classifier as plain values and tensors, from which ``load_classifier`` builds it again.
+    """Return a classifier as plain values and tensors, from which ``load_classifier`` rebuilds it.
 
-    It is also what ``resdet.weights.files`` takes for a detector's first weights: the state dict under torchvision's
-    names, and the facts that travel with it (mean and deviation of images, eps of the norms, where it strides).
+    A detector can take it as first weights: it holds the state dict under torchvision's names, and the facts that
+    belong to it (mean and deviation of images, eps of the norms, where it strides).
 
     Returns:
         ``format``, ``spec``, ``classes`` (plain values), ``mean`` and ``model`` (the state dict, not copied).
@@ -182,10 +175,9 @@ def load_classifier(path: WeightsPath, *, arch: str | None = None) -> ImageClass
     """Build the classifier that a file holds, in evaluation mode, on the CPU.
 
     Args:
-        path: A checkpoint of tools/pretrain.py, or with ``arch`` weights in torchvision's layout. Those tell nothing
-            beside their tensors: images are taken as torchvision's ImageNet weights take them, and 1,000 classes to be
-            ImageNet's.
-        arch: The network of weights that do not tell it.
+        path: A checkpoint of tools/pretrain.py, or with ``arch`` weights in torchvision's layout. Those are tensors
+            alone: images are normalised as for torchvision's ImageNet weights, and 1,000 classes are ImageNet's.
+        arch: The architecture, for files that do not state it.
 
     Raises:
         WeightsError: If the file is missing, damaged, or holds no classifier (of this architecture).
@@ -205,7 +197,7 @@ def load_classifier(path: WeightsPath, *, arch: str | None = None) -> ImageClass
         classifier = ImageClassifier(spec, classifier.classes, classifier.network, mean)
     elif arch is None:
         raise WeightsError(
-            f"{file.path}: is no checkpoint of tools/pretrain.py and does not tell its network: name it (--arch)"
+            f"{file.path}: is not a checkpoint of tools/pretrain.py and states no architecture: name it (--arch)"
         )
     else:
         num_classes = _num_classes(file.tensors)
@@ -218,7 +210,7 @@ def load_classifier(path: WeightsPath, *, arch: str | None = None) -> ImageClass
 
 
 def load_first_weights(classifier: ImageClassifier, source: str) -> LoadReport:
-    """Continue from another classifier's weights: all of them, or all but its last layer for other classes.
+    """Load another classifier's weights: all of them, or all but the last layer if its classes are others.
 
     Args:
         classifier: Its network is changed in place.

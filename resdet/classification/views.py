@@ -1,7 +1,7 @@
-"""From a stored image to what the network sees of it: random crops in training, one or many views in evaluation.
+"""Views of images: random crops in training, one or several fixed views in evaluation.
 
-All of it is torchvision's transforms on 8-bit pixels, in Pillow's arithmetic. What is random follows from the image's
-own seed, whoever computes it.
+All of them are torchvision's transforms of 8-bit pixels, in Pillow's arithmetic. All random choices follow from the
+image's seed, in whatever process they are made.
 
 Legend: ``S`` side of a square crop, ``H, W`` pixels.
 """
@@ -35,12 +35,12 @@ def scale_short_side(image: Image.Image, length: int) -> Image.Image:
 
 
 def centre_views(image: Image.Image, *, resize: int, size: int) -> list[Tensor]:
-    """Give the centre of an image whose short side was scaled to ``resize``: one uint8 ``[3, size, size]``."""
+    """Return the centre of an image whose short side is scaled to ``resize``: one uint8 ``[3, size, size]``."""
     return [F.pil_to_tensor(F.center_crop(scale_short_side(image, resize), [size, size]))]
 
 
 def ten_crop_views(image: Image.Image, *, resize: int, size: int) -> list[Tensor]:
-    """Give the four corners and the centre, then the same of the mirrored image: ten uint8 ``[3, size, size]``.
+    """Return the four corners and the centre, then those of the mirrored image: ten uint8 ``[3, size, size]``.
 
     Source: Krizhevsky et al. 2012, section 4.1. The image whose corners they are is not cut square first.
     """
@@ -48,7 +48,7 @@ def ten_crop_views(image: Image.Image, *, resize: int, size: int) -> list[Tensor
 
 
 def dense_views(image: Image.Image, *, scales: Sequence[int]) -> list[Tensor]:
-    """Give the whole image at every scale, and mirrored: uint8 ``[3, H, W]``, two for each scale.
+    """Return the whole image at every scale, and mirrored: uint8 ``[3, H, W]``, two for each scale.
 
     Source: He et al. 2016, section 3.4, "the fully-convolutional form as in [41, 13], and average the scores at
         multiple scales"; the mirrored images are those of [41] (Simonyan & Zisserman 2015, section 3.2).
@@ -64,7 +64,7 @@ class TrainView:
     """Makes the random view of an image that one step of training sees.
 
     Args:
-        augment: What is done to it.
+        augment: The configuration's section.
         size: Side of the view in pixels.
         mean_colour: Red, green and blue in 0..255 with which ``erase`` paints.
         resize: Length of the short side where ``augment.crop`` is ``pad`` or ``none``.

@@ -1,4 +1,4 @@
-"""What can go wrong in a step, reported so that a reader knows what to do, with nothing lost."""
+"""Guards against what can go wrong in a step: errors that say what to do, with nothing lost."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def broken_step(
         values: Loss, its parts and the gradient's norm, scalars.
         model: The model, with the gradients.
         images: Names the images.
-        content: What is saved beside ``moment``: tensors and plain values.
+        content: What is saved together with ``moment``: tensors and plain values.
         use: What can be done with the file, appended to "holds the step".
         folder: The run's folder.
     """

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT: a wish to stop, which the training loop grants between two steps."""
+"""SIGTERM and SIGINT as requests to stop, which the training loop honours between two steps."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from typing_extensions import Self
 
 
 class StopSignals:
-    """While it is entered, SIGTERM and SIGINT only note that they came; a second SIGINT interrupts at once.
+    """Records SIGTERM and SIGINT while it is entered; a second SIGINT interrupts at once.
 
     Schedulers send SIGTERM some time before they kill (Slurm's ``--signal=TERM@120``, Kubernetes' grace period).
-    Outside the main thread, where Python allows no handlers, signals do what they did.
+    Outside the main thread, where Python allows no handlers, it changes nothing.
 
     Attributes:
-        received: Number of the signal that came; 0 for none.
+        received: Number of the last signal; 0 for none.
     """
 
     def __init__(self) -> None:
         self.received = 0
 
     def __enter__(self) -> Self:
-        """Take over the handlers."""
+        """Install the handlers."""
         if threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
         else:
@@ -33,7 +33,7 @@ class StopSignals:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Give them back."""
+        """Restore the previous handlers."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
 

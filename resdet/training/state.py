@@ -141,7 +141,7 @@ def set_up(model: nn.Module, settings: RunSettings, team: Processes) -> tuple[Le
 
 
 def training_state(learner: Learner, state: RunState) -> dict[str, Any]:
-    """Return what last.pt holds beside the model: tensors (not copied) and plain values."""
+    """Return what last.pt holds in addition to the model: tensors (not copied) and plain values."""
     return {name: getattr(state, name) for name in _SAVED} | {
         "optimizer": learner.optimizer.state_dict(),
         "scaler": learner.scaler.state_dict(),
