@@ -13,8 +13,6 @@ folder or file that it names does not exist.
 writes a page of training images with their boxes, as stored and as training sees them after augmentation.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from pathlib import Path

@@ -10,8 +10,6 @@ maskrcnn-benchmark, timm. Values are copied, not recomputed: a round trip return
 read without running any code they hold.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

@@ -11,8 +11,6 @@ deviations of each 3x3 layer's output after its norm, before the addition and th
 7) and are meaningful for trained networks only. resdet/models/archs.py holds the table of architectures.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from resdet.commands.run import command_parser

@@ -9,8 +9,6 @@ RUN is a run's folder, which stands for its best.pt, or a checkpoint. The datase
 configuration unless overridden. Several runs must share one dataset; report.html shows them side by side.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path

@@ -8,8 +8,6 @@ The dataset is data.val of the checkpoint's own configuration unless overridden.
 subfolder of images per class, named by WordNet id or class name, as the model has them.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

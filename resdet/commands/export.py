@@ -12,8 +12,6 @@ detector  torchscript, onnx: boxes, labels and scores of one image, uint8 [3, H,
 The file is loaded again and compared with the model before it is moved into place; FILE.json records the result.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

@@ -6,8 +6,6 @@
 The keys of --tricks are those of eval.tricks in a configuration.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

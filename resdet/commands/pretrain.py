@@ -5,8 +5,6 @@ resdet pretrain configs/pretrain_imagenet_resnet50.yaml data.train.root=ILSVRC/t
 torchrun --nproc-per-node 8 --no-python resdet pretrain configs/pretrain_imagenet_resnet50.yaml
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from resdet.commands.run import command_parser

@@ -8,8 +8,6 @@ A run's folder stands for its best.pt. The images are drawn from data.train of t
 without augmentation. Evaluate the result: the loss of accuracy differs from model to model.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

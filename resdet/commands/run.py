@@ -4,8 +4,6 @@ Exit codes: 0 success, 2 user error (the message says what to change), 1 interna
 a signal stopped a run in good order.
 """
 
-from __future__ import annotations
-
 import argparse
 import logging
 import os

@@ -5,8 +5,6 @@ resdet train configs/frcnn_r101_voc.yaml data.train.root=/data/VOCdevkit train.b
 torchrun --nproc-per-node 8 --no-python resdet train configs/frcnn_r101.yaml
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from resdet.commands.run import command_parser

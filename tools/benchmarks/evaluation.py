@@ -44,6 +44,7 @@ def benchmark_evaluation(
         largest difference of any of the twelve numbers to pycocotools'. faster-coco-eval is left out where it is not
         installed.
     """
+    settings = dict(locals())
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
@@ -90,13 +91,6 @@ def benchmark_evaluation(
         }
         for name in twelve
     ]
-    settings = {
-        "num_images": num_images,
-        "num_classes": num_classes,
-        "detections_per_image": detections_per_image,
-        "num_repeats": num_repeats,
-        "seed": seed,
-    }
     title = f"COCO's twelve numbers of {len(detections):,} detections and {table.num_boxes:,} boxes"
     return Report(work="evaluation", settings=settings, tables={title: rows})
 

@@ -74,15 +74,8 @@ def benchmark_inference(
     torch_device = find_device(device)
     pictures = photographs(images, num_images=num_images, batch_size=batch_size)
     # Generated pictures have boxes, but nothing is trained on them here.
-    ours = build_ours(
-        arch=arch,
-        weights=weights,
-        batches=pictures.batches,
-        min_size=min_size,
-        max_size=max_size,
-        num_classes=0,
-        seed=seed,
-    )
+    sizes = {"min_size": min_size, "max_size": max_size}
+    ours = build_ours(arch=arch, weights=weights, batches=pictures.batches, num_classes=0, seed=seed, **sizes)
     settings |= {"arch": ours.spec.arch, "device": str(torch_device)}
     models = variants(ours, torch_device, training=False)
     reference = models["torchvision fp32"].model
