@@ -105,7 +105,8 @@ def weights_in(content: Mapping[str, Any], path: Path, metadata: Mapping[str, st
     left_over: tuple[str, ...] = ()
     facts, exported = carried_facts(content), _exported(metadata)
     # Names alone do not decide: mmdetection's bodies have torchvision's, and other channels.
-    if facts["format"] in OWN_LAYOUTS if facts else body_prefix(tensors) is not None:
+    has_own_names = facts["format"] in OWN_LAYOUTS if facts else body_prefix(tensors) is not None
+    if has_own_names:
         tensors = modern_names(tensors)
         kind = kind_of(tensors)
     else:
@@ -117,11 +118,11 @@ def weights_in(content: Mapping[str, Any], path: Path, metadata: Mapping[str, st
         kind = "detector" if any(tensor.startswith("roi_heads.") for tensor in tensors) else converted.kind
         tensors, facts, left_over = converted.tensors, converted.facts, converted.left_over
     return WeightsFile(
-        path,
-        kind,
-        tensors,
-        _settings(exported or facts, kind),
-        content,
+        path=path,
+        kind=kind,
+        tensors=tensors,
+        settings=_settings(exported or facts, kind),
+        content=content,
         format=name,
         facts=facts,
         exported=exported,
@@ -210,11 +211,11 @@ def _own_detector(path: Path, content: Mapping[str, Any], tensors: Tensors) -> W
     except (KeyError, TypeError, ValueError) as error:
         raise WeightsError(f"{path}: has no readable spec and categories ({error!r})") from error
     return WeightsFile(
-        path,
-        "int8" if content["format"] == INT8_FORMAT else "detector",
-        tensors,
-        {name: getattr(spec, name) for name in WEIGHTS_FIELDS},
-        content,
+        path=path,
+        kind="int8" if content["format"] == INT8_FORMAT else "detector",
+        tensors=tensors,
+        settings={name: getattr(spec, name) for name in WEIGHTS_FIELDS},
+        content=content,
         format=content["format"],
         spec=spec,
         categories=categories,

@@ -33,6 +33,7 @@ from resdet.models.detector import build_detector
 from resdet.models.fasterrcnn import fasterrcnn_resnet101_fpn
 from resdet.models.int8 import Int8Detector
 from resdet.models.spec import WEIGHTS_FACTS, WEIGHTS_FIELDS, DetectorSpec
+from resdet.training.checkpoint import load_training_state
 from resdet.types import Category
 from resdet.weights import source
 from resdet.weights.convert import write
@@ -343,6 +344,7 @@ def test_a_detectors_checkpoint_from_before(tmp_path: Path) -> None:
         ours, expected = model([image])[0], theirs([image])[0]
     assert len(expected["boxes"]) > 10
     assert all(torch.equal(ours[name], expected[name]) for name in ("boxes", "labels", "scores"))
+    assert (load_training_state(tmp_path / "last.pt", model).step, model.score_threshold) == (300, 0.62)
     again = checkpoint_payload(model)
     assert list(again) == ["format", "spec", "categories", "score_threshold", "model"]
     assert {name: again[name] for name in ("format", "spec", "categories")} == {
