@@ -131,11 +131,9 @@ def coco_metrics(table: AnnotationTable, detections: Detections, *, max_detectio
 
 
 def detections_to_coco(table: AnnotationTable, detections: Detections) -> list[dict[str, Any]]:
-    """Convert detections to COCO's result format: image_id, category_id, bbox (x, y, width, height) and score of each.
+    """Convert detections, in their order, to COCO's result format, with the table's own image and category ids.
 
-    Args:
-        table: The table that ``detections.image_index`` refers to; its own image and category ids are written.
-        detections: In any order, which is kept.
+    Each has ``image_id``, ``category_id``, ``bbox`` (x, y, width, height) and ``score``.
     """
     category_ids = np.array([0] + [category.category_id for category in table.categories], dtype=np.int64)
     columns = (
@@ -151,11 +149,7 @@ def detections_to_coco(table: AnnotationTable, detections: Detections) -> list[d
 
 
 def read_coco_detections(path: Path, table: AnnotationTable) -> Detections:
-    """Read a COCO result file, the JSON list that ``detections_to_coco`` makes, in any order.
-
-    Args:
-        path: JSON file; keys other than the four are ignored.
-        table: Ground truth of the images that the file refers to.
+    """Read a COCO result file, the JSON list that ``detections_to_coco`` makes, in any order; other keys are ignored.
 
     Raises:
         DataError: If the file cannot be read, is not such a list, names an image or category id that ``table`` does

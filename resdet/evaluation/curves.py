@@ -192,9 +192,7 @@ def interpolated_precision(hits: Bools, num_boxes: int) -> Floats:
 def interpolated_precisions(number: Ints, num_boxes: int) -> Floats:
     """Compute the ``interpolated_precision`` of ``S`` curves of ``T`` hits each at once, float64 ``[S, 101]``.
 
-    Args:
-        number: int64 ``[S, T]``, ascending: how many detections count down to each hit, itself included.
-        num_boxes: Ground-truth boxes that count on each of the curves, at least 1.
+    ``number``, int64 ``[S, T]``, says how many detections count down to each hit, itself included.
     """
     num_hits = np.arange(1, number.shape[1] + 1)
     at = _first_hits(len(num_hits), num_boxes)

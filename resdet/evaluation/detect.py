@@ -95,18 +95,12 @@ def detect(
     settings: InferenceSettings = InferenceSettings(),
     team: Processes | None = None,
 ) -> Detections:
-    """Run a model over every image of a dataset, each once.
+    """Run a model over every image of a dataset, each once; arguments are as for ``evaluate``.
 
-    The model's training flags and the random states of torch, NumPy and Python are afterwards what they were.
-
-    Args:
-        model: As for ``evaluate``, like the others.
-        dataset: Images.
-        settings: How to run the model.
-        team: The processes that share the work.
+    The model's training flags and the random states of torch, NumPy and Python are restored.
 
     Returns:
-        The model's own labels; images in the dataset's order, by falling score in each.
+        Detections with the model's own labels; images in the dataset's order, by falling score in each.
 
     Raises:
         WeightsError: If the model computes NaN or infinity.

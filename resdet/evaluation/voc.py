@@ -106,12 +106,7 @@ def voc_metrics(table: AnnotationTable, detections: Detections, *, iou_threshold
 
 
 def _average_precision(hits: Bools, num_boxes: int) -> tuple[float, float]:
-    """Compute the area under the interpolated curve and the 11-point mean of one class's detections.
-
-    Args:
-        hits: bool ``[D]``, by falling score: hit or false positive.
-        num_boxes: Ground-truth boxes, at least 1.
-    """
+    """Compute the area under the interpolated curve and the 11-point mean of one class, from hits by falling score."""
     if not hits.size:
         return 0.0, 0.0
     num_hits = np.cumsum(hits)

@@ -11,12 +11,9 @@ from resdet.evaluation.detect import Evaluation
 
 
 def write_evaluation(output_dir: Path, evaluation: Evaluation, table: AnnotationTable) -> None:
-    """Write ``metrics.json`` (all metrics, per class too) and ``detections.json`` (COCO's result format).
+    """Write ``metrics.json`` (all metrics, per class too) and ``detections.json`` (COCO's result format) into a folder.
 
-    Args:
-        output_dir: Created if it does not exist.
-        evaluation: What to write.
-        table: The ground truth it was measured on; gives the dataset's own image and category ids.
+    The folder is created if it does not exist. ``table`` is the ground truth that the evaluation was measured on.
     """
     output_dir.mkdir(parents=True, exist_ok=True)
     document = {

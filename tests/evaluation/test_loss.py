@@ -260,13 +260,13 @@ def test_a_run_with_and_without_it_ends_bit_equal(tmp_path: Path) -> None:
         train(load_config(quickstart, [*RUN, f"eval.loss={loss}", f"output_dir={folder}"]))
         payloads.append(torch.load(folder / "last.pt", weights_only=True))
         lines.append([json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()])
-    without, beside = payloads
-    assert without["model"].keys() == beside["model"].keys()
-    for name, value in without["model"].items():
-        assert torch.equal(value, beside["model"][name]), name
-    for number, buffers in without["training"]["optimizer"]["state"].items():
+    without_loss, with_loss = payloads
+    assert without_loss["model"].keys() == with_loss["model"].keys()
+    for name, value in without_loss["model"].items():
+        assert torch.equal(value, with_loss["model"][name]), name
+    for number, buffers in without_loss["training"]["optimizer"]["state"].items():
         for name, value in buffers.items():
-            assert np.array_equal(value, beside["training"]["optimizer"]["state"][number][name])
+            assert np.array_equal(value, with_loss["training"]["optimizer"]["state"][number][name])
     logged, expected = ([line["loss"] for line in run if "loss" in line] for run in lines)
     assert logged == expected
     assert not any("val_loss" in line for line in lines[0])
