@@ -102,7 +102,8 @@ def to_torchvision(content: Mapping[str, Any], source_format: str | None = None)
     if source_format == "torchvision" and (newer := modern_names(given)).keys() != given.keys():
         given = newer
         rules.append("torchvision's older names")
-    if source_format in OWN_LAYOUTS and _has_another_stem(given):
+    prefix = body_prefix(given)
+    if source_format in OWN_LAYOUTS and prefix is not None and f"{prefix}conv1.weight" not in given:
         # Other libraries lay out a deep stem's ResNet or a VGG in ways of their own: no rule applies.
         return Converted(given, kind_of(given), facts_of(content, source_format, given), tuple(rules), ())
     names = _find_names(source, source_format, given)
@@ -172,12 +173,7 @@ def from_torchvision(
 
 
 def facts_to_carry(target_format: str, facts: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the facts to store with a written state dict, under ``FACTS_ENTRY``, where reading finds them.
-
-    Args:
-        target_format: The format written.
-        facts: Those of ``Converted``.
-    """
+    """Return the facts to store with a state dict of the target format, under ``FACTS_ENTRY``."""
     target = find_format(target_format)
     return {
         **facts,
@@ -188,12 +184,7 @@ def facts_to_carry(target_format: str, facts: Mapping[str, Any]) -> dict[str, An
 
 
 def settings_for(target_format: str, converted: Converted) -> dict[str, Any]:
-    """Return the settings under which the target library must build the model, by that library's names.
-
-    Args:
-        target_format: A key of ``FORMATS``.
-        converted: What was written in that format.
-    """
+    """Return the settings under which the target library must build what was converted, by that library's names."""
     facts = converted.facts
     target = find_format(target_format)
     flipped = _is_bgr(target_format, facts)
@@ -236,11 +227,7 @@ def settings_for(target_format: str, converted: Converted) -> dict[str, Any]:
 
 
 def find_format(name: str) -> Format:
-    """Look up a format by name.
-
-    Raises:
-        WeightsError: If there is none of this name.
-    """
+    """Look up a format by name; a WeightsError says which there are."""
     if name not in FORMATS:
         raise WeightsError(f"there is no format {name!r}; known are {', '.join(FORMATS)}")
     return FORMATS[name]
@@ -254,11 +241,6 @@ def _is_bgr(name: str, facts: Mapping[str, Any]) -> bool:
 
 def _rules(name: str, facts: Mapping[str, Any]) -> tuple[Rule, ...]:
     return (*((BGR_STEM,) if _is_bgr(name, facts) else ()), *FORMATS[name].rules)
-
-
-def _has_another_stem(given: Tensors) -> bool:
-    prefix = body_prefix(given)
-    return prefix is not None and f"{prefix}conv1.weight" not in given
 
 
 def _find_names(source: Format, source_format: str, given: Tensors) -> dict[str, str]:

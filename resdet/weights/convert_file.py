@@ -17,7 +17,7 @@ from resdet.errors import UserError, WeightsError
 from resdet.files import save_tensors, written_whole
 from resdet.weights.convert import Converted, Written, facts_to_carry, find_format, settings_for, to_torchvision, write
 from resdet.weights.files import read_checkpoint
-from resdet.weights.formats import FACTS_ENTRY
+from resdet.weights.formats import FACTS_ENTRY, WRAPPERS
 from resdet.weights.layouts import Tensors
 
 # Which libraries read pickles: the others' files are PyTorch's.
@@ -86,12 +86,9 @@ def convert_file(
                 pickle.dump(_as_pickle(written.tensors, target_format, read.kind, facts), file, protocol=4)
         else:
             save_tensors(_wrapped(written.tensors, target_format, facts), temporary)
-    other = tuple(key for key, value in content.items() if not isinstance(value, Tensor) and not _is_state(key, value))
+    copied = (FACTS_ENTRY, *(key for key in WRAPPERS if isinstance(content.get(key), dict)))
+    other = tuple(key for key, value in content.items() if not isinstance(value, Tensor) and key not in copied)
     return ConversionReport(read, written, settings_for(target_format, read), other)
-
-
-def _is_state(key: str, value: Any) -> bool:
-    return key == FACTS_ENTRY or (key in ("state_dict", "model", "blobs") and isinstance(value, dict))
 
 
 def _wrapped(tensors: Tensors, target_format: str, facts: dict[str, Any]) -> dict[str, Any]:

@@ -96,7 +96,7 @@ def read_weights(path: WeightsPath) -> WeightsFile:
 
 
 def weights_in(content: Mapping[str, Any], path: Path, metadata: Mapping[str, str] | None = None) -> WeightsFile:
-    """Do as ``read_weights`` with the content that was read from ``path``, and a safetensors file's metadata."""
+    """Interpret the content read from ``path`` as ``read_weights`` does; only safetensors files have metadata."""
     metadata = metadata or {}
     tensors = tensors_in(content, str(path))
     name = content.get("format", metadata.get("format"))

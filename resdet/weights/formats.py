@@ -24,7 +24,7 @@ OWN_LAYOUTS = ("torchvision", "timm")
 
 Kind: TypeAlias = Literal["detector", "backbone", "classifier"]
 
-_WRAPPERS = ("state_dict", "model", "blobs")
+WRAPPERS = ("state_dict", "model", "blobs")
 _BODY_PREFIXES = ("backbone.body.", "body.", "")
 _STEMS = ("conv1.weight", "conv1.0.weight", "features.0.weight")  # a ResNet's, a deep stem's, a VGG's
 _CLASSIFIERS = ("fc.weight", "classifier.6.weight")
@@ -39,7 +39,7 @@ def tensors_in(content: Mapping[str, Any], source: str) -> Tensors:
     Raises:
         WeightsError: If there are no tensors.
     """
-    content = next((content[name] for name in _WRAPPERS if isinstance(content.get(name), dict)), content)
+    content = next((content[name] for name in WRAPPERS if isinstance(content.get(name), dict)), content)
     tensors = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
     if not tensors:
         raise WeightsError(f"{source}: holds no tensors; its keys are {name_some(map(str, content)) or 'none'}")
@@ -54,7 +54,7 @@ def body_prefix(tensors: Mapping[str, Tensor]) -> str | None:
 
 
 def kind_of(tensors: Mapping[str, Tensor]) -> Kind:
-    """Tell a detector, a classifier and a backbone apart by their names in torchvision's layout."""
+    """Return what tensors of torchvision's names are: a detector, a classifier or a backbone."""
     if f"{SCORES}weight" in tensors:
         return "detector"
     return "classifier" if any(name in tensors for name in _CLASSIFIERS) else "backbone"
@@ -124,16 +124,7 @@ def carried_facts(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def facts_of(content: Mapping[str, Any], source_format: str, tensors: Tensors) -> dict[str, Any]:
-    """Collect what no tensor shows, and what a builder reads off the tensors.
-
-    Args:
-        content: A file's content, or a state dict.
-        source_format: The file's format.
-        tensors: Its tensors under torchvision's names of a detector (``backbone.body.``), of a classifier's ``fc`` too.
-
-    Returns:
-        See ``resdet.weights.convert.Converted.facts``.
-    """
+    """Collect a file's facts (``Converted.facts``); ``tensors`` have torchvision's names of a detector, or ``fc``."""
     source = FORMATS[source_format]
     arch, groups = _guess_arch(tensors)
     # The ResNeXts of Facebook's libraries stride in the 3x3 and were trained on images of unit variance:

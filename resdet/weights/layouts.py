@@ -334,15 +334,9 @@ def count_blocks(names: Iterable[str]) -> dict[int, int]:
 
 
 def tensor_names(naming: Format, form: Form, depths: Mapping[int, int]) -> dict[str, str]:
-    """Map torchvision's name of every possible tensor to the format's.
+    """Map torchvision's name of every possible tensor to the format's, given the blocks of each stage 1..4.
 
-    Args:
-        naming: The format.
-        form: Which part of a detector has names.
-        depths: Blocks of each stage 1..4.
-
-    Returns:
-        A bijection, with more names than any one network has (a basic block has no third convolution).
+    The map is a bijection, with more names than any one network has (a basic block has no third convolution).
     """
     body, fpn = naming.prefixes[form]
     names: dict[str, str] = {}

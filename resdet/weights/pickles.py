@@ -34,11 +34,8 @@ _DTYPES = frozenset({"b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2",
 def read_pickle(path: str | os.PathLike[str]) -> Any:
     """Read a pickle of arrays and plain values, of Python 2 or 3, any protocol, and any version of numpy.
 
-    Args:
-        path: The file.
-
     Returns:
-        Its content: dictionaries (an OrderedDict as a dict), lists, tuples, sets, strings, numbers, and a tensor for
+        The content: dictionaries (an OrderedDict as a dict), lists, tuples, sets, strings, numbers, and a tensor for
         every numpy array. The byte strings of Python 2 are decoded by latin-1, and so are keys that are bytes.
 
     Raises:
@@ -52,7 +49,7 @@ def read_pickle(path: str | os.PathLike[str]) -> Any:
 
 
 def load_pickle(file: IO[bytes], path: Path) -> Any:
-    """Do as ``read_pickle``, with an open file; ``path`` is what messages call it."""
+    """Read an open file as ``read_pickle`` does; messages name it by ``path``."""
     try:
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
             _check_opcodes(content, path)
@@ -187,12 +184,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 class _Builder:
-    """Builds the arrays that the stand-ins describe.
-
-    Args:
-        path: For messages.
-        num_bytes: Of the file: arrays cannot hold more, unless some of them share their bytes to look small.
-    """
+    """Builds the arrays that the stand-ins describe: no more bytes than the file has, even if some share theirs."""
 
     def __init__(self, path: Path, num_bytes: int) -> None:
         self.path = path
