@@ -437,8 +437,8 @@ def test_every_path_named_exists(readme: str) -> None:
 
 @pytest.mark.parametrize("readme", TEXTS)
 def test_every_file_of_code_named_exists(readme: str) -> None:
-    """Written from the README's own folder, from the package or from the commands."""
-    folders = [(ROOT / readme).parent, ROOT, ROOT / "resdet", ROOT / "tools"]
+    """Written from the README's own folder, from a part of the package or from the commands."""
+    folders = {(ROOT / readme).parent, ROOT, ROOT / "tools", *(path.parent for path in (ROOT / "resdet").rglob("*.py"))}
     kinds = r"\.py|/" if readme.startswith("resdet/") else r"\.py"
     named = [name for name in re.findall(rf"`([a-z][\w./]*(?:{kinds}))[` ]", prose(readme)) if name != "folder/"]
     assert [name for name in named if not any((folder / name).exists() for folder in folders)] == []
