@@ -1,10 +1,9 @@
-"""Images in, results out: find image files, run a detector on them, write pictures and COCO's JSON."""
+"""Images in, results out: run a detector on images, write pictures and COCO's JSON."""
 
 from __future__ import annotations
 
-import glob
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,45 +14,13 @@ from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
-from resdet.data.images import IMAGE_SUFFIXES, read_image
+from resdet.data.images import read_image
 from resdet.drawing import above, draw, legible_scale
 from resdet.errors import DataError
 from resdet.evaluation.inference import inference
 from resdet.evaluation.labels import model_categories
 from resdet.evaluation.settings import InferenceSettings
 from resdet.types import Category, Prediction
-
-
-def find_images(paths: Iterable[Path | str]) -> list[Path]:
-    """List image files, each once, in the order of ``paths``.
-
-    Args:
-        paths: Files (whatever their suffix), folders (their image files by name, without subfolders), and patterns such
-            as ``photos/**/*.jpg`` for shells that do not expand them.
-
-    Raises:
-        DataError: If one of ``paths`` does not exist, matches nothing or holds no image.
-    """
-    found: list[Path] = []
-    for path in map(Path, paths):
-        if path.is_file():
-            found.append(path)
-            continue
-        if path.is_dir():
-            matches = list(path.iterdir())
-            missing = f"no images in this folder (looked for {', '.join(IMAGE_SUFFIXES)})"
-        elif glob.has_magic(str(path)):
-            matches = [Path(match) for match in glob.glob(str(path), recursive=True)]
-            missing = "no image matches this pattern"
-        else:
-            raise DataError(f"{path}: no such file or folder")
-        files = [file for file in matches if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file()]
-        if not files:
-            raise DataError(f"{path}: {missing}")
-        found += sorted(files, key=str)
-    if not found:
-        raise DataError("no images given: expected files, folders or patterns")
-    return list(dict.fromkeys(found))
 
 
 class Result(NamedTuple):

@@ -7,12 +7,13 @@ import torch
 from PIL import Image
 from torch import nn
 
+from resdet.data.images import find_images
 from resdet.data.shapes import ShapesImages, shapes_table
 from resdet.drawing import above, class_color, draw, legible_scale, shown_from
 from resdet.errors import DataError
 from resdet.evaluation.coco import read_coco_detections
 from resdet.evaluation.settings import InferenceSettings
-from resdet.prediction import find_images, predict, to_coco_json
+from resdet.prediction import predict, to_coco_json
 from resdet.types import Category, Prediction
 
 CATEGORIES = (Category(1, 7, "cat"), Category(2, 3, "dog"))

@@ -10,12 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from resdet.classification.summary import default_image_size, response_deviations
-from resdet.data.images import read_image
+from resdet.data.images import find_images, read_image
 from resdet.models.archs import find_arch
 from resdet.models.bodies import make_body
 from resdet.models.loading import load_backbone_weights
 from resdet.models.spec import DetectorSpec
-from resdet.prediction import find_images
 from resdet.weights.files import read_weights
 from resdet.weights.source import locate
 

@@ -43,11 +43,10 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--output", type=Path, required=True, metavar="FILE")
     options = parser.parse_args(arguments)
 
-    from resdet.data.images import read_image
+    from resdet.data.images import find_images, read_image
     from resdet.export.backbone import export_backbone
     from resdet.export.detector import export_detector
     from resdet.models.checkpoint import load_detector
-    from resdet.prediction import find_images
 
     if options.what == "detector" and (options.fpn or options.names != "torchvision"):
         raise UserError("--fpn and --names are for a backbone; a detector is exported whole")

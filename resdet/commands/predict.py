@@ -30,11 +30,12 @@ def main(arguments: Sequence[str]) -> None:
     options = parser.parse_args(arguments)
 
     from resdet.config import parse_tricks
+    from resdet.data.images import find_images
     from resdet.drawing import shown_from
     from resdet.evaluation.inference import device_for
     from resdet.evaluation.settings import InferenceSettings
     from resdet.models.checkpoint import load_detector
-    from resdet.prediction import find_images, predict_files
+    from resdet.prediction import predict_files
 
     tricks = parse_tricks(options.tricks)
     model = load_detector(options.checkpoint)

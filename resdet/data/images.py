@@ -1,11 +1,12 @@
-"""Image files -> uint8 RGB arrays, with errors that name the file."""
+"""Find image files and read them as uint8 RGB arrays, with errors that name the file."""
 
 from __future__ import annotations
 
+import glob
 import os
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -65,6 +66,35 @@ class ImageHeader:
     format: str
     mode: str
     orientation: int
+
+
+def find_images(paths: Iterable[Path | str]) -> list[Path]:
+    """List image files, each once, in the order of ``paths``.
+
+    Files may have any suffix; a folder stands for its image files by name, without subfolders, and a pattern such as
+    ``photos/**/*.jpg`` for its matches, for shells that do not expand it. A DataError is raised for a path that does
+    not exist, matches nothing or holds no image.
+    """
+    found: list[Path] = []
+    for path in map(Path, paths):
+        if path.is_file():
+            found.append(path)
+            continue
+        if path.is_dir():
+            matches = list(path.iterdir())
+            missing = f"no images in this folder (looked for {', '.join(IMAGE_SUFFIXES)})"
+        elif glob.has_magic(str(path)):
+            matches = [Path(match) for match in glob.glob(str(path), recursive=True)]
+            missing = "no image matches this pattern"
+        else:
+            raise DataError(f"{path}: no such file or folder")
+        files = [file for file in matches if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file()]
+        if not files:
+            raise DataError(f"{path}: {missing}")
+        found += sorted(files, key=str)
+    if not found:
+        raise DataError("no images given: expected files, folders or patterns")
+    return list(dict.fromkeys(found))
 
 
 def read_image(path: Path) -> npt.NDArray[np.uint8]:

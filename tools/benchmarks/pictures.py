@@ -12,11 +12,10 @@ from PIL import Image
 
 from resdet.data.coco import read_coco
 from resdet.data.dataset import DetectionDataset
-from resdet.data.images import FolderImages, check_files, read_image
+from resdet.data.images import FolderImages, check_files, find_images, read_image
 from resdet.data.loader import Batch
 from resdet.data.shapes import ShapesImages, shapes_table
 from resdet.errors import DataError, UserError
-from resdet.prediction import find_images
 from resdet.types import Target
 
 GENERATED_SIZE = (480, 640)
