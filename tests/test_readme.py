@@ -146,6 +146,14 @@ def write_broken_step(folder: Path) -> None:
     not_finite(moment, {"loss": torch.tensor(torch.nan)}, model, [batch], shapes(2)[0], folder)
 
 
+def link_weights(source: str, destination: str) -> None:
+    """Copy a small file, and give a large one another name: the library replaces such files and never changes them."""
+    if os.path.getsize(source) > 1_000_000:
+        os.link(source, destination)
+    else:
+        shutil.copy2(source, destination)
+
+
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Everything that the READMEs take for granted: a finished run, data, photographs, weights of others."""
@@ -156,9 +164,12 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = world / "runs" / "mine"
     with in_folder(world):
         run_script(ROOT / "tools" / "train.py", "configs/quickstart.yaml", *SMALL_DETECTION, f"output_dir={run}")
+    for name in ("last.pt", "previous.pt"):  # without what resuming needs, which is three times as large
+        (run / name).unlink(missing_ok=True)
+    os.link(run / "best.pt", run / "last.pt")
     write_broken_step(run)
-    shutil.copytree(run, world / "runs" / "other")
-    shutil.copy(run / "best.pt", world / "best.pt")
+    shutil.copytree(run, world / "runs" / "other", copy_function=link_weights)
+    os.link(run / "best.pt", world / "best.pt")
     convert_file(run / "best.pt", "detectron2", world / "model_final_f6e8b1.pkl")
     write_coco(world / "my", {"train.json": "images", "val.json": "images"})
     names = {f"annotations/instances_{part}2017.json": f"{part}2017" for part in ("train", "val")}
@@ -186,7 +197,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def world(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of it, as the working directory."""
     world = tmp_path / "world"
-    shutil.copytree(prepared, world, symlinks=True)
+    shutil.copytree(prepared, world, symlinks=True, copy_function=link_weights)
     monkeypatch.chdir(world)
     return world
 
