@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import ctypes
-import functools
 import platform
 
-# glibc's malloc.h, and the values that glibc itself adapts to when blocks of up to 32 MB are freed.
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # glibc's malloc.h
 _NEVER = 2**31 - 1
-_OWN_MMAP_MAX, _OWN_MMAP_THRESHOLD = 65_536, 32 * 1024 * 1024
-_OWN_TRIM_THRESHOLD = 2 * _OWN_MMAP_THRESHOLD
 
 
 def keep_freed_memory() -> bool:
@@ -28,27 +24,7 @@ def keep_freed_memory() -> bool:
     Returns:
         Whether this C library has the setting (glibc has). Tensors on GPUs are not affected.
     """
-    if not _is_glibc():
+    if platform.libc_ver()[0] != "glibc":
         return False
     libc = ctypes.CDLL(None)
     return bool(libc.mallopt(_M_MMAP_MAX, 0) and libc.mallopt(_M_TRIM_THRESHOLD, _NEVER))
-
-
-def return_freed_memory() -> bool:
-    """Return kept memory to the kernel, and restore the C library's own behaviour.
-
-    Returns:
-        Whether this C library has the setting.
-    """
-    if not _is_glibc():
-        return False
-    libc = ctypes.CDLL(None)
-    done = libc.mallopt(_M_MMAP_MAX, _OWN_MMAP_MAX) and libc.mallopt(_M_MMAP_THRESHOLD, _OWN_MMAP_THRESHOLD)
-    done = done and libc.mallopt(_M_TRIM_THRESHOLD, _OWN_TRIM_THRESHOLD)
-    libc.malloc_trim(0)
-    return bool(done)
-
-
-@functools.cache
-def _is_glibc() -> bool:
-    return platform.libc_ver()[0] == "glibc"

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from resdet.malloc import keep_freed_memory
 
+TOOLS = Path(__file__).resolve().parents[1] / "tools"
+
 _SCRIPT = """
 import resource, sys
 import torch
-from resdet.malloc import keep_freed_memory, return_freed_memory
+from benchmarks.timing import return_freed_memory
+from resdet.malloc import keep_freed_memory
 if sys.argv[1] != "leave":
     assert keep_freed_memory()
 if sys.argv[1] == "return":
@@ -29,7 +33,7 @@ print(faults() - before)
 
 
 def page_faults(what: str) -> int:
-    run = subprocess.run([sys.executable, "-c", _SCRIPT, what], capture_output=True, text=True, check=True)
+    run = subprocess.run([sys.executable, "-c", _SCRIPT, what], cwd=TOOLS, capture_output=True, text=True, check=True)
     return int(run.stdout)
 
 

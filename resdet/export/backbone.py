@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -18,9 +17,9 @@ from resdet.export.compare import CHECK_SIZES, FEATURE_TOLERANCE, ExportReport, 
 from resdet.export.programs import (
     BackboneGraph,
     backbone_to_onnx,
-    exported_program,
     feature_runner,
     output_names,
+    write_exported_program,
     write_torchscript,
 )
 from resdet.files import written_whole
@@ -165,9 +164,7 @@ def _write_program(folded: Body | ResNetFPN, path: Path, format: BackboneGraph, 
     if format == "torchscript":
         write_torchscript(folded, path)
     elif format == "export":
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # it takes channels-last weights for parts of larger tensors
-            torch.export.save(exported_program(folded), path)
+        write_exported_program(folded, path)
     else:
         backbone_to_onnx(folded, path, map_names)
 

@@ -112,31 +112,41 @@ def output_names(exported: Body | ResNetFPN) -> list[str]:
     return [f"{letter}{stride.bit_length() - 1}" for stride in exported.strides]
 
 
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence TorchScript's deprecation and the exporters' warnings; the file is compared with the model afterwards."""
+    exporter = logging.getLogger("torch.onnx")
+    level = exporter.level
+    exporter.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        exporter.setLevel(level)
+
+
+@_quiet()
 def write_torchscript(module: nn.Module, path: Path) -> None:
     """Write a module as TorchScript."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # TorchScript's own deprecation, here and below
-        torch.jit.script(module).save(str(path))  # type: ignore[no-untyped-call]
+    torch.jit.script(module).save(str(path))  # type: ignore[no-untyped-call]
 
 
-def _load_script(path: Path) -> Any:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return torch.jit.load(str(path))  # type: ignore[no-untyped-call]
+def _example(module: Body | ResNetFPN) -> tuple[Tensor, tuple[dict[int, Any]]]:
+    """Return images whose last map is 2 by 3 pixels, and which of their sizes vary: batch, height and width.
+
+    ``torch.export`` would specialise on a size of 1.
+    """
+    stride, auto = module.strides[-1], torch.export.Dim.AUTO
+    return torch.zeros(2, 3, 2 * stride, 3 * stride), ({0: auto, 2: auto, 3: auto},)
 
 
-def _example(module: Body | ResNetFPN) -> Tensor:
-    """Return images whose last map is 2 by 3 pixels: ``torch.export`` would specialise on a size of 1."""
-    stride = module.strides[-1]
-    return torch.zeros(2, 3, 2 * stride, 3 * stride)
-
-
-def exported_program(module: Body | ResNetFPN) -> torch.export.ExportedProgram:
-    """Return a backbone as a ``torch.export`` program for any batch, height and width."""
-    auto = torch.export.Dim.AUTO
-    images = _example(module)
-    with torch.no_grad():
-        return torch.export.export(module, (images,), dynamic_shapes=({0: auto, 2: auto, 3: auto},), strict=False)
+@_quiet()  # it takes channels-last weights for parts of larger tensors
+@torch.no_grad()
+def write_exported_program(module: Body | ResNetFPN, path: Path) -> None:
+    """Write a backbone as a ``torch.export`` program for any batch, height and width."""
+    images, dynamic_shapes = _example(module)
+    torch.export.save(torch.export.export(module, (images,), dynamic_shapes=dynamic_shapes, strict=False), path)
 
 
 def backbone_to_onnx(module: Body | ResNetFPN, path: Path, output_names: Sequence[str]) -> None:
@@ -146,13 +156,13 @@ def backbone_to_onnx(module: Body | ResNetFPN, path: Path, output_names: Sequenc
         UserError: If a package is missing.
     """
     _require("onnx", "onnxscript", "onnxruntime")
-    auto = torch.export.Dim.AUTO
-    with _quiet_exporter():
+    images, dynamic_shapes = _example(module)
+    with _quiet():
         program = torch.onnx.export(
             module,
-            (_example(module),),
+            (images,),
             dynamo=True,
-            dynamic_shapes=({0: auto, 2: auto, 3: auto},),
+            dynamic_shapes=dynamic_shapes,
             input_names=["images"],
             output_names=list(output_names),
             verbose=False,
@@ -173,7 +183,7 @@ def detector_to_onnx(module: nn.Module, path: Path, image: Tensor) -> None:
         UserError: If a package is missing.
     """
     _require("onnx", "onnxruntime")
-    with _quiet_exporter(), torch.no_grad():
+    with _quiet(), torch.no_grad():
         # torch.export, and the exporter built on it, fail at suppression: the number of boxes depends on the data.
         torch.onnx.export(
             module,
@@ -192,20 +202,6 @@ def detector_to_onnx(module: nn.Module, path: Path, image: Tensor) -> None:
         )
 
 
-@contextlib.contextmanager
-def _quiet_exporter() -> Iterator[None]:
-    """Silence the exporters' warnings about torchvision's code; the file is compared with the model afterwards."""
-    exporter = logging.getLogger("torch.onnx")
-    level = exporter.level
-    exporter.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        exporter.setLevel(level)
-
-
 def _require(*packages: str) -> None:
     for package in packages:
         try:
@@ -217,38 +213,36 @@ def _require(*packages: str) -> None:
             ) from error
 
 
-def _session(path: Path) -> Any:
+def _load_onnx(path: Path) -> Callable[[Tensor], list[Tensor]]:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()  # as many as the model it is compared with
     options.log_severity_level = 3
-    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    (source,) = session.get_inputs()
+    return lambda tensor: [torch.from_numpy(array) for array in session.run(None, {source.name: tensor.numpy()})]
+
+
+@_quiet()
+def _load_script(path: Path) -> Any:
+    return torch.jit.load(str(path))  # type: ignore[no-untyped-call]
 
 
 def feature_runner(path: Path, format: BackboneGraph) -> Callable[[Tensor], list[Tensor]]:
     """Load an exported backbone as a function from images to its maps."""
     if format == "onnx":
-        session = _session(path)
-        return lambda images: [torch.from_numpy(a) for a in session.run(None, {"images": images.numpy()})]
+        return _load_onnx(path)
     module = _load_script(path) if format == "torchscript" else torch.export.load(path).module()
     return lambda images: list(module(images).values())
 
 
 def detection_runner(path: Path, format: DetectorFormat) -> Callable[[Tensor], Prediction]:
     """Load an exported detector as a function from one uint8 image ``[3, H, W]`` to its detections."""
-    if format == "onnx":
-        session = _session(path)
+    run = _load_onnx(path) if format == "onnx" else _load_script(path)
 
-        def run(image: Tensor) -> Prediction:
-            boxes, labels, scores = map(torch.from_numpy, session.run(None, {"image": image.numpy()}))
-            return Prediction(boxes=boxes, labels=labels, scores=scores)
-
-        return run
-    module = _load_script(path)
-
-    def run_script(image: Tensor) -> Prediction:
-        boxes, labels, scores = module(image)
+    def detect(image: Tensor) -> Prediction:
+        boxes, labels, scores = run(image)
         return Prediction(boxes=boxes, labels=labels, scores=scores)
 
-    return run_script
+    return detect

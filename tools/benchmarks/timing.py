@@ -2,16 +2,37 @@
 
 from __future__ import annotations
 
+import ctypes
+import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from statistics import median
 
 import torch
 
-from resdet.malloc import keep_freed_memory, return_freed_memory
+from resdet.malloc import keep_freed_memory
 
 REFERENCES = ("torchvision fp32", "torchvision bf16")
 """What everything is compared with."""
+
+
+# glibc's malloc.h, and the values that glibc itself adapts to when blocks of up to 32 MB are freed.
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4
+_GLIBC_DEFAULTS = {_M_MMAP_MAX: 65_536, _M_MMAP_THRESHOLD: 32 * 1024 * 1024, _M_TRIM_THRESHOLD: 64 * 1024 * 1024}
+
+
+def return_freed_memory() -> bool:
+    """Undo ``keep_freed_memory``: return kept memory to the kernel, and restore the C library's own behaviour.
+
+    Returns:
+        Whether this C library has the setting.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    libc = ctypes.CDLL(None)
+    done = [bool(libc.mallopt(key, value)) for key, value in _GLIBC_DEFAULTS.items()]
+    libc.malloc_trim(0)
+    return all(done)
 
 
 def in_turn(
