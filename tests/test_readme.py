@@ -35,6 +35,7 @@ from PIL import Image
 from pydantic import BaseModel
 from torch.distributed.run import get_args_parser
 
+from resdet.check.kinds import KINDS
 from resdet.classification.config import PretrainConfig, load_pretrain_config
 from resdet.config import Config, load_config
 from resdet.data.annotations import AnnotationTable
@@ -467,6 +468,10 @@ def test_every_module_and_name_of_the_package_exists(readme: str) -> None:
         while depth > 1 and importlib.util.find_spec(".".join(parts[:depth])) is None:
             depth -= 1
         functools.reduce(getattr, parts[depth:], importlib.import_module(".".join(parts[:depth])))
+
+
+def test_counts_are_current() -> None:
+    assert f" {len(KINDS)} kinds (`resdet/check/kinds.py`)" in TEXTS["tools/README.md"]
 
 
 def keys_of(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
