@@ -21,12 +21,12 @@ from resdet.classification.config import (
 )
 from resdet.classification.data import LabelledImages, read_cifar10, read_class_names, read_digits, read_folder
 from resdet.classification.model import (
-    ClassifierSpec,
     ImageClassifier,
     load_classifier,
     load_first_weights,
     make_classifier,
 )
+from resdet.classification.spec import ClassifierSpec
 from resdet.classification.views import TrainView, centre_views
 from resdet.config_reading import parse_settings
 from resdet.errors import UserError, WeightsError

@@ -12,7 +12,7 @@ from typing import Annotated, Literal, Union
 from pydantic import BaseModel, Field, model_validator
 from typing_extensions import Self
 
-from resdet.classification.model import ClassifierSpec
+from resdet.classification.spec import ClassifierSpec
 from resdet.config import LoaderConfig, OptimConfig, TrainConfig
 from resdet.config_reading import json_schema, load_settings
 

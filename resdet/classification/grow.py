@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TypeVar, cast
 
@@ -58,7 +58,7 @@ def grow(model: Grown, to_arch: str) -> Grown:
     _check_deeper(body, to_arch)
     old_state = model.state_dict()
     new = _built_like(model, to_arch)
-    _zero_branches(new, _num_blocks(old_state))
+    _zero_branches(new, cast(ResNetArch, find_arch(body.arch)).depths)
     new_state = new.state_dict()
     assert all(name in new_state and new_state[name].shape == value.shape for name, value in old_state.items())
     new.load_state_dict(new_state | old_state)
@@ -75,12 +75,9 @@ def _body_of(model: nn.Module) -> ResNet:
     if isinstance(model, ResNetFPN | SingleLevel | Classifier):
         model = model.body
     if not isinstance(model, ResNet):
-        raise UserError(f"grow: takes a ResNet, or a backbone, classifier or detector on one; got {_kind(model)}")
+        kind = model.arch if isinstance(model, Body) else type(model).__name__
+        raise UserError(f"grow: takes a ResNet, or a backbone, classifier or detector on one; got {kind}")
     return model
-
-
-def _kind(model: nn.Module) -> str:
-    return str(model.arch) if isinstance(model, Body) else type(model).__name__
 
 
 def _check_deeper(body: ResNet, to_arch: str) -> None:
@@ -92,12 +89,9 @@ def _check_deeper(body: ResNet, to_arch: str) -> None:
     if not isinstance(new, ResNetArch):
         raise UserError(f"grow: {to_arch} is not a ResNet, {body.arch} is")
     if replace(old, depths=new.depths) != new:
-        fields = ("block", "groups", "width_per_group", "stem", "shortcut", "channels")
-        differing = [
-            f"{field} {getattr(old, field)!r} and {getattr(new, field)!r}"
-            for field in fields
-            if getattr(old, field) != getattr(new, field)
-        ]
+        names = ("block", "groups", "width_per_group", "stem", "shortcut", "channels")
+        pairs = [(name, getattr(old, name), getattr(new, name)) for name in names]
+        differing = [f"{name} {one!r} and {other!r}" for name, one, other in pairs if one != other]
         raise UserError(f"grow: {body.arch} and {to_arch} differ in more than depth: {'; '.join(differing)}")
     if old.depths == new.depths or any(more < fewer for fewer, more in zip(old.depths, new.depths, strict=True)):
         raise UserError(
@@ -130,21 +124,11 @@ def _built_like(model: nn.Module, to_arch: str) -> nn.Module:
     return body
 
 
-def _num_blocks(names: Mapping[str, Tensor]) -> dict[int, int]:
-    """Count the blocks of each stage."""
-    depths: dict[int, int] = {}
-    for name in names:
-        if found := _BLOCK.search(name):
-            stage, index = int(found[1]), int(found[2])
-            depths[stage] = max(depths.get(stage, 0), index + 1)
-    return depths
-
-
-def _zero_branches(model: nn.Module, depths: Mapping[int, int]) -> None:
+def _zero_branches(model: nn.Module, depths: Sequence[int]) -> None:
     """Let the blocks beyond these depths add nothing to their shortcuts."""
     for name, block in model.named_modules():
         found = _BLOCK.search(f"{name}.")
-        if found is None or not isinstance(block, BasicBlock | Bottleneck) or int(found[2]) < depths[int(found[1])]:
+        if found is None or not isinstance(block, BasicBlock | Bottleneck) or int(found[2]) < depths[int(found[1]) - 1]:
             continue
         norm = last_norm(block)
         # A frozen norm's scale is not trained, and would keep the branch at zero; a convolution is.
@@ -163,5 +147,4 @@ def _take_over_gradients(old: nn.Module, new: nn.Module) -> None:
 
 
 def _stage(name: str) -> str | None:
-    found = _BLOCK.search(name)
-    return found[1] if found else None
+    return found[1] if (found := _BLOCK.search(name)) else None

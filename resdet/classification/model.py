@@ -10,15 +10,17 @@ import re
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator
+from pydantic import ValidationError
 from torch import Tensor
+from torchvision.models import ResNet50_Weights
 
+from resdet.classification.spec import ClassifierSpec
 from resdet.errors import DataError, WeightsError, name_some
 from resdet.models.archs import find_arch
 from resdet.models.bodies import Classifier, build_classifier
@@ -31,40 +33,8 @@ logger = logging.getLogger(__name__)
 
 CHECKPOINT_FORMAT = "resdet-classifier-1"
 
-Positive = Annotated[float, Field(gt=0)]
-
 _HEADS = ("fc.", "classifier.6.")
 _WORDNET_ID = re.compile(r"n\d{8}")
-
-
-class ClassifierSpec(BaseModel):
-    """Everything that makes a classifier what it is, apart from its weights and its classes."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    arch: str = Field(default="resnet50", description="The network, a key of resdet.models.archs.ARCHS.")
-    norm: Literal["batch", "group"] = Field(
-        default="batch", description="Normalisation: batch, or group (32 groups), which small batches do not harm."
-    )
-    norm_eps: float = Field(default=1e-5, ge=0, description="Added to the variance by every norm.")
-    stride_in_1x1: bool = Field(
-        default=False,
-        description="Bottlenecks stride in their first 1x1 convolution, as He et al. 2016 do, and not in the 3x3.",
-    )
-    image_size: PositiveInt = Field(default=224, description="Side in pixels of the square images it is made for.")
-    image_mean: tuple[float, float, float] = Field(
-        default=(0.485, 0.456, 0.406), description="Subtracted from the red, green and blue of images in [0, 1]."
-    )
-    image_std: tuple[Positive, Positive, Positive] = Field(
-        default=(0.229, 0.224, 0.225),
-        description="What red, green and blue are divided by after that; 1/255 leaves differences of 8-bit pixels.",
-    )
-
-    @field_validator("arch")
-    @classmethod
-    def _arch_is_known(cls, arch: str) -> str:
-        find_arch(arch)
-        return arch
 
 
 @dataclass(frozen=True)
@@ -278,7 +248,5 @@ def _num_classes(tensors: dict[str, Tensor]) -> int | None:
 
 
 def _class_names(num_classes: int) -> tuple[str, ...]:
-    from torchvision.models import ResNet50_Weights
-
     names: list[str] = ResNet50_Weights.IMAGENET1K_V1.meta["categories"]
     return tuple(names) if len(names) == num_classes else tuple(map(str, range(num_classes)))

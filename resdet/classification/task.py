@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchvision.transforms import v2
 
 from resdet.classification.build import build_images, build_pretrained, build_train_view
 from resdet.classification.config import ClassifierEvalConfig, ClassifierTrainConfig, PretrainConfig
@@ -74,10 +75,8 @@ def pretrain(config: PretrainConfig) -> TrainResult:
             warmup_until_error=config.optim.warmup_until_error,
         )
         view = build_train_view(config.augment, classifier)
-        objective = Objective(classifier, config.train)
-        task = ClassificationTask(
-            classifier, train_set, val_set, view, objective, settings, config.loader, config.eval, team
-        )
+        sections = config.train, config.loader, config.eval
+        task = ClassificationTask(classifier, train_set, val_set, view, settings, *sections, team)
         return run(task, settings, team, stop, begun=begun)
 
 
@@ -86,11 +85,11 @@ class ClassificationTask:
 
     Args:
         classifier: The classifier, its network on its device.
-        train_set: What it learns from.
-        val_set: What it is evaluated on.
-        view: Makes what training sees of an image.
-        objective: Computes the loss.
+        train_set: The training images.
+        val_set: The images to evaluate on.
+        view: Makes the random view of a training image.
         settings: The run's settings.
+        train: Targets of the loss, and precision.
         loader: How images are read.
         evaluation: How the classifier is evaluated.
         team: The processes of the run.
@@ -105,16 +104,16 @@ class ClassificationTask:
         train_set: LabelledImages,
         val_set: LabelledImages,
         view: TrainView,
-        objective: Objective,
         settings: RunSettings,
+        train: ClassifierTrainConfig,
         loader: LoaderConfig,
         evaluation: ClassifierEvalConfig,
         team: Processes,
     ) -> None:
         self.model = classifier.network
-        self._classifier, self._objective = classifier, objective
-        self._train_set, self._val_set, self._view = train_set, val_set, view
-        self._settings, self._loader, self._eval, self._team = settings, loader, evaluation, team
+        self._classifier, self._train_set, self._val_set, self._view = classifier, train_set, val_set, view
+        self._settings, self._train, self._loader, self._eval, self._team = settings, train, loader, evaluation, team
+        self._mix = _mixing(train, len(classifier.classes))
 
     def describe(self) -> list[str]:
         """Return lines for the log on model and data."""
@@ -141,8 +140,17 @@ class ClassificationTask:
         )
 
     def losses(self, parallel: nn.Module, batch: TrainBatch) -> dict[str, Tensor]:
-        """Compute the loss and the error of a batch (``Objective``)."""
-        return self._objective(parallel, batch)
+        """Compute the cross entropy, of smoothed labels and mixed images if wanted, and the share of wrong answers."""
+        device = self._team.device
+        pixels, shifts = batch.images.to(device, non_blocking=True), batch.shifts.to(device, non_blocking=True)
+        images = self._classifier.normalise(pixels, shifts)  # float32 [B, 3, S, S]
+        targets = labels = batch.labels.to(device, non_blocking=True)  # [B]
+        if self._mix is not None:
+            images, targets = self._mix(images, labels)  # targets: [B, K]
+        with autocast(device, self._train.precision):
+            scores = parallel(images)  # [B, K]
+        loss = F.cross_entropy(scores.float(), targets, label_smoothing=self._train.label_smoothing)
+        return {"loss": loss, "error": (scores.detach().argmax(1) != labels).float().mean()}
 
     def not_finite(
         self, moment: guards.Moment, values: dict[str, Tensor], batches: Sequence[TrainBatch]
@@ -193,50 +201,11 @@ class ClassificationTask:
         return replace(self._classifier, network=network)
 
 
-class Objective:
-    """Computes what a classifier is trained on: the cross entropy, of smoothed labels and mixed images if wanted.
-
-    Args:
-        classifier: The classifier, its network on its device.
-        train: The configuration's section ``train``.
-    """
-
-    def __init__(self, classifier: ImageClassifier, train: ClassifierTrainConfig) -> None:
-        self._classifier, self._train = classifier, train
-        self._mix = _mixing(train, len(classifier.classes))
-
-    def __call__(self, parallel: nn.Module, batch: TrainBatch) -> dict[str, Tensor]:
-        """Compute the loss of a batch, moving it to the network's device.
-
-        Args:
-            parallel: The network, in training mode, or its wrapper for several processes.
-            batch: Images in host memory; copied asynchronously if pinned.
-
-        Returns:
-            ``loss``, and ``error``: the share of images whose own class did not get the highest score.
-        """
-        device = next(self._classifier.network.parameters()).device
-        pixels, shifts = (part.to(device, non_blocking=True) for part in (batch.images, batch.shifts))
-        images = self._classifier.normalise(pixels, shifts)  # float32 [B, 3, S, S]
-        targets = labels = batch.labels.to(device, non_blocking=True)  # [B]
-        if self._mix is not None:
-            images, targets = self._mix(images, labels)  # targets: [B, K]
-        with autocast(device, self._train.precision):
-            scores = parallel(images)  # [B, K]
-        loss = F.cross_entropy(scores.float(), targets, label_smoothing=self._train.label_smoothing)
-        return {"loss": loss, "error": (scores.detach().argmax(1) != labels).float().mean()}
-
-
 def _mixing(train: ClassifierTrainConfig, num_classes: int) -> Mix | None:
     """Return what mixes the images of a batch, by torch's own random numbers, or None."""
-    from torchvision.transforms import v2
-
     kinds: list[Any] = []
     if train.mixup:
         kinds.append(v2.MixUp(alpha=train.mixup, num_classes=num_classes))
     if train.cutmix:
         kinds.append(v2.CutMix(alpha=train.cutmix, num_classes=num_classes))
-    if not kinds:
-        return None
-    mix: Mix = kinds[0] if len(kinds) == 1 else v2.RandomChoice(kinds)
-    return mix
+    return v2.RandomChoice(kinds) if len(kinds) > 1 else kinds[0] if kinds else None

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms import InterpolationMode
+from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as F
 
 if TYPE_CHECKING:
@@ -73,8 +73,6 @@ class TrainView:
     def __init__(
         self, augment: AugmentConfig, *, size: int, resize: int, mean_colour: tuple[int, int, int] = (0, 0, 0)
     ) -> None:
-        from torchvision.transforms import v2
-
         bilinear = InterpolationMode.BILINEAR
         steps: list[Callable[[Any], Any]] = []
         if augment.crop == "short_side":

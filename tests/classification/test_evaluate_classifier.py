@@ -11,7 +11,8 @@ from PIL import Image
 
 from resdet.classification.data import LabelledImages, read_folder
 from resdet.classification.evaluate import evaluate_classifier, probabilities
-from resdet.classification.model import ClassifierSpec, ImageClassifier, make_classifier, match_classes
+from resdet.classification.model import ImageClassifier, make_classifier, match_classes
+from resdet.classification.spec import ClassifierSpec
 from resdet.errors import DataError, WeightsError
 from resdet.evaluation.settings import InferenceSettings
 

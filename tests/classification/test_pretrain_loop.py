@@ -14,7 +14,8 @@ from small_classes import ROOT, config_of, different, logged
 
 from resdet.classification.build import measure_mean
 from resdet.classification.data import read_folder
-from resdet.classification.model import ClassifierSpec, load_classifier, load_first_weights, make_classifier
+from resdet.classification.model import load_classifier, load_first_weights, make_classifier
+from resdet.classification.spec import ClassifierSpec
 from resdet.classification.task import pretrain
 from resdet.errors import DataError, Interrupted, TrainingError, UserError
 from resdet.training import loop
