@@ -38,9 +38,7 @@ logger = logging.getLogger(__name__)
 def build_images(source: Source, *, classes: Sequence[str] | None = None) -> LabelledImages:
     """Read or list a dataset.
 
-    Args:
-        source: One of the configuration's ``data`` sections.
-        classes: Classes of a folder whose section names none; None: its own.
+    ``classes`` are those of a folder whose section names none; None takes the names of its subfolders.
 
     Raises:
         DataError: If anything of it is missing or damaged.
@@ -96,13 +94,7 @@ def build_pretrained(
 
 
 def measure_mean(images: LabelledImages, *, num_images: int, resize: int, size: int) -> Tensor:
-    """Average the centres of images.
-
-    Args:
-        images: The images.
-        num_images: How many of them, evenly spread; all if there are fewer.
-        resize: Length of the short side before the centre is cut.
-        size: Side of the centre.
+    """Average the centres (``centre_views``) of ``num_images`` images, evenly spread, or of all if there are fewer.
 
     Returns:
         float32 ``[3, size, size]`` in [0, 1].

@@ -61,19 +61,7 @@ def train_loader(
     seed: int = 0,
     start_batch: int = 0,
 ) -> Iterator[TrainBatch]:
-    """Return this process's micro-batches without end, as ``resdet.data.loader.train_loader`` does.
-
-    Args:
-        images: The training images.
-        view: Makes the random view of an image.
-        team: The processes that share the images.
-        batch_size: As for ``TrainBatches``, like ``num_micro_batches``, ``seed`` and ``start_batch``.
-        num_micro_batches: Micro-batches of an optimizer step in this process.
-        num_workers: As for ``load_batches``, like ``stall_seconds``. Batches do not depend on it.
-        stall_seconds: Waiting time after which a warning is logged.
-        seed: Decides order and augmentation.
-        start_batch: Optimizer steps already done by an interrupted run.
-    """
+    """Return this process's micro-batches without end, as ``resdet.data.loader.train_loader`` does."""
     keys = TrainBatches(
         np.ones((len(images), 2), dtype=np.int64),  # all views have one size, so images are not grouped by size
         batch_size,
@@ -105,15 +93,8 @@ def eval_loader(
 ) -> Iterator[EvalBatch]:
     """Return this process's share of the images, as ``eval_keys`` divides them.
 
-    Args:
-        images: The images to evaluate on.
-        team: The processes that share the images.
-        views: ``single``, ``ten_crop`` or ``dense``.
-        resize: Length of the short side from which crops are taken.
-        size: Side of the crops.
-        scales: dense: lengths of the short side.
-        batch_size: Images of a batch; with dense views it is 1, since whole images differ in size.
-        num_workers: As for ``load_batches``.
+    Views are made as for ``evaluate_classifier``, crops of side ``size``. With dense views a batch is one image, since
+    whole images differ in size.
     """
     look: Callable[[Image.Image], list[Tensor]]
     if views == "dense":

@@ -81,19 +81,7 @@ def pretrain(config: PretrainConfig) -> TrainResult:
 
 
 class ClassificationTask:
-    """A classifier in training (``resdet.training.loop.Task``).
-
-    Args:
-        classifier: The classifier, its network on its device.
-        train_set: The training images.
-        val_set: The images to evaluate on.
-        view: Makes the random view of a training image.
-        settings: The run's settings.
-        train: Targets of the loss, and precision.
-        loader: How images are read.
-        evaluation: How the classifier is evaluated.
-        team: The processes of the run.
-    """
+    """A classifier in training: implements ``resdet.training.loop.Task``, which documents the methods."""
 
     image_size_keys = "model.image_size"
     shown_metrics: Sequence[str] = ("top1", "top5", "val_loss")

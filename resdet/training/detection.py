@@ -76,17 +76,7 @@ def train(config: Config) -> TrainResult:
 
 
 class DetectionTask:
-    """A detector in training (``resdet.training.loop.Task``).
-
-    Args:
-        model: The detector, on its device.
-        train_set: What it learns from.
-        val_set: What it is evaluated on.
-        settings: The run's settings.
-        loader: How images are read and in which order.
-        evaluation: How the detector is evaluated.
-        team: The processes of the run.
-    """
+    """A detector in training: implements ``resdet.training.loop.Task``, which documents the methods."""
 
     image_size_keys = "model.min_size, model.max_size"
     shown_metrics: Sequence[str] = ("AP", "AP50", "AP75")
@@ -227,16 +217,8 @@ def not_finite(
 ) -> TrainingError:
     """Save a step of a detector whose loss or gradient is not finite and return the error that reports it.
 
-    What is saved is enough for ``repeat_step``: the weights before the step, the images as the model was given them,
-    the targets, and the seeds.
-
-    Args:
-        moment: Which step.
-        values: Loss, its parts and the gradient's norm, scalars.
-        model: The detector, with the gradients.
-        micro_batches: The step's images and targets in this process.
-        table: Names the images.
-        folder: The run's folder.
+    The file holds enough for ``repeat_step``: the weights before the step, the images as the model was given them, the
+    targets, and the seeds.
     """
     indices = [index for batch in micro_batches for index in batch.indices]
     content = checkpoint_payload(model)

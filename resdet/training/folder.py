@@ -54,9 +54,7 @@ def claimed(folder: Path) -> Iterator[None]:
 def checkpoint_to_resume(folder: Path, resume: str | None) -> Path | None:
     """Return the checkpoint to resume from; None for a new run, whose folder must not hold another.
 
-    Args:
-        folder: The run's folder.
-        resume: ``auto``, the path of a checkpoint, or None.
+    ``resume`` is the configuration's: ``auto``, the path of a checkpoint, or None.
 
     Raises:
         UserError: If the folder holds a run and ``resume`` is None.

@@ -107,12 +107,8 @@ def after_out_of_memory(
 ) -> int:
     """Return in how many pieces to try again after a step ran out of memory.
 
-    Args:
-        error: What the step raised; anything but a lack of memory is raised again as it is.
-        num_pieces: Parts in which micro-batches were computed.
-        micro_batch_size: Images of a micro-batch.
-        may_retry: Whether the configuration allows it.
-        image_size_keys: The keys of the configuration that make images smaller.
+    Any other ``error`` is raised again as it is. ``image_size_keys`` are the configuration's keys that make images
+    smaller, for the message.
 
     Raises:
         TrainingError: If memory ran out and smaller pieces are not allowed or not possible; names what to lower.

@@ -20,11 +20,6 @@ def launched(
 ) -> Iterator[tuple[Processes, StopSignals, Path | None]]:
     """Join the run's processes, claim its folder and take over SIGTERM and SIGINT, until the block ends.
 
-    Args:
-        output_dir: The run's folder.
-        train: The configuration's section ``train``.
-        resume: The configuration's ``resume``.
-
     Yields:
         The processes, the signals that have come, and the checkpoint to resume from (None: a new run).
 

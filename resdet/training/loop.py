@@ -99,12 +99,8 @@ def run(task: Task[BatchT], settings: RunSettings, team: Processes, stop: StopSi
     The host waits for a GPU where a line says so, and some dozens of times more inside a detector's forward pass (NMS,
     selections by masks): a step is not one queue of kernels.
 
-    Args:
-        task: What is trained.
-        settings: The run's settings.
-        team: The processes of the run, each of which calls this.
-        stop: The signals that have come.
-        begun: When the run began (``time.perf_counter``).
+    Every process of ``team`` calls this. ``stop`` holds the signals that have come, ``begun`` is when the run began
+    (``time.perf_counter``).
 
     Raises:
         TrainingError: If a loss or gradient is not finite, memory does not suffice, or a checkpoint cannot be written.
@@ -167,7 +163,7 @@ def run(task: Task[BatchT], settings: RunSettings, team: Processes, stop: StopSi
             learner.scaler.update()
             learner.optimizer.zero_grad(set_to_none=True)
             if learner.average is not None:
-                learner.average.update_parameters(learner.model)  # waits for the device: its count of updates is there
+                learner.average.update_parameters(learner.model)
 
             state.step += 1
             log.advance()
@@ -236,11 +232,7 @@ def save(task: Task[BatchT], learner: Learner, state: RunState) -> None:
 def compute_gradients(
     task: Task[BatchT], learner: Learner, state: RunState, micro_batches: Sequence[BatchT]
 ) -> dict[str, Tensor]:
-    """Compute the gradients of a step, in smaller pieces from then on if memory runs out and that is allowed.
-
-    Returns:
-        As ``accumulate_gradients``.
-    """
+    """Accumulate the gradients of a step, in smaller pieces from then on if memory runs out and that is allowed."""
     while True:
         try:
             return accumulate_gradients(task.losses, learner.parallel, micro_batches, state.num_pieces, learner.scaler)

@@ -30,15 +30,10 @@ def build_optimizer(
     weight_decay: float = 1e-4,
     norm_weight_decay: float = 0.0,
 ) -> torch.optim.Optimizer:
-    """Build the optimizer of a model's trainable parameters.
+    """Build the optimizer of the parameters with ``requires_grad``; arguments are the keys of the section ``optim``.
 
-    Args:
-        model: Its parameters with ``requires_grad`` are trained.
-        name: ``sgd`` (with momentum) or ``adamw``.
-        lr: Learning rate; ``set_lr`` changes it.
-        momentum: SGD's momentum; AdamW keeps its defaults (0.9, 0.999).
-        weight_decay: Decay of everything but the norms.
-        norm_weight_decay: Decay of the norms' scales and offsets (as torchvision's ``--norm-weight-decay``).
+    AdamW keeps its default momenta (0.9, 0.999). ``norm_weight_decay`` is for the norms' scales and offsets
+    (torchvision's ``--norm-weight-decay``), ``weight_decay`` for everything else.
     """
     norms = {id(p) for module in model.modules() if isinstance(module, _NORMS) for p in module.parameters()}
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -72,17 +67,10 @@ def lr_factor(
     milestones: Sequence[float] = (),
     gamma: float = 0.1,
 ) -> float:
-    """Return what the rate is multiplied by at a step.
+    """Return the factor of the rate at a step (0 for the first); arguments are the keys of the section ``optim``.
 
-    Args:
-        step: 0 for the first.
-        num_steps: Length of the run.
-        warmup_steps: Length of the linear warmup, which multiplies the schedule.
-        warmup_factor: Where the warmup begins.
-        schedule: ``multistep`` multiplies by ``gamma`` at each milestone; ``cosine`` falls from 1 to 0
-            (Loshchilov & Hutter 2017, without restarts) over the whole run.
-        milestones: Fractions of the run, in (0, 1).
-        gamma: See ``schedule``.
+    ``multistep`` multiplies by ``gamma`` at each milestone, a fraction of the run; ``cosine`` falls from 1 to 0 over
+    the whole run (Loshchilov & Hutter 2017, without restarts). The linear warmup multiplies the schedule.
     """
     factor = 1.0
     if schedule == "multistep":

@@ -101,7 +101,7 @@ class Learner:
             self.scaler.unscale_(self.optimizer)
             return clip_grad_norm_(trained, max_norm)
         norm = get_total_norm([p.grad for p in trained if p.grad is not None])
-        return norm / self.scaler.get_scale() if self.scaler.is_enabled() else norm
+        return norm / self.scaler.get_scale() if self.scaler.is_enabled() else norm  # fp16: waits for the device
 
 
 def set_up(model: nn.Module, settings: RunSettings, team: Processes) -> tuple[Learner, RunState]:
