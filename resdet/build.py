@@ -224,7 +224,8 @@ def _calibration_batches(model: Detector, dataset: DetectionDataset, num_images:
     model.transform.eval()
     for start in range(0, num_images, 16):
         indices = range(start, min(start + 16, num_images))
-        images = [torch.from_numpy(dataset.stored(i).image).permute(2, 0, 1).float() / 255 for i in indices]
+        pixels = (torch.from_numpy(dataset.stored(i).image) for i in indices)  # uint8 [H, W, 3] each
+        images = [image.permute(2, 0, 1).float() / 255 for image in pixels]  # [3, H, W] in [0, 1]
         yield model.transform(images)[0].tensors
     model.transform.train(training)
 
