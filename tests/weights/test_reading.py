@@ -344,7 +344,8 @@ def test_a_detectors_checkpoint_from_before(tmp_path: Path) -> None:
         ours, expected = model([image])[0], theirs([image])[0]
     assert len(expected["boxes"]) > 10
     assert all(torch.equal(ours[name], expected[name]) for name in ("boxes", "labels", "scores"))
-    assert (load_training_state(tmp_path / "last.pt", model).step, model.score_threshold) == (300, 0.62)
+    assert load_training_state(tmp_path / "last.pt", model) == TRAINING
+    assert model.score_threshold == 0.62
     again = checkpoint_payload(model)
     assert list(again) == ["format", "spec", "categories", "score_threshold", "model"]
     assert {name: again[name] for name in ("format", "spec", "categories")} == {
