@@ -17,12 +17,7 @@ _MIN_EVIDENCE = 5
 
 
 def box_problems(table: AnnotationTable, *, one_based: bool) -> Iterator[Problem]:
-    """Yield what is wrong with, or remarkable about, the boxes of a table.
-
-    Args:
-        table: Finite boxes of known images; an annotation id of -1 stands for none.
-        one_based: Whether the boxes' files count pixels from 1, as VOC does.
-    """
+    """Yield what is wrong with, or remarkable about, the finite boxes of a table; ``one_based`` ones are VOC's."""
     names = _BoxNames(table, one_based)
     x, y, w, h = table.boxes_xywh.T  # [N] each
     height, width = table.sizes[names.image].T.astype(np.float64)

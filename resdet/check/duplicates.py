@@ -32,13 +32,8 @@ def duplicate_problems(
 ) -> Iterator[tuple[str | None, Problem]]:
     """Yield groups of files with the same pixels and pairs of nearly the same pictures.
 
-    Args:
-        tables: The splits.
-        paths: Of each split, the image files by image index.
-        facts: Of each file.
-
-    Returns:
-        The split, None for a problem that concerns both, and the problem.
+    ``tables`` and ``paths`` (by image index) are those of each split, ``facts`` those of each file. Each problem comes
+    with the name of its split, or None if it concerns both.
     """
     users: dict[str, list[tuple[str, int]]] = defaultdict(list)  # of each file
     for split, of_split in paths.items():

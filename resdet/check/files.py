@@ -123,13 +123,7 @@ def shared_files(tables: Mapping[str, AnnotationTable], paths: Mapping[str, Mapp
 def decoded_problems(
     table: AnnotationTable, paths: Mapping[int, str], facts: Mapping[str, ImageFacts]
 ) -> Iterator[Problem]:
-    """Yield what is wrong with decoded images, or with annotations that do not fit them.
-
-    Args:
-        table: The annotations.
-        paths: Image files by image index.
-        facts: What decoding each file gave.
-    """
+    """Yield what is wrong with decoded images (``paths`` by image index), or does not fit their annotations."""
     modes: dict[str, list[int]] = defaultdict(list)
     for index, path in paths.items():
         found = facts[path]
@@ -160,21 +154,13 @@ def _width_height(size: tuple[int, ...]) -> str:
 
 @dataclass(frozen=True)
 class ImageFacts:
-    """What decoding an image file gave.
-
-    Attributes:
-        path: The file.
-        error: Why it cannot be read, or empty.
-        header: Its size, mode and orientation; None if it cannot be read.
-        digest: Hash of the decoded pixels and their shape; empty if it cannot be read.
-        thumbnail: Its gray version of 16 x 17 pixels as bytes; empty if it cannot be read.
-    """
+    """What decoding an image file gave: an error, or all but that."""
 
     path: str
     error: str = ""
     header: ImageHeader | None = None
-    digest: bytes = b""
-    thumbnail: bytes = b""
+    digest: bytes = b""  # of the decoded pixels and their shape
+    thumbnail: bytes = b""  # gray levels, THUMBNAIL_SIZE
 
 
 def image_facts(path: str) -> ImageFacts:
@@ -192,13 +178,7 @@ def image_facts(path: str) -> ImageFacts:
 
 
 def all_image_facts(paths: Sequence[str], *, num_workers: int, progress: bool) -> dict[str, ImageFacts]:
-    """Decode many image files in several processes, and return what was found by path.
-
-    Args:
-        paths: The files.
-        num_workers: Processes; 0 decodes in this one.
-        progress: Show a bar on stderr.
-    """
+    """Decode image files in ``num_workers`` processes (0: in this one), and return what was found by path."""
     with tqdm(total=len(paths), desc="images", unit="image", disable=not progress, leave=False) as bar:
         facts = {}
         for found in _in_processes(paths, num_workers) if num_workers else map(image_facts, paths):

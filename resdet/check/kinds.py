@@ -29,17 +29,11 @@ COCO's boxes."""
 
 
 class Kind(NamedTuple):
-    """One kind of problem.
-
-    Attributes:
-        severity: In training data, and in other splits unless ``elsewhere`` is given.
-        meaning: One line for the report.
-        elsewhere: Severity outside training data.
-    """
+    """One kind of problem."""
 
     severity: Severity
-    meaning: str
-    elsewhere: Severity | None = None
+    meaning: str  # one line for the report
+    elsewhere: Severity | None = None  # outside training data, if different there
 
 
 _REFUSED = "refused when read"

@@ -14,16 +14,10 @@ from resdet.data.coco_rules import Problem
 
 @dataclass(frozen=True)
 class Finding:
-    """All problems of one kind in one split.
+    """All problems of one kind in one split, in the order of the data."""
 
-    Attributes:
-        split: ``"train"``, ``"val"``, or ``"train and val"`` for what concerns both.
-        kind: A key of ``KINDS``.
-        problems: One or more, in the order of the data.
-    """
-
-    split: str
-    kind: str
+    split: str  # "train", "val", or "train and val" for what concerns both
+    kind: str  # a key of KINDS
     problems: tuple[Problem, ...]
 
     @property
@@ -48,23 +42,14 @@ def grouped(split: str, problems: Iterable[Problem]) -> list[Finding]:
 
 @dataclass(frozen=True)
 class SplitSummary:
-    """What a split holds.
-
-    Attributes:
-        name: ``"train"`` or ``"val"``.
-        source: Where it came from.
-        num_images: Images that can be used, as far as annotations tell.
-        boxes_per_class: Boxes of each class that training uses, difficult ones included, in label order.
-        coverage: How many boxes the anchors reach; None where no anchors were given.
-        num_files: Image files that were decoded.
-    """
+    """What a split holds."""
 
     name: str
     source: str
-    num_images: int
-    boxes_per_class: dict[str, int]
-    coverage: Coverage | None
-    num_files: int
+    num_images: int  # with usable records
+    boxes_per_class: dict[str, int]  # that training uses, difficult ones included, in label order
+    coverage: Coverage | None  # None where no anchors were given
+    num_files: int  # image files that were decoded
 
     def to_plain(self) -> dict[str, Any]:
         """Return everything as plain values for a json file."""
@@ -86,15 +71,10 @@ class SplitSummary:
 
 @dataclass(frozen=True)
 class Report:
-    """What ``check_dataset`` found.
-
-    Attributes:
-        splits: What each split holds.
-        findings: Errors first, then warnings, then infos; train before val.
-    """
+    """What ``check_dataset`` found."""
 
     splits: tuple[SplitSummary, ...]
-    findings: tuple[Finding, ...]
+    findings: tuple[Finding, ...]  # errors first, then warnings, then infos; train before val
 
     @property
     def wrong(self) -> bool:

@@ -15,25 +15,15 @@ from resdet.errors import DataError
 
 @dataclass(frozen=True)
 class DataSplit:
-    """A split of a dataset, as it is in its files.
+    """A split of a dataset, as it is in its files."""
 
-    Attributes:
-        name: ``"train"`` or ``"val"``.
-        source: Where it came from, for messages.
-        records: Its images, annotations and categories, sound and damaged.
-        root: Folder of its images; None for pictures that are drawn.
-        classes: Names of the classes that are used; all if None.
-        one_based: Whether its files count pixels from 1, as VOC does.
-        problems: What is wrong with the files themselves.
-    """
-
-    name: str
-    source: str
+    name: str  # "train" or "val"
+    source: str  # where it came from, for messages
     records: CocoRecords
-    root: Path | None
-    classes: tuple[str, ...] | None = None
-    one_based: bool = False
-    problems: tuple[Problem, ...] = ()
+    root: Path | None  # folder of its images; None for pictures that are drawn
+    classes: tuple[str, ...] | None = None  # names of the classes that are used; all if None
+    one_based: bool = False  # whether its files count pixels from 1, as VOC does
+    problems: tuple[Problem, ...] = ()  # what is wrong with the files themselves
 
 
 def coco_split(name: str, images: Path, annotations: Path, classes: Sequence[str] | None = None) -> DataSplit:

@@ -216,6 +216,7 @@ def _write(entry: Path, table: AnnotationTable, state: _State, digest: str) -> b
     try:
         entry.parent.mkdir(parents=True, exist_ok=True)
         with written_whole(entry) as temporary:
+            # safetensors' save_file would make it unreadable for other users of a shared cache.
             temporary.write_bytes(save(arrays, {"facts": facts, "sha256": _checksum(arrays, facts)}))
     except OSError as error:
         _log_unwritable(entry.parent, str(error))

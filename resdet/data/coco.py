@@ -64,12 +64,7 @@ def usable_table(records: CocoRecords, name: str, *, difficult: bool = False) ->
     """Make a table of whatever obeys the format in records that may also break it.
 
     Of several images or categories with the same id the first is used. An annotation without an id gets -1, a category
-    without a name is named after its id.
-
-    Args:
-        records: As in the file.
-        name: The table's.
-        difficult: Whether annotations carry VOC's ``difficult``.
+    without a name is named after its id. With ``difficult``, annotations carry VOC's flag of that name.
     """
     return _to_table(_usable_columns(records, difficult=difficult), name)
 

@@ -33,23 +33,14 @@ _KINDS = {"images": "image", "annotations": "annotation", "categories": "categor
 
 @dataclass(frozen=True)
 class Problem:
-    """Something about a dataset that its owner should know.
+    """Something about a dataset that its owner should know, with the ids and the file concerned."""
 
-    Attributes:
-        kind: Names the kind of problem (``"duplicate_image_id"``); ``resdet.check.kinds`` explains each.
-        message: One line: what must hold, what was found, and in which record.
-        image_ids: Images concerned, by the dataset's ids.
-        annotation_ids: Annotations concerned, by the dataset's ids.
-        file: The file concerned.
-        count: Number of records, files or pairs that it stands for.
-    """
-
-    kind: str
-    message: str
+    kind: str  # explained in resdet.check.kinds
+    message: str  # one line: what must hold, what was found, and in which record
     image_ids: tuple[int, ...] = ()
     annotation_ids: tuple[int, ...] = ()
     file: str = ""
-    count: int = 1
+    count: int = 1  # records, files or pairs that it stands for
 
     def __str__(self) -> str:
         return f"{self.file}: {self.message}" if self.file else self.message
@@ -57,18 +48,10 @@ class Problem:
 
 @dataclass(frozen=True)
 class CocoRecords:
-    """A COCO json: three lists, whose entries may be anything.
-
-    Attributes:
-        path: The file.
-        document: All of it; the three sections below are its entries.
-        images: ``document["images"]``.
-        annotations: ``document["annotations"]``.
-        categories: ``document["categories"]``.
-    """
+    """A COCO json: three lists, whose entries may be anything."""
 
     path: Path
-    document: Record
+    document: Record  # the whole file; the three lists are among its entries
     images: list[Any]
     annotations: list[Any]
     categories: list[Any]

@@ -12,9 +12,10 @@ from multiprocessing.reduction import ForkingPickler
 
 import numpy as np
 import pytest
+import torch
 from benchmarks.coco_json import write_coco_json
 
-from resdet.data import cache, coco
+from resdet.data import cache, coco, sharing
 from resdet.data.coco import read_coco
 from resdet.data.sharing import memory_of
 from resdet.errors import DataError
@@ -306,6 +307,20 @@ def test_pickled_parts_are_names_with_places(folder, source, contents):
     pickled = ForkingPickler.dumps(table)
     assert len(pickled) < 10_000
     assert contents(pickle.loads(pickled)) == contents(table)
+
+
+def test_columns_of_another_class_order_are_moved_and_the_others_stay_in_the_file(
+    folder, source, contents, monkeypatch
+):
+    monkeypatch.setattr(sharing, "_SMALL", 0)
+    whole = read_coco(source)
+    table = whole.select_classes([category.name for category in reversed(whole.categories)])
+    expected = contents(table)
+    again = pickle.loads(ForkingPickler.dumps(table))
+    assert contents(again) == contents(table) == expected
+    for sent in (table, again):
+        assert isinstance(memory_of(sent.labels), torch.Tensor)
+        assert str(memory_of(sent.boxes_xywh).filename) == str(entry_in(folder))
 
 
 def test_removed_while_in_use_it_still_serves(folder, source, contents):
