@@ -1,0 +1,1 @@
+"""The training loop, what a detector adds to it, and the files and guards of a run."""
