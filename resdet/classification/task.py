@@ -75,8 +75,9 @@ def pretrain(config: PretrainConfig) -> TrainResult:
             warmup_until_error=config.optim.warmup_until_error,
         )
         view = build_train_view(config.augment, classifier)
-        sections = config.train, config.loader, config.eval
-        task = ClassificationTask(classifier, train_set, val_set, view, settings, *sections, team)
+        task = ClassificationTask(
+            classifier, train_set, val_set, view, settings, config.train, config.loader, config.eval, team
+        )
         return run(task, settings, team, stop, begun=begun)
 
 

@@ -98,7 +98,7 @@ def newest_whole(folder: Path) -> Path | None:
         problem = damage(path)
         if problem is None:
             if damaged:
-                logger.warning("%s; going on from %s", "; ".join(damaged), path)
+                logger.warning("%s; resuming from %s", "; ".join(damaged), path)
             return path
         damaged.append(f"{path} is damaged ({problem})")
     if damaged:

@@ -84,7 +84,7 @@ def test_a_flipped_bit_is_found_and_the_checkpoint_before_it_used(finished: Path
     torch.load(run / "last.pt", weights_only=True)  # torch itself does not notice
     done = train(run, *SHORT, "resume=auto")
     assert f"{run / 'last.pt'} is damaged (checksum of " in done.stderr
-    assert f"going on from {run / 'previous.pt'}" in done.stderr
+    assert f"resuming from {run / 'previous.pt'}" in done.stderr
     assert differences(finished / "last.pt", run / "last.pt") == []
 
 

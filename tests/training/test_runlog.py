@@ -1,4 +1,4 @@
-"""metrics.jsonl of a run that goes on after an interruption."""
+"""metrics.jsonl of a run that is resumed after an interruption."""
 
 import json
 from pathlib import Path

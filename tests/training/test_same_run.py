@@ -141,7 +141,7 @@ def test_a_signal_leaves_a_checkpoint_and_a_clear_line(untouched: Path, tmp_path
     _, told = process.communicate(timeout=120)
     assert process.returncode == 128 + signal.SIGTERM, told
     assert "stopped by SIGTERM after step " in told.splitlines()[-1]
-    assert "resume=auto goes on" in told
+    assert "resume=auto continues the run" in told
     assert "Traceback" not in told
     train(folder, *KILLED_RUN, "resume=auto")
     assert_equal_runs(untouched, folder)
