@@ -147,7 +147,7 @@ def processes(device: Literal["auto", "cpu", "cuda"]) -> Iterator[Processes]:
             raise
         raise TrainingError(
             f"process {rank}: another process of this run died or cannot be reached any more ({_first_line(error)}); "
-            "its own message is above. torchrun --max-restarts 3 restarts all of them, and resume=auto continues the run"
+            "its own message is above. torchrun --max-restarts 3 restarts all of them, and resume=auto continues it"
         ) from error
     finally:
         dist.destroy_process_group()
