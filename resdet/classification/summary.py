@@ -17,7 +17,8 @@ from resdet.errors import UserError
 from resdet.models.archs import ResNetArch, VGGArch, find_arch
 from resdet.models.bodies import Body, Classifier, build_classifier
 from resdet.models.norm import conv_norm_names
-from resdet.models.resnet import BasicBlock, Bottleneck, PooledProjection, Projection
+from resdet.models.resnet import BasicBlock, Bottleneck
+from resdet.models.shortcuts import PooledProjection, Projection
 
 _LAYERS = (nn.Conv2d, nn.Linear)
 

@@ -26,8 +26,8 @@ from resdet.weights.source import WeightsSource
 ExtraBlocks = Literal["pool", "p6p7"]
 
 
-class FeaturePyramid(FeaturePyramidNetwork):  # type: ignore[misc]  # torchvision ships no types
-    """torchvision's FeaturePyramidNetwork, which adds a level to the one above in the lateral convolution itself."""
+class FastFeaturePyramid(FeaturePyramidNetwork):  # type: ignore[misc]  # torchvision ships no types
+    """torchvision's FeaturePyramidNetwork, each lateral convolution and the sum with the level above one operation."""
 
     def forward(self, x: dict[str, Tensor]) -> dict[str, Tensor]:
         """Compute the levels from features ``[B, C, H, W]`` by name, finest first."""
@@ -40,7 +40,7 @@ class FeaturePyramid(FeaturePyramidNetwork):  # type: ignore[misc]  # torchvisio
         parts = list(zip(features, self.inner_blocks, self.layer_blocks, strict=True))
         for feature, lateral, output in reversed(parts):
             above = None if inner is None else F.interpolate(inner, size=feature.shape[-2:], mode="nearest")
-            inner = conv(feature, lateral[0], residual=above)
+            inner = conv(feature, lateral[0], residual=above)  # [B, out_channels, H, W], as above
             levels.insert(0, conv(inner, output[0]))
         levels, names = self.extra_blocks(levels, features, list(x))
         return OrderedDict(zip(names, levels, strict=True))
@@ -50,12 +50,12 @@ class FeaturePyramid(FeaturePyramidNetwork):  # type: ignore[misc]  # torchvisio
 
 
 class ResNetFPN(nn.Module):
-    """A body and its feature pyramid; made by ``resnet_fpn``.
+    """A body and its feature pyramid; built by ``resnet_fpn``.
 
     Args:
-        body: Gives the features the pyramid is built on.
+        body: Computes the features that the pyramid is built on.
         out_channels: Channels of every level.
-        extra_blocks: What comes above the last stage: ``"pool"`` subsamples P5 to P6 (Faster and Mask R-CNN),
+        extra_blocks: The levels above the last stage: ``"pool"`` subsamples P5 to P6 (Faster and Mask R-CNN),
             ``"p6p7"`` computes P6 and P7 from P5 by strided convolutions (RetinaNet, FCOS).
 
     Attributes:
@@ -82,8 +82,9 @@ class ResNetFPN(nn.Module):
         else:
             raise UserError(f"extra_blocks must be 'pool' or 'p6p7', got {extra_blocks!r}")
         self.body = body
-        pyramid = FeaturePyramid if body.fast else FeaturePyramidNetwork
-        self.fpn = pyramid(body.channels, out_channels, extra_blocks=top)
+        self.fpn = (FastFeaturePyramid if body.fast else FeaturePyramidNetwork)(
+            body.channels, out_channels, extra_blocks=top
+        )
         self.out_channels = out_channels
         self.extra_blocks = extra_blocks
         self.level_names = [*body.return_layers.values(), *top_names]
@@ -102,6 +103,9 @@ class ResNetFPN(nn.Module):
         # The body's memory format carries through: every operation of the pyramid and of the heads on it keeps it.
         levels: dict[str, Tensor] = self.fpn(self.body(x))
         return levels
+
+    def __prepare_scriptable__(self) -> ResNetFPN:
+        return scripted_as(self, ResNetFPN)
 
 
 class SingleLevel(nn.Module):
@@ -130,6 +134,9 @@ class SingleLevel(nn.Module):
         levels: dict[str, Tensor] = self.body(x)
         return levels
 
+    def __prepare_scriptable__(self) -> SingleLevel:
+        return scripted_as(self, SingleLevel)
+
 
 def resnet_fpn(
     arch: str,
@@ -151,8 +158,8 @@ def resnet_fpn(
         weights: First weights of the body: None (random), a torchvision weight name or enum, a file or a URL.
         norm: ``"frozen"``, ``"batch"`` or ``"group"``.
         norm_eps: Added to the variance by every norm.
-        trainable_layers: How many stages take gradients, 0 to 5, counted from the last: layer4, layer3, layer2, layer1,
-            and the stem. 3 trains C3..C5.
+        trainable_layers: Number of stages that take gradients, 0 to 5, counted from the last: layer4, layer3, layer2,
+            layer1, and the stem. 3 trains C3..C5.
         returned_layers: Stages the pyramid is built on, rising; by default the four with strides 4 to 32 (1 to 4 of a
             ResNet, 3 to 6 of a VGG), all three of CIFAR's networks.
         out_channels: Channels of every pyramid level.
@@ -163,7 +170,7 @@ def resnet_fpn(
 
     Raises:
         UserError: If an argument is out of its range.
-        WeightsError: If the weights cannot be had or are not those of this body.
+        WeightsError: If the weights cannot be read or are not those of this body.
 
     Source: ``torchvision.models.detection.backbone_utils.resnet_fpn_backbone``, the same counting of trainable layers.
     """

@@ -1,4 +1,4 @@
-"""Any body by its name, and a body with its classifier."""
+"""Build any body by its name, and classifiers on bodies."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from resdet.errors import UserError
 from resdet.models.archs import VGGArch, find_arch
-from resdet.models.resnet import ResNet
-from resdet.models.vgg import VGG
+from resdet.models.resnet import FastResNet, ResNet
+from resdet.models.vgg import VGG, FastVGG
 
 Body: TypeAlias = ResNet | VGG
 
@@ -30,24 +30,23 @@ def make_body(
 
     Args:
         arch: Its name, a key of ``resdet.models.archs.ARCHS``.
-        norm: ``"frozen"``, ``"batch"`` or ``"group"``.
+        norm: As for ``ResNet``, like all that follow but ``fast``; a VGG has the first three.
         norm_eps: Added to the variance by every norm.
-        returned_layers: Stages to return; by default those that a feature pyramid is built on.
+        returned_layers: By default the stages that a feature pyramid is built on.
         fast: Run channels-last with frozen norms folded into the convolutions.
-        stride_in_1x1: See ``ResNet``; so are the next two.
-        dilate_c5: Dilate stage 4 and do not stride in it.
+        stride_in_1x1: Stride in the first 1x1 convolution of a bottleneck.
+        dilate_c5: Dilate stage 4 instead of striding in it.
         zero_init_residual: Start blocks as the identity.
 
     Raises:
         UserError: If there is no such architecture, or an argument is out of its range or not for this one.
     """
     if not isinstance(find_arch(arch), VGGArch):
-        return ResNet(
+        return (FastResNet if fast else ResNet)(
             arch,
             norm=norm,
             norm_eps=norm_eps,
             returned_layers=returned_layers,
-            fast=fast,
             stride_in_1x1=stride_in_1x1,
             dilate_c5=dilate_c5,
             zero_init_residual=zero_init_residual,
@@ -60,11 +59,11 @@ def make_body(
     if any(options.values()):
         wanted = ", ".join(name for name, on in options.items() if on)
         raise UserError(f"{wanted}: is for ResNets, {arch} is a VGG")
-    return VGG(arch, norm=norm, norm_eps=norm_eps, returned_layers=returned_layers, fast=fast)
+    return (FastVGG if fast else VGG)(arch, norm=norm, norm_eps=norm_eps, returned_layers=returned_layers)
 
 
 class Classifier(nn.Module):
-    """A body and what classifies its last features, under torchvision's parameter names.
+    """A body and the layers that classify its last features, under torchvision's parameter names.
 
     The body's own modules are this module's children, so that the state dict is that of torchvision's network of the
     same name (``conv1.weight``, ..., ``fc.bias``): ``load_state_dict`` is strict both ways, and the body of a detector
@@ -118,12 +117,12 @@ class Classifier(nn.Module):
         return self._body[0]
 
     def forward(self, x: Tensor) -> Tensor:
-        """Give the scores ``[B, num_classes]`` of images ``[B, 3, H, W]``, normalised by mean and deviation.
+        """Compute the scores ``[B, num_classes]`` of images ``[B, 3, H, W]``, normalised by mean and deviation.
 
         Images may have any size that the stages do not shrink to nothing.
         """
-        *_, features = self.body(x).values()
-        vectors = self.avgpool(features).flatten(1)
+        *_, features = self.body(x).values()  # [B, C, H / 32, W / 32]
+        vectors = self.avgpool(features).flatten(1)  # [B, C] of a ResNet, [B, C * 7 * 7] of a VGG
         scores: Tensor = self.classifier(vectors) if hasattr(self, "classifier") else self.fc(vectors)
         return scores
 

@@ -2,14 +2,15 @@
 
 ``relu(conv(x, weight * scale) + bias + residual)`` is what a residual network is made of. On a CPU each of these steps
 as an operation of its own reads and writes the whole feature map, and in bfloat16 that costs as much as the arithmetic
-of a 1x1 convolution. oneDNN does them while a block of the output is still in the core's cache; torch shows this as
-operators that its compiler uses (``torch.ops.mkldnn``), which are called here without compiling.
+of a 1x1 convolution. oneDNN does them while a block of the output is still in the core's cache; torch exposes this as
+operators that its compiler uses (``torch.ops.mkldnn``), which are called here without compiling. It is our own because
+torch has neither a module nor a gradient for them.
 
 Measured on 2 cores (AMD Zen 5, bfloat16), 64 -> 256 channels at 120x160, two images: convolution, addition and ReLU
 take 2.94 ms one after the other and 1.75 ms in one. Weights that are kept are brought into oneDNN's own order once
 (``PackedWeight``): at inference reading, ordering and writing them back had taken 58 of 640 ms. What did not pay:
 
-* Adding into the shortcut in place, 303 for 321 ms of a ResNet-101: whoever holds a block's input would see it
+* Adding into the shortcut in place, 303 for 321 ms of a ResNet-101: callers that hold a block's input would see it
   overwritten.
 * ``torch.compile`` of body and pyramid with inductor's freezing: 447 ms where this took 494 before weights were kept in
   oneDNN's order, which is what it gained by, and 21 s of compiling for each size of image.
@@ -17,7 +18,7 @@ take 2.94 ms one after the other and 1.75 ms in one. Weights that are kept are b
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -42,13 +43,13 @@ class Geometry(NamedTuple):
 
     @classmethod
     def of(cls, conv: nn.Conv2d) -> Geometry:
-        """Read that of a module."""
+        """Return that of a module."""
         assert not isinstance(conv.padding, str)
         return cls(conv.stride, conv.padding, conv.dilation, conv.groups)
 
 
 def compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
-    """Give the type in which a convolution of ``x`` runs: autocast's, where that is on, or else its weight's."""
+    """Return the type in which a convolution of ``x`` runs: autocast's, where that is on, or else its weight's."""
     device = x.device.type
     # Older compilers cannot follow the first question, and ask only of devices that have autocast.
     if (is_captured() or torch.amp.is_autocast_available(device)) and torch.is_autocast_enabled(device):
@@ -63,6 +64,7 @@ def convolve(
     geometry: Geometry,
     *,
     scale: Tensor | None = None,
+    packed: PackedWeight | None = None,
     residual: Tensor | None = None,
     relu: bool = False,
 ) -> Tensor:
@@ -73,10 +75,11 @@ def convolve(
 
     Args:
         x: ``[B, I, H, W]``.
-        weight: ``[O, I / groups, kh, kw]``, or as a ``PackedWeight`` has it.
+        weight: ``[O, I / groups, kh, kw]``.
         bias: ``[O]`` or None.
         geometry: How the kernel moves.
         scale: ``[O]``, multiplied into the weight; it takes no gradient.
+        packed: The weight in oneDNN's orders, which is used where oneDNN runs and nothing goes backward.
         residual: Of the output's shape, added to it.
         relu: Whether negative values become 0.
 
@@ -84,24 +87,19 @@ def convolve(
         ``[B, O, H', W']`` in ``compute_dtype(x, weight)``, channels-last where ``x`` is.
     """
     dtype = compute_dtype(x, weight)
+    x, residual = _as(x, dtype), None if residual is None else _as(residual, dtype)
     if not _runs_in_one(x, weight, residual, dtype):
         if scale is not None:
             weight = (weight * scale.reshape(-1, 1, 1, 1)).to(dtype=dtype, memory_format=torch.channels_last)
-            bias = None if bias is None else bias.to(dtype)
+            bias = _cast(bias, dtype)
         out: Tensor = F.conv2d(x, weight, bias, *geometry)
         if residual is not None:
-            out = out + residual
+            out += residual  # the output is ours alone, and a convolution's gradient does not need it
         return F.relu(out, inplace=True) if relu else out
-    x = x.to(dtype)
-    residual = None if residual is None else residual.to(dtype)
-    takes_gradients = torch.is_grad_enabled() and any(
-        tensor is not None and tensor.requires_grad for tensor in (x, weight, bias, residual)
-    )
-    if takes_gradients:
-        out = _Convolution.apply(x, weight, bias, scale, residual, dtype, geometry, relu)
-    else:
-        out = _run(x, _cast_weight(weight, scale, dtype), _cast(bias, dtype), residual, geometry, relu)
-    return out
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias, residual)):
+        return cast(Tensor, _Convolution.apply(x, weight, bias, scale, residual, dtype, geometry, relu))
+    ready = _cast_weight(weight, scale, dtype) if packed is None else packed.of(x.shape)
+    return _run(x, ready, _cast(bias, dtype), residual, geometry, relu)
 
 
 def conv(x: Tensor, module: nn.Conv2d, *, residual: Tensor | None = None, relu: nn.Module | None = None) -> Tensor:
@@ -125,18 +123,18 @@ def conv(x: Tensor, module: nn.Conv2d, *, residual: Tensor | None = None, relu: 
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Tell whether somebody wants to see what goes through a module."""
+    """Return whether a module has hooks, which must see what goes through it."""
     return bool(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )
 
 
 class PackedWeight:
-    """A weight in the orders in which oneDNN reads it; no other operation than ``convolve`` takes it then.
+    """A weight in the orders in which oneDNN reads it, for ``convolve``.
 
-    The best order depends on the shape of the input, and one that is not the best is put right in every call at many
-    times the convolution's price. So each shape that comes is looked up once; in bfloat16 nearly all want the same
-    order, in float32 one of two or three.
+    The best order depends on the shape of the input, and a weight in another is reordered in every call, which takes
+    many times as long as the convolution. So each shape is looked up once; in bfloat16 nearly all have the same order,
+    in float32 one of two or three.
 
     Args:
         weight: ``[O, I / groups, kh, kw]``, not to be written to any more.
@@ -153,7 +151,7 @@ class PackedWeight:
         self._by_shape: dict[torch.Size, Tensor] = {}
 
     def of(self, shape: torch.Size) -> Tensor:
-        """Give the weight in the order for inputs of a shape ``[B, I, H, W]``."""
+        """Return the weight in the order for inputs of a shape ``[B, I, H, W]``."""
         found = self._by_shape.get(shape)
         if found is not None:
             return found
@@ -170,14 +168,6 @@ class PackedWeight:
         found = self._orders.setdefault(order, fresh)
         self._by_shape[shape] = found
         return found
-
-
-def takes_packed(x: Tensor, weight: Tensor, residual: Tensor | None) -> bool:
-    """Tell whether ``convolve`` may be given the weight as a ``PackedWeight`` has it: if nothing goes backward."""
-    backward = x.requires_grad or weight.requires_grad or (residual is not None and residual.requires_grad)
-    if torch.is_grad_enabled() and backward:
-        return False
-    return _runs_in_one(x, weight, residual, compute_dtype(x, weight))
 
 
 def _runs_in_one(x: Tensor, weight: Tensor, residual: Tensor | None, dtype: torch.dtype) -> bool:
@@ -220,14 +210,17 @@ def _run(
     return out.relu_() if relu else out
 
 
+def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    # Asked first, so that programs do not hold conversions that do nothing.
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
 def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if tensor is None else tensor.to(dtype)
 
 
 def _cast_weight(weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Give ``weight * scale`` in ``dtype``, channels-last, rounded once."""
-    if weight.is_mkldnn:
-        return weight
+    """Return ``weight * scale`` in ``dtype``, channels-last, rounded once."""
     if scale is None:
         return weight.to(dtype=dtype, memory_format=torch.channels_last)
     folded = torch.empty_like(weight, dtype=dtype, memory_format=torch.channels_last)
@@ -249,16 +242,16 @@ class _Convolution(torch.autograd.Function):
         geometry: Geometry,
         relu: bool,
     ) -> Tensor:
-        cast = _cast_weight(weight.detach(), scale, dtype)
-        out = _run(x.detach(), cast, _cast(bias, dtype), residual, geometry, relu)
-        ctx.save_for_backward(x, cast, scale, out if relu else None)
+        folded = _cast_weight(weight.detach(), scale, dtype)
+        out = _run(x.detach(), folded, _cast(bias, dtype), residual, geometry, relu)
+        ctx.save_for_backward(x, folded, scale, out if relu else None)
         ctx.plan = weight.dtype, None if bias is None else bias.dtype, geometry
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, cast, scale, out = ctx.saved_tensors
+        x, folded, scale, out = ctx.saved_tensors  # grad and out: [B, O, H', W']
         weight_dtype, bias_dtype, geometry = ctx.plan
         to_x, to_weight, to_bias, _, to_residual, *_ = ctx.needs_input_grad
         if out is not None:
@@ -266,7 +259,7 @@ class _Convolution(torch.autograd.Function):
         is_product = (
             to_weight
             and grad.dtype == torch.bfloat16
-            and cast.shape[2:] == (1, 1)
+            and folded.shape[2:] == (1, 1)
             and set(geometry.stride) == {1}
             and geometry.groups == 1
             and not any(geometry.padding)
@@ -277,7 +270,7 @@ class _Convolution(torch.autograd.Function):
             grad_x, grad_weight, _ = torch.ops.aten.convolution_backward.default(
                 grad,
                 x,
-                cast,
+                folded,
                 None,
                 geometry.stride,
                 geometry.padding,
@@ -289,7 +282,7 @@ class _Convolution(torch.autograd.Function):
             )
         if is_product:
             rows = grad.permute(0, 2, 3, 1).reshape(-1, grad.shape[1])  # [B * H * W, O]
-            grad_weight = (rows.t() @ x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])).reshape(cast.shape)
+            grad_weight = (rows.t() @ x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])).reshape(folded.shape)
         if grad_weight is not None:
             if scale is None:
                 grad_weight = grad_weight.to(weight_dtype)

@@ -1,4 +1,4 @@
-"""The detector: torchvision's FasterRCNN on any body, its knobs in one typed place, its checkpoint self-sufficient.
+"""The detector: torchvision's FasterRCNN on any body, with its settings in one place (``DetectorSpec``).
 
 Legend: ``B`` images, ``N`` boxes, ``K`` foreground classes, ``C, H, W`` channels and pixels.
 """
@@ -16,16 +16,17 @@ from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.models.detection.rpn import RPNHead
 
 from resdet.errors import UserError, name_some
-from resdet.models import roi_align
 from resdet.models.archs import VGGArch, find_arch
 from resdet.models.backbone import ResNetFPN, SingleLevel, check_anchors, freeze_stages, resnet_fpn
 from resdet.models.bodies import Body, make_body
 from resdet.models.box_heads import BoxHeads, BoxPredictor, Conv5Head
 from resdet.models.loading import load_backbone_weights
-from resdet.models.proposals import Anchors, FastProposalNetwork, ProposalHead, ProposalNetwork
+from resdet.models.proposals import Anchors, FastProposalHead, FastProposalNetwork, ProposalNetwork
 from resdet.models.resnet import ResNet
+from resdet.models.roi_align import FastMultiScaleRoIAlign, MultiScaleRoIAlign
 from resdet.models.seeded import SeededTransform
 from resdet.models.spec import DetectorSpec
+from resdet.models.tracing import scripted_as
 from resdet.models.transform import PilTransform
 from resdet.types import Category
 from resdet.weights.source import WeightsSource
@@ -34,13 +35,13 @@ logger = logging.getLogger(__name__)
 
 
 class Detector(FasterRCNN):  # type: ignore[misc]
-    """torchvision's FasterRCNN with the description that rebuilds it; made by ``build_detector``.
+    """torchvision's FasterRCNN with the description that rebuilds it; built by ``build_detector``.
 
-    In training mode ``model(images, targets)`` gives a dictionary of four losses, otherwise ``model(images)`` a list of
-    ``resdet.types.Prediction``. Images are ``[3, H, W]`` in [0, 1], each of its own size.
+    In training mode ``model(images, targets)`` returns a dictionary of four losses, otherwise ``model(images)`` a list
+    of ``resdet.types.Prediction``. Images are ``[3, H, W]`` in [0, 1], each of its own size.
 
-    With ``spec.fast`` it deviates from torchvision's where the forward runs in reduced precision: anchors, and what the
-    heads put out, are float32, and so are the boxes made of them. In float32 both compute the same.
+    With ``spec.fast`` it deviates from torchvision's where the forward runs in reduced precision: anchors and the
+    heads' outputs are float32, and so are the boxes made of them. In float32 both compute the same.
 
     Args:
         spec: What the detector is.
@@ -51,7 +52,7 @@ class Detector(FasterRCNN):  # type: ignore[misc]
 
     Attributes:
         score_threshold: The score from which its detections are worth showing, by the last evaluation (its best F1);
-            None before any. It changes nothing in what the model gives.
+            None before any. It changes nothing in what the model returns.
 
     Raises:
         UserError: If the categories do not fit ``num_classes``, or the anchors do not fit the backbone's levels.
@@ -84,27 +85,15 @@ class Detector(FasterRCNN):  # type: ignore[misc]
         )
         check_anchors(backbone, anchors)
         num_anchors = anchors.num_anchors_per_location()[0]
-        rpn = (FastProposalNetwork if spec.fast else ProposalNetwork)(
-            anchors,
-            (ProposalHead if spec.fast else RPNHead)(backbone.out_channels, num_anchors),
-            fg_iou_thresh=spec.rpn_fg_iou_thresh,
-            bg_iou_thresh=spec.rpn_bg_iou_thresh,
-            batch_size_per_image=spec.rpn_batch_size_per_image,
-            positive_fraction=spec.rpn_positive_fraction,
-            pre_nms_top_n={"training": spec.rpn_pre_nms_top_n_train, "testing": spec.rpn_pre_nms_top_n_test},
-            post_nms_top_n={"training": spec.rpn_post_nms_top_n_train, "testing": spec.rpn_post_nms_top_n_test},
-            nms_thresh=spec.rpn_nms_thresh,
-            score_thresh=spec.rpn_score_thresh,
-            min_size=spec.rpn_min_size,
-            rank_by_logit=spec.rpn_rank_by == "logit",
-        )
-        pool = roi_align.MultiScaleRoIAlign(
+        fast = spec.fast
+        rpn_head = (FastProposalHead if fast else RPNHead)(backbone.out_channels, num_anchors)
+        rpn = (FastProposalNetwork if fast else ProposalNetwork)(anchors, rpn_head, spec)
+        pool = (FastMultiScaleRoIAlign if fast else MultiScaleRoIAlign)(
             # The coarsest level serves proposals only: boxes are assigned to P2..P5 (FPN paper, equation 1).
             featmap_names=backbone.level_names[: len(backbone.body.channels)],
             output_size=7 if conv5 is None else 14,
             sampling_ratio=spec.roi_sampling_ratio,
             aligned=spec.roi_aligned,
-            fast=spec.fast,
         )
         if conv5 is None:
             head: nn.Module = TwoMLPHead(backbone.out_channels * 7 * 7, spec.box_head_channels)
@@ -112,33 +101,22 @@ class Detector(FasterRCNN):  # type: ignore[misc]
         else:
             head = Conv5Head(conv5)
             vector_size = 2 * backbone.out_channels  # C5 has twice C4's channels
-        roi_heads = BoxHeads(
-            pool,
-            head,
-            (BoxPredictor if spec.fast else FastRCNNPredictor)(vector_size, num_classes),
-            fg_iou_thresh=spec.box_fg_iou_thresh,
-            bg_iou_thresh=spec.box_bg_iou_thresh,
-            batch_size_per_image=spec.box_batch_size_per_image,
-            positive_fraction=spec.box_positive_fraction,
-            score_thresh=spec.box_score_thresh,
-            nms_thresh=spec.box_nms_thresh,
-            detections_per_img=spec.box_detections_per_img,
-            min_size=spec.box_min_size,
-            class_loss=spec.class_loss,
-            box_loss=spec.box_loss,
-            class_weights=spec.class_weights,
-        )
+        predictor = (BoxPredictor if fast else FastRCNNPredictor)(vector_size, num_classes)
+        roi_heads = BoxHeads(pool, head, predictor, spec)
         transform = (PilTransform if spec.resize == "pil" else SeededTransform)(
             spec.min_size, spec.max_size, list(spec.image_mean), list(spec.image_std)
         )
-        # FasterRCNN's own constructor only makes these parts, and has no argument for half of what they are told.
+        # FasterRCNN's own constructor only makes these parts, and has no argument for half of their options.
         GeneralizedRCNN.__init__(self, backbone, rpn, roi_heads, transform)
         self.score_threshold: float | None = None
         self.spec = spec
         self.categories = tuple(categories)
 
+    def __prepare_scriptable__(self) -> Detector:
+        return scripted_as(self, type(self))
+
     def whole_body(self) -> nn.Module:
-        """Give the body with all stages that the detector runs, conv5 too where it is run on each proposal.
+        """Return the body with all stages that the detector runs, conv5 too where it is run on each proposal.
 
         Returns:
             A module of the detector's own parameters that takes images ``[B, 3, H, W]``.
@@ -150,7 +128,7 @@ class Detector(FasterRCNN):  # type: ignore[misc]
         return body
 
     def training_counts(self) -> dict[str, Tensor]:
-        """Give what the last forward pass in training counted, means over its images, scalars on their device.
+        """Return what the last forward pass in training counted, means over its images, scalars on their device.
 
         Returns:
             ``rpn_positives`` and ``box_positives``: anchors and proposals that the losses took for objects.
@@ -173,8 +151,8 @@ class _WholeBody(nn.Module):
         self.body, self.conv5 = body, conv5
 
     def forward(self, images: Tensor) -> Tensor:
-        (c4,) = self.body(images).values()
-        c5: Tensor = self.conv5(c4)
+        (c4,) = self.body(images).values()  # [B, C, H / 16, W / 16]
+        c5: Tensor = self.conv5(c4)  # [B, 2 * C, H / 32, W / 32]
         return c5
 
 
@@ -192,12 +170,12 @@ def build_detector(
         spec: What the detector is.
         num_classes: ``K + 1``: the background counts.
         weights_backbone: First weights of the body: None (random), a torchvision weight name or enum, a file or a URL.
-        trainable_layers: How many stages of the body take gradients, 0 to 5; see ``resnet_fpn``.
+        trainable_layers: Number of the body's stages that take gradients, 0 to 5; see ``resnet_fpn``.
         categories: The ``K`` classes by rising label, or none if their names are not known.
 
     Raises:
         UserError: If an argument is out of its range.
-        WeightsError: If the weights cannot be had or are not those of this body.
+        WeightsError: If the weights cannot be read or are not those of this body.
     """
     _check_categories(categories, num_classes)
     if spec.layout == "fpn":

@@ -49,7 +49,8 @@ from resdet.models.archs import ResNetArch, find_arch
 from resdet.models.backbone import ResNetFPN, resnet_fpn
 from resdet.models.detector import Detector
 from resdet.models.norm import FrozenBatchNorm2d, folded_copy, frozen_copy
-from resdet.models.resnet import BasicBlock, Bottleneck, Projection, ResNet
+from resdet.models.resnet import BasicBlock, Bottleneck, ResNet
+from resdet.models.shortcuts import Projection
 from resdet.models.spec import DetectorSpec
 from resdet.types import Category
 

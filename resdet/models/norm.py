@@ -1,6 +1,6 @@
-"""The three norms of a body, and what makes the frozen one free: folding it into the convolution before it.
+"""The three norms of a body, and the folding that makes the frozen one free.
 
-A frozen BatchNorm is an affine map of each channel, ``x * scale + shift``. Following a convolution without bias it is
+A frozen BatchNorm is an affine map of each channel, ``x * scale + shift``. After a convolution without bias it is
 the same convolution with ``weight * scale`` and the bias ``shift``: the same outputs and the same gradients, without
 a pass over the activations, which costs more than the convolution's own arithmetic in bfloat16.
 
@@ -20,7 +20,7 @@ import torchvision
 from torch import Tensor, nn
 
 from resdet.errors import UserError
-from resdet.models.convolution import Geometry, PackedWeight, compute_dtype, convolve, has_hooks, takes_packed
+from resdet.models.convolution import Geometry, PackedWeight, compute_dtype, convolve, has_hooks
 from resdet.models.spec import NormName
 from resdet.models.tracing import is_captured
 
@@ -33,35 +33,34 @@ GROUP_NORM_GROUPS = 32  # Wu & He, "Group Normalization" (arXiv:1803.08494), tab
 
 class _Folded(NamedTuple):
     key: tuple[object, ...]
-    # Holding the tensors that were folded keeps their memory from being given to others. Without it a new weight
-    # could land on the address of a freed one and be taken for it.
+    # Holding the tensors that were folded keeps their memory from being reused. Without it a new weight could land on
+    # the address of a freed one and be taken for it.
     sources: tuple[Tensor, ...]
-    weight: Tensor
-    bias: Tensor
+    weight: Tensor  # [O, I / groups, kh, kw]
+    bias: Tensor  # [O]
+    packed: PackedWeight
 
 
 class FrozenBatchNorm2d(torchvision.ops.FrozenBatchNorm2d):  # type: ignore[misc]  # torchvision ships no types
     """Batch normalisation with fixed statistics and fixed affine parameters, all four of them buffers.
 
-    It computes what torchvision's class of this name computes, and can also give the convolution before it in folded
-    form (``fold``). Folded weights that are not being trained are kept, and folded anew as soon as one of the tensors
-    they come from is another tensor, has been written to, or changed dtype or device; ``train()``, ``eval()`` and any
-    ``.to()`` drop them in any case. A write that autograd cannot see (``weight.data.mul_(2)``, a numpy view) is
+    It computes what torchvision's class of this name computes, and can also run the convolution before it in folded
+    form (``convolve``). Folded weights that are not being trained are kept, and folded anew as soon as one of the
+    tensors they come from is another tensor, has been written to, or changed dtype or device; ``train()``, ``eval()``
+    and any ``.to()`` drop them in any case. A write that autograd cannot see (``weight.data.mul_(2)``, a numpy view) is
     followed only from the next ``train()``, ``eval()`` or ``load_state_dict`` on.
 
     Args:
         num_features: ``C`` of the input ``[B, C, H, W]``.
         eps: Added to the variance. Models from before 2020 (torchvision 0.5, detectron) were trained with 0.
 
-    Source: ``torchvision.ops.FrozenBatchNorm2d``; the same buffers, the same arithmetic, ``num_batches_tracked``
-        dropped
-    on loading as there.
+    Source: ``torchvision.ops.FrozenBatchNorm2d``; the same buffers, the same arithmetic, and ``num_batches_tracked`` is
+        dropped on loading as there.
     """
 
     def __init__(self, num_features: int, eps: float = 1e-5) -> None:
         super().__init__(num_features, eps)
         self._folded: _Folded | None = None
-        self._packed: PackedWeight | None = None
         self._trained = False
 
     def fold(self, weight: Tensor, dtype: torch.dtype, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -73,11 +72,33 @@ class FrozenBatchNorm2d(torchvision.ops.FrozenBatchNorm2d):  # type: ignore[misc
             bias: That of the convolution, ``[O]``, where it has one (VGG's do).
 
         Returns:
-            The weight, channels-last, and the bias ``[O]``, both of ``dtype``. They carry gradients to ``weight`` and
-            ``bias`` if these take them and gradients are being recorded.
+            The weight, channels-last, and the bias ``[O]``, both of ``dtype``.
         """
-        if not self._is_kept(weight, bias):
-            return self._fold(weight, dtype, bias)
+        scale, shift = self._affine(weight, bias)
+        folded = weight * scale.reshape(-1, 1, 1, 1)
+        return folded.to(dtype=dtype, memory_format=torch.channels_last), shift.to(dtype)
+
+    def convolve(self, x: Tensor, conv: nn.Conv2d, *, residual: Tensor | None = None, relu: bool = False) -> Tensor:
+        """Compute ``relu(norm(conv(x)) + residual)`` by the folded convolution; see ``conv_norm``."""
+        geometry = Geometry.of(conv)
+        kept = self._kept(conv, geometry, compute_dtype(x, conv.weight))
+        if kept is not None:
+            return convolve(x, kept.weight, kept.bias, geometry, packed=kept.packed, residual=residual, relu=relu)
+        scale, shift = self._affine(conv.weight, conv.bias)
+        return convolve(x, conv.weight, shift, geometry, scale=scale, residual=residual, relu=relu)
+
+    def _kept(self, conv: nn.Conv2d, geometry: Geometry, dtype: torch.dtype) -> _Folded | None:
+        """Return the folded weight, folding anew what has changed; None where it may not be kept."""
+        weight, bias = conv.weight, conv.bias
+        # A graph that is being captured must hold the arithmetic, not today's result of it.
+        if is_captured():
+            return None
+        # Fused optimizers write without counting up the version, so the weight of a layer that was ever trained through
+        # is never kept. Detectors that only predict keep theirs, though their weights may take gradients.
+        takes_gradients = weight.requires_grad or (bias is not None and bias.requires_grad)
+        self._trained |= takes_gradients and torch.is_grad_enabled()
+        if self._trained:
+            return None
         sources: tuple[Tensor, ...] = (weight, self.weight, self.bias, self.running_mean, self.running_var)
         sources += () if bias is None else (bias,)
         try:
@@ -86,67 +107,36 @@ class FrozenBatchNorm2d(torchvision.ops.FrozenBatchNorm2d):  # type: ignore[misc
                 key += (tensor.data_ptr(), tensor._version, tensor.dtype, tensor.device)
         except RuntimeError:
             # Tensors made under inference_mode have no version, those of torch.func transforms no address.
-            return self._fold(weight, dtype, bias)
-        folded = self._folded
-        if folded is None or folded.key != key:
+            return None
+        if self._folded is None or self._folded.key != key:
             # Not inference tensors, even where they are made at inference: training may come to use them.
             with torch.inference_mode(False), torch.no_grad():
+                folded, shift = self.fold(weight, dtype, bias)
                 held = tuple(tensor.detach() for tensor in sources)
-                folded = _Folded(key, held, *self._fold(weight, dtype, bias))
-            self._folded = folded
-        return folded.weight, folded.bias
-
-    def convolve(self, x: Tensor, conv: nn.Conv2d, *, residual: Tensor | None = None, relu: bool = False) -> Tensor:
-        """Compute ``relu(norm(conv(x)) + residual)`` by the folded convolution; see ``conv_norm``."""
-        dtype = compute_dtype(x, conv.weight)
-        geometry = Geometry.of(conv)
-        if self._is_kept(conv.weight, conv.bias):
-            weight, bias = self.fold(conv.weight, dtype, conv.bias)
-            if self._folded is not None and weight is self._folded.weight and takes_packed(x, weight, residual):
-                if self._packed is None or self._packed.weight is not weight:
-                    self._packed = PackedWeight(weight, geometry)
-                weight = self._packed.of(x.shape)
-            return convolve(x, weight, bias, geometry, residual=residual, relu=relu)
-        scale, shift = self._affine(conv.weight, conv.bias)
-        return convolve(x, conv.weight, shift, geometry, scale=scale, residual=residual, relu=relu)
-
-    def _is_kept(self, weight: Tensor, bias: Tensor | None) -> bool:
-        """Tell whether what is folded from these may be kept, and remember if it may never be again."""
-        # A graph that is being captured must hold the arithmetic, not today's result of it.
-        if is_captured():
-            return False
-        # Fused optimizers write without counting up the version, so the weight of a layer that was ever trained through
-        # is never kept. Detectors that only predict keep theirs, though their weights may take gradients.
-        takes_gradients = weight.requires_grad or (bias is not None and bias.requires_grad)
-        self._trained |= takes_gradients and torch.is_grad_enabled()
-        return not self._trained
+                self._folded = _Folded(key, held, folded, shift, PackedWeight(folded, geometry))
+        return self._folded
 
     def _affine(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Give what the weight is to be multiplied with and the bias then, ``[O]`` each, in float32 at least."""
+        """Return the factor of the weight and the bias that goes with it, ``[O]`` each, in float32 at least."""
         wide = torch.promote_types(weight.dtype, torch.float32)
         scale = self.weight.to(wide) * (self.running_var.to(wide) + self.eps).rsqrt()
         shift = self.bias.to(wide) - self.running_mean.to(wide) * scale
         return scale, shift if bias is None else shift + bias.to(wide) * scale
 
-    def _fold(self, weight: Tensor, dtype: torch.dtype, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-        scale, shift = self._affine(weight, bias)
-        folded = weight * scale.reshape(-1, 1, 1, 1)
-        return folded.to(dtype=dtype, memory_format=torch.channels_last), shift.to(dtype)
-
     def train(self, mode: bool = True) -> FrozenBatchNorm2d:
         """Set the mode, which changes nothing here, and drop folded weights."""
-        self._folded = self._packed = None
+        self._folded = None
         super().train(mode)
         return self
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FrozenBatchNorm2d:
-        self._folded = self._packed = None
+        self._folded = None
         super()._apply(fn, recurse)
         return self
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies and pickles have other tensors, so the folded ones are dead weight in them.
-        return {**self.__dict__, "_folded": None, "_packed": None, "_trained": False}
+        return {**self.__dict__, "_folded": None, "_trained": False}
 
 
 def conv_norm(
@@ -155,7 +145,7 @@ def conv_norm(
     """Compute ``relu(norm(conv(x)) + residual)``, as one convolution where the norm is frozen.
 
     Under autocast the folding is done in float32 and its result cast once. Modules with hooks of their own are called
-    as modules, so that the hooks see what they are made to see.
+    as modules, so that the hooks see what passes.
 
     Args:
         x: ``[B, I, H, W]``.
@@ -224,12 +214,12 @@ def conv_norm_names(model: nn.Module) -> list[tuple[str, str]]:
 
 
 def frozen_copy(module: _Module) -> _Module:
-    """Give a copy in evaluation mode and float32 on the CPU, without gradients."""
+    """Return a copy in evaluation mode and float32 on the CPU, without gradients."""
     return copy.deepcopy(module).to("cpu", torch.float32).eval().requires_grad_(False)
 
 
 def folded_copy(module: _Module) -> _Module:
-    """Give such a copy with its frozen norms folded into the convolutions before them."""
+    """Return such a copy with its frozen norms folded into the convolutions before them."""
     module = frozen_copy(module)
     for conv_name, norm_name in conv_norm_names(module):
         conv, norm = module.get_submodule(conv_name), module.get_submodule(norm_name)
@@ -243,7 +233,7 @@ def folded_copy(module: _Module) -> _Module:
 
 
 def has_fresh_frozen_norm(model: nn.Module) -> bool:
-    """Tell whether the model's frozen norms are still as they were made: the identity, all of them.
+    """Return whether all of the model's frozen norms are still the identity, as they were built.
 
     Around random weights such norms leave the network without any normalisation (activations grow by orders of
     magnitude from stage to stage), and training diverges. Loading real weights or ``calibrate_norm`` changes the
@@ -291,7 +281,7 @@ def calibrate_norm(model: nn.Module, batches: Iterable[Tensor]) -> int:
     moments: dict[nn.Module, tuple[int, Tensor, Tensor]] = {}  # values per channel, sum [C], sum of squares [C]
 
     def normalise_by_batch(norm: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
-        x = inputs[0]
+        x = inputs[0]  # [B, C, H, W]
         wide = x.double()
         zeros = wide.new_zeros(x.shape[1])
         count, total, squares = moments.get(norm, (0, zeros, zeros))

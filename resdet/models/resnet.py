@@ -1,10 +1,21 @@
-"""ResNet bodies: stem, blocks, stages; features C2..C5 under torchvision's parameter names.
+"""ResNet bodies: a stem, two kinds of blocks, stages; features C2..C5 under torchvision's parameter names.
 
-One body is every residual network of ``resdet.models.archs``: plain, basic and bottleneck, grouped and wide, with any
-stem and any shortcut.
+One class is every residual network of ``resdet.models.archs``; rare stems and shortcuts are in ``shortcuts``.
 
-Legend: ``B`` images, ``C`` channels, ``H, W`` pixels. Stage ``k`` (``layer{k}``, k = 1..4) gives C(k+1) at stride
-``2 ** (k + 1)``; the three stages of CIFAR's networks have strides 1, 2 and 4.
+From ``FastBottleneck.forward`` to oneDNN (``Bottleneck``, with ``fast`` off, runs torchvision's operations instead):
+
+1. ``FastResNet`` brings the images to channels-last once; every operation that follows keeps that layout.
+2. Each ``conv_norm(x, conv, norm, residual, relu)`` is one convolution with all that follows it. Norms that are not
+   frozen, and modules with hooks, run there as modules.
+3. ``FrozenBatchNorm2d.convolve`` folds the norm: ``weight * scale`` and a bias. Of weights that are not trained the
+   result is kept, in the order of memory in which oneDNN reads it.
+4. ``convolution.convolve`` asks whether oneDNN may run: on a CPU, in float32 or bfloat16, not into a program.
+5. If so, ``torch.ops.mkldnn._convolution_pointwise`` adds bias and shortcut and applies the ReLU while a part of the
+   output is in the core's cache; ``_Convolution`` is its gradient.
+6. If not, ``F.conv2d`` runs with the folded weight, and the sum and the ReLU in place on its output.
+
+Legend: ``B`` images, ``C`` channels, ``H, W`` pixels, ``s`` the stride of a block. Stage ``k`` (``layer{k}``, k = 1..4)
+returns C(k+1) at stride ``2 ** (k + 1)``; the three stages of CIFAR's networks have strides 1, 2 and 4.
 
 Source: He et al., "Deep Residual Learning for Image Recognition" (arXiv:1512.03385), and the papers named in
 ``resdet.models.archs``. Layout, names and initialisation are those of ``torchvision/models/resnet.py``, including its
@@ -16,133 +27,17 @@ them. The deep stem and the average-pooling shortcut are named and computed as i
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from resdet.errors import UserError
-from resdet.models.archs import ResNetArch, Shortcut, find_arch
+from resdet.models.archs import ResNetArch, find_arch
 from resdet.models.norm import conv_norm, norm_layer
-from resdet.models.tracing import is_scripting
-
-MakeNorm = Callable[[int], nn.Module]
-
-
-class DeepStem(nn.Sequential):
-    """Three 3x3 convolutions in the place of one 7x7; the norm and ReLU of the last are the body's own.
-
-    Args:
-        channels: Of the output; half as many inside.
-        norm: Makes the norm for a number of channels.
-    """
-
-    def __init__(self, channels: int, norm: MakeNorm) -> None:
-        super().__init__(
-            nn.Conv2d(3, channels // 2, 3, stride=2, padding=1, bias=False),
-            norm(channels // 2),
-            nn.ReLU(inplace=True),
-            nn.Conv2d(channels // 2, channels // 2, 3, padding=1, bias=False),
-            norm(channels // 2),
-            nn.ReLU(inplace=True),
-            nn.Conv2d(channels // 2, channels, 3, padding=1, bias=False),
-        )
-
-
-def _stem_norm(x: Tensor, stem: nn.Conv2d | DeepStem, norm: nn.Module, relu: nn.Module) -> Tensor:
-    """Compute ``relu(norm(stem(x)))`` with frozen norms folded."""
-    if isinstance(stem, nn.Conv2d):
-        return conv_norm(x, stem, norm, relu=relu)
-    for first in (0, 3):
-        x = conv_norm(x, stem[first], stem[first + 1], relu=stem[first + 2])  # type: ignore[arg-type]
-    return conv_norm(x, stem[6], norm, relu=relu)  # type: ignore[arg-type]
-
-
-class ZeroPadding(nn.Module):
-    """Option A: every ``stride``-th pixel, and zeros for the channels that are wanting. It has no parameters.
-
-    Args:
-        in_channels: Channels of the input.
-        out_channels: Channels of the output.
-        stride: 1 or 2.
-    """
-
-    def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
-        super().__init__()
-        self.missing = out_channels - in_channels
-        self.stride = stride
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map ``[B, C, H, W]`` to ``[B, out_channels, H / stride, W / stride]``."""
-        # Pooling over single pixels takes every stride-th; torch.export cannot follow a slice of odd and even sizes.
-        return F.pad(F.avg_pool2d(x, 1, self.stride), (0, 0, 0, 0, 0, self.missing))
-
-
-class Projection(nn.Sequential):
-    """The 1x1 convolution and norm (``"0"``, ``"1"``) that fit a block's input to its output."""
-
-    def __init__(self, in_channels: int, out_channels: int, stride: int, norm: MakeNorm, fast: bool) -> None:
-        super().__init__(nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), norm(out_channels))
-        self.fast = fast
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map ``[B, C, H, W]`` to ``[B, out_channels, H / stride, W / stride]``."""
-        # TorchScript takes the plain form, here and below: it cannot hand modules to a function.
-        if is_scripting() or not self.fast:
-            return self[1](self[0](x))  # type: ignore[no-any-return]
-        return conv_norm(x, self[0], self[1])  # type: ignore[arg-type]
-
-
-class Smooth2x2(nn.Module):
-    """Mean of each pixel and its neighbours to the right and below, at stride 1, the border repeated.
-
-    Of the pixels that a 2x2 average pooling of stride 2 keeps, it gives the same values.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map ``[B, C, H, W]`` to the same shape."""
-        return F.avg_pool2d(F.pad(x, (0, 1, 0, 1), mode="replicate"), 2, stride=1)
-
-
-class PooledProjection(nn.Sequential):
-    """ResNet-D's projection: 2x2 mean (``"0"``), 1x1 convolution of stride 1 and norm (``"1"``, ``"2"``)."""
-
-    def __init__(self, in_channels: int, out_channels: int, pool: nn.Module, norm: MakeNorm, fast: bool) -> None:
-        super().__init__(pool, nn.Conv2d(in_channels, out_channels, 1, bias=False), norm(out_channels))
-        self.fast = fast
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map ``[B, C, H, W]`` to ``[B, out_channels, H / stride, W / stride]``."""
-        x = self[0](x)
-        if is_scripting() or not self.fast:
-            return self[2](self[1](x))  # type: ignore[no-any-return]
-        return conv_norm(x, self[1], self[2])  # type: ignore[arg-type]
-
-
-def _make_shortcut(
-    kind: Shortcut,
-    in_channels: int,
-    out_channels: int,
-    stride: int,
-    dilation: tuple[int, int],
-    norm: MakeNorm,
-    fast: bool,
-) -> nn.Module | None:
-    """Give what fits a block's input to its output, or None where it fits (or, in a plain network, is not used)."""
-    if kind == "none" or (kind != "C" and stride == 1 and in_channels == out_channels):
-        return None
-    if kind == "A":
-        return ZeroPadding(in_channels, out_channels, stride)
-    if kind == "D":
-        pool: nn.Module = nn.Identity()
-        if stride == 2:
-            pool = nn.AvgPool2d(2, stride=2, ceil_mode=True, count_include_pad=False)
-        elif dilation[0] != dilation[1]:
-            pool = Smooth2x2()
-        return PooledProjection(in_channels, out_channels, pool, norm, fast)
-    return Projection(in_channels, out_channels, stride, norm, fast)
+from resdet.models.shortcuts import DeepStem, MakeNorm, fast_stem, make_shortcut
+from resdet.models.tracing import scripted_as
 
 
 class BasicBlock(nn.Module):
@@ -153,9 +48,9 @@ class BasicBlock(nn.Module):
         width: Channels inside, and of the output.
         stride: Of the first convolution.
         dilation: Of the first and of the second convolution.
-        shortcut: Its kind; see ``ResNetArch``.
         norm: Makes the norm for a number of channels.
-        fast: Whether to fold frozen norms into the convolutions.
+        downsample: Fits the input to the output; None where it fits.
+        residual: Whether the input is added; plain networks do not.
     """
 
     expansion: ClassVar[int] = 1
@@ -164,40 +59,44 @@ class BasicBlock(nn.Module):
         self,
         in_channels: int,
         width: int,
+        *,
         stride: int,
         dilation: tuple[int, int],
-        shortcut: Shortcut,
         norm: MakeNorm,
-        fast: bool,
+        downsample: nn.Module | None,
+        residual: bool,
     ) -> None:
         super().__init__()
-        self.fast = fast
         first, second = dilation
         self.conv1 = nn.Conv2d(in_channels, width, 3, stride, padding=first, dilation=first, bias=False)
         self.bn1 = norm(width)
         self.relu = nn.ReLU(inplace=True)
         self.conv2 = nn.Conv2d(width, width, 3, padding=second, dilation=second, bias=False)
         self.bn2 = norm(width)
-        self.residual = shortcut != "none"
-        self.downsample = _make_shortcut(shortcut, in_channels, width, stride, dilation, norm, fast)
+        self.residual = residual
+        self.downsample = downsample
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map ``[B, in_channels, H, W]`` to ``[B, width, H / stride, W / stride]``."""
-        if not is_scripting():  # noqa: SIM102 - TorchScript drops this block only if the condition stands alone
-            if self.fast:
-                return self._fast_forward(x)
-        out = self.relu(self.bn1(self.conv1(x)))
+        """Map ``[B, in_channels, H, W]`` to ``[B, width, H / s, W / s]``."""
+        out = self.relu(self.bn1(self.conv1(x)))  # [B, width, H / s, W / s]
         out = self.bn2(self.conv2(out))
         if self.downsample is not None:
-            x = self.downsample(x)
+            x = self.downsample(x)  # [B, width, H / s, W / s]
         if self.residual:
             out += x
         return self.relu(out)  # type: ignore[no-any-return]
 
-    @torch.jit.unused
-    def _fast_forward(self, x: Tensor) -> Tensor:
+
+class FastBasicBlock(BasicBlock):
+    """The same block from two operations on a CPU; see the top of this module."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``[B, in_channels, H, W]`` to ``[B, width, H / s, W / s]``."""
         out = conv_norm(x, self.conv1, self.bn1, relu=self.relu)
         return conv_norm(out, self.conv2, self.bn2, residual=_shortcut(self, x), relu=self.relu)
+
+    def __prepare_scriptable__(self) -> BasicBlock:
+        return scripted_as(self, BasicBlock)
 
 
 class Bottleneck(nn.Module):
@@ -205,14 +104,14 @@ class Bottleneck(nn.Module):
 
     Args:
         in_channels: Channels of the input.
-        channels: A quarter of the output's channels.
+        width: Channels of the 3x3 convolution.
+        out_channels: Channels of the output.
         stride: Of the 3x3 convolution, or of the first 1x1.
         dilation: Before and after the stride; the 3x3 convolution has the one or the other.
         groups: Of the 3x3 convolution.
-        width: Channels of the 3x3 convolution.
-        shortcut: Its kind; see ``ResNetArch``.
         norm: Makes the norm for a number of channels.
-        fast: Whether to fold frozen norms into the convolutions.
+        downsample: As of a ``BasicBlock``, like the next.
+        residual: Whether the input is added.
         stride_in_1x1: Whether the first 1x1 convolution strides.
     """
 
@@ -221,19 +120,18 @@ class Bottleneck(nn.Module):
     def __init__(
         self,
         in_channels: int,
-        channels: int,
+        width: int,
+        out_channels: int,
+        *,
         stride: int,
         dilation: tuple[int, int],
         groups: int,
-        width: int,
-        shortcut: Shortcut,
         norm: MakeNorm,
-        fast: bool,
-        stride_in_1x1: bool = False,
+        downsample: nn.Module | None,
+        residual: bool,
+        stride_in_1x1: bool,
     ) -> None:
         super().__init__()
-        self.fast = fast
-        out_channels = channels * self.expansion
         stride_1x1, stride_3x3 = (stride, 1) if stride_in_1x1 else (1, stride)
         spread = dilation[1] if stride_in_1x1 else dilation[0]
         self.conv1 = nn.Conv2d(in_channels, width, 1, stride_1x1, bias=False)
@@ -243,40 +141,44 @@ class Bottleneck(nn.Module):
         self.conv3 = nn.Conv2d(width, out_channels, 1, bias=False)
         self.bn3 = norm(out_channels)
         self.relu = nn.ReLU(inplace=True)
-        self.residual = shortcut != "none"
-        self.downsample = _make_shortcut(shortcut, in_channels, out_channels, stride, dilation, norm, fast)
+        self.residual = residual
+        self.downsample = downsample
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map ``[B, in_channels, H, W]`` to ``[B, 4 * channels, H / stride, W / stride]``."""
-        if not is_scripting():  # noqa: SIM102 - TorchScript drops this block only if the condition stands alone
-            if self.fast:
-                return self._fast_forward(x)
-        out = self.relu(self.bn1(self.conv1(x)))
-        out = self.relu(self.bn2(self.conv2(out)))
-        out = self.bn3(self.conv3(out))
+        """Map ``[B, in_channels, H, W]`` to ``[B, out_channels, H / s, W / s]``."""
+        out = self.relu(self.bn1(self.conv1(x)))  # [B, width, H, W], or strided already
+        out = self.relu(self.bn2(self.conv2(out)))  # [B, width, H / s, W / s]
+        out = self.bn3(self.conv3(out))  # [B, out_channels, H / s, W / s]
         if self.downsample is not None:
-            x = self.downsample(x)
+            x = self.downsample(x)  # [B, out_channels, H / s, W / s]
         if self.residual:
             out += x
         return self.relu(out)  # type: ignore[no-any-return]
 
-    @torch.jit.unused
-    def _fast_forward(self, x: Tensor) -> Tensor:
-        out = conv_norm(x, self.conv1, self.bn1, relu=self.relu)
-        out = conv_norm(out, self.conv2, self.bn2, relu=self.relu)
+
+class FastBottleneck(Bottleneck):
+    """The same block from three operations on a CPU; see the top of this module."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``[B, in_channels, H, W]`` to ``[B, out_channels, H / s, W / s]``."""
+        out = conv_norm(x, self.conv1, self.bn1, relu=self.relu)  # [B, width, H, W], or strided already
+        out = conv_norm(out, self.conv2, self.bn2, relu=self.relu)  # [B, width, H / s, W / s]
         return conv_norm(out, self.conv3, self.bn3, residual=_shortcut(self, x), relu=self.relu)
+
+    def __prepare_scriptable__(self) -> Bottleneck:
+        return scripted_as(self, Bottleneck)
 
 
 def _shortcut(block: BasicBlock | Bottleneck, x: Tensor) -> Tensor | None:
-    """Give what is added to a block's last norm, or None in a plain network."""
-    if not block.residual:
-        return None
-    shortcut: Tensor = x if block.downsample is None else block.downsample(x)
-    return shortcut
+    """Return what is added to a block's last norm, or None in a plain network."""
+    if not block.residual or block.downsample is None:
+        return x if block.residual else None
+    fitted: Tensor = block.downsample(x)
+    return fitted
 
 
 class ResNet(nn.Module):
-    """A ResNet without its classifier, giving the features of chosen stages.
+    """A ResNet without its classifier, which returns the features of chosen stages; torchvision's, bit for bit.
 
     Stages after the last returned one are not built, so the state dict is that of torchvision's
     ``IntermediateLayerGetter`` around the network of the same name, for any choice of stages.
@@ -287,10 +189,8 @@ class ResNet(nn.Module):
             ``calibrate_norm`` before training.
         norm_eps: Added to the variance by every norm.
         returned_layers: Stages to return, rising, each in 1..4 (1..3 for CIFAR's); by default all.
-        fast: Run channels-last with frozen norms folded into the convolutions. Off, every operation and its order is
-            torchvision's, bit for bit.
         stride_in_1x1: Whether bottlenecks stride in their first 1x1 convolution and not in the 3x3. Parameters are the
-            same, but each is trained for one of the two; basic blocks know no such choice.
+            same, but each is trained for one of the two; basic blocks have no such choice.
         dilate_c5: Whether stage 4 is dilated instead of strided (DC5), so that C5 has stride 16. Every second pixel of
             it is that of the strided stage, for the same weights: what comes after the stride that was taken away has
             dilation 2. With a stride in the 3x3 this is torchvision's ``replace_stride_with_dilation``; detectron2
@@ -309,6 +209,10 @@ class ResNet(nn.Module):
             in its range, or an option does not fit the architecture or the norm.
     """
 
+    fast: ClassVar[bool] = False
+    basic_block: ClassVar[type[BasicBlock]] = BasicBlock
+    bottleneck: ClassVar[type[Bottleneck]] = Bottleneck
+
     def __init__(
         self,
         arch: str,
@@ -316,7 +220,6 @@ class ResNet(nn.Module):
         norm: str = "frozen",
         norm_eps: float = 1e-5,
         returned_layers: Sequence[int] | None = None,
-        fast: bool = True,
         stride_in_1x1: bool = False,
         dilate_c5: bool = False,
         zero_init_residual: bool = False,
@@ -342,54 +245,20 @@ class ResNet(nn.Module):
         self.norm = norm
         self.norm_eps = norm_eps
         self.returned_layers = stages
-        self.fast = fast
         self.stride_in_1x1 = stride_in_1x1
         self.dilate_c5 = dilate_c5
         self.return_layers = {f"layer{stage}": str(level) for level, stage in enumerate(stages)}
         of_stage = {f"layer{stage}": [f"layer{stage}"] for stage in range(1, len(shape.depths) + 1)}
         self.stage_modules = {"stem": ["conv1", "bn1", "maxpool"], **of_stage}
 
-        in_channels = shape.channels
-        stem: nn.Conv2d | DeepStem
-        if shape.stem == "deep":
-            stem = DeepStem(in_channels, make_norm)
-        elif shape.stem == "3x3":
-            stem = nn.Conv2d(3, in_channels, 3, padding=1, bias=False)
-        else:
-            stem = nn.Conv2d(3, in_channels, 7, stride=2, padding=3, bias=False)
-        self.conv1 = stem
-        self.bn1 = make_norm(in_channels)
+        self.conv1 = _make_stem(shape, make_norm)
+        self.bn1 = make_norm(shape.channels)
         self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.Identity() if shape.stem == "3x3" else nn.MaxPool2d(3, stride=2, padding=1)
-        channels_of: dict[int, int] = {}
+        channels_of = {0: shape.channels}
         for stage in range(1, stages[-1] + 1):
-            dilated = dilate_c5 and stage == 4
-            blocks: list[nn.Module] = []
-            for index in range(shape.depths[stage - 1]):
-                starts = stage > 1 and index == 0
-                channels = shape.channels * 2 ** (stage - 1)
-                stride = 2 if starts and not dilated else 1
-                dilation = ((1 if starts else 2), 2) if dilated else (1, 1)
-                block: BasicBlock | Bottleneck
-                if shape.block == "basic":
-                    block = BasicBlock(in_channels, channels, stride, dilation, shape.shortcut, make_norm, fast)
-                else:
-                    block = Bottleneck(
-                        in_channels,
-                        channels,
-                        stride,
-                        dilation,
-                        shape.groups,
-                        channels * shape.width_per_group // 64 * shape.groups,
-                        shape.shortcut,
-                        make_norm,
-                        fast,
-                        stride_in_1x1,
-                    )
-                in_channels = channels * block.expansion
-                blocks.append(block)
-            self.add_module(f"layer{stage}", nn.Sequential(*blocks))
-            channels_of[stage] = in_channels
+            blocks, channels_of[stage] = self._make_stage(shape, stage, channels_of[stage - 1], make_norm)
+            self.add_module(f"layer{stage}", blocks)
         self.channels = [channels_of[stage] for stage in stages]
         self.strides = [16 if dilate_c5 and stage == 4 else shape.strides[stage - 1] for stage in stages]
         for module in self.modules():
@@ -397,6 +266,53 @@ class ResNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
             elif zero_init_residual and isinstance(module, BasicBlock | Bottleneck):
                 nn.init.zeros_(last_norm(module).weight)  # type: ignore[arg-type]
+
+    def _make_stage(self, shape: ResNetArch, stage: int, in_channels: int, norm: MakeNorm) -> tuple[nn.Sequential, int]:
+        """Build stage ``stage``, 1..4; return it and the channels of its output."""
+        dilated = self.dilate_c5 and stage == 4
+        channels = shape.channels * 2 ** (stage - 1)
+        residual = shape.shortcut != "none"
+        blocks: list[nn.Module] = []
+        for index in range(shape.depths[stage - 1]):
+            starts = stage > 1 and index == 0
+            stride = 2 if starts and not dilated else 1
+            dilation = ((1 if starts else 2), 2) if dilated else (1, 1)
+            kind = self.basic_block if shape.block == "basic" else self.bottleneck
+            out_channels = channels * kind.expansion
+            downsample = make_shortcut(
+                shape.shortcut, in_channels, out_channels, stride=stride, dilation=dilation, norm=norm, fast=self.fast
+            )
+            block: BasicBlock | Bottleneck
+            if shape.block == "basic":
+                block = self.basic_block(
+                    in_channels,
+                    channels,
+                    stride=stride,
+                    dilation=dilation,
+                    norm=norm,
+                    downsample=downsample,
+                    residual=residual,
+                )
+            else:
+                block = self.bottleneck(
+                    in_channels,
+                    channels * shape.width_per_group // 64 * shape.groups,
+                    out_channels,
+                    stride=stride,
+                    dilation=dilation,
+                    groups=shape.groups,
+                    norm=norm,
+                    downsample=downsample,
+                    residual=residual,
+                    stride_in_1x1=self.stride_in_1x1,
+                )
+            blocks.append(block)
+            in_channels = out_channels
+        return nn.Sequential(*blocks), in_channels
+
+    def stem(self, x: Tensor) -> Tensor:
+        """Map images ``[B, 3, H, W]`` to ``[B, C, H / 2, W / 2]``, or to ``[B, C, H, W]`` in CIFAR's networks."""
+        return self.relu(self.bn1(self.conv1(x)))  # type: ignore[no-any-return]
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """Compute the features of the returned stages.
@@ -408,11 +324,7 @@ class ResNet(nn.Module):
             An OrderedDict, ``"0"`` for the first returned stage, ``"1"`` for the second, ...: ``[B, C, H / stride,
             W / stride]`` (rounded up), with ``C`` from ``channels`` and ``stride`` from ``strides``.
         """
-        if is_scripting() or not self.fast:
-            x = self.relu(self.bn1(self.conv1(x)))
-        else:
-            x = _stem_norm(x.contiguous(memory_format=torch.channels_last), self.conv1, self.bn1, self.relu)
-        x = self.maxpool(x)
+        x = self.maxpool(self.stem(x))  # [B, 64, H / 4, W / 4]
         features: dict[str, Tensor] = OrderedDict()
         for name, stage in self.named_children():
             if name.startswith("layer"):
@@ -422,11 +334,7 @@ class ResNet(nn.Module):
         return features
 
     def take_off_stage(self) -> nn.Sequential:
-        """Take the last of several returned stages off the body, to be run elsewhere.
-
-        Returns:
-            The stage; the body now ends with the one before.
-        """
+        """Take the last of several returned stages off the body, to be run elsewhere; return it."""
         assert len(self.returned_layers) > 1
         name = f"layer{self.returned_layers[-1]}"
         stage = self.get_submodule(name)
@@ -438,8 +346,31 @@ class ResNet(nn.Module):
         return stage
 
 
+class FastResNet(ResNet):
+    """The same network, channels-last, with frozen norms folded into the convolutions."""
+
+    fast = True
+    basic_block = FastBasicBlock
+    bottleneck = FastBottleneck
+
+    def stem(self, x: Tensor) -> Tensor:
+        """Map images ``[B, 3, H, W]`` as ``ResNet.stem`` does, to channels-last features."""
+        return fast_stem(x.contiguous(memory_format=torch.channels_last), self.conv1, self.bn1, self.relu)
+
+    def __prepare_scriptable__(self) -> ResNet:
+        return scripted_as(self, ResNet)
+
+
+def _make_stem(shape: ResNetArch, norm: MakeNorm) -> nn.Conv2d | DeepStem:
+    if shape.stem == "deep":
+        return DeepStem(shape.channels, norm)
+    if shape.stem == "3x3":
+        return nn.Conv2d(3, shape.channels, 3, padding=1, bias=False)
+    return nn.Conv2d(3, shape.channels, 7, stride=2, padding=3, bias=False)
+
+
 def check_stages(returned_layers: Sequence[int] | None, default: tuple[int, ...], num_stages: int) -> tuple[int, ...]:
-    """Give the stages that a body returns.
+    """Return the stages that a body returns.
 
     Raises:
         UserError: If they are none, repeat, or are not rising in 1..num_stages.
@@ -452,10 +383,10 @@ def check_stages(returned_layers: Sequence[int] | None, default: tuple[int, ...]
 
 
 def last_norm(block: BasicBlock | Bottleneck) -> nn.Module:
-    """Give the norm whose output is added to the shortcut."""
+    """Return the norm whose output is added to the shortcut."""
     return block.bn2 if isinstance(block, BasicBlock) else block.bn3
 
 
 def last_conv(block: BasicBlock | Bottleneck) -> nn.Conv2d:
-    """Give the convolution before that norm."""
+    """Return the convolution before that norm."""
     return block.conv2 if isinstance(block, BasicBlock) else block.conv3

@@ -1,9 +1,11 @@
 """RoIAlign that uses every CPU core; torchvision's own kernel everywhere else.
 
+It is our own because torchvision's kernel took half of a training step on a CPU, and no library has another.
+
 Legend: ``B`` images, ``C`` channels, ``H, W`` pixels of a feature map, ``R = B * H * W`` its rows, ``K`` boxes,
 ``P, Q`` bins of a box (height, width), ``S`` pixels a bin reads along one axis.
 
-torchvision's CPU kernel runs on one core, channel by channel. But RoIAlign is linear in the features, and its weights
+torchvision's runs on one core, channel by channel. But RoIAlign is linear in the features, and its weights
 are the same for all channels: ``output[K * P * Q, C] = M @ features[R, C]``, where the sparse ``M`` has at most 16
 weights a bin (2 x 2 samples, 4 corners each). ``embedding_bag`` computes such products over whole rows and on all
 cores; the backward is the same product with ``M`` transposed, for which its entries are sorted once.
@@ -51,7 +53,7 @@ from torchvision.ops.poolers import (
 )
 
 from resdet.errors import UserError
-from resdet.models.tracing import is_captured, is_scripting
+from resdet.models.tracing import is_captured, is_scripting, scripted_as
 
 # Entries of M held at a time, about 100 MB with what is made of them on the way. All boxes of a usual batch fit; only
 # adaptive sampling of large boxes needs several rounds (each round of the backward passes over the whole gradient).
@@ -95,7 +97,7 @@ def roi_align(
     if not is_scripting():  # noqa: SIM102 - TorchScript drops this block only if the condition stands alone
         if _runs_here([input]):
             check_roi_boxes_shape(boxes)
-            rois = boxes if isinstance(boxes, Tensor) else convert_boxes_to_roi_format(boxes)
+            rois = boxes if isinstance(boxes, Tensor) else convert_boxes_to_roi_format(boxes)  # [K, 5]
             bins = (output_size, output_size) if isinstance(output_size, int) else tuple(output_size)
             pooled: Tensor = _SparseRoIAlign.apply(
                 rois, None, bins, (float(spatial_scale),), sampling_ratio, aligned, input
@@ -106,19 +108,15 @@ def roi_align(
 
 
 class MultiScaleRoIAlign(ops.MultiScaleRoIAlign):  # type: ignore[misc]
-    """``torchvision.ops.MultiScaleRoIAlign`` on the CPU path of this module, with the choice of aligned boxes.
+    """``torchvision.ops.MultiScaleRoIAlign`` with the choice of aligned boxes, by torchvision's kernel.
 
-    Each box is pooled from the level that its area picks (Feature Pyramid Networks, equation 1), each level with one
-    sparse product of its own.
+    Each box is pooled from the level that its area picks (Feature Pyramid Networks, equation 1).
 
     Args:
         featmap_names: Levels to pool from, finest first.
         output_size: Bins ``(P, Q)``, or one number for both.
         sampling_ratio: Samples a bin along each axis; if not positive, ``ceil(box size / bins)`` for each box.
-        canonical_scale: Side in pixels of a box that is pooled from ``canonical_level``.
-        canonical_level: See ``canonical_scale``.
         aligned: As in ``roi_align``; torchvision's class has no such choice and does not align.
-        fast: Whether to use the CPU path of this module. Off, it is torchvision's kernel everywhere.
 
     Source: torchvision's ``ops/poolers.py``, whose own functions pick scales and levels here too.
     """
@@ -129,20 +127,10 @@ class MultiScaleRoIAlign(ops.MultiScaleRoIAlign):  # type: ignore[misc]
         output_size: int | tuple[int, int] | list[int],
         sampling_ratio: int,
         *,
-        canonical_scale: int = 224,
-        canonical_level: int = 4,
         aligned: bool = False,
-        fast: bool = True,
     ) -> None:
-        super().__init__(
-            featmap_names,
-            output_size,
-            sampling_ratio,
-            canonical_scale=canonical_scale,
-            canonical_level=canonical_level,
-        )
+        super().__init__(featmap_names, output_size, sampling_ratio)
         self.aligned = aligned
-        self.fast = fast
 
     def forward(
         self,
@@ -155,7 +143,7 @@ class MultiScaleRoIAlign(ops.MultiScaleRoIAlign):  # type: ignore[misc]
         Args:
             x: Feature maps ``[B, C, H_i, W_i]`` by level name; levels not in ``featmap_names`` are left out.
             boxes: One ``[N, 4]`` for each image, xyxy in pixels of the network's input.
-            image_shapes: ``(height, width)`` of each image, of which the levels' scales follow at the first call.
+            image_shapes: ``(height, width)`` of each image, from which the first call derives the levels' scales.
 
         Returns:
             ``[K, C, P, Q]``, contiguous, boxes in the order given, in the type of the first level.
@@ -165,9 +153,9 @@ class MultiScaleRoIAlign(ops.MultiScaleRoIAlign):  # type: ignore[misc]
             self.scales, self.map_levels = _setup_scales(
                 features, image_shapes, self.canonical_scale, self.canonical_level
             )
-        if not is_scripting():  # noqa: SIM102 - as above
-            if self.fast and _runs_here(features):
-                return self._forward_sparse(features, boxes)
+        return self._pool(features, boxes)
+
+    def _pool(self, features: list[Tensor], boxes: list[Tensor]) -> Tensor:
         if self.aligned:
             return _pool_aligned(features, boxes, self.output_size, self.sampling_ratio, self.scales, self.map_levels)
         result: Tensor = _multiscale_roi_align(
@@ -175,14 +163,22 @@ class MultiScaleRoIAlign(ops.MultiScaleRoIAlign):  # type: ignore[misc]
         )
         return result
 
-    @torch.jit.unused
-    def _forward_sparse(self, features: list[Tensor], boxes: list[Tensor]) -> Tensor:
-        rois = convert_boxes_to_roi_format(boxes)
-        levels = self.map_levels(boxes) if len(features) > 1 else None
+
+class FastMultiScaleRoIAlign(MultiScaleRoIAlign):
+    """The same on every CPU core, each level one sparse product."""
+
+    def _pool(self, features: list[Tensor], boxes: list[Tensor]) -> Tensor:
+        if not _runs_here(features):
+            return super()._pool(features, boxes)
+        rois = convert_boxes_to_roi_format(boxes)  # [K, 5]
+        levels = self.map_levels(boxes) if len(features) > 1 else None  # int64 [K]
         pooled: Tensor = _SparseRoIAlign.apply(
             rois, levels, self.output_size, tuple(self.scales), self.sampling_ratio, self.aligned, *features
         )
         return pooled
+
+    def __prepare_scriptable__(self) -> MultiScaleRoIAlign:
+        return scripted_as(self, MultiScaleRoIAlign)
 
 
 def _pool_aligned(
@@ -193,7 +189,7 @@ def _pool_aligned(
     scales: Optional[list[float]],  # noqa: UP045 - TorchScript reads this signature
     mapper: Optional[LevelMapper],  # noqa: UP045
 ) -> Tensor:
-    """Do as torchvision's ``_multiscale_roi_align``, which this follows line by line, with aligned boxes."""
+    """Compute what torchvision's ``_multiscale_roi_align`` does, followed line by line, with aligned boxes."""
     if scales is None or mapper is None:
         raise ValueError("scales and mapper should not be None")
     rois: Tensor = convert_boxes_to_roi_format(boxes)
@@ -201,7 +197,7 @@ def _pool_aligned(
     output = features[0].new_zeros([len(rois), features[0].shape[1], output_size[0], output_size[1]])
     per_level: list[Tensor] = []
     for level, (feature, scale) in enumerate(zip(features, scales)):  # noqa: B905 - TorchScript knows no strict
-        on_level = torch.where(levels == level)[0]
+        on_level = torch.where(levels == level)[0]  # waits for the device, as torchvision's does
         pooled = ops.roi_align(feature, rois[on_level], output_size, scale, sampling_ratio, True)
         if torchvision._is_tracing():
             per_level.append(pooled.to(output.dtype))
@@ -256,16 +252,19 @@ class _SparseRoIAlign(torch.autograd.Function):
             on_level = _on_level(levels, level, len(rois))
             if len(on_level) == 0:
                 continue
-            grids = _place(rois[on_level], feature.shape, feature.dtype, scales[level], bins, sampling_ratio, aligned)
+            grids = _grids_on(
+                rois[on_level], feature.shape, feature.dtype, scales[level], bins, sampling_ratio, aligned
+            )
             # Of all ways to turn NCHW into rows this was the fastest; it is free where the layout is right already.
             rows = feature.detach().contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1)
-            rows = rows.reshape(-1, channels).contiguous()
+            rows = rows.reshape(-1, channels).contiguous()  # [R, C]
             for chunk in _chunks(grids):
-                pixels, weights = _entries(grids, chunk)
+                pixels, weights = _entries(grids, chunk)  # [k * P * Q, 16] each, where a bin takes 2 x 2 samples
                 weights = weights.to(rows.dtype)
                 for start in range(0, len(chunk), _BLOCK):
                     block = slice(start * num_bins, (start + _BLOCK) * num_bins)
                     pooled = F.embedding_bag(pixels[block], rows, mode="sum", per_sample_weights=weights[block])
+                    # [64 * P * Q, C] -> [64, C, P, Q]
                     swapped = _swap_last(pooled.view(-1, num_bins, channels)).view(-1, channels, *bins)
                     boxes = on_level[chunk[start : start + _BLOCK]]
                     output.index_copy_(0, boxes, swapped.to(output.dtype))
@@ -286,22 +285,22 @@ class _SparseRoIAlign(torch.autograd.Function):
             total: Tensor | None = None
             if grad.numel():
                 on_level = _on_level(levels, level, len(rois))
-                grids = _place(rois[on_level], shape, dtype, scales[level], bins, sampling_ratio, aligned)
+                grids = _grids_on(rois[on_level], shape, dtype, scales[level], bins, sampling_ratio, aligned)
                 for chunk in _chunks(grids):
-                    grad_rows = _gather_rows(grad, on_level[chunk], dtype)
+                    grad_rows = _gather_rows(grad, on_level[chunk], dtype)  # [k * P * Q, C]
                     part = multiply_transposed(*_entries(grids, chunk), grad_rows, num_rows)
                     total = part if total is None else total.add_(part)
             if total is None:
                 total = grad.new_zeros(num_rows, channels, dtype=dtype)
-            grads.append(total.view(num_images, height, width, channels).permute(0, 3, 1, 2))
+            grads.append(total.view(num_images, height, width, channels).permute(0, 3, 1, 2))  # [B, C, H, W]
         return (None,) * 6 + tuple(grads)
 
 
 def _gather_rows(grad: Tensor, boxes: Tensor, dtype: torch.dtype) -> Tensor:
-    """Give ``grad[boxes]``, ``[K, C, P, Q]``, as rows ``[len(boxes) * P * Q, C]``."""
+    """Return ``grad[boxes]``, ``[K, C, P, Q]``, as rows ``[len(boxes) * P * Q, C]``."""
     channels, num_bins = grad.shape[1], grad.shape[2] * grad.shape[3]
     rows = grad.new_empty(len(boxes), num_bins, channels, dtype=dtype)
-    flat_grad = grad.flatten(2)
+    flat_grad = grad.flatten(2)  # [K, C, P * Q]
     for start in range(0, len(boxes), _BLOCK):
         block = flat_grad.index_select(0, boxes[start : start + _BLOCK])
         rows[start : start + _BLOCK] = _swap_last(block)
@@ -351,7 +350,7 @@ def _swap_last(matrices: Tensor) -> Tensor:
 
 
 def _on_level(levels: Tensor | None, level: int, num_boxes: int) -> Tensor:
-    """Give the indices of the boxes to pool from ``level``."""
+    """Return the indices of the boxes to pool from ``level``."""
     return torch.arange(num_boxes) if levels is None else (levels == level).nonzero().view(-1)
 
 
@@ -381,7 +380,7 @@ class _Grids(NamedTuple):
     x: _Axis
 
 
-def _place(
+def _grids_on(
     rois: Tensor,
     shape: torch.Size,
     dtype: torch.dtype,
@@ -433,7 +432,7 @@ def _entries(grids: _Grids, boxes: Tensor) -> tuple[Tensor, Tensor]:
     # embedding_bag reads half as much from int32, and sorting it takes half as long.
     index_type = torch.int32 if (grids.image.amax() + 1) * grids.y.size * grids.x.size < 2**31 else torch.int64
     y, x = y.to(index_type), x.to(index_type)
-    pixels = y[:, :, None, :, None] + x[:, None, :, None, :]
+    pixels = y[:, :, None, :, None] + x[:, None, :, None, :]  # [k, P, Q, S_y, S_x]
     weights = y_weight[:, :, None, :, None] * x_weight[:, None, :, None, :]
     return pixels.view(shape), weights.view(shape)
 

@@ -1,30 +1,26 @@
-"""What training draws at random for an image, decided by the image's own seed and not by its neighbours in the batch.
+"""Random choices of training, made from each image's own seed and not from its neighbours in the batch.
 
 torchvision draws from one stream, image after image: the same image is then given other negatives, and another size,
 when the batch around it is cut in another way. With seeds, a batch of four, two of two in a row and two in two
 processes train on the same samples.
 """
 
-# No "from __future__ import annotations": TorchScript reads those of methods that it leaves out, and not as text.
+# No "from __future__ import annotations": TorchScript reads those of ``torch_choice``, and not as text.
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+from torchvision.models.detection._utils import BalancedPositiveNegativeSampler
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
-
-from resdet.models.tracing import is_scripting
 
 # Streams of random numbers made of one seed, so that the parts of the detector do not repeat each other's choices.
 _RESIZE, _RPN, _BOX_HEAD = 1, 2, 3
 
 
-class Sampler:
-    """torchvision's ``BalancedPositiveNegativeSampler``, with seeds.
-
-    Without seeds it computes what torchvision's computes, by the same operations in the same order. TorchScript knows
-    no inheritance of such classes, hence the copy.
+class Sampler(BalancedPositiveNegativeSampler):  # type: ignore[misc]  # torchvision ships no types, here and below
+    """torchvision's sampler, which may draw from the seeds of images; without seeds it draws what torchvision's does.
 
     Args:
         batch_size_per_image: Boxes drawn of each image.
@@ -36,8 +32,7 @@ class Sampler:
     """
 
     def __init__(self, batch_size_per_image: int, positive_fraction: float) -> None:
-        self.batch_size_per_image = batch_size_per_image
-        self.positive_fraction = positive_fraction
+        super().__init__(batch_size_per_image, positive_fraction)
         self.seeds: list[int] = []
         self.num_positives: list[int] = []
 
@@ -52,32 +47,34 @@ class Sampler:
         """
         positives: list[Tensor] = []
         negatives: list[Tensor] = []
-        counts: list[int] = []
+        self.num_positives = []
         for image, matched in enumerate(matched_idxs):
-            positive = torch.where(matched >= 1)[0]
-            negative = torch.where(matched == 0)[0]
-            num_positives = min(positive.numel(), int(self.batch_size_per_image * self.positive_fraction))
-            num_negatives = min(negative.numel(), self.batch_size_per_image - num_positives)
-            if is_scripting() or len(self.seeds) == 0:
-                first = torch.randperm(positive.numel(), device=positive.device)
-                second = torch.randperm(negative.numel(), device=negative.device)
-            else:
-                generator = torch.Generator(matched.device)
-                generator.manual_seed(self.seeds[image])
-                first = torch.randperm(positive.numel(), generator=generator, device=positive.device)
-                second = torch.randperm(negative.numel(), generator=generator, device=negative.device)
-            drawn_positives = torch.zeros_like(matched, dtype=torch.uint8)
-            drawn_negatives = torch.zeros_like(matched, dtype=torch.uint8)
-            drawn_positives[positive[first[:num_positives]]] = 1
-            drawn_negatives[negative[second[:num_negatives]]] = 1
-            positives.append(drawn_positives)
-            negatives.append(drawn_negatives)
-            counts.append(num_positives)
-        self.num_positives = counts
+            generator = torch.Generator(matched.device).manual_seed(self.seeds[image]) if self.seeds else None
+            most = int(self.batch_size_per_image * self.positive_fraction)
+            positive, count = _draw(matched >= 1, most, generator)
+            negative, _ = _draw(matched == 0, self.batch_size_per_image - count, generator)
+            positives.append(positive)
+            negatives.append(negative)
+            self.num_positives.append(count)
         return positives, negatives
 
 
-class SeededTransform(GeneralizedRCNNTransform):  # type: ignore[misc]  # torchvision ships no types
+def plain_sampler(sampler: BalancedPositiveNegativeSampler) -> BalancedPositiveNegativeSampler:
+    """Return torchvision's sampler with the settings of another, for TorchScript."""
+    return BalancedPositiveNegativeSampler(sampler.batch_size_per_image, sampler.positive_fraction)
+
+
+def _draw(candidates: Tensor, most: int, generator: torch.Generator | None) -> tuple[Tensor, int]:
+    """Draw up to ``most`` of the boxes that a mask ``[N]`` marks; return their mask, uint8 ``[N]``, and how many."""
+    indices = torch.where(candidates)[0]  # [M]; waits for the device
+    count = min(len(indices), most)
+    order = torch.randperm(len(indices), generator=generator, device=indices.device)
+    drawn = torch.zeros_like(candidates, dtype=torch.uint8)
+    drawn[indices[order[:count]]] = 1
+    return drawn, count
+
+
+class SeededTransform(GeneralizedRCNNTransform):  # type: ignore[misc]
     """torchvision's transform, which may draw an image's size from the image's seed."""
 
     def __init__(self, min_size: int | tuple[int, ...], max_size: int, mean: list[float], std: list[float]) -> None:
@@ -93,7 +90,7 @@ class SeededTransform(GeneralizedRCNNTransform):  # type: ignore[misc]  # torchv
 
 @contextmanager
 def image_seeds(model: GeneralizedRCNN, seeds: Sequence[int]) -> Iterator[None]:
-    """Decide by seeds what a detector draws at random in its next forward pass, and in no other.
+    """Let a detector draw from seeds in the next forward pass, and in no other.
 
     Args:
         model: A ``Detector``.

@@ -1,9 +1,10 @@
-"""What to do with boxes that overlap: suppression of many groups at once, soft-NMS, box voting.
+"""Boxes that overlap: suppression of many groups at once, soft-NMS, box voting.
 
 Legend: ``N`` candidates of one image, all classes together; ``M`` of them kept; ``G`` groups of ``S`` places.
 """
 
-# No "from __future__ import annotations": TorchScript reads the signature of `suppress`, and not as text.
+from __future__ import annotations
+
 from concurrent.futures import ThreadPoolExecutor
 from typing import Literal
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 from torchvision.ops import batched_nms, box_iou, nms
 
-from resdet.models.tracing import is_captured, is_scripting
+from resdet.models.tracing import is_captured
 
 # From this many numbers in an image's boxes on torchvision goes through the groups one by one, on a CPU.
 _MANY = 4000
@@ -20,8 +21,8 @@ _MANY = 4000
 def suppress(boxes: list[Tensor], scores: list[Tensor], groups: list[Tensor], iou_threshold: float) -> list[Tensor]:
     """Suppress boxes that overlap better ones of their group, in several images.
 
-    It gives what torchvision's ``batched_nms`` gives for each image. That runs on one core of a CPU; here the groups of
-    all images are shared out to as many threads as torch has. Measured on 2 cores, the proposals of two images in
+    The result is that of torchvision's ``batched_nms`` for each image, which runs on one core of a CPU; here the groups
+    of all images are shared out to as many threads as torch has. Measured on 2 cores, the proposals of two images in
     training, 2,000 of each level: 28 ms, clipping and sorting out included, where the operator alone had taken 48.
 
     Args:
@@ -33,41 +34,31 @@ def suppress(boxes: list[Tensor], scores: list[Tensor], groups: list[Tensor], io
     Returns:
         For each image the indices of what is left, int64, by falling score.
     """
-    if not is_scripting():  # noqa: SIM102 - TorchScript drops this block only if the condition stands alone
-        if not is_captured() and any(_has_many(part) for part in boxes):
-            return _suppress_side_by_side(boxes, scores, groups, iou_threshold)
-    return [
-        batched_nms(image_boxes, image_scores, image_groups, iou_threshold)
-        for image_boxes, image_scores, image_groups in zip(boxes, scores, groups)  # noqa: B905
+    many = [not is_captured() and _has_many(part) for part in boxes]
+    tasks = [
+        (image, torch.where(groups[image] == group)[0])  # [members of the group]
+        for image in range(len(boxes))
+        if many[image]
+        for group in torch.unique(groups[image])
     ]
-
-
-@torch.jit.unused
-def _suppress_side_by_side(
-    boxes: list[Tensor], scores: list[Tensor], groups: list[Tensor], iou_threshold: float
-) -> list[Tensor]:
-    tasks: list[tuple[int, Tensor]] = []
-    for image, of_image in enumerate(groups):
-        if _has_many(boxes[image]):
-            tasks += [(image, torch.where(of_image == group)[0]) for group in torch.unique(of_image)]
 
     def run(task: tuple[int, Tensor]) -> Tensor:
         image, members = task
         kept: Tensor = nms(boxes[image][members], scores[image][members], iou_threshold)
         return members[kept]
 
-    # The operator lets go of Python's lock.
-    with ThreadPoolExecutor(torch.get_num_threads()) as threads:
-        kept = list(threads.map(run, tasks))
+    kept: list[Tensor] = []
+    if tasks:  # the operator releases Python's lock
+        with ThreadPoolExecutor(torch.get_num_threads()) as threads:
+            kept = list(threads.map(run, tasks))
     results = []
     for image, image_scores in enumerate(scores):
-        if not _has_many(boxes[image]):
+        if many[image]:
+            left = torch.cat([part for (owner, _), part in zip(tasks, kept, strict=True) if owner == image])
+            left = left.sort()[0]  # among equal scores the first stays first
+            results.append(left[image_scores[left].sort(descending=True)[1]])
+        else:
             results.append(batched_nms(boxes[image], image_scores, groups[image], iou_threshold))
-            continue
-        mask = torch.zeros_like(image_scores, dtype=torch.bool)
-        mask[torch.cat([part for (owner, _), part in zip(tasks, kept, strict=True) if owner == image])] = True
-        left = torch.where(mask)[0]
-        results.append(left[image_scores[left].sort(descending=True)[1]])
     return results
 
 
@@ -109,24 +100,24 @@ def soft_nms(
     Source: Bodla et al., "Soft-NMS - Improving Object Detection With One Line of Code" (arXiv:1704.04503), equations 1
     and 3 and figure 2.
     """
-    rows, valid = _by_group(groups)
-    left = torch.where(valid, scores[rows], -1)
-    candidates = boxes[rows]
-    areas = _area(candidates)
+    rows, valid = _by_group(groups)  # [G, S]
+    left = torch.where(valid, scores[rows], -1)  # [G, S]
+    candidates = boxes[rows]  # [G, S, 4]
+    areas = _area(candidates)  # [G, S]
     group = torch.arange(len(rows), device=rows.device)
     kept: list[Tensor] = []
     kept_scores: list[Tensor] = []
     # Scores never rise, so a group's first picks are its best, and none has more than `limit` among the best overall.
     for _ in range(min(rows.shape[1], limit) if len(rows) else 0):
-        best_scores, places = left.max(dim=1)
+        best_scores, places = left.max(dim=1)  # [G]
         going_on = best_scores >= score_threshold
-        if not going_on.any():
+        if not going_on.any():  # waits for the device, as the two masks below do
             break
         kept.append(rows[group, places][going_on])
         kept_scores.append(best_scores[going_on])
-        best, best_areas = candidates[group, places][:, None], areas[group, places][:, None]
+        best, best_areas = candidates[group, places][:, None], areas[group, places][:, None]  # [G, 1, 4], [G, 1]
         sides = torch.minimum(best[..., 2:], candidates[..., 2:]) - torch.maximum(best[..., :2], candidates[..., :2])
-        shared = sides.clamp(min=0).prod(dim=2)
+        shared = sides.clamp(min=0).prod(dim=2)  # [G, S]
         # A box without extent has a union of 0 with its like.
         iou = shared / (best_areas + areas - shared).clamp(min=torch.finfo(shared.dtype).tiny)
         if decay == "linear":
@@ -165,18 +156,18 @@ def vote(
     Source: Gidaris and Komodakis, "Object detection via a multi-region & semantic segmentation-aware CNN model"
         (arXiv:1505.01749), section 4. As there, scores stay what they are.
     """
-    votes = (box_iou(kept_boxes, boxes) >= iou_threshold) & (kept_labels[:, None] == labels)
+    votes = (box_iou(kept_boxes, boxes) >= iou_threshold) & (kept_labels[:, None] == labels)  # [M, N]
     # In float64, which autocast leaves alone: in bfloat16 the mean of a corner at 800 would be known to 4 pixels.
     weights = votes * scores.double()
     total = weights.sum(dim=1, keepdim=True)
-    means = weights @ boxes.double() / total
+    means = weights @ boxes.double() / total  # [M, 4]
     return torch.where(total > 0, means, kept_boxes.double()).to(kept_boxes.dtype)
 
 
 def _by_group(groups: Tensor) -> tuple[Tensor, Tensor]:
-    """Give the members of each group as rows ``[G, S]`` of candidates, and which of the places are taken."""
+    """Return the members of each group as rows ``[G, S]`` of candidates, and which of the places are taken."""
     order = torch.argsort(groups, stable=True)
-    _, counts = torch.unique(groups, return_counts=True)
+    _, counts = torch.unique(groups, return_counts=True)  # [G]; waits for the device, as the next line does
     size = int(counts.max()) if len(counts) else 0
     place = torch.arange(size, device=groups.device)
     valid = place < counts[:, None]

@@ -1,6 +1,7 @@
-"""Whether a program is being made of the model right now: by TorchScript, a tracer, torch.compile or torch.export.
+"""Whether a program is being made of the model right now, and what TorchScript is given in a fast module's place.
 
-Such a program shall show torch's usual operations, and none of ours that work on tensors' addresses or threads.
+A program (TorchScript's, a tracer's, torch.compile's, torch.export's) holds torch's usual operations, and none of ours,
+which work on addresses of tensors and on threads.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import torch
 from torch import nn
 
 Plain = TypeVar("Plain", bound=nn.Module)
+_Module = TypeVar("_Module", bound=nn.Module)
 
 # torch.jit documents this one without declaring it exported. TorchScript knows it by identity: it may be renamed, but
 # not wrapped.
@@ -20,19 +22,37 @@ is_scripting: Callable[[], bool] = torch.jit.is_scripting  # type: ignore[attr-d
 
 
 def is_captured() -> bool:
-    """Tell whether the operations that run now are being recorded into a program."""
+    """Return whether the operations that run now are being recorded into a program."""
     # In this order: older compilers cannot follow the second question.
     return torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
 
 
 def scripted_as(module: nn.Module, kind: type[Plain]) -> Plain:
-    """Give what TorchScript takes for a module whose forward it cannot read: its base class with the same parts.
+    """Return what ``__prepare_scriptable__`` gives to TorchScript for a module: the same parts under a plain class.
+
+    All modules below are copied and made plain too; tensors are shared. TorchScript would put plain modules into the
+    module that it was given, so the model itself would be slow afterwards. (It also remembers modules by their
+    addresses, so nothing that it has seen may be freed on the way: a copy is its own plain form.)
 
     Args:
-        module: An instance of a subclass of ``kind``.
-        kind: The class whose forward computes the same.
+        module: An instance of ``kind`` or of a subclass.
+        kind: A class whose forward TorchScript can read and which computes the same.
     """
     assert isinstance(module, kind)
-    plain = copy.copy(module)
+    if getattr(module, "is_for_scripting", False):
+        return module
+    plain = _copied(module)
     plain.__class__ = kind
+    plain.__dict__["is_for_scripting"] = True
     return plain
+
+
+def _copied(module: _Module) -> _Module:
+    copied = copy.copy(module)
+    copied._modules = {name: None if child is None else _plain(child) for name, child in module._modules.items()}
+    return copied
+
+
+def _plain(module: nn.Module) -> nn.Module:
+    prepare: Callable[[], nn.Module] | None = getattr(module, "__prepare_scriptable__", None)
+    return _copied(module) if prepare is None else prepare()

@@ -1,4 +1,4 @@
-"""VGG bodies, which ResNets took the place of as backbones, under torchvision's parameter names.
+"""VGG bodies, the backbones before ResNets, under torchvision's parameter names.
 
 Legend: ``B`` images, ``C`` channels, ``H, W`` pixels. Stage ``k`` (1..5) is the output of ``conv{k}_n`` after its ReLU,
 at stride ``2 ** (k - 1)``; stage 6 is ``pool5``, at stride 32. Faster R-CNN runs on stage 5 alone, at stride 16; a
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -21,21 +22,19 @@ from resdet.models.archs import VGGArch, find_arch
 from resdet.models.convolution import conv
 from resdet.models.norm import conv_norm, norm_layer
 from resdet.models.resnet import check_stages
-from resdet.models.tracing import is_scripting
+from resdet.models.tracing import scripted_as
 
 _CHANNELS = (64, 128, 256, 512, 512)
 
 
 class VGG(nn.Module):
-    """A VGG without its classifier, giving the features of chosen stages; used as a ``ResNet`` is.
+    """A VGG without its classifier, which returns the features of chosen stages; used as a ``ResNet`` is.
 
     Args:
         arch: Its name, a key of ``resdet.models.archs.ARCHS``.
         norm: ``"frozen"``, ``"batch"`` or ``"group"``, where the network has norms.
         norm_eps: Added to the variance by every norm.
         returned_layers: Stages to return, rising, each in 1..6; by default 3 to 6. Later stages are not built.
-        fast: Run channels-last with frozen norms folded into the convolutions. Off, every operation and its order is
-            torchvision's, bit for bit.
 
     Attributes:
         channels: Channels of each returned feature map.
@@ -47,17 +46,12 @@ class VGG(nn.Module):
             in 1..6.
     """
 
+    fast: ClassVar[bool] = False
     stride_in_1x1 = False
     dilate_c5 = False
 
     def __init__(
-        self,
-        arch: str,
-        *,
-        norm: str = "frozen",
-        norm_eps: float = 1e-5,
-        returned_layers: Sequence[int] | None = None,
-        fast: bool = True,
+        self, arch: str, *, norm: str = "frozen", norm_eps: float = 1e-5, returned_layers: Sequence[int] | None = None
     ) -> None:
         super().__init__()
         shape = find_arch(arch)
@@ -69,12 +63,11 @@ class VGG(nn.Module):
         self.norm = norm
         self.norm_eps = norm_eps
         self.returned_layers = stages
-        self.fast = fast
         self.with_norm = shape.norm
 
         layers: list[nn.Module] = []
         modules_of: dict[str, list[str]] = {}
-        last_of: dict[int, int] = {}  # of each stage, the layer that gives its features
+        last_of: dict[int, int] = {}  # index of the layer whose output is the stage's
         in_channels = 3
         # Names of all stages are needed, so all are laid out; what comes after the last returned one is dropped.
         for stage, (depth, channels) in enumerate(zip(shape.depths, _CHANNELS, strict=True), 1):
@@ -113,16 +106,20 @@ class VGG(nn.Module):
             W / stride]`` (rounded down), with ``C`` from ``channels`` and ``stride`` from ``strides``.
         """
         features: dict[str, Tensor] = OrderedDict()
-        if is_scripting() or not self.fast:
-            for index, layer in enumerate(self.features):
-                x = layer(x)
-                if index in self._level_at:
-                    features[self._level_at[index]] = x
-            return features
-        return self._fast_forward(x)
+        for index, layer in enumerate(self.features):
+            x = layer(x)
+            if index in self._level_at:
+                features[self._level_at[index]] = x
+        return features
 
-    @torch.jit.unused
-    def _fast_forward(self, x: Tensor) -> dict[str, Tensor]:
+
+class FastVGG(VGG):
+    """The same network, channels-last, each convolution one operation with its bias, frozen norm and ReLU."""
+
+    fast = True
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        """Compute the features of the returned stages, as ``VGG`` does."""
         features: dict[str, Tensor] = OrderedDict()
         x = x.contiguous(memory_format=torch.channels_last)
         layers = list(self.features)
@@ -136,3 +133,6 @@ class VGG(nn.Module):
             if index in self._level_at:
                 features[self._level_at[index]] = x
         return features
+
+    def __prepare_scriptable__(self) -> VGG:
+        return scripted_as(self, VGG)

@@ -8,7 +8,6 @@ from resdet.classification.summary import response_deviations, summarise, summar
 from resdet.errors import UserError
 from resdet.models.bodies import make_body
 from resdet.models.norm import calibrate_norm
-from resdet.models.resnet import ResNet
 
 
 def footprint(body: nn.Module, level: str, side: int) -> int:
@@ -85,7 +84,7 @@ def test_image_that_is_too_small_is_named() -> None:
 def test_responses_are_those_of_every_3x3_layer_after_its_norm(fast: bool) -> None:
     """Of norms that were calibrated on these very images the deviation is the norm's scale."""
     torch.manual_seed(0)
-    body = ResNet("cifar20", norm="frozen", fast=fast).eval()
+    body = make_body("cifar20", norm="frozen", fast=fast).eval()
     batches = [torch.randn(2, 3, 16, 16), torch.randn(3, 3, 16, 16)]
     calibrate_norm(body, [torch.cat(batches)])
     body.layer2[1].bn1.weight.fill_(0.25)
@@ -107,7 +106,7 @@ def test_responses_are_those_of_every_3x3_layer_after_its_norm(fast: bool) -> No
 def test_responses_of_bottlenecks_and_of_networks_without_norms() -> None:
     torch.manual_seed(0)
     images = [torch.randn(1, 3, 32, 32)]
-    assert list(response_deviations(ResNet("resnet50", norm="batch", returned_layers=(1,)).eval(), images)) == [
+    assert list(response_deviations(make_body("resnet50", norm="batch", returned_layers=(1,)).eval(), images)) == [
         f"layer1.{index}.conv2" for index in range(3)
     ]
     vgg = make_body("vgg16", returned_layers=(1,), fast=False).eval()

@@ -24,6 +24,7 @@ from torchvision.ops import FrozenBatchNorm2d
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
 from resdet.export.backbone import export_backbone
+from resdet.models.bodies import make_body
 from resdet.models.resnet import ResNet
 from resdet.weights.convert import from_torchvision
 
@@ -47,7 +48,7 @@ def body(
 ) -> Body:
     """A plain body (torchvision's operations, bit for bit), and what its exported file holds."""
     torch.manual_seed(0)
-    body = ResNet(request.param, fast=False).eval()
+    body = make_body(request.param, fast=False).eval()
     randomise_norms(body)
     path: Path = tmp_path_factory.mktemp("exported") / "body.safetensors"
     export_backbone(body, path)

@@ -17,7 +17,7 @@ from resdet.models.bodies import Classifier, build_classifier, make_body
 from resdet.models.checkpoint import checkpoint_payload, load_detector
 from resdet.models.detector import Detector, build_detector
 from resdet.models.norm import calibrate_norm, has_fresh_frozen_norm
-from resdet.models.resnet import Bottleneck, ResNet
+from resdet.models.resnet import Bottleneck
 from resdet.models.spec import DetectorSpec
 from resdet.weights.files import read_weights
 from resdet.weights.formats import FACTS_ENTRY
@@ -116,8 +116,8 @@ def test_bottleneck_at_256_channels_has_fewer_weights_than_two_3x3() -> None:
         return sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Conv2d))
 
     with torch.device("meta"):
-        assert weights(ResNet("resnet50").layer1[1]) == 69_632
-        assert weights(ResNet("resnet34").layer3[1]) == 1_179_648
+        assert weights(make_body("resnet50").layer1[1]) == 69_632
+        assert weights(make_body("resnet34").layer3[1]) == 1_179_648
 
 
 # ---- ResNeXt: Xie et al. 2017, figure 3
@@ -175,7 +175,7 @@ def affine(norm: nn.Module, x: Tensor, part: slice) -> Tensor:
 def test_three_forms_of_resnext_are_one(form: type[SplitTransformSum], fast: bool) -> None:
     """The grouped convolution is form (c). In float64 the orders of summation agree to 1e-12 of the scale."""
     torch.manual_seed(0)
-    body = ResNet("resnext50_32x4d", fast=fast, returned_layers=(2,)).double().eval()
+    body = make_body("resnext50_32x4d", fast=fast, returned_layers=(2,)).double().eval()
     block = body.layer2[0]
     assert (block.conv2.groups, block.conv2.out_channels) == (32, 256)
     generator = torch.Generator().manual_seed(1)

@@ -170,7 +170,42 @@ def test_packed_weights_share_their_orders_and_forget_when_there_are_many(monkey
     x = torch.randn(shapes[5]).contiguous(memory_format=torch.channels_last)
     with torch.no_grad():
         plain = convolve(x, tensors["weight"], tensors["bias"], geometry, relu=True)
-        assert torch.equal(convolve(x, packed.of(x.shape), tensors["bias"], geometry, relu=True), plain)
+        assert torch.equal(convolve(x, packed.weight, tensors["bias"], geometry, packed=packed, relu=True), plain)
     monkeypatch.setattr(PackedWeight, "_MOST_SHAPES", 37)
     packed.of(torch.Size((2, 32, 3, 9)))
     assert len(packed._by_shape) == 1
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_other_devices_bring_input_and_shortcut_to_the_weights_type(
+    monkeypatch: pytest.MonkeyPatch, scaled: bool
+) -> None:
+    """A model brought to bfloat16 takes float32 images on a CPU, so it must elsewhere too."""
+    geometry, tensors = operands(KINDS[2])
+    monkeypatch.setattr(convolution, "_runs_in_one", lambda *_: False)
+    weight, bias = tensors["weight"].bfloat16(), tensors["bias"].bfloat16()
+    residual = tensors["residual"].requires_grad_()
+    x = tensors["x"].requires_grad_()
+    scale = tensors["scale"] if scaled else None
+    out = convolve(x, weight, bias, geometry, scale=scale, residual=residual, relu=True)
+    assert out.dtype == torch.bfloat16
+    factor = tensors["scale"] if scaled else torch.ones(16)
+    exact = one_after_the_other(x.double(), weight.double(), bias.double(), geometry, factor.double(), residual, True)
+    assert relative_error(out, exact) < TOLERANCE[torch.bfloat16]
+    grads = torch.autograd.grad(out.float().sum(), [x, residual])
+    assert [grad.dtype for grad in grads] == [torch.float32, torch.float32]
+
+
+def test_other_devices_add_the_shortcut_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(convolution, "_runs_in_one", lambda *_: False)
+    geometry, tensors = operands(KINDS[0])
+    weight = tensors["weight"].requires_grad_()
+    outputs = []
+    conv2d = F.conv2d
+    monkeypatch.setattr(F, "conv2d", lambda *arguments: outputs.append(conv2d(*arguments)) or outputs[-1])
+    out = convolve(tensors["x"], weight, None, geometry, residual=tensors["residual"], relu=True)
+    assert out.data_ptr() == outputs[0].data_ptr()
+    expected = F.relu(conv2d(tensors["x"], weight, None, *geometry) + tensors["residual"])
+    assert torch.equal(out, expected)
+    (slope,), (exact,) = torch.autograd.grad(out.sum(), weight), torch.autograd.grad(expected.sum(), weight)
+    assert torch.equal(slope, exact)

@@ -30,7 +30,7 @@ from resdet.models.checkpoint import checkpoint_payload, load_detector, load_det
 from resdet.models.detector import Detector, build_detector
 from resdet.models.fasterrcnn import fasterrcnn_resnet101_fpn
 from resdet.models.proposals import Anchors, ProposalNetwork
-from resdet.models.roi_align import MultiScaleRoIAlign
+from resdet.models.roi_align import FastMultiScaleRoIAlign, MultiScaleRoIAlign
 from resdet.models.spec import CONVENTIONS, WEIGHTS_FIELDS, DetectorSpec
 from resdet.models.transform import scaled_size
 from resdet.types import Category
@@ -331,20 +331,15 @@ def test_anchors_are_detectron2s() -> None:
 
 
 def proposal_network(*, min_size: float, rank_by_logit: bool) -> ProposalNetwork:
-    network = ProposalNetwork(
-        Anchors(((32,),), ((1.0,),), rounded=True, strides=(), widened=True),
-        torch.nn.Identity(),
-        fg_iou_thresh=0.7,
-        bg_iou_thresh=0.3,
-        batch_size_per_image=1,
-        positive_fraction=0.5,
-        pre_nms_top_n={"training": 10, "testing": 10},
-        post_nms_top_n={"training": 10, "testing": 10},
-        nms_thresh=0.7,
-        score_thresh=0.0,
-        min_size=min_size,
-        rank_by_logit=rank_by_logit,
+    spec = DetectorSpec(
+        rpn_batch_size_per_image=1,
+        rpn_pre_nms_top_n_test=10,
+        rpn_post_nms_top_n_test=10,
+        rpn_min_size=min_size,
+        rpn_rank_by="logit" if rank_by_logit else "probability",
     )
+    anchors = Anchors(((32,),), ((1.0,),), rounded=True, strides=(), widened=True)
+    network = ProposalNetwork(anchors, torch.nn.Identity(), spec)
     network.eval()
     return network
 
@@ -370,19 +365,8 @@ def test_proposals_can_be_ranked_where_probabilities_tie() -> None:
 
 def test_a_box_without_extent_takes_its_place_and_is_not_given() -> None:
     def found(min_size: float) -> list[list[float]]:
-        heads = BoxHeads(
-            torch.nn.Identity(),
-            torch.nn.Identity(),
-            torch.nn.Identity(),
-            fg_iou_thresh=0.5,
-            bg_iou_thresh=0.5,
-            batch_size_per_image=1,
-            positive_fraction=0.5,
-            score_thresh=0.05,
-            nms_thresh=0.5,
-            detections_per_img=2,
-            min_size=min_size,
-        )
+        spec = DetectorSpec(box_batch_size_per_image=1, box_detections_per_img=2, box_min_size=min_size)
+        heads = BoxHeads(torch.nn.Identity(), torch.nn.Identity(), torch.nn.Identity(), spec)
         proposals = torch.tensor([[100.0, 10, 120, 30], [10, 10, 10.005, 30], [40, 40, 60, 60]])
         logits = torch.tensor([[0.0, 4], [0, 3], [0, 2]])
         boxes, scores, labels = heads.postprocess_detections(logits, torch.zeros(3, 8), [proposals], [(90, 90)])
@@ -402,7 +386,8 @@ def test_aligned_pooling_is_torchvisions_operator_level_by_level() -> None:
     per_image = [boxes[:25], boxes[25:]]
 
     def pooled(*, fast: bool, aligned: bool = True) -> Tensor:
-        pool = MultiScaleRoIAlign(list(features), 7, 0, aligned=aligned, fast=fast)
+        kind = FastMultiScaleRoIAlign if fast else MultiScaleRoIAlign
+        pool = kind(list(features), 7, 0, aligned=aligned)
         result: Tensor = pool(features, per_image, [(256, 192), (250, 190)])
         return result
 

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 import resdet
 from resdet.errors import UserError, WeightsError
 from resdet.models import int8
+from resdet.models.checkpoint import save_int8_detector
 from resdet.models.detector import Detector, build_detector
-from resdet.models.int8 import MIDDLE, Int8Detector, Int8Layer, Range, quantize_detector, save_int8_detector
+from resdet.models.int8 import MIDDLE, Int8Detector, Int8Layer, Range, quantize_detector
 from resdet.models.norm import calibrate_norm
 from resdet.models.spec import DetectorSpec
 

@@ -12,8 +12,8 @@ import torchvision
 from torch import Tensor, nn
 
 from resdet.errors import UserError
+from resdet.models.bodies import make_body
 from resdet.models.norm import FrozenBatchNorm2d, calibrate_norm, conv_norm, has_fresh_frozen_norm, norm_layer
-from resdet.models.resnet import ResNet
 
 
 class Pair(nn.Module):
@@ -273,15 +273,15 @@ def test_weights_in_onednns_order_follow_the_size_of_the_input(pair: Pair, x: Te
     pair.requires_grad_(False).eval()
     for size in ((9, 7), (20, 33), (9, 7), (1, 1)):
         assert_follows(pair, torch.randn(2, 8, *size).contiguous(memory_format=torch.channels_last))
-        assert pair.norm._packed.of(torch.Size((2, 8, *size))).is_mkldnn
+        assert pair.norm._folded.packed.of(torch.Size((2, 8, *size))).is_mkldnn
     with torch.no_grad():
         pair.conv.weight.mul_(2)
     assert_follows(pair, x)
     pair(x.requires_grad_()).sum().backward()  # nothing goes backward through such a weight
     (expected,) = torch.autograd.grad(pair.plain(x).sum(), x)
     torch.testing.assert_close(x.grad, expected, rtol=1e-5, atol=1e-5)
-    assert copy.deepcopy(pair).norm._packed is None
-    assert pair.train().norm._packed is None
+    assert copy.deepcopy(pair).norm._folded is None
+    assert pair.train().norm._folded is None
 
 
 def test_hooks_on_convolution_and_norm_are_called(pair: Pair, x: Tensor) -> None:
@@ -295,7 +295,7 @@ def test_hooks_on_convolution_and_norm_are_called(pair: Pair, x: Tensor) -> None
 def test_compiled_body_follows_writes() -> None:
     """A compiled graph holds the folding itself, not its result."""
     torch.manual_seed(0)
-    body = ResNet("resnet18", returned_layers=(1,)).eval()
+    body = make_body("resnet18", returned_layers=(1,)).eval()
     calibrate_norm(body, [torch.randn(2, 3, 64, 64)])
     images = torch.randn(1, 3, 32, 32)
     compiled = torch.compile(body, backend="eager", fullgraph=True)
@@ -307,7 +307,7 @@ def test_compiled_body_follows_writes() -> None:
 
 def test_exported_body_holds_the_folding() -> None:
     torch.manual_seed(0)
-    body = ResNet("resnet18", returned_layers=(1,)).eval()
+    body = make_body("resnet18", returned_layers=(1,)).eval()
     images = torch.randn(1, 3, 32, 32)
     program = torch.export.export(body, (images,))
     torch.testing.assert_close(program.module()(images)["0"], body(images)["0"], rtol=1e-5, atol=1e-5)
@@ -323,7 +323,7 @@ def test_norms_by_name() -> None:
 @pytest.mark.parametrize("fast", [True, False])
 def test_calibrated_activations_are_normalised(fast: bool) -> None:
     torch.manual_seed(0)
-    body = ResNet("resnet18", fast=fast)
+    body = make_body("resnet18", fast=fast)
     images = torch.randn(4, 3, 96, 96)
     assert calibrate_norm(body, [images]) == 20
     outputs: list[Tensor] = []
@@ -342,7 +342,7 @@ def test_calibrated_activations_are_normalised(fast: bool) -> None:
 
 def test_calibration_pools_batches_and_is_deterministic() -> None:
     torch.manual_seed(0)
-    body = ResNet("resnet18", returned_layers=(1,)).eval()
+    body = make_body("resnet18", returned_layers=(1,)).eval()
     twin = copy.deepcopy(body)
     batches = [torch.randn(2, 3, 64, 64), 2 * torch.randn(3, 3, 64, 32) + 1]
     calibrate_norm(body, batches)
@@ -359,14 +359,14 @@ def test_calibration_pools_batches_and_is_deterministic() -> None:
 def test_calibration_needs_norms_and_batches() -> None:
     with pytest.raises(UserError, match="no frozen norm"):
         calibrate_norm(nn.Conv2d(3, 8, 1), [torch.zeros(1, 3, 8, 8)])
-    body = ResNet("resnet18", returned_layers=(1,))
+    body = make_body("resnet18", returned_layers=(1,))
     with pytest.raises(UserError, match="no batch"):
         calibrate_norm(body, [])
     assert not any(m._forward_hooks for m in body.modules())
 
 
 def test_fresh_frozen_norms_are_known_by_their_tensors() -> None:
-    body = ResNet("resnet18", returned_layers=(1,))
+    body = make_body("resnet18", returned_layers=(1,))
     state = copy.deepcopy(body.state_dict())
     assert has_fresh_frozen_norm(body)
     calibrate_norm(body, [torch.randn(1, 3, 32, 32)])
@@ -376,5 +376,5 @@ def test_fresh_frozen_norms_are_known_by_their_tensors() -> None:
     # Fused into the convolutions, a norm leaves nothing but its bias.
     body.load_state_dict(state | {"bn1.bias": torch.full((64,), 0.1)})
     assert not has_fresh_frozen_norm(body)
-    assert not has_fresh_frozen_norm(ResNet("resnet18", norm="batch", returned_layers=(1,)))
+    assert not has_fresh_frozen_norm(make_body("resnet18", norm="batch", returned_layers=(1,)))
     assert has_fresh_frozen_norm(torchvision.models.resnet18(norm_layer=torchvision.ops.FrozenBatchNorm2d))

@@ -16,7 +16,7 @@ from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from resdet.config import load_config
 from resdet.models.checkpoint import load_detector
 from resdet.models.detector import build_detector
-from resdet.models.proposals import FastProposalNetwork, ProposalHead, _ReadRows
+from resdet.models.proposals import FastProposalHead, FastProposalNetwork, _patches, _ReadRows, sum_by_row
 from resdet.models.spec import DetectorSpec
 from resdet.training.detection import train
 
@@ -87,14 +87,14 @@ def test_detections_are_torchvisions(randomise_norms: RandomiseNorms) -> None:
 def test_head_at_anchors_is_the_head_there() -> None:
     """Every anchor of every level, so corners and borders too; and what flows back from each of them."""
     torch.manual_seed(0)
-    head = ProposalHead(8, 3).double()
+    head = FastProposalHead(8, 3).double()
     nn.init.normal_(head.conv[0][0].weight)
     levels = [torch.randn(2, 8, *size, dtype=torch.float64, requires_grad=True) for size in ((5, 4), (3, 2), (1, 1))]
     logits, deltas = head(levels)
     dense_logits = torch.cat([t.permute(0, 2, 3, 1).reshape(2, -1) for t in logits], dim=1).view(-1)
     dense_deltas = torch.cat([t.permute(0, 2, 3, 1).reshape(2, -1, 4) for t in deltas], dim=1).view(-1, 4)
     anchors = torch.randperm(len(dense_logits))
-    found_logits, found_deltas = head.at(levels, anchors)
+    found_logits, found_deltas = head.forward_at(levels, anchors)
     # float64 sums of 72 products.
     torch.testing.assert_close(found_logits, dense_logits[anchors], rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(found_deltas, dense_deltas[anchors], rtol=1e-12, atol=1e-12)
@@ -108,13 +108,15 @@ def test_head_at_anchors_is_the_head_there() -> None:
     theirs = slopes(dense_logits, dense_deltas, weights[anchors.argsort()])
     torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-11)
     with pytest.raises(AssertionError):
-        torch.testing.assert_close(head.at(levels, anchors.roll(1))[0], dense_logits[anchors], rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(
+            head.forward_at(levels, anchors.roll(1))[0], dense_logits[anchors], rtol=1e-12, atol=1e-12
+        )
 
 
 def test_head_at_no_anchor_gives_nothing() -> None:
-    head = ProposalHead(4, 3)
+    head = FastProposalHead(4, 3)
     feature = torch.randn(1, 4, 3, 3, requires_grad=True)
-    logits, deltas = head.at([feature], torch.zeros(0, dtype=torch.int64))
+    logits, deltas = head.forward_at([feature], torch.zeros(0, dtype=torch.int64))
     assert logits.shape == (0,)
     assert deltas.shape == (0, 4)
     (logits.sum() + deltas.sum()).backward()
@@ -131,6 +133,27 @@ def test_rows_are_read_and_given_back_as_by_indexing(num_used: int) -> None:
     assert torch.equal(ours, theirs)
     slopes, expected = (torch.autograd.grad(read, rows, upstream)[0] for read in (ours, theirs))
     torch.testing.assert_close(slopes, expected, rtol=1e-14, atol=1e-14)  # float64 sums of some terms in any order
+
+
+def test_rows_read_on_other_devices_are_summed_in_float32_and_in_one_order() -> None:
+    """Without a device at hand: which gradient runs there (on meta tensors), and what it computes (on CPU tensors)."""
+    feature = torch.zeros(1, 4, 5, 5, device="meta", dtype=torch.bfloat16, requires_grad=True)
+    places = torch.zeros(3, dtype=torch.int64, device="meta")
+    read = _patches(feature, places, places, places)
+    assert read.grad_fn.next_functions[0][0].name() == "_ReadRowsBackward"
+    assert torch.autograd.grad(read.sum(), feature)[0].shape == feature.shape
+
+    torch.manual_seed(0)
+    index, rows = torch.randint(7, (6000,)), torch.rand(6000, 5).bfloat16()
+    exact = torch.zeros(9, 5, dtype=torch.float64).index_add_(0, index, rows.double())
+    found = sum_by_row(index, rows, 9)
+    assert found.dtype == torch.bfloat16
+    # Sums in float32, rounded once: half a unit in the last of 8 bits. Row by row in bfloat16 they are far worse.
+    assert (found - exact).abs().max() <= 2**-8 * exact.abs().max()
+    unordered = torch.zeros(9, 5, dtype=torch.bfloat16).index_add_(0, index, rows)
+    assert (unordered - exact).abs().max() > 2**-8 * exact.abs().max()
+    assert not found[7:].any()
+    assert sum_by_row(index[:0], rows[:0], 9).shape == (9, 5)
 
 
 @pytest.mark.slow

@@ -11,6 +11,8 @@ from torchvision.models._utils import IntermediateLayerGetter
 
 from resdet.errors import UserError
 from resdet.models.archs import ARCHS, ResNetArch
+from resdet.models.backbone import resnet_fpn
+from resdet.models.bodies import make_body
 from resdet.models.norm import FrozenBatchNorm2d, conv_norm_names, folded_copy
 from resdet.models.resnet import ResNet
 
@@ -39,7 +41,7 @@ def reference(arch: str, norm: str, returned_layers: tuple[int, ...]) -> nn.Modu
 def test_state_dict_has_torchvisions_names_order_and_shapes(arch: str, norm: str) -> None:
     for returned_layers in [(1, 2), (2, 4)]:
         with torch.device("meta"):
-            ours = ResNet(arch, norm=norm, returned_layers=returned_layers)
+            ours = make_body(arch, norm=norm, returned_layers=returned_layers)
             theirs = reference(arch, norm, returned_layers)
         assert [(k, v.shape, v.dtype) for k, v in ours.state_dict().items()] == [
             (k, v.shape, v.dtype) for k, v in theirs.state_dict().items()
@@ -48,7 +50,10 @@ def test_state_dict_has_torchvisions_names_order_and_shapes(arch: str, norm: str
 
 @pytest.mark.parametrize("returned_layers", [(1, 2), (3,), (2, 3, 4)])
 def test_state_dicts_are_exchangeable_both_ways(returned_layers: tuple[int, ...]) -> None:
-    ours, theirs = ResNet("resnet18", returned_layers=returned_layers), reference("resnet18", "frozen", returned_layers)
+    ours, theirs = (
+        make_body("resnet18", returned_layers=returned_layers),
+        reference("resnet18", "frozen", returned_layers),
+    )
     ours.load_state_dict(theirs.state_dict())
     theirs.load_state_dict(ours.state_dict())
     longer = reference("resnet18", "frozen", (1, 2, 3, 4)).state_dict() | {"layer9.weight": torch.zeros(1)}
@@ -62,7 +67,7 @@ def test_state_dicts_are_exchangeable_both_ways(returned_layers: tuple[int, ...]
 )
 def test_plain_body_is_bit_equal_to_torchvision(arch: str, norm: str) -> None:
     torch.manual_seed(0)
-    ours, theirs = ResNet(arch, norm=norm, fast=False).eval(), reference(arch, norm, (1, 2, 3, 4)).eval()
+    ours, theirs = make_body(arch, norm=norm, fast=False).eval(), reference(arch, norm, (1, 2, 3, 4)).eval()
     theirs.load_state_dict(ours.state_dict())
     images = torch.randn(1, 3, 65, 47)
     with torch.no_grad():
@@ -77,7 +82,7 @@ def test_plain_body_is_bit_equal_to_torchvision(arch: str, norm: str) -> None:
 def test_stride_in_1x1_is_torchvisions_with_the_strides_moved(fast: bool) -> None:
     """The parameters are those of the other way, so only running it tells the two apart."""
     torch.manual_seed(0)
-    ours = ResNet("resnet50", norm="frozen", fast=fast, stride_in_1x1=True).eval()
+    ours = make_body("resnet50", norm="frozen", fast=fast, stride_in_1x1=True).eval()
     theirs = reference("resnet50", "frozen", (1, 2, 3, 4)).eval()
     theirs.load_state_dict(ours.state_dict())
     images = torch.randn(1, 3, 65, 47)
@@ -95,7 +100,7 @@ def test_stride_in_1x1_is_torchvisions_with_the_strides_moved(fast: bool) -> Non
 
 def test_dilated_c5_is_torchvisions() -> None:
     torch.manual_seed(0)
-    ours = ResNet("resnet50", norm="batch", dilate_c5=True, fast=False).eval()
+    ours = make_body("resnet50", norm="batch", dilate_c5=True, fast=False).eval()
     network = torchvision.models.resnet50(weights=None, replace_stride_with_dilation=[False, False, True])
     theirs = IntermediateLayerGetter(network, ours.return_layers).eval()
     theirs.load_state_dict(ours.state_dict())
@@ -115,7 +120,7 @@ def test_every_second_pixel_of_dilated_c5_is_that_of_the_strided(arch: str, stri
     """Exact in exact arithmetic; in float64 two orders of summation differ by less than 1e-10 of the scale."""
     torch.manual_seed(0)
     strided, dilated = (
-        ResNet(arch, norm="batch", stride_in_1x1=stride_in_1x1, dilate_c5=dilate, fast=False).double().eval()
+        make_body(arch, norm="batch", stride_in_1x1=stride_in_1x1, dilate_c5=dilate, fast=False).double().eval()
         for dilate in (False, True)
     )
     dilated.load_state_dict(strided.state_dict())
@@ -130,7 +135,7 @@ def test_every_second_pixel_of_dilated_c5_is_that_of_the_strided(arch: str, stri
 
 def test_option_a_has_no_parameters_and_is_the_padded_subsampled_input() -> None:
     torch.manual_seed(0)
-    body = ResNet("cifar20", norm="batch", fast=False).eval()
+    body = make_body("cifar20", norm="batch", fast=False).eval()
     assert not any("downsample" in name for name in body.state_dict())
     block = body.layer2[0]
     x = torch.randn(2, 16, 9, 8)
@@ -144,7 +149,7 @@ def test_option_a_has_no_parameters_and_is_the_padded_subsampled_input() -> None
 
 def test_option_c_projects_every_shortcut_and_b_only_where_shapes_change() -> None:
     projected = {
-        arch: [f"{n}" for n, m in ResNet(arch).named_modules() if n.endswith("downsample")]
+        arch: [f"{n}" for n, m in make_body(arch).named_modules() if n.endswith("downsample")]
         for arch in ("resnet34", "resnet34_option_c")
     }
     assert projected["resnet34"] == ["layer2.0.downsample", "layer3.0.downsample", "layer4.0.downsample"]
@@ -154,8 +159,8 @@ def test_option_c_projects_every_shortcut_and_b_only_where_shapes_change() -> No
 @pytest.mark.parametrize("fast", [False, True])
 def test_plain_network_adds_nothing(fast: bool) -> None:
     torch.manual_seed(0)
-    plain = ResNet("plain18", norm="frozen", fast=fast).double().eval()
-    residual = ResNet("resnet18_option_a", norm="frozen", fast=fast).double().eval()
+    plain = make_body("plain18", norm="frozen", fast=fast).double().eval()
+    residual = make_body("resnet18_option_a", norm="frozen", fast=fast).double().eval()
     assert plain.state_dict().keys() == residual.state_dict().keys(), "they differ in what is computed alone"
     residual.load_state_dict(plain.state_dict())
     images = torch.randn(1, 3, 64, 48, dtype=torch.float64)
@@ -176,7 +181,7 @@ def test_deep_stem_and_pooled_shortcut_are_timms(arch: str) -> None:
     """An odd size: the 2x2 mean at the border is over the pixels there are."""
     timm = pytest.importorskip("timm")
     torch.manual_seed(0)
-    ours = ResNet(arch, norm="batch", fast=False).eval()
+    ours = make_body(arch, norm="batch", fast=False).eval()
     theirs = timm.create_model(arch, features_only=True, out_indices=(1, 2, 3, 4)).eval()
     theirs.load_state_dict(ours.state_dict())
     images = torch.randn(1, 3, 65, 47)
@@ -202,10 +207,10 @@ def test_deep_stem_and_pooled_shortcut_are_timms(arch: str) -> None:
 def test_folding_changes_rounding_only(arch: str, options: dict[str, bool], randomise_norms: RandomiseNorms) -> None:
     """At run time and in the copy that is exported, in float64, whose rounding is far below 1e-10."""
     torch.manual_seed(0)
-    fast = ResNet(arch, **options).eval()  # type: ignore[arg-type]
+    fast = make_body(arch, **options).eval()  # type: ignore[arg-type]
     randomise_norms(fast)
     fast = fast.double()
-    plain = ResNet(arch, fast=False, **options).double().eval()  # type: ignore[arg-type]
+    plain = make_body(arch, fast=False, **options).double().eval()  # type: ignore[arg-type]
     plain.load_state_dict(fast.state_dict())
     assert len(conv_norm_names(fast)) == sum(isinstance(m, nn.Conv2d) for m in fast.modules())
     images = torch.randn(1, 3, 65, 48, dtype=torch.float64)
@@ -224,7 +229,7 @@ def test_folding_changes_rounding_only(arch: str, options: dict[str, bool], rand
 
 def test_zero_init_residual_starts_blocks_as_the_identity() -> None:
     torch.manual_seed(0)
-    ours = ResNet("resnet50", norm="batch", zero_init_residual=True)
+    ours = make_body("resnet50", norm="batch", zero_init_residual=True)
     theirs = torchvision.models.resnet50(weights=None, zero_init_residual=True)
     for name, parameter in ours.named_parameters():
         assert name.endswith("bn3.weight") == bool((parameter == 0).all() and name.endswith("weight")), name
@@ -235,7 +240,7 @@ def test_zero_init_residual_starts_blocks_as_the_identity() -> None:
 
 @pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
 def test_channels_and_strides_are_those_of_the_features(arch: str) -> None:
-    body = ResNet(arch, returned_layers=(2, 4))
+    body = make_body(arch, returned_layers=(2, 4))
     features = body(torch.zeros(1, 3, 96, 64))
     assert list(features) == ["0", "1"]
     assert [f.shape[1] for f in features.values()] == body.channels
@@ -245,7 +250,7 @@ def test_channels_and_strides_are_those_of_the_features(arch: str) -> None:
 
 def test_convolutions_start_as_in_torchvision() -> None:
     torch.manual_seed(0)
-    weight = ResNet("resnet18", norm="batch").get_parameter("layer4.1.conv2.weight")
+    weight = make_body("resnet18", norm="batch").get_parameter("layer4.1.conv2.weight")
     # Kaiming, fan out, ReLU. 2.4 million draws know their deviation to 0.05 %; 0.5 % is ten of those.
     assert weight.std().item() == pytest.approx((2 / (512 * 9)) ** 0.5, rel=5e-3)
 
@@ -281,11 +286,20 @@ def test_wrong_arguments_are_named(arguments: dict[str, object], message: str) -
 def test_body_scripts_as_the_plain_one(arch: str, fast: bool) -> None:
     """TorchScript takes the plain form even of a fast body."""
     torch.manual_seed(0)
-    body = ResNet(arch, fast=fast).eval()
-    plain = ResNet(arch, fast=False).eval()
+    body = make_body(arch, fast=fast).eval()
+    plain = make_body(arch, fast=False).eval()
     plain.load_state_dict(body.state_dict())
     images = torch.randn(1, 3, 64, 64)
     scripted = torch.jit.script(body)
     with torch.no_grad():
         top = list(body.return_layers.values())[-1]
         assert torch.equal(scripted(images)[top], plain(images)[top])
+
+
+@pytest.mark.filterwarnings("ignore:.*deprecated")
+def test_scripting_leaves_the_model_as_it_was() -> None:
+    """TorchScript puts what it takes for a module into the module that holds it; that must not be the model's own."""
+    backbone = resnet_fpn("resnet18", out_channels=8).eval()
+    kinds = {name: type(module) for name, module in backbone.named_modules()}
+    torch.jit.script(backbone)
+    assert {name: type(module) for name, module in backbone.named_modules()} == kinds

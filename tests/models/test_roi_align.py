@@ -12,7 +12,7 @@ from torchvision import ops
 
 from resdet.errors import UserError
 from resdet.models import roi_align as module
-from resdet.models.roi_align import MultiScaleRoIAlign, roi_align
+from resdet.models.roi_align import FastMultiScaleRoIAlign, roi_align
 
 SCALE = 0.25
 NUM_IMAGES, CHANNELS, HEIGHT, WIDTH = 3, 5, 23, 31
@@ -240,7 +240,7 @@ def pool_pyramid(kind: type, features: OrderedDict[str, Tensor], boxes: list[Ten
 def test_pyramid_equals_torchvision(counts: tuple[int, int], sampling_ratio: int, layout: str) -> None:
     features = OrderedDict((name, LAYOUTS[layout](feature)) for name, feature in make_pyramid().items())
     boxes = make_boxes(*counts)
-    ours = pool_pyramid(MultiScaleRoIAlign, features, boxes, sampling_ratio)
+    ours = pool_pyramid(FastMultiScaleRoIAlign, features, boxes, sampling_ratio)
     theirs = pool_pyramid(ops.MultiScaleRoIAlign, features, boxes, sampling_ratio)
     assert ours[0].is_contiguous()
     for actual, expected in zip(ours, theirs, strict=True):
@@ -252,7 +252,7 @@ def test_pyramid_equals_torchvision(counts: tuple[int, int], sampling_ratio: int
 
 def test_pyramid_comparison_notices_boxes_out_of_order() -> None:
     boxes = make_boxes(20, 20)
-    ours = pool_pyramid(MultiScaleRoIAlign, make_pyramid(), boxes)
+    ours = pool_pyramid(FastMultiScaleRoIAlign, make_pyramid(), boxes)
     boxes[0][[3, 4]] = boxes[0][[4, 3]]
     theirs = pool_pyramid(ops.MultiScaleRoIAlign, make_pyramid(), boxes)
     with pytest.raises(AssertionError, match="relative error"):
@@ -260,7 +260,7 @@ def test_pyramid_comparison_notices_boxes_out_of_order() -> None:
 
 
 def test_pyramid_boxes_reach_every_level() -> None:
-    pooler = MultiScaleRoIAlign(LEVELS, 7, 2)
+    pooler = FastMultiScaleRoIAlign(LEVELS, 7, 2)
     boxes = make_boxes(60, 40)
     pooler(make_pyramid(), boxes, IMAGE_SHAPES)
     assert pooler.map_levels(boxes).unique().tolist() == [0, 1, 2, 3]
@@ -268,7 +268,7 @@ def test_pyramid_boxes_reach_every_level() -> None:
 
 
 def test_pyramid_without_any_boxes() -> None:
-    out, *grads = pool_pyramid(MultiScaleRoIAlign, make_pyramid(), make_boxes(0, 0))
+    out, *grads = pool_pyramid(FastMultiScaleRoIAlign, make_pyramid(), make_boxes(0, 0))
     assert out.shape == (0, CHANNELS, 7, 7)
     assert all(
         grad.shape == make_pyramid()[name].shape and not grad.any() for name, grad in zip(LEVELS, grads, strict=True)
@@ -278,14 +278,14 @@ def test_pyramid_without_any_boxes() -> None:
 def test_pyramid_of_one_level() -> None:
     features = OrderedDict([("0", make_pyramid()["1"])])
     boxes = make_boxes(9, 5)
-    ours = MultiScaleRoIAlign(["0"], 7, 2)(features, boxes, IMAGE_SHAPES)
+    ours = FastMultiScaleRoIAlign(["0"], 7, 2)(features, boxes, IMAGE_SHAPES)
     assert_near(ours, ops.MultiScaleRoIAlign(["0"], 7, 2)(features, boxes, IMAGE_SHAPES), 1e-13)
 
 
 def test_frozen_levels_get_no_gradient() -> None:
     features = make_pyramid()
     features["0"].requires_grad_()
-    MultiScaleRoIAlign(LEVELS, 7, 2)(features, make_boxes(60, 40), IMAGE_SHAPES).sum().backward()
+    FastMultiScaleRoIAlign(LEVELS, 7, 2)(features, make_boxes(60, 40), IMAGE_SHAPES).sum().backward()
     assert features["0"].grad is not None
     assert features["1"].grad is None
 
@@ -293,7 +293,7 @@ def test_frozen_levels_get_no_gradient() -> None:
 def test_autocast_gives_torchvisions_type_and_nearly_its_values() -> None:
     features, boxes = make_pyramid(torch.bfloat16), make_boxes(60, 40, dtype=torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        ours = pool_pyramid(MultiScaleRoIAlign, features, boxes)
+        ours = pool_pyramid(FastMultiScaleRoIAlign, features, boxes)
         theirs = pool_pyramid(ops.MultiScaleRoIAlign, features, boxes)
     for actual, expected in zip(ours, theirs, strict=True):
         assert actual.dtype == expected.dtype == torch.bfloat16
@@ -320,7 +320,7 @@ def test_scripting_uses_torchvisions_operator() -> None:
     assert "torchvision::roi_align" in str(scripted.inlined_graph)
     assert torch.equal(scripted(features, rois), ops.roi_align(features, rois, 7, SCALE, 2))
 
-    scripted = torch.jit.script(MultiScaleRoIAlign(LEVELS, 7, 2))
+    scripted = torch.jit.script(FastMultiScaleRoIAlign(LEVELS, 7, 2))
     assert "torchvision::roi_align" in str(scripted.inlined_graph)
     pyramid, boxes = make_pyramid(), make_boxes(6, 4)
     theirs = ops.MultiScaleRoIAlign(LEVELS, 7, 2)(pyramid, boxes, IMAGE_SHAPES)

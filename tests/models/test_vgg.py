@@ -18,7 +18,7 @@ from resdet.models.vgg import VGG
 
 def test_features_are_torchvisions_after_each_block() -> None:
     torch.manual_seed(0)
-    ours = VGG("vgg16", returned_layers=(1, 2, 3, 4, 5, 6), fast=False).eval()
+    ours = make_body("vgg16", returned_layers=(1, 2, 3, 4, 5, 6), fast=False).eval()
     with torch.device("meta"):
         theirs = torchvision.models.vgg16(weights=None).features
     theirs.to_empty(device="cpu")
@@ -37,11 +37,11 @@ def test_features_are_torchvisions_after_each_block() -> None:
 
 
 def test_stages_after_the_last_returned_one_are_not_built() -> None:
-    assert list(VGG("vgg16_bn", returned_layers=(2,)).state_dict())[-1].startswith(
+    assert list(make_body("vgg16_bn", returned_layers=(2,)).state_dict())[-1].startswith(
         "features.11."
     )  # conv2_2's norm is 8
     with torch.device("meta"):
-        body = VGG("vgg16", returned_layers=(5,))
+        body = make_body("vgg16", returned_layers=(5,))
     assert len(body.features) == 30
     assert body.strides == [16]
 
@@ -49,13 +49,13 @@ def test_stages_after_the_last_returned_one_are_not_built() -> None:
 def test_folding_changes_rounding_only(randomise_norms: Callable[[nn.Module], None]) -> None:
     """VGG's convolutions have biases of their own, which fold too."""
     torch.manual_seed(0)
-    fast = VGG("vgg16_bn", returned_layers=(3, 4)).eval()
+    fast = make_body("vgg16_bn", returned_layers=(3, 4)).eval()
     randomise_norms(fast)
     fast = fast.double()
     for conv in fast.modules():
         if isinstance(conv, nn.Conv2d):
             nn.init.normal_(conv.bias, std=0.3)  # type: ignore[arg-type]
-    plain = VGG("vgg16_bn", returned_layers=(3, 4), fast=False).double().eval()
+    plain = make_body("vgg16_bn", returned_layers=(3, 4), fast=False).double().eval()
     plain.load_state_dict(fast.state_dict())
     assert len(conv_norm_names(fast)) == 10
     images = torch.randn(1, 3, 48, 33, dtype=torch.float64)
@@ -77,7 +77,7 @@ def test_folding_changes_rounding_only(randomise_norms: Callable[[nn.Module], No
 
 def test_trained_stages_are_faster_rcnns() -> None:
     """Three of them: conv3_1 and up, as Girshick's Fast R-CNN fine-tunes a VGG-16."""
-    body = VGG("vgg16")
+    body = make_body("vgg16")
     freeze_stages(body, 3)
     trained = [name for name, parameter in body.named_parameters() if parameter.requires_grad]
     assert trained[0] == "features.10.weight"
@@ -89,8 +89,8 @@ def test_trained_stages_are_faster_rcnns() -> None:
 @pytest.mark.filterwarnings("ignore:.*deprecated")
 def test_body_scripts_as_the_plain_one() -> None:
     torch.manual_seed(0)
-    body = VGG("vgg16_bn", returned_layers=(2, 3)).eval()
-    plain = VGG("vgg16_bn", returned_layers=(2, 3), fast=False).eval()
+    body = make_body("vgg16_bn", returned_layers=(2, 3)).eval()
+    plain = make_body("vgg16_bn", returned_layers=(2, 3), fast=False).eval()
     plain.load_state_dict(body.state_dict())
     images = torch.randn(1, 3, 32, 32)
     with torch.no_grad():

@@ -15,7 +15,7 @@ from benchmarks.bound import PRECISIONS
 from benchmarks.report import Report
 from benchmarks.settings import check_counts, find_device
 from benchmarks.timing import in_turn, time_rows
-from resdet.models.roi_align import MultiScaleRoIAlign
+from resdet.models.roi_align import FastMultiScaleRoIAlign
 from resdet.precision import Precision, autocast
 
 LEVELS = {"0": 4, "1": 8, "2": 16, "3": 32}
@@ -103,7 +103,7 @@ def _cases(
         dtype = torch.float32 if precision == "fp32" else torch.bfloat16
         for name, pool, layout in (
             ("torchvision", ops.MultiScaleRoIAlign, torch.contiguous_format),
-            ("ours", MultiScaleRoIAlign, torch.channels_last),
+            ("ours", FastMultiScaleRoIAlign, torch.channels_last),
         ):
             levels = {
                 level: feature.detach().to(device, dtype).contiguous(memory_format=layout).requires_grad_()
