@@ -32,7 +32,7 @@ if TYPE_CHECKING:  # what type checkers and editors read; the table below is wha
     from resdet.models.checkpoint import load_detector as load_detector, save_int8_detector as save_int8_detector
     from resdet.models.detector import Detector as Detector, build_detector as build_detector
     from resdet.models.fasterrcnn import fasterrcnn_resnet101_fpn as fasterrcnn_resnet101_fpn
-    from resdet.models.int8 import quantize_detector as quantize_detector
+    from resdet.models.int8_calibration import quantize_detector as quantize_detector
     from resdet.models.spec import DetectorSpec as DetectorSpec, Tricks as Tricks
     from resdet.prediction import predict as predict
     from resdet.training.detection import train as train

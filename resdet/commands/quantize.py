@@ -31,7 +31,7 @@ def main(arguments: Sequence[str]) -> None:
     from resdet.build import build_dataset, config_of_checkpoint
     from resdet.config_reading import config_to_plain
     from resdet.models.checkpoint import load_detector, save_int8_detector
-    from resdet.models.int8 import quantize_detector
+    from resdet.models.int8_calibration import quantize_detector
 
     if options.images < 1:
         raise UserError(f"--images must be at least 1, got {options.images}")

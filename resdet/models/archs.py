@@ -1,7 +1,7 @@
-"""The table of architectures: what tells one network from another, and nothing else.
+"""The table of architectures: the properties that distinguish one network from another, and nothing else.
 
-Networks that torchvision has carry its names and its parameter names; so do ``resnet*c`` and ``resnet*d`` those of
-timm. All others are named after the words of their papers.
+Networks that torchvision has carry its names and its parameter names; ``resnet*c`` and ``resnet*d`` carry timm's. All
+others are named after their papers.
 
 Source: He et al., "Deep Residual Learning for Image Recognition" (arXiv:1512.03385): table 1 (ImageNet), section 4.2
 (CIFAR), table 3 (options A, B, C of the shortcut). He et al., "Bag of Tricks for Image Classification" (arXiv:
@@ -23,7 +23,7 @@ Shortcut: TypeAlias = Literal["none", "A", "B", "C", "D"]
 
 @dataclass(frozen=True)
 class ResNetArch:
-    """What tells one ResNet from another.
+    """The properties that distinguish one ResNet from another.
 
     Attributes:
         block: ``"basic"`` (two 3x3) or ``"bottleneck"`` (1x1, 3x3, 1x1 with four times the channels).
@@ -32,7 +32,7 @@ class ResNetArch:
         width_per_group: Channels of each group in the first stage.
         stem: ``"7x7"`` (stride 2, then max pooling), ``"deep"`` (ResNet-C's three 3x3 of 32, 32 and 64 channels in its
             place; PSPNet's have 64, 64 and 128) or ``"3x3"`` (CIFAR's: stride 1, no pooling).
-        shortcut: What carries a block's input past it. ``"B"``: the identity, a 1x1 projection where shapes change.
+        shortcut: How a block's input bypasses it. ``"B"``: the identity, a 1x1 projection where shapes change.
             ``"A"``: there a subsampled map filled up with zero channels, so that no shortcut has parameters. ``"C"``: a
             projection around every block. ``"D"``: as B, but ResNet-D's, which averages 2x2 pixels before a projection
             that does not stride. ``"none"``: the plain network.
@@ -61,7 +61,7 @@ class ResNetArch:
 
 @dataclass(frozen=True)
 class VGGArch:
-    """What tells one VGG from another.
+    """The properties that distinguish one VGG from another.
 
     Attributes:
         depths: Number of 3x3 convolutions in each of the five stages, of 64, 128, 256, 512 and 512 channels.

@@ -171,7 +171,7 @@ class PackedWeight:
 
 
 def _runs_in_one(x: Tensor, weight: Tensor, residual: Tensor | None, dtype: torch.dtype) -> bool:
-    """Whether oneDNN's operator may stand in for torch's."""
+    """Return whether oneDNN's operator may replace torch's."""
     if is_captured() or x.device.type != "cpu" or not torch._C._has_mkldnn or not torch._C._get_mkldnn_enabled():
         return False
     if dtype == torch.bfloat16:

@@ -1,4 +1,4 @@
-"""Losses of the box head beside torchvision's: focal and class-balanced scores, boxes by GIoU.
+"""Losses of the box head that torchvision lacks: focal and class-balanced scores, boxes by GIoU.
 
 Legend: ``N`` sampled proposals of all images, ``K`` foreground classes.
 """
@@ -34,7 +34,7 @@ def box_head_losses(
 ) -> tuple[Tensor, Tensor]:
     """Compute the two losses of the box head.
 
-    With ``cross_entropy``, ``smooth_l1`` and no weights it is torchvision's own function.
+    With ``cross_entropy``, ``smooth_l1`` and no weights torchvision's own function runs.
 
     * ``focal`` multiplies each proposal's cross entropy by ``(1 - p) ** 2``, ``p`` the probability of its own class.
       Source: Lin et al. 2017, equation 4. Deviations: over a softmax of all classes and the background, as the heads of
@@ -42,7 +42,7 @@ def box_head_losses(
       by the positives).
     * ``giou`` is ``1 - GIoU`` of decoded boxes (Rezatofighi et al. 2019, section 3.3), summed over the positives and
       divided by all proposals like smooth L1. Source: detectron2's ``box_reg_loss_type="giou"``.
-    * ``class_weights`` weigh cross entropy and focal alike, as ``class_balanced_weights`` gives them.
+    * ``class_weights`` weigh cross entropy and focal alike; ``class_balanced_weights`` computes them.
 
     Args:
         class_logits: ``[N, K + 1]``.
@@ -51,8 +51,8 @@ def box_head_losses(
         regression_targets: For each image ``[M, 4]``.
         proposals: For each image ``[M, 4]``.
         box_coder: Turns deltas into boxes.
-        class_loss: How scores are judged.
-        box_loss: How boxes are judged.
+        class_loss: Loss of the scores.
+        box_loss: Loss of the boxes.
         class_weights: ``[K + 1]`` or None.
 
     Returns:
@@ -63,14 +63,14 @@ def box_head_losses(
         return scores_loss, boxes_loss
 
     label, target = torch.cat(labels), torch.cat(regression_targets)
-    each = F.cross_entropy(class_logits, label, reduction="none")
+    each = F.cross_entropy(class_logits, label, reduction="none")  # [N]
     if class_loss == "focal":
         each = each * (1 - torch.exp(-each)) ** FOCAL_GAMMA
     weights = torch.ones_like(each) if class_weights is None else class_weights.to(each)[label]
     scores_loss = (each * weights).sum() / weights.sum()
 
-    positive = torch.where(label > 0)[0]
-    deltas = box_regression.reshape(len(label), -1, 4)[positive, label[positive]]
+    positive = torch.where(label > 0)[0]  # [P]; waits for the device
+    deltas = box_regression.reshape(len(label), -1, 4)[positive, label[positive]]  # [N, K + 1, 4] -> [P, 4]
     if box_loss == "smooth_l1":
         boxes_loss = F.smooth_l1_loss(deltas, target[positive], beta=1 / 9, reduction="sum")
     else:
@@ -84,7 +84,7 @@ def box_head_losses(
 
 
 def class_balanced_weights(num_boxes: Sequence[int], beta: float) -> list[float]:
-    """Give a weight to each class by its effective number of boxes, ``[K + 1]`` with the background's first.
+    """Weigh each class by its effective number of boxes, ``[K + 1]`` with the background's first.
 
     The foreground's weights are proportional to ``(1 - beta) / (1 - beta ** n)`` with a mean of 1; the background's is
     1. A class without boxes is weighed as one that has one.

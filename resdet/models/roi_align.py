@@ -209,7 +209,7 @@ def _pool_aligned(
 
 
 def _runs_here(features: list[Tensor]) -> bool:
-    """Whether the sparse product may stand in for torchvision's operator."""
+    """Return whether the sparse product may replace torchvision's operator."""
     if is_captured():
         return False
     return all(

@@ -1,6 +1,6 @@
 """Boxes that overlap: suppression of many groups at once, soft-NMS, box voting.
 
-Legend: ``N`` candidates of one image, all classes together; ``M`` of them kept; ``G`` groups of ``S`` places.
+Legend: ``N`` candidates of one image, all classes together; ``M`` of them kept; ``G`` groups of up to ``S`` members.
 """
 
 from __future__ import annotations
@@ -109,13 +109,13 @@ def soft_nms(
     kept_scores: list[Tensor] = []
     # Scores never rise, so a group's first picks are its best, and none has more than `limit` among the best overall.
     for _ in range(min(rows.shape[1], limit) if len(rows) else 0):
-        best_scores, places = left.max(dim=1)  # [G]
+        best_scores, members = left.max(dim=1)  # [G]
         going_on = best_scores >= score_threshold
         if not going_on.any():  # waits for the device, as the two masks below do
             break
-        kept.append(rows[group, places][going_on])
+        kept.append(rows[group, members][going_on])
         kept_scores.append(best_scores[going_on])
-        best, best_areas = candidates[group, places][:, None], areas[group, places][:, None]  # [G, 1, 4], [G, 1]
+        best, best_areas = candidates[group, members][:, None], areas[group, members][:, None]  # [G, 1, 4], [G, 1]
         sides = torch.minimum(best[..., 2:], candidates[..., 2:]) - torch.maximum(best[..., :2], candidates[..., :2])
         shared = sides.clamp(min=0).prod(dim=2)  # [G, S]
         # A box without extent has a union of 0 with its like.
@@ -124,7 +124,7 @@ def soft_nms(
             left = torch.where(iou >= iou_threshold, left * (1 - iou), left)
         else:
             left = left * torch.exp(-iou.square() / sigma)
-        left[group, places] = -1
+        left[group, members] = -1
     if not kept:
         return groups.new_empty(0), scores.new_empty(0)
     final, order = torch.cat(kept_scores).sort(descending=True, stable=True)
@@ -165,7 +165,7 @@ def vote(
 
 
 def _by_group(groups: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the members of each group as rows ``[G, S]`` of candidates, and which of the places are taken."""
+    """Return the members of each group as rows ``[G, S]`` of candidates, and a mask ``[G, S]`` of the used ones."""
     order = torch.argsort(groups, stable=True)
     _, counts = torch.unique(groups, return_counts=True)  # [G]; waits for the device, as the next line does
     size = int(counts.max()) if len(counts) else 0

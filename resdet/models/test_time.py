@@ -1,8 +1,8 @@
-"""Test-time tricks: more computation for each image, for a better answer from the same weights.
+"""Test-time tricks: more computation for each image, for better detections from the same weights.
 
-They act on the parts of any of torchvision's two-stage detectors. Each view of the images (a size, mirrored or not) is
-taken through the network, each of its boxes as often through the box head as is asked for, and what comes out of all of
-them before non-maximum suppression is merged once, in pixels of the original image.
+They act on the parts of any of torchvision's two-stage detectors. Each view of the images (a size, mirrored or not)
+passes through the network, its boxes pass through the box head as often as is asked for, and the detections of all
+views are merged before non-maximum suppression, in pixels of the original image.
 
 Measured on BCCD (blood cells, 640x480; 87 images of val, 72 of test) with a ResNet-101 trained at 416 pixels alone. AP
 is COCO's, in percent; a difference of half a point is within chance. Time is the processor's, in float32 on two cores;
@@ -58,13 +58,13 @@ _SOFT_SCORE_THRESHOLD = 0.001
 def detect_with_tricks(model: nn.Module, images: Sequence[Tensor], tricks: Tricks) -> list[Prediction]:
     """Detect objects as ``model(images)`` does, with tricks.
 
-    With none of them the model itself is called. What the model drops for its score or size, and how many detections it
-    gives for an image, holds here too.
+    Without any the model itself is called. The model's thresholds of score and size, and its limit of detections for an
+    image, hold here too.
 
     Args:
         model: A ``Detector`` or any torchvision ``FasterRCNN``, in evaluation mode.
         images: ``[3, H, W]`` in [0, 1], each of its own size, on the model's device.
-        tricks: What to do.
+        tricks: The tricks.
 
     Returns:
         Detections of each image by falling score, on the model's device; with tricks, boxes and scores are float32.
@@ -141,13 +141,13 @@ def merge(candidates: Sequence[Prediction], tricks: Tricks, *, nms_threshold: fl
 
 
 def mirror_boxes(boxes: Tensor, width: int) -> Tensor:
-    """Give where boxes ``[N, 4]`` lie in an image of this width after it is mirrored: ``x`` becomes ``width - x``."""
+    """Return boxes ``[N, 4]`` as they lie after an image of this width is mirrored: ``x`` becomes ``width - x``."""
     x1, y1, x2, y2 = boxes.unbind(dim=1)
     return torch.stack([width - x2, y1, width - x1, y2], dim=1)
 
 
 def _candidates(model: GeneralizedRCNN, images: list[Tensor], num_refinements: int) -> list[list[Prediction]]:
-    """Run the model; give for each round what it finds in each image, in pixels of the image as it was given."""
+    """Run the model; return the detections of each round in each image, in pixels of the image as it was passed."""
     sizes = [(image.shape[-2], image.shape[-1]) for image in images]
     batch, _ = model.transform(images)
     features = model.backbone(batch.tensors)
@@ -173,12 +173,12 @@ def _candidates(model: GeneralizedRCNN, images: list[Tensor], num_refinements: i
 def _best_boxes(
     heads: RoIHeads, logits: Tensor, deltas: Tensor, proposals: list[Tensor], image_sizes: list[tuple[int, int]]
 ) -> list[Tensor]:
-    """Give for each proposal the box that it becomes as an object of its likeliest class, background aside.
+    """Return for each proposal the box that it becomes as an object of its likeliest class, background aside.
 
     One box for each proposal, as in the paper, where 300 predictions give 300 new ones.
     """
-    likeliest = logits[:, 1:].argmax(dim=1) + 1
-    decoded = heads.box_coder.decode(deltas, proposals).reshape(len(logits), logits.shape[1], 4)
+    likeliest = logits[:, 1:].argmax(dim=1) + 1  # [N]
+    decoded = heads.box_coder.decode(deltas, proposals).reshape(len(logits), logits.shape[1], 4)  # [N, K + 1, 4]
     boxes = decoded[torch.arange(len(logits), device=logits.device), likeliest]
     parts = boxes.split([len(part) for part in proposals])
     return [clip_boxes_to_image(part, size) for part, size in zip(parts, image_sizes, strict=True)]
@@ -205,7 +205,7 @@ def _scaled(transform: GeneralizedRCNNTransform, scale: int | None) -> Iterator[
 
 @contextmanager
 def _unsuppressed(heads: RoIHeads) -> Iterator[None]:
-    """Let a model's box heads give everything that passes their thresholds, suppressed by nothing."""
+    """Let a model's box heads return everything that passes their thresholds, without suppression."""
     own = heads.nms_thresh, heads.detections_per_img
     heads.nms_thresh, heads.detections_per_img = float("inf"), sys.maxsize
     try:

@@ -1,4 +1,4 @@
-"""Whether a program is being made of the model right now, and what TorchScript is given in a fast module's place.
+"""Capturing: whether a program is being made of the model, and the plain modules that TorchScript is given.
 
 A program (TorchScript's, a tracer's, torch.compile's, torch.export's) holds torch's usual operations, and none of ours,
 which work on addresses of tensors and on threads.

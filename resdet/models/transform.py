@@ -1,4 +1,4 @@
-"""From images of any size to the network's input: Pillow's resize, as detectron2 does it, beside torchvision's."""
+"""The transform of images into the network's input with Pillow's resize, as detectron2 has it."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class PilTransform(SeededTransform):
     """
 
     def normalize(self, image: Tensor) -> Tensor:
-        """Give the image as it is: torchvision's forward calls this first, and here the resize normalises."""
+        """Return the image as it is: torchvision's forward calls this first, and here the resize normalises."""
         if not image.is_floating_point():
             raise TypeError(f"images must be floating point in [0, 1], got {image.dtype}")
         return image
@@ -44,7 +44,7 @@ class PilTransform(SeededTransform):
 
         Args:
             image: ``[3, H, W]`` in [0, 1].
-            target: Its ``boxes`` are scaled along, in place of the old ones.
+            target: Its ``boxes`` are replaced by scaled ones.
         """
         if is_captured():
             raise UserError(_NOT_EXPORTABLE)
@@ -63,7 +63,7 @@ class PilTransform(SeededTransform):
 
 
 def scaled_size(height: int, width: int, min_size: int, max_size: int) -> tuple[int, int]:
-    """Give ``(height, width)`` with the shorter side ``min_size``, or less so that the longer is at most ``max_size``.
+    """Return ``(height, width)`` with the shorter side ``min_size``, or less to keep the longer below ``max_size``.
 
     Source: ``ResizeShortestEdge.get_output_shape`` of detectron2, the same operations in the same order.
     """

@@ -13,7 +13,8 @@ from resdet.errors import UserError
 from resdet.evaluation.inference import device_for, inference
 from resdet.models.checkpoint import save_int8_detector
 from resdet.models.detector import build_detector
-from resdet.models.int8 import Int8Detector, quantize_detector
+from resdet.models.int8 import Int8Detector
+from resdet.models.int8_calibration import quantize_detector
 from resdet.models.norm import calibrate_norm
 from resdet.models.spec import DetectorSpec
 from resdet.types import Prediction

@@ -13,7 +13,8 @@ from resdet.errors import UserError, WeightsError
 from resdet.models import int8
 from resdet.models.checkpoint import save_int8_detector
 from resdet.models.detector import Detector, build_detector
-from resdet.models.int8 import MIDDLE, Int8Detector, Int8Layer, Range, quantize_detector
+from resdet.models.int8 import MIDDLE, Int8Detector, Int8Layer
+from resdet.models.int8_calibration import Range, quantize_detector
 from resdet.models.norm import calibrate_norm
 from resdet.models.spec import DetectorSpec
 
