@@ -109,17 +109,7 @@ class ResNetFPN(nn.Module):
 
 
 class SingleLevel(nn.Module):
-    """The last features of a body alone, as the first Faster R-CNN had them.
-
-    Args:
-        body: Returns one stage.
-
-    Attributes:
-        body: The body.
-        out_channels: Channels of the level, where torchvision's detectors look for it.
-        level_names: ``["0"]``.
-        strides: Stride of the level, in input pixels.
-    """
+    """The last features of a body alone, as the first Faster R-CNN had them; its attributes are a ``ResNetFPN``'s."""
 
     def __init__(self, body: Body) -> None:
         super().__init__()

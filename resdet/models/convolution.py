@@ -87,7 +87,8 @@ def convolve(
         ``[B, O, H', W']`` in ``compute_dtype(x, weight)``, channels-last where ``x`` is.
     """
     dtype = compute_dtype(x, weight)
-    x, residual = _as(x, dtype), None if residual is None else _as(residual, dtype)
+    # Asked first, so that programs do not hold conversions that do nothing.
+    x, residual = x if x.dtype == dtype else x.to(dtype), _cast(residual, dtype)
     if not _runs_in_one(x, weight, residual, dtype):
         if scale is not None:
             weight = (weight * scale.reshape(-1, 1, 1, 1)).to(dtype=dtype, memory_format=torch.channels_last)
@@ -210,13 +211,8 @@ def _run(
     return out.relu_() if relu else out
 
 
-def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    # Asked first, so that programs do not hold conversions that do nothing.
-    return tensor if tensor.dtype == dtype else tensor.to(dtype)
-
-
 def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return None if tensor is None else tensor.to(dtype)
+    return tensor if tensor is None or tensor.dtype == dtype else tensor.to(dtype)
 
 
 def _cast_weight(weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:

@@ -99,9 +99,8 @@ def roi_align(
             check_roi_boxes_shape(boxes)
             rois = boxes if isinstance(boxes, Tensor) else convert_boxes_to_roi_format(boxes)  # [K, 5]
             bins = (output_size, output_size) if isinstance(output_size, int) else tuple(output_size)
-            pooled: Tensor = _SparseRoIAlign.apply(
-                rois, None, bins, (float(spatial_scale),), sampling_ratio, aligned, input
-            )
+            plan = _Plan(bins, (float(spatial_scale),), sampling_ratio, aligned)
+            pooled: Tensor = _SparseRoIAlign.apply(rois, None, plan, input)
             return pooled
     result: Tensor = ops.roi_align(input, boxes, output_size, spatial_scale, sampling_ratio, aligned)
     return result
@@ -172,9 +171,8 @@ class FastMultiScaleRoIAlign(MultiScaleRoIAlign):
             return super()._pool(features, boxes)
         rois = convert_boxes_to_roi_format(boxes)  # [K, 5]
         levels = self.map_levels(boxes) if len(features) > 1 else None  # int64 [K]
-        pooled: Tensor = _SparseRoIAlign.apply(
-            rois, levels, self.output_size, tuple(self.scales), self.sampling_ratio, self.aligned, *features
-        )
+        plan = _Plan(self.output_size, tuple(self.scales), self.sampling_ratio, self.aligned)
+        pooled: Tensor = _SparseRoIAlign.apply(rois, levels, plan, *features)
         return pooled
 
     def __prepare_scriptable__(self) -> MultiScaleRoIAlign:
@@ -221,40 +219,36 @@ def _runs_here(features: list[Tensor]) -> bool:
     )
 
 
+class _Plan(NamedTuple):
+    bins: tuple[int, int]
+    scales: tuple[float, ...]  # of each level
+    sampling_ratio: int
+    aligned: bool
+
+
 class _SparseRoIAlign(torch.autograd.Function):
     """The product ``M @ features`` and its adjoint; each box is pooled from the level that ``levels`` names."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        rois: Tensor,
-        levels: Tensor | None,
-        bins: tuple[int, int],
-        scales: tuple[float, ...],
-        sampling_ratio: int,
-        aligned: bool,
-        *features: Tensor,
-    ) -> Tensor:
+    def forward(ctx: Any, rois: Tensor, levels: Tensor | None, plan: _Plan, *features: Tensor) -> Tensor:
         num_images, channels = features[0].shape[:2]
         if len(rois):
             first, last = (int(index) for index in rois[:, 0].aminmax())
             if first < 0 or last >= num_images:
                 raise UserError(f"boxes: the image index must lie in [0, {num_images}), got {first} to {last}")
         ctx.save_for_backward(rois, levels)
-        ctx.plan = bins, scales, sampling_ratio, aligned
+        ctx.plan = plan
         ctx.features = [(feature.shape, feature.dtype) for feature in features]
 
-        num_bins = bins[0] * bins[1]
-        output = features[0].new_empty(len(rois), channels, *bins)
+        num_bins = plan.bins[0] * plan.bins[1]
+        output = features[0].new_empty(len(rois), channels, *plan.bins)
         if output.numel() == 0:
             return output
         for level, feature in enumerate(features):
             on_level = _on_level(levels, level, len(rois))
             if len(on_level) == 0:
                 continue
-            grids = _grids_on(
-                rois[on_level], feature.shape, feature.dtype, scales[level], bins, sampling_ratio, aligned
-            )
+            grids = _grids_on(rois[on_level], feature.shape, feature.dtype, level, plan)
             # Of all ways to turn NCHW into rows this was the fastest; it is free where the layout is right already.
             rows = feature.detach().contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1)
             rows = rows.reshape(-1, channels).contiguous()  # [R, C]
@@ -265,7 +259,7 @@ class _SparseRoIAlign(torch.autograd.Function):
                     block = slice(start * num_bins, (start + _BLOCK) * num_bins)
                     pooled = F.embedding_bag(pixels[block], rows, mode="sum", per_sample_weights=weights[block])
                     # [64 * P * Q, C] -> [64, C, P, Q]
-                    swapped = _swap_last(pooled.view(-1, num_bins, channels)).view(-1, channels, *bins)
+                    swapped = _swap_last(pooled.view(-1, num_bins, channels)).view(-1, channels, *plan.bins)
                     boxes = on_level[chunk[start : start + _BLOCK]]
                     output.index_copy_(0, boxes, swapped.to(output.dtype))
         return output
@@ -274,10 +268,9 @@ class _SparseRoIAlign(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         rois, levels = ctx.saved_tensors
-        bins, scales, sampling_ratio, aligned = ctx.plan
         grads: list[Tensor | None] = []
         for level, (shape, dtype) in enumerate(ctx.features):
-            if not ctx.needs_input_grad[6 + level]:
+            if not ctx.needs_input_grad[3 + level]:
                 grads.append(None)
                 continue
             num_images, channels, height, width = shape
@@ -285,7 +278,7 @@ class _SparseRoIAlign(torch.autograd.Function):
             total: Tensor | None = None
             if grad.numel():
                 on_level = _on_level(levels, level, len(rois))
-                grids = _grids_on(rois[on_level], shape, dtype, scales[level], bins, sampling_ratio, aligned)
+                grids = _grids_on(rois[on_level], shape, dtype, level, ctx.plan)
                 for chunk in _chunks(grids):
                     grad_rows = _gather_rows(grad, on_level[chunk], dtype)  # [k * P * Q, C]
                     part = multiply_transposed(*_entries(grids, chunk), grad_rows, num_rows)
@@ -293,7 +286,7 @@ class _SparseRoIAlign(torch.autograd.Function):
             if total is None:
                 total = grad.new_zeros(num_rows, channels, dtype=dtype)
             grads.append(total.view(num_images, height, width, channels).permute(0, 3, 1, 2))  # [B, C, H, W]
-        return (None,) * 6 + tuple(grads)
+        return None, None, None, *grads
 
 
 def _gather_rows(grad: Tensor, boxes: Tensor, dtype: torch.dtype) -> Tensor:
@@ -380,23 +373,15 @@ class _Grids(NamedTuple):
     x: _Axis
 
 
-def _grids_on(
-    rois: Tensor,
-    shape: torch.Size,
-    dtype: torch.dtype,
-    scale: float,
-    bins: tuple[int, int],
-    sampling_ratio: int,
-    aligned: bool,
-) -> _Grids:
-    """Lay the boxes' grids on a feature map; every operation in torchvision's order, for equal rounding."""
+def _grids_on(rois: Tensor, shape: torch.Size, dtype: torch.dtype, level: int, plan: _Plan) -> _Grids:
+    """Lay the boxes' grids on a level; every operation in torchvision's order, for equal rounding."""
     corners = rois[:, 1:].detach().to(torch.float64 if dtype == torch.float64 else torch.float32)
-    corners = corners * scale - (0.5 if aligned else 0.0)
+    corners = corners * plan.scales[level] - (0.5 if plan.aligned else 0.0)  # [K, 4]
     axes = []
-    for axis, (num_bins, size) in enumerate(zip(bins, shape[2:], strict=True)):
+    for axis, (num_bins, size) in enumerate(zip(plan.bins, shape[2:], strict=True)):
         start, length = corners[:, 1 - axis], corners[:, 3 - axis] - corners[:, 1 - axis]
-        bin_size = (length if aligned else length.clamp(min=1.0)) / num_bins
-        num_samples = bin_size.ceil() if sampling_ratio <= 0 else torch.full_like(start, sampling_ratio)
+        bin_size = (length if plan.aligned else length.clamp(min=1.0)) / num_bins
+        num_samples = bin_size.ceil() if plan.sampling_ratio <= 0 else torch.full_like(start, plan.sampling_ratio)
         axes.append(_Axis(start, bin_size, num_samples.clamp(min=0.0).nan_to_num(0.0, posinf=0.0), num_bins, size))
     return _Grids(rois[:, 0].long(), axes[0], axes[1])
 
