@@ -61,7 +61,7 @@ _PUBLIC = {
     "models.checkpoint": ("load_detector", "save_int8_detector"),
     "models.detector": ("Detector", "build_detector"),
     "models.fasterrcnn": ("fasterrcnn_resnet101_fpn",),
-    "models.int8": ("quantize_detector",),
+    "models.int8_calibration": ("quantize_detector",),
     "models.spec": ("DetectorSpec", "Tricks"),
     "prediction": ("predict",),
     "training.detection": ("train",),

@@ -31,19 +31,20 @@ def scripted_as(module: nn.Module, kind: type[Plain]) -> Plain:
     """Return what ``__prepare_scriptable__`` gives to TorchScript for a module: the same parts under a plain class.
 
     All modules below are copied and made plain too; tensors are shared. TorchScript would put plain modules into the
-    module that it was given, so the model itself would be slow afterwards. (It also remembers modules by their
-    addresses, so nothing that it has seen may be freed on the way: a copy is its own plain form.)
+    module that it was given, so the model itself would be slow afterwards. It also remembers modules by their
+    addresses, so nothing that it has seen may be freed: a plain module holds the one it was made of, and is its own
+    plain form.
 
     Args:
         module: An instance of ``kind`` or of a subclass.
         kind: A class whose forward TorchScript can read and which computes the same.
     """
     assert isinstance(module, kind)
-    if getattr(module, "is_for_scripting", False):
+    if "scripted_from" in module.__dict__:
         return module
     plain = _copied(module)
     plain.__class__ = kind
-    plain.__dict__["is_for_scripting"] = True
+    plain.__dict__["scripted_from"] = (module,)  # in a tuple, so that it is no child
     return plain
 
 

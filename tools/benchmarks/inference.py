@@ -14,13 +14,9 @@ from benchmarks.pictures import photographs
 from benchmarks.report import Report
 from benchmarks.settings import check_counts, check_size, find_device
 from benchmarks.timing import in_turn, time_rows
-<<<<<<< HEAD
 from resdet.data.loader import Batch
 from resdet.models.detector import Detector
-from resdet.models.int8 import quantize_detector
-=======
 from resdet.models.int8_calibration import quantize_detector
->>>>>>> 9051238 (int8 is two files, what runs and what is calibrated; the docstrings of models in plain English)
 from resdet.precision import autocast
 from resdet.types import Prediction
 
