@@ -30,19 +30,12 @@ _ALONE = Processes(0, 1, torch.device("cpu"))
 
 
 class Batch(NamedTuple):
-    """The input of one forward pass.
+    """The input of one forward pass: images and a target, a row of the table and a seed for each of them."""
 
-    Attributes:
-        images: uint8 ``[3, H, W]`` each, of different sizes.
-        targets: One for each image.
-        indices: Rows of the images in the annotation table.
-        seeds: One for each image; decides everything drawn at random for it.
-    """
-
-    images: list[Tensor]
+    images: list[Tensor]  # uint8 [3, H, W] each, of different sizes
     targets: list[Target]
-    indices: list[int]
-    seeds: list[int]
+    indices: list[int]  # rows of the images in the annotation table
+    seeds: list[int]  # decide everything drawn at random for an image
 
 
 def train_loader(
@@ -60,9 +53,9 @@ def train_loader(
 ) -> Iterator[Batch]:
     """Yield this process's micro-batches without end, in the order of ``TrainBatches``.
 
-    ``batch_size``, ``num_micro_batches``, ``seed`` and ``start_batch`` are as for ``TrainBatches``, ``sampling`` and
-    ``repeat_threshold`` as for ``image_order``, ``num_workers`` and ``stall_seconds`` as for ``load_batches``. Batches
-    do not depend on the number of workers. For a team on CUDA devices they are pinned.
+    ``sampling`` and ``repeat_threshold`` are as for ``image_order``, ``num_workers`` and ``stall_seconds`` as for
+    ``load_batches``, the rest as for ``TrainBatches``. Batches do not depend on the number of workers; for a team on
+    CUDA devices they are pinned.
 
     Raises:
         UserError: As from ``TrainBatches``.
@@ -79,7 +72,7 @@ def train_loader(
         seed=seed,
         start_batch=start_batch,
     )
-    pin_memory, make = team.device.type == "cuda", partial(_pack, dataset)
+    make, pin_memory = partial(_pack, dataset), team.device.type == "cuda"
     packed = load_batches(make, keys, num_workers=num_workers, pin_memory=pin_memory, stall_seconds=stall_seconds)
     return map(_unpacked, packed)
 
@@ -96,7 +89,7 @@ def eval_loader(
         WorkerError: As from ``load_batches``.
     """
     keys = eval_keys(len(dataset), batch_size, rank=team.rank, world_size=team.world_size)
-    pin_memory, make = team.device.type == "cuda", partial(_pack, dataset)
+    make, pin_memory = partial(_pack, dataset), team.device.type == "cuda"
     return map(_unpacked, load_batches(make, keys, num_workers=num_workers, pin_memory=pin_memory))
 
 
@@ -155,10 +148,8 @@ def _item(dataset: DetectionDataset, key: tuple[int, int]) -> tuple[Tensor, Targ
 def _unpacked(packed: _Packed) -> Batch:
     """Return the images and targets as views of the packed tensors, pinned if those are."""
     pixels = torch.split(packed.pixels, [math.prod(shape) for shape in packed.shapes])
-    boxes, labels = torch.split(packed.boxes, packed.num_boxes), torch.split(packed.labels, packed.num_boxes)
     images = [part.view(shape) for part, shape in zip(pixels, packed.shapes, strict=True)]  # [3, H, W] each
-    targets = [
-        Target(boxes=own_boxes, labels=own_labels, image_id=image_id)
-        for own_boxes, own_labels, image_id in zip(boxes, labels, packed.image_ids, strict=True)
-    ]
+    boxes, labels = (torch.split(column, packed.num_boxes) for column in (packed.boxes, packed.labels))
+    rows = zip(boxes, labels, packed.image_ids, strict=True)
+    targets = [Target(boxes=boxes, labels=labels, image_id=image_id) for boxes, labels, image_id in rows]
     return Batch(images, targets, packed.indices, packed.seeds)

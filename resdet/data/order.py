@@ -8,14 +8,14 @@ the seed and n alone, computed by array arithmetic.
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
-from torch.utils.data import Sampler
 
 from resdet.data.annotations import AnnotationTable
 from resdet.errors import UserError
@@ -23,6 +23,8 @@ from resdet.errors import UserError
 logger = logging.getLogger(__name__)
 
 Sampling = Literal["uniform", "repeat_factor", "class_balanced"]
+Ints = npt.NDArray[np.int64]
+Hashes = npt.NDArray[np.uint64]
 
 REPEAT_THRESHOLD = 0.001
 """Share of images below which a class's images are repeated; LVIS's own value (Gupta et al. 2019)."""
@@ -36,26 +38,19 @@ _ORDER, _AUGMENTATION, _ROUNDING, _FIRST_CLASS = range(4)
 
 @dataclass(frozen=True)
 class ImageOrder:
-    """An endless order of images.
+    """An endless order of images."""
 
-    Attributes:
-        drawn: bool ``[I]``: the images that are drawn at all.
-        draws: Yields, for a seed, the image indices as int64 arrays of any length, one after another.
-    """
-
-    drawn: npt.NDArray[np.bool_]
-    draws: Callable[[int], Iterator[npt.NDArray[np.int64]]]
+    drawn: npt.NDArray[np.bool_]  # [I], the images that are drawn at all
+    draws: Callable[[int], Iterator[Ints]]  # yields, for a seed, image indices in arrays of any length
 
 
 def uniform_order(num_images: int) -> ImageOrder:
     """Draw every image once per epoch, each epoch in an order of its own."""
 
-    def draws(seed: int) -> Iterator[npt.NDArray[np.int64]]:
+    def draws(seed: int) -> Iterator[Ints]:
         length = max(1, _CHUNK // num_images) * num_images
-        start = 0
-        while True:
+        for start in itertools.count(0, length):
             yield _passes(num_images, start, start + length, seed, stream=_ORDER)
-            start += length
 
     return ImageOrder(np.ones(num_images, dtype=np.bool_), draws)
 
@@ -74,24 +69,24 @@ def repeat_factor_order(factors: npt.NDArray[np.float64]) -> ImageOrder:
     num_images = len(factors)
     whole = np.floor(factors)
 
-    def draws(seed: int) -> Iterator[npt.NDArray[np.int64]]:
+    def draws(seed: int) -> Iterator[Ints]:
         num_epochs = max(1, int(_CHUNK / max(factors.sum(), num_images)))
-        epoch, position = 0, 0
-        while True:
+        position = 0
+        for epoch in itertools.count(0, num_epochs):
             places = np.arange(epoch * num_images, (epoch + num_epochs) * num_images, dtype=np.uint64)
             chance = (_hash(places, seed, stream=_ROUNDING) >> np.uint64(11)) * 2.0**-53  # in [0, 1)
             times = (whole + (chance.reshape(num_epochs, num_images) < factors - whole)).astype(np.int64)  # [epochs, I]
-            images = np.repeat(np.tile(np.arange(num_images), num_epochs), times.reshape(-1))
-            epoch_of_draw = np.repeat(np.arange(num_epochs), times.sum(axis=1))
+            images = np.repeat(np.tile(np.arange(num_images), num_epochs), times.reshape(-1))  # [draws]
+            epoch_of_draw = np.repeat(np.arange(num_epochs), times.sum(axis=1))  # [draws]
             positions = np.arange(position, position + len(images), dtype=np.uint64)
             # Shuffled within each epoch.
             yield images[np.lexsort((_hash(positions, seed, stream=_ORDER), epoch_of_draw))]
-            epoch, position = epoch + num_epochs, position + len(images)
+            position += len(images)
 
     return ImageOrder(factors > 0, draws)
 
 
-def class_balanced_order(images: npt.NDArray[np.int64], labels: npt.NDArray[np.int64], num_images: int) -> ImageOrder:
+def class_balanced_order(images: Ints, labels: Ints, num_images: int) -> ImageOrder:
     """Draw every class equally often, and for each draw an image that has it.
 
     Each round draws every class once, in an order of its own; a class goes through its images in shuffled passes.
@@ -103,46 +98,37 @@ def class_balanced_order(images: npt.NDArray[np.int64], labels: npt.NDArray[np.i
     """
     assert len(images) == len(labels) > 0
     members = [images[labels == label] for label in np.unique(labels)]
+    num_classes = len(members)
 
-    def draws(seed: int) -> Iterator[npt.NDArray[np.int64]]:
-        num_classes = len(members)
+    def draws(seed: int) -> Iterator[Ints]:
         # Long enough that laying out whole passes of the largest classes is not wasted on a few draws.
         num_rounds = max(1, max(_CHUNK, len(images)) // num_classes)
-        start = 0
-        while True:
+        for start in itertools.count(0, num_rounds):
             stop = start + num_rounds
             turns = _passes(num_classes, start * num_classes, stop * num_classes, seed, stream=_ORDER)
             picks = [
-                member[_passes(len(member), start, stop, seed, stream=_FIRST_CLASS + i)]
+                member[_passes(len(member), start, stop, seed, stream=_FIRST_CLASS + i)]  # [rounds]
                 for i, member in enumerate(members)
             ]
             in_rounds = turns.reshape(num_rounds, num_classes)
             yield np.take_along_axis(np.stack(picks, axis=1), in_rounds, axis=1).reshape(-1)  # [rounds * classes]
-            start = stop
 
     drawn = np.zeros(num_images, dtype=np.bool_)
     drawn[images] = True
     return ImageOrder(drawn, draws)
 
 
-def repeat_factors(
-    images: npt.NDArray[np.int64], labels: npt.NDArray[np.int64], num_images: int, threshold: float
-) -> npt.NDArray[np.float64]:
+def repeat_factors(images: Ints, labels: Ints, num_images: int, threshold: float) -> npt.NDArray[np.float64]:
     """Return each image's repeat factor, float64 ``[I]``, >= 1.
 
     ``r_c = max(1, sqrt(threshold / f_c))`` with ``f_c`` the share of all images that have class ``c``; an image's
-    factor is the largest of its classes', and 1 without any.
-
-    Args:
-        images: int64 ``[P]``, an image index for each (image, class) pair; pairs must differ.
-        labels: int64 ``[P]``, the class of each pair, >= 0.
-        num_images: All images, those without a class included.
-        threshold: Share of images below which a class counts as rare, in (0, 1].
+    factor is the largest of its classes', and 1 without any. ``images`` and ``labels``, int64 ``[P]``, are the
+    different pairs of an image index and a class that it has; ``num_images`` counts images without a class too.
 
     Source: Gupta, Dollar, Girshick 2019, "LVIS", appendix B.2; detectron2's
     ``repeat_factors_from_category_frequency``, in float64.
     """
-    share = np.bincount(labels) / num_images
+    share = np.bincount(labels) / num_images  # [K + 1]
     with np.errstate(divide="ignore"):
         of_class = np.maximum(1.0, np.sqrt(threshold / share))
     factors = np.ones(num_images)
@@ -155,48 +141,36 @@ def image_order(
 ) -> ImageOrder:
     """Return and log the order in which the images of a table are drawn.
 
-    An image has a class if it has a box of it that is trained on. (detectron2 counts crowd regions too.)
-
-    Args:
-        sampling: How often each image is drawn.
-        table: Images and boxes.
-        trained: bool ``[N]``, the boxes that are trained on, at least one.
-        repeat_threshold: As for ``repeat_factors``; only for ``repeat_factor``.
+    An image has a class if it has a box of it that is trained on (detectron2 counts crowd regions too): ``trained``,
+    bool ``[N]``, says which boxes are, at least one. ``repeat_threshold`` is for ``repeat_factor`` alone.
     """
     num_images = table.num_images
     if sampling == "uniform":
         return uniform_order(num_images)
     stride = len(table.categories) + 1
-    images, labels = np.divmod(np.unique(table.image_of_box()[trained] * stride + table.labels[trained]), stride)
+    pairs = np.unique(table.image_of_box()[trained] * stride + table.labels[trained])
+    images, labels = np.divmod(pairs, stride)  # [P] each
     if sampling == "repeat_factor":
-        factors = repeat_factors(images, labels, num_images, repeat_threshold)
-        logger.info(
-            "%s: repeat-factor sampling at %g: %d of %d images repeated, at most %.2f times; an epoch is %.0f draws",
-            table.name,
-            repeat_threshold,
-            (factors > 1).sum(),
-            num_images,
-            factors.max(),
-            factors.sum(),
+        factors = repeat_factors(images, labels, num_images, repeat_threshold)  # [I]
+        order = repeat_factor_order(factors)
+        what = (
+            f"repeat-factor sampling at {repeat_threshold:g}: {(factors > 1).sum()} of {num_images} images repeated, "
+            f"at most {factors.max():.2f} times; an epoch is {factors.sum():.0f} draws"
         )
-        return repeat_factor_order(factors)
-    order = class_balanced_order(images, labels, num_images)
-    found, counts = np.unique(labels, return_counts=True)
-    rarest = counts.argmin()
-    logger.info(
-        "%s: class-balanced sampling: each of %d classes in 1 of %d draws, %r from %d images; "
-        "%d images without a box to train on are never drawn",
-        table.name,
-        len(found),
-        len(found),
-        table.categories[found[rarest] - 1].name,
-        counts[rarest],
-        (~order.drawn).sum(),
-    )
+    else:
+        order = class_balanced_order(images, labels, num_images)
+        found, counts = np.unique(labels, return_counts=True)
+        rarest = table.categories[found[counts.argmin()] - 1].name
+        what = (
+            f"class-balanced sampling: each of {len(found)} classes in 1 of {len(found)} draws, {rarest!r} from "
+            f"{counts.min()} images; {(~order.drawn).sum()} images without a box to train on are never drawn"
+        )
+    logger.info("%s: %s", table.name, what)
     return order
 
 
-class TrainBatches(Sampler[list[tuple[int, int]]]):
+@dataclass(frozen=True, eq=False)
+class TrainBatches:
     """The endless sequence of training batches, as lists of ``(image index, seed of its augmentation)``.
 
     Images come in the given order. Landscape and portrait images are collected separately, so that little of a batch
@@ -210,16 +184,6 @@ class TrainBatches(Sampler[list[tuple[int, int]]]):
     Everything is a function of ``seed`` and the number of batches emitted: resuming recomputes the skipped batches by
     index arithmetic (90 000 batches of 16 images in a fraction of a second).
 
-    Args:
-        sizes: ``(height, width)`` of each image, ``[I, 2]``.
-        batch_size: Images of a global batch: of one optimizer step, over all processes and micro-batches.
-        order: How images are drawn; None draws each once per epoch.
-        rank: This process's number.
-        world_size: Number of processes.
-        num_micro_batches: Parts of a process's share, one forward and backward pass each.
-        seed: Decides order and augmentation.
-        start_batch: Global batches to skip: those that an interrupted run has already done.
-
     Raises:
         UserError: If ``batch_size`` cannot be divided by ``world_size * num_micro_batches``.
 
@@ -228,72 +192,64 @@ class TrainBatches(Sampler[list[tuple[int, int]]]):
     separate here, as its batches would hold the same image several times.
     """
 
-    def __init__(
-        self,
-        sizes: npt.NDArray[np.integer],
-        batch_size: int,
-        *,
-        order: ImageOrder | None = None,
-        rank: int = 0,
-        world_size: int = 1,
-        num_micro_batches: int = 1,
-        seed: int = 0,
-        start_batch: int = 0,
-    ) -> None:
-        assert len(sizes) > 0
-        assert 0 <= rank < world_size
-        assert start_batch >= 0
-        if batch_size < 1 or num_micro_batches < 1 or batch_size % (world_size * num_micro_batches):
+    sizes: npt.NDArray[np.integer]  # (height, width) of each image, [I, 2]
+    batch_size: int  # images of a global batch: of one optimizer step, over all processes and micro-batches
+    _: KW_ONLY
+    order: ImageOrder | None = None  # None draws each image once per epoch
+    rank: int = 0
+    world_size: int = 1
+    num_micro_batches: int = 1  # parts of a process's share, one forward and backward pass each
+    seed: int = 0  # decides order and augmentation
+    start_batch: int = 0  # global batches to skip: those that an interrupted run has already done
+
+    def __post_init__(self) -> None:
+        assert len(self.sizes) > 0
+        assert 0 <= self.rank < self.world_size
+        assert self.start_batch >= 0
+        num_parts = self.world_size * self.num_micro_batches
+        if self.batch_size < 1 or self.num_micro_batches < 1 or self.batch_size % num_parts:
             raise UserError(
                 "batch_size must be a multiple of the number of processes times the number of micro-batches, "
-                f"got {batch_size} for {world_size} x {num_micro_batches}"
+                f"got {self.batch_size} for {self.world_size} x {self.num_micro_batches}"
             )
-        self._order = order or uniform_order(len(sizes))
-        portrait = sizes[:, 0] > sizes[:, 1]
-        groups = (portrait & self._order.drawn, ~portrait & self._order.drawn)
-        if min(int(group.sum()) for group in groups) < batch_size:
-            portrait = np.zeros(len(sizes), dtype=np.bool_)
-        self._portrait = portrait
-        self._batch_size = batch_size
-        self._rank = rank
-        self._world_size = world_size
-        self._num_micro_batches = num_micro_batches
-        self._seed = seed
-        self._start_batch = start_batch
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         """Yield this process's micro-batches, ``num_micro_batches`` for each global batch."""
-        size = self._batch_size // (self._world_size * self._num_micro_batches)
+        size = self.batch_size // (self.world_size * self.num_micro_batches)
         for images, seeds in self._global_batches():
-            for part in range(self._num_micro_batches):
-                start = (self._rank * self._num_micro_batches + part) * size
+            for part in range(self.num_micro_batches):
+                start = (self.rank * self.num_micro_batches + part) * size
                 rows = slice(start, start + size)
                 yield list(zip(images[rows].tolist(), seeds[rows].tolist(), strict=True))
 
-    def _global_batches(self) -> Iterator[tuple[npt.NDArray[np.int64], npt.NDArray[np.uint64]]]:
-        to_skip, position = self._start_batch, 0
+    def _global_batches(self) -> Iterator[tuple[Ints, Hashes]]:
+        order = self.order or uniform_order(len(self.sizes))
+        is_portrait = self.sizes[:, 0] > self.sizes[:, 1]  # [I]
+        if min((group & order.drawn).sum() for group in (is_portrait, ~is_portrait)) < self.batch_size:
+            is_portrait = np.zeros_like(is_portrait)
+        to_skip, position = self.start_batch, 0
         # Positions of the draws, and their images, that wait in either group.
         waiting = [(np.zeros(0, dtype=np.uint64), np.zeros(0, dtype=np.int64))] * 2
-        for images in self._order.draws(self._seed):
+        for images in order.draws(self.seed):
             positions = np.arange(position, position + len(images), dtype=np.uint64)
             position += len(positions)
-            portrait = self._portrait[images]
+            portrait = is_portrait[images]  # [draws]
             ready = []
             for group, member in enumerate((~portrait, portrait)):
                 new = positions[member], images[member]
                 columns = [np.concatenate(pair) for pair in zip(waiting[group], new, strict=True)]
-                full = len(columns[0]) // self._batch_size * self._batch_size
+                full = len(columns[0]) // self.batch_size * self.batch_size
                 waiting[group] = columns[0][full:], columns[1][full:]
-                ready.append([column[:full].reshape(-1, self._batch_size) for column in columns])
+                ready.append([column[:full].reshape(-1, self.batch_size) for column in columns])
             ready_positions, ready_images = (np.concatenate(columns) for columns in zip(*ready, strict=True))  # [n, B]
             # A batch is ready when its last image comes along.
             for batch in np.argsort(ready_positions[:, -1])[to_skip:]:
-                seeds = _hash(ready_positions[batch], self._seed, stream=_AUGMENTATION) >> np.uint64(1)
+                seeds = _hash(ready_positions[batch], self.seed, stream=_AUGMENTATION) >> np.uint64(1)
                 yield ready_images[batch], seeds
             to_skip = max(0, to_skip - len(ready_positions))
 
 
-def _passes(num_items: int, start: int, stop: int, seed: int, *, stream: int) -> npt.NDArray[np.int64]:
+def _passes(num_items: int, start: int, stop: int, seed: int, *, stream: int) -> Ints:
     """Return elements ``start`` to ``stop`` of the endless sequence of shuffled passes over ``range(num_items)``.
 
     Sorting by a hash of the position shuffles each pass without a generator's state to carry along.
@@ -305,13 +261,13 @@ def _passes(num_items: int, start: int, stop: int, seed: int, *, stream: int) ->
     return shuffled[start - first * num_items : stop - first * num_items]
 
 
-def _hash(values: npt.NDArray[np.uint64], seed: int, *, stream: int) -> npt.NDArray[np.uint64]:
+def _hash(values: Hashes, seed: int, *, stream: int) -> Hashes:
     """Return uniform 64-bit numbers, a fixed function of ``(seed, stream, value)``, the same in every NumPy version.
 
     Source: the finaliser of SplitMix64 (Steele, Lea, Flood 2014, figure 16), over the value and over the seed.
     """
 
-    def mix(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    def mix(x: Hashes) -> Hashes:
         x = x + np.uint64(0x9E3779B97F4A7C15)
         x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import os
+import pickle
 import shutil
 import signal
 import sys
@@ -18,10 +19,9 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from types import FrameType
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
 import cv2
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -53,15 +53,10 @@ def load_batches(
 ) -> Iterator[_Batch]:
     """Start workers that make batches, and yield the batches in the order of their keys.
 
-    The workers start at once, not with the first batch, and end when the iterator is dropped.
-
-    Args:
-        make: Makes a batch (see the top of this file). Must pickle where workers are spawned.
-        keys: The images of each batch; a list of them takes no more workers than it has entries.
-        num_workers: Worker processes; 0 makes batches in this process, when they are asked for.
-        pin_memory: Whether to copy batches into page-locked memory, out of which a CUDA device fetches them while the
-            host goes on. Only for runs on such a device.
-        stall_seconds: Waiting time after which a warning is logged, again and again; not for ``num_workers=0``.
+    The workers start at once, not with the first batch, and end when the iterator is dropped. ``num_workers=0`` makes
+    batches in this process, when they are asked for, and never reports a stall. ``make`` must pickle where workers are
+    spawned; a list of keys takes no more workers than it has entries. ``pin_memory`` is for runs on a CUDA device,
+    which fetches batches from page-locked memory while the host goes on.
 
     Raises:
         UserError: While iterating, as ``make`` raised it.
@@ -87,42 +82,28 @@ def load_batches(
     return _received(batches, num_workers, stall_seconds)
 
 
-@dataclass(frozen=True)
-class _Piped(Generic[_Batch]):
-    """A batch with NumPy arrays in the place of its tensors, which therefore comes through a pipe. It is not pinned."""
-
-    kind: Callable[..., _Batch]
-    fields: list[Any]
-
-
+@dataclass(frozen=True, eq=False)
 class _Batches(Dataset[Any]):
-    """Makes a batch in a worker. Returns a user's error instead of raising it: torch would bury it in a traceback."""
+    """Makes a batch in a worker, as bytes where only a pipe has room for it; then it is not pinned.
 
-    def __init__(self, make: Callable[[Keys], Any], num_workers: int) -> None:
-        self._make = make
-        self._num_workers = num_workers
+    Returns a user's error instead of raising it: torch would bury it in a traceback.
+    """
+
+    make: Callable[[Keys], Any]
+    num_workers: int
 
     def __getitems__(self, keys: Keys) -> Any:
         try:
-            batch = self._make(keys)
+            batch = self.make(keys)
         except UserError as error:
             return error
-        if _fits_in_shared_memory(_num_bytes(batch), self._num_workers):
-            return batch
-        return _Piped(type(batch), [_converted(field, Tensor, Tensor.numpy) for field in batch])
+        return batch if _fits_in_shared_memory(_num_bytes(batch), self.num_workers) else pickle.dumps(batch)
 
 
 def _num_bytes(value: Any) -> int:
     if isinstance(value, Tensor):
         return value.nbytes
     return sum(map(_num_bytes, value)) if isinstance(value, (list, tuple)) else 0
-
-
-def _converted(value: Any, kind: type[Any], convert: Callable[[Any], Any]) -> Any:
-    """Convert a field, or the items of a list, if they are of ``kind``."""
-    if isinstance(value, list):
-        return [_converted(item, kind, convert) for item in value]
-    return convert(value) if isinstance(value, kind) else value
 
 
 def _fits_in_shared_memory(num_bytes: int, num_workers: int) -> bool:
@@ -143,19 +124,19 @@ def _received(batches: Iterator[Any], num_workers: int, stall_seconds: float) ->
         except StopIteration:
             return
         except RuntimeError as error:
-            # A DataLoader that timed out has lost nothing and can be asked again.
-            if str(error).startswith("DataLoader timed out after"):
-                # It looks after its pinning thread only where it has no timeout.
-                if not getattr(batches, "_pin_memory_thread", threading.current_thread()).is_alive():
-                    raise RuntimeError("the thread that pins batches died; its traceback is above") from error
-                waited += stall_seconds
-                logger.warning(
-                    "waiting for images for %g s: slow storage, heavy augmentation, or a worker that hangs; "
-                    "loader.num_workers and data_s in metrics.jsonl tell more",
-                    waited,
-                )
-                continue
-            raise _explained(error)  # noqa: B904 - it has its cause
+            if not str(error).startswith("DataLoader timed out after"):
+                raise _explained(error)  # noqa: B904 - it has its cause
+            # A DataLoader that timed out has lost nothing and can be asked again. It looks after its pinning thread
+            # only where it has no timeout.
+            if not getattr(batches, "_pin_memory_thread", threading.current_thread()).is_alive():
+                raise RuntimeError("the thread that pins batches died; its traceback is above") from error
+            waited += stall_seconds
+            logger.warning(
+                "waiting for images for %g s: slow storage, heavy augmentation, or a worker that hangs; "
+                "loader.num_workers and data_s in metrics.jsonl tell more",
+                waited,
+            )
+            continue
         except (EOFError, OSError) as error:
             if num_workers == 0:
                 raise
@@ -172,7 +153,7 @@ def _received(batches: Iterator[Any], num_workers: int, stall_seconds: float) ->
                 raise batch
             finally:
                 del batch, batches  # the error's traceback holds this frame: workers would live as long as the error
-        if isinstance(batch, _Piped):
+        if isinstance(batch, bytes):
             if not warned:
                 logger.warning(
                     "/dev/shm has %d MB free, too few for %d workers: images come through pipes, which is slower "
@@ -181,7 +162,7 @@ def _received(batches: Iterator[Any], num_workers: int, stall_seconds: float) ->
                     num_workers,
                 )
             warned = True
-            batch = batch.kind(*(_converted(field, np.ndarray, torch.from_numpy) for field in batch.fields))
+            batch = pickle.loads(batch)
         yield batch
 
 
@@ -221,15 +202,11 @@ def _exit_with_parent() -> None:
 
 
 class _DeadWorkerHandler:
-    """Explains what torch's handler of SIGCHLD finds, which raises wherever the main thread is.
-
-    Attributes:
-        found: What was raised last.
-    """
+    """Explains what torch's handler of SIGCHLD finds, which raises wherever the main thread is."""
 
     def __init__(self, handler: Any) -> None:
         self._handler = handler
-        self.found: RuntimeError | None = None
+        self.found: RuntimeError | None = None  # what was raised last
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         try:
