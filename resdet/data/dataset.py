@@ -8,9 +8,9 @@ between the two, and rounds once.
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import cv2
 import numpy as np
@@ -83,25 +83,19 @@ class DetectionDataset(Dataset[tuple[Tensor, Target]]):
             self._log_left_out()
 
     def _log_left_out(self) -> None:
-        trained = self.trained
+        table, trained = self.table, self.trained
         if not trained.any():
-            raise DataError(f"{self.table.name}: none of its {self.table.num_boxes} boxes can be trained on")
-        crowd = self.table.crowd
-        difficult = self.table.difficult & ~crowd & (not self._use_difficult)
+            raise DataError(f"{table.name}: none of its {table.num_boxes} boxes can be trained on")
+        difficult = table.difficult & ~table.crowd & (not self._use_difficult)
+        rest = ~(trained | table.crowd | difficult)
         reasons = {
-            "crowd regions": crowd,
+            "crowd regions": table.crowd,
             "difficult": difficult,
-            f"not finite or thinner than {MIN_TRAINABLE_SIDE} px inside the image": ~trained & ~crowd & ~difficult,
+            f"not finite or thinner than {MIN_TRAINABLE_SIDE} px inside the image": rest,
         }
         left_out = ", ".join(f"{mask.sum()} {reason}" for reason, mask in reasons.items() if mask.any())
-        logger.info(
-            "%s: %d images, training on %d of %d boxes%s",
-            self.table.name,
-            self.table.num_images,
-            trained.sum(),
-            self.table.num_boxes,
-            f" (left out: {left_out})" if left_out else "",
-        )
+        what = f"{table.num_images} images, training on {trained.sum()} of {table.num_boxes} boxes"
+        logger.info("%s: %s%s", table.name, what, f" (left out: {left_out})" if left_out else "")
 
     @property
     def categories(self) -> tuple[Category, ...]:
@@ -132,14 +126,12 @@ class DetectionDataset(Dataset[tuple[Tensor, Target]]):
         rows = np.asarray(indices, dtype=np.int64).reshape(-1)
         wrong = rows[(rows < -len(self)) | (rows >= len(self))]
         if wrong.size or not rows.size:
-            got = f"got {wrong[0]}" if wrong.size else "got none"
-            raise DataError(
-                f"{self.table.name}: images must be chosen out of its {len(self)} (0..{len(self) - 1}), {got}"
-            )
+            got, last = wrong[0] if wrong.size else "none", len(self) - 1
+            raise DataError(f"{self.table.name}: images must be chosen out of its {len(self)} (0..{last}), got {got}")
         rows = rows % len(self)
         chosen = copy.copy(self)
         chosen.table = self.table.select_images(rows)
-        chosen._images = _ChosenImages(self._images, rows)
+        chosen._images = functools.partial(_chosen_image, self._images, rows)
         chosen._unreadable = None if self._unreadable is None else _shared_flags(len(rows))
         return chosen
 
@@ -177,27 +169,23 @@ class DetectionDataset(Dataset[tuple[Tensor, Target]]):
         )
 
     def sample(self, key: int | tuple[int, int]) -> Sample:
-        """Return an image with all its boxes as training sees it, after augmentation.
+        """Return an image with all its boxes, float32, as training sees it after augmentation.
 
-        Crowd regions and difficult objects have gone through the same steps and are marked; ``target_of`` leaves them
-        out.
+        Crowd regions and difficult objects go through the same steps and are marked; ``target_of`` leaves them out.
 
         Args:
             key: Index of the image, or ``(index, seed)`` as from ``TrainBatches``. The seed alone decides the
                 augmentation, whichever worker does it; a bare index is its own seed.
 
-        Returns:
-            The image and its boxes, float32.
-
         Raises:
             DataError: If the image cannot be read or augmented; the message names it.
         """
-        key = key if isinstance(key, tuple) else (key, key)
-        sample = self.stored(key)
+        sample, seed = self.stored(key), key[1] if isinstance(key, tuple) else key
         if self._augment is None:
             return sample
         try:
-            return self._augment(sample, seed=key[1], partner=self._partner)
+            # The partner of a number is always the same.
+            return self._augment(sample, seed=seed, partner=lambda number: self.stored((number % len(self), number)))
         except UnreadableImageError:
             raise
         except DataError as error:
@@ -217,23 +205,14 @@ class DetectionDataset(Dataset[tuple[Tensor, Target]]):
         )
 
     def __getitem__(self, key: int | tuple[int, int]) -> tuple[Tensor, Target]:
-        """Return an image and its target.
-
-        The arguments and errors are those of ``sample``.
+        """Return an image and its target; arguments and errors are those of ``sample``.
 
         Returns:
             uint8 ``[3, H, W]`` (values 0..255, RGB) and the target, boxes in pixels of that image. Where an unreadable
             image was replaced, ``image_id`` is that of its substitute.
         """
         sample = self.sample(key)
-        try:
-            return _planes(sample.image), self.target_of(sample)
-        except DataError as error:
-            raise DataError(f"image {sample.image_id}: {error}") from error
-
-    def _partner(self, number: int) -> Sample:
-        """Return another image for augmentation that mixes several, always the same for a number."""
-        return self.stored((number % len(self), number))
+        return _planes(sample), self.target_of(sample)
 
     def _read(self, index: int) -> Sample:
         table, rows = self.table, self.table.rows(index)
@@ -257,26 +236,23 @@ class DetectionDataset(Dataset[tuple[Tensor, Target]]):
         # Two workers that meet the same file at the same moment may both log it; it is counted once.
         self._unreadable[index] = True
         logger.warning(
-            "%s; skipped: another image takes its place (%d of the %d images of %s unreadable so far)",
+            "%s; skipped: another image takes its place (%s unreadable so far)",
             error,
-            len(self.unreadable),
-            len(self),
-            self.table.name,
+            f"{len(self.unreadable)} of the {len(self)} images of {self.table.name}",
         )
 
 
-def _planes(image: npt.NDArray[np.uint8]) -> Tensor:
+def _planes(sample: Sample) -> Tensor:
     """Return an image ``[H, W, 3]`` with its channels one after the other: uint8 ``[3, H, W]``, contiguous.
 
     OpenCV takes 0.04 ms for 640x480 pixels, a copy of the transposed array 0.2 ms in NumPy and in torch. So nothing is
     gained by leaving pixels as they lie and sending a view.
-
-    Raises:
-        DataError: If it is no such image.
     """
+    image = sample.image
     # For any other, OpenCV would allocate its own output.
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-        raise DataError(f"must be uint8 [H, W, 3], got {image.dtype} {list(image.shape)}")
+        got = f"{image.dtype} {list(image.shape)}"
+        raise DataError(f"image {sample.image_id}: must be uint8 [H, W, 3], got {got}")
     planes = np.empty((3, *image.shape[:2]), dtype=np.uint8)
     cv2.split(np.ascontiguousarray(image), list(planes))
     return torch.from_numpy(planes)
@@ -289,15 +265,8 @@ def _shared_flags(num_images: int) -> Tensor:
     return flags
 
 
-@dataclass(frozen=True)
-class _ChosenImages:
-    """The images at some rows of other ``Images``."""
-
-    images: Images
-    rows: npt.NDArray[np.int64]
-
-    def __call__(self, index: int) -> npt.NDArray[np.uint8]:
-        return self.images(int(self.rows[index]))
+def _chosen_image(images: Images, rows: npt.NDArray[np.int64], index: int) -> npt.NDArray[np.uint8]:
+    return images(int(rows[index]))
 
 
 def without_subset(dataset: DetectionDataset | Subset[tuple[Tensor, Target]]) -> DetectionDataset:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import glob
 import os
 import re
@@ -26,8 +27,8 @@ IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
 """Pillow's names of the formats that are read. Its other forty decoders stay off: one of them runs Ghostscript."""
 
 MAX_PIXELS = 178_956_970
-"""Larger images are refused before they are decoded. Pillow's own limit is the same, but a program may have switched it
-off. As RGB it is 512 MiB, and no camera reaches it."""
+"""Larger images (512 MiB as RGB) are refused before they are decoded. It is Pillow's own limit too, which a program may
+have switched off."""
 
 MAX_JPEG_SCANS = 100
 """Progressive JPEGs of more scans are refused; encoders write about 10. Each scan goes over the whole image: 95 bytes
@@ -53,19 +54,12 @@ class Images(Protocol):
 
 @dataclass(frozen=True)
 class ImageHeader:
-    """An image file's properties.
+    """An image file's properties."""
 
-    Attributes:
-        size: ``(height, width)`` of what ``read_image`` returns.
-        format: One of ``IMAGE_FORMATS``, or Pillow's name of a variant ("MPO", the JPEG of some telephones).
-        mode: Pillow's name of the pixel type: "RGB", "L" (gray), "P" (palette), "CMYK", "I;16" and so on.
-        orientation: EXIF's 1..8; 1, upright, where none is given.
-    """
-
-    size: tuple[int, int]
-    format: str
-    mode: str
-    orientation: int
+    size: tuple[int, int]  # (height, width) of what read_image returns
+    format: str  # one of IMAGE_FORMATS, or Pillow's name of a variant ("MPO", the JPEG of some telephones)
+    mode: str  # Pillow's name of the pixel type: "RGB", "L" (gray), "P" (palette), "CMYK", "I;16" and so on
+    orientation: int  # EXIF's 1..8; 1, upright, where none is given
 
 
 def find_images(paths: Iterable[Path | str]) -> list[Path]:
@@ -108,11 +102,11 @@ def read_image(path: Path) -> npt.NDArray[np.uint8]:
     * 16-bit samples keep their high byte (Pillow alone would clip 16-bit grayscale to white), those of a 12-bit TIFF
       their high eight bits. Signed, 32-bit and floating-point pixels, whose range is unknown, are refused.
     * EXIF orientation is left to ``FolderImages``; but Pillow turns TIFF files by itself.
+    * Pillow's warnings (of odd EXIF, say) are not passed on: a file is read, or it is an error. Only libtiff may write
+      to stderr.
 
-    Decoding is Pillow's: on COCO's JPEG files it took 1.84 ms. OpenCV for the files in which it cannot meet damage (it
-    returns gray where a file is cut short) took 1.46 ms, with the same pixels on one machine: two decoders that may
-    diverge in their next versions are not worth it. Pillow's warnings (of odd EXIF, say) are not passed on: a file is
-    read, or it is an error. Only libtiff may write to stderr.
+    Decoding is Pillow's, 1.84 ms for one of COCO's JPEG files. OpenCV, which returns gray where a file is cut short,
+    took 1.46 ms for the others, with the same pixels: not worth two decoders that may diverge in their next versions.
 
     Returns:
         uint8 ``[H, W, 3]``, RGB, contiguous and writable.
@@ -141,12 +135,9 @@ def _from_deep_gray(image: Image.Image, path: Path) -> npt.NDArray[np.uint8]:
 
 
 def read_header(path: Path) -> ImageHeader:
-    """Read an image file's properties.
+    """Read an image file's properties; errors are those of ``read_image``, for what comes before the pixels.
 
     Pixels are decoded only in a PNG without EXIF before them, where it may follow them.
-
-    Raises:
-        UnreadableImageError: As from ``read_image``, for what comes before the pixels.
     """
     with _opened(path) as image:
         # Pillow applies a TIFF's own orientation.
@@ -174,8 +165,11 @@ def _opened(path: Path) -> Iterator[Image.Image]:
             with Image.open(path, formats=IMAGE_FORMATS) as image:
                 if image.width * image.height > MAX_PIXELS:
                     raise UnreadableImageError(_too_large(path, f"{image.width}x{image.height}"))
-                if "progressive" in image.info:
-                    _check_scans(path)
+                # In a JPEG's data, these two bytes are always the marker of a scan.
+                num_scans = Path(path).read_bytes().count(b"\xff\xda") if "progressive" in image.info else 0
+                if num_scans > MAX_JPEG_SCANS:
+                    what = f"a JPEG may have at most {MAX_JPEG_SCANS} scans, got {num_scans}"
+                    raise UnreadableImageError(f"{path}: refused: {what}")
                 yield image
     except DataError:
         raise
@@ -196,13 +190,6 @@ def _opened(path: Path) -> Iterator[Image.Image]:
 
 def _too_large(path: Path, got: str) -> str:
     return f"{path}: refused: an image may have at most {MAX_PIXELS} pixels, got {got}"
-
-
-def _check_scans(path: Path) -> None:
-    # In a JPEG's data, these two bytes are always the marker of a scan.
-    num_scans = Path(path).read_bytes().count(b"\xff\xda")
-    if num_scans > MAX_JPEG_SCANS:
-        raise UnreadableImageError(f"{path}: refused: a JPEG may have at most {MAX_JPEG_SCANS} scans, got {num_scans}")
 
 
 class FolderImages:
@@ -253,21 +240,14 @@ class FolderImages:
         height, width = (int(side) for side in self._table.sizes[index])
         if image.shape[:2] == (height, width):
             return image
-        if image.shape[:2] == (width, height):
-            orientation = read_header(path).orientation
-            if orientation >= 5:
-                return _turn(image, orientation)
+        if image.shape[:2] == (width, height) and (orientation := read_header(path).orientation) >= 5:
+            transposed = image.swapaxes(0, 1)  # [W, H, 3]
+            upright = {5: transposed, 6: transposed[:, ::-1], 7: transposed[::-1, ::-1], 8: transposed[::-1]}
+            return np.ascontiguousarray(upright[orientation])
         raise DataError(
             f"image {image_id}: {path} is {image.shape[1]}x{image.shape[0]} pixels (width x height), "
             f"but {self._table.name} says {width}x{height}"
         )
-
-
-def _turn(image: npt.NDArray[np.uint8], orientation: int) -> npt.NDArray[np.uint8]:
-    """Turn a stored image ``[H, W, 3]`` of EXIF orientation 5 to 8 upright: ``[W, H, 3]``."""
-    transposed = image.swapaxes(0, 1)
-    turned = {5: transposed, 6: transposed[:, ::-1], 7: transposed[::-1, ::-1], 8: transposed[::-1]}
-    return np.ascontiguousarray(turned[orientation])
 
 
 def _check_names(table: AnnotationTable) -> None:
@@ -297,29 +277,30 @@ def _leaves_folder(name: str) -> bool:
 def check_files(root: Path, table: AnnotationTable) -> None:
     """Raise a DataError if an image of a table does not exist, or as ``FolderImages`` does; none is opened.
 
-    Each folder is listed once (118 000 names in a fraction of a second, where as many ``stat`` calls over a network
-    take minutes).
+    Each folder is listed once: 118 000 names in a fraction of a second, where ``stat`` over a network takes minutes.
     """
     root = Path(root)
     if not root.is_dir():
         raise DataError(f"{root}: no such image folder (the images of {table.name})")
     _check_names(table)
-    listings: dict[str, set[str]] = {}
-    missing: list[int] = []
-    for index, file_name in enumerate(table.file_names.tolist()):
+
+    @functools.cache
+    def names_in(folder: str) -> set[str]:
+        try:
+            return set(os.listdir(root / folder))
+        except (OSError, ValueError):
+            return set()
+
+    missing = []
+    for file_name, image_id in zip(table.file_names, table.image_ids.tolist(), strict=True):
         folder, name = os.path.split(file_name)
-        if folder not in listings:
-            try:
-                listings[folder] = set(os.listdir(root / folder))
-            except (OSError, ValueError):
-                listings[folder] = set()
         # A file system that ignores case lists one spelling and opens all, hence the second check.
-        if name not in listings[folder] and not os.path.isfile(root / file_name):
-            missing.append(index)
+        if name not in names_in(folder) and not os.path.isfile(root / file_name):
+            missing.append((file_name, image_id))
     if missing:
-        shown = ", ".join(f"{table.file_names[i]} (image {table.image_ids[i]})" for i in missing[:3])
+        shown = ", ".join(f"{file_name} (image {image_id})" for file_name, image_id in missing[:3])
         more = ", ..." if len(missing) > 3 else ""
-        slashes = os.sep == "/" and any("\\" in table.file_names[i] for i in missing[:3])
+        slashes = os.sep == "/" and any("\\" in file_name for file_name, _ in missing[:3])
         why = "; folders in a file_name must be separated by /, not by \\" if slashes else ""
         raise DataError(
             f"{root}: {len(missing)} of the {table.num_images} images of {table.name} are missing: {shown}{more}{why}"
