@@ -3,12 +3,13 @@ import pickle
 import random
 import subprocess
 import sys
+from functools import partial
 from types import ModuleType
 
 import numpy as np
 import pytest
 
-from resdet.data.augment.pipeline import Augment, _LibraryPart, build_augment
+from resdet.data.augment.pipeline import Augment, _transformed, build_augment
 from resdet.data.augment.sample import Sample
 from resdet.errors import DataError, UserError
 
@@ -79,8 +80,9 @@ def test_flips_are_exact_and_undo_themselves(name, dtype):
 def test_flips_draw_and_turn_as_albumentations_own(name):
     steps = [{name: {"p": 0.5}}, {"ColorJitter": {"p": 1}}]
     ours = build_augment(steps)
-    flip, jitter = ours._parts
-    library = Augment(steps, [_LibraryPart(flip.place, flip.transform), jitter], 0.1)
+    (place, flip), jitter = ours._parts
+    transform, _ = flip.args
+    library = Augment(steps, [(place, partial(_transformed, transform)), jitter], 0.1)
     num_flipped = 0
     for seed in range(20):
         image, boxes, kept = run(ours, IMAGE, BOXES, LABELS, seed=seed)

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from resdet.data.augment.sample import uncovered
+from resdet.data.augment.sample import extent, uncovered
 from resdet.errors import UserError
 
 COMPOSITES = ("OneOf", "SomeOf", "RandomOrder", "Sequential")
@@ -74,22 +74,11 @@ def import_albumentations() -> ModuleType:
 def transform_names(albumentations: ModuleType) -> list[str]:
     """Return the names of the transforms that take images and boxes."""
     leaf = (albumentations.ImageOnlyTransform, albumentations.DualTransform)
-    other_inputs = (
-        albumentations.Transform3D,
-        albumentations.Lambda,
-        albumentations.Mosaic,
-        albumentations.CropNonEmptyMaskIfExists,
-    )
-    names = [
-        name
-        for name, value in vars(albumentations).items()
-        if inspect.isclass(value)
-        and issubclass(value, leaf)
-        and value not in leaf
-        and not issubclass(value, other_inputs)
-        and name not in UNFIT
-    ]
-    return [*names, *COMPOSITES]
+    others = ("Transform3D", "Lambda", "Mosaic", "CropNonEmptyMaskIfExists")
+    other_inputs = tuple(getattr(albumentations, name) for name in others)
+    classes = {name: value for name, value in vars(albumentations).items() if inspect.isclass(value)}
+    found = [name for name, value in classes.items() if issubclass(value, leaf) and not issubclass(value, other_inputs)]
+    return [name for name in found if classes[name] not in leaf and name not in UNFIT] + list(COMPOSITES)
 
 
 def with_exact_boxes(albumentations: ModuleType, transform_class: type[Any]) -> type[Any]:
@@ -123,16 +112,12 @@ def knows_strict(transform_class: type[Any]) -> bool:
     return "InitSchema" in vars(owner)
 
 
-def _pixels_of(shape: tuple[int, ...]) -> Rows:
-    return np.array([shape[1], shape[0], shape[1], shape[0]], dtype=np.float64)
-
-
 def _as_they_are(transform: Any, bboxes: Rows, **params: Any) -> Rows:
     return bboxes
 
 
 def _under_holes(transform: Any, bboxes: Rows, holes: npt.NDArray[Any], shape: tuple[int, ...], **params: Any) -> Rows:
-    scale = _pixels_of(shape)
+    scale = extent(shape)
     boxes, shares = uncovered(bboxes[:, :4] * scale, np.asarray(holes, dtype=np.float64).reshape(-1, 4))
     met = shares < 1
     if not met.any():
@@ -152,7 +137,7 @@ def _distorted(
     **params: Any,
 ) -> Rows:
     """Return the boxes around the pixels that the maps take from each box; without such pixels, a box has no area."""
-    scale = _pixels_of(shape)
+    scale = extent(shape)
     result = bboxes.copy()
     # Maps hold the origins as pixel indices; a pixel's centre lies half a pixel on.
     x, y = map_x + 0.5, map_y + 0.5  # [H, W]
@@ -169,7 +154,7 @@ def _longer_by_a_pixel(transform_class: type[Any]) -> Callable[..., Rows]:
     def apply_to_bboxes(transform: Any, bboxes: Rows, **params: Any) -> Rows:
         result = np.array(transform_class.apply_to_bboxes(transform, bboxes, **params), dtype=np.float64)
         if len(result):
-            result[:, 2:4] += 1 / _pixels_of(params["shape"])[:2]
+            result[:, 2:4] += 1 / extent(params["shape"])[:2]
         return result
 
     return apply_to_bboxes

@@ -10,7 +10,6 @@ boxes are taken from them only if they moved pixels.
 from __future__ import annotations
 
 import difflib
-import functools
 import inspect
 import json
 import logging
@@ -18,12 +17,12 @@ import random
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from types import ModuleType
 from typing import Any
 
 import cv2
 import numpy as np
-import numpy.typing as npt
 from pydantic import ValidationError
 
 from resdet.data.annotations import MIN_TRAINABLE_SIDE
@@ -36,7 +35,7 @@ from resdet.data.augment.library import (
     transform_names,
     with_exact_boxes,
 )
-from resdet.data.augment.sample import Sample
+from resdet.data.augment.sample import Sample, extent
 from resdet.data.augment.steps import CopyPaste, LargeScaleJitter, Mosaic, Partner, Step
 from resdet.errors import DataError, UserError
 
@@ -80,13 +79,19 @@ class _Builder:
     albumentations: ModuleType
     min_visibility: float
 
-    def part(self, step: object, place: str) -> _Part:
+    def part(self, step: object, place: str) -> tuple[str, _Part]:
+        """Return a step's place with its name, and what applies it."""
         name, parameters, place = self._read(step, place)
-        if name in OWN_STEPS:
-            return _OwnPart(place, _own_step(OWN_STEPS[name], parameters, place))
-        transform = self._transform(name, parameters, place)
-        axis = _FLIPPED_AXES.get(name)
-        return _LibraryPart(place, transform) if axis is None else _FlipPart(place, axis, transform)
+        if name not in OWN_STEPS:
+            transform = self._transform(name, parameters, place)
+            axis = _FLIPPED_AXES.get(name)
+            return place, partial(_transformed, transform) if axis is None else partial(_flipped, transform, axis)
+        try:
+            # JSON mode is the one in which strict typing takes a list for a tuple, as in the configuration.
+            step = OWN_STEPS[name].model_validate_json(json.dumps(parameters), strict=True)
+        except (ValidationError, TypeError) as error:
+            raise DataError(f"{place}: {_parameter_problem(error)}") from error
+        return place, partial(_stepped, step)
 
     def _read(self, step: object, place: str) -> tuple[str, Mapping[str, Any], str]:
         """Check a step's name and parameters; return both, and the place with the name added."""
@@ -146,14 +151,6 @@ class _Builder:
         return transform
 
 
-def _own_step(step_class: type[Step], parameters: Mapping[str, Any], place: str) -> Step:
-    try:
-        # JSON mode is the one in which strict typing takes a list for a tuple, as in the configuration.
-        return step_class.model_validate_json(json.dumps(parameters), strict=True)
-    except (ValidationError, TypeError) as error:
-        raise DataError(f"{place}: {_parameter_problem(error)}") from error
-
-
 def _did_you_mean(name: str, known: Sequence[str]) -> str:
     lower = {item.lower(): item for item in known}
     close = difflib.get_close_matches(name.lower(), lower, n=1, cutoff=0.5)
@@ -177,14 +174,14 @@ def _parameter_problem(error: Exception) -> str:
 class Augment:
     """A pipeline of steps; made by ``build_augment``."""
 
-    def __init__(self, steps: Steps, parts: Sequence[_Part], min_visibility: float) -> None:
+    def __init__(self, steps: Steps, parts: Sequence[tuple[str, _Part]], min_visibility: float) -> None:
         self._steps = steps
         self._parts = parts
         self._min_visibility = min_visibility
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Built again where it is unpickled: classes from with_exact_boxes cannot be pickled.
-        return functools.partial(build_augment, min_visibility=self._min_visibility), (self._steps,)
+        return partial(build_augment, min_visibility=self._min_visibility), (self._steps,)
 
     def __call__(self, sample: Sample, *, seed: int, partner: Callable[[int], Sample] | None = None) -> Sample:
         """Apply every step to an image and its boxes.
@@ -218,17 +215,16 @@ class Augment:
         """Apply the first steps; the boxes of the result are float64."""
         # One stream for all steps: albumentations' own set_random_seed would give each step the same numbers.
         rng, py_random = np.random.default_rng(seed), random.Random(seed)
-        sample = replace(sample, boxes=np.clip(sample.boxes.astype(np.float64), 0, _scale(sample.image)))
+        sample = replace(sample, boxes=np.clip(sample.boxes.astype(np.float64), 0, extent(sample.image.shape)))
 
-        for position, part in enumerate(self._parts[:num_parts]):
-            draw = functools.partial(self._draw, position, partner)
+        for position, (place, part) in enumerate(self._parts[:num_parts]):
             try:
-                after = part.apply(sample, rng, py_random, draw)
+                after = part(sample, rng, py_random, partial(self._draw, position, partner))
             except UserError:
                 raise
             except Exception as error:
                 message = " ".join(str(error).split()) or type(error).__name__
-                raise DataError(f"{part.place}: {message}") from error
+                raise DataError(f"{place}: {message}") from error
             if after.boxes is not sample.boxes:
                 sides = after.boxes[:, 2:] - after.boxes[:, :2]  # [N, 2]
                 stay = (after.visible >= self._min_visibility) & (sides >= MIN_TRAINABLE_SIDE).all(axis=1)
@@ -239,80 +235,51 @@ class Augment:
     def _draw(self, position: int, partner: Callable[[int], Sample] | None, rng: np.random.Generator) -> Sample:
         """Return another image as the steps before ``position`` leave it."""
         if partner is None:
-            raise DataError(f"{self._parts[position].place}: mixes several images, and only one is given")
+            raise ValueError("mixes several images, and only one is given")
         number = int(rng.integers(2**63))
         return self._apply(position, partner(number), number, partner)
 
 
-@dataclass(frozen=True)
-class _OwnPart:
-    """A step of ``OWN_STEPS``."""
-
-    place: str
-    step: Step
-
-    def apply(self, sample: Sample, rng: np.random.Generator, py_random: random.Random, draw: Partner) -> Sample:
-        return self.step.apply(sample, rng, draw) if rng.random() < self.step.p else sample
+_Part = Callable[[Sample, np.random.Generator, random.Random, Partner], Sample]
+"""Applies a step at random; returns the given boxes themselves if it moved no pixels."""
 
 
-@dataclass(frozen=True)
-class _LibraryPart:
-    """A transform of albumentations."""
-
-    place: str
-    transform: Any
-
-    def apply(self, sample: Sample, rng: np.random.Generator, py_random: random.Random, draw: Partner) -> Sample:
-        self.transform.set_random_state(rng, py_random)
-        rows = np.arange(len(sample), dtype=np.float64)
-        # Labels are for transforms that ask for them (ConstrainedCoarseDropout).
-        fractions = np.column_stack([sample.boxes / _scale(sample.image), sample.labels, rows, sample.visible])
-        result = self.transform(image=sample.image, bboxes=fractions)  # [N, BOX_COLUMNS]
-        image = _checked(result["image"], self.place)
-        # A transform that only resizes leaves fractions alone, but not pixels.
-        if result["bboxes"] is fractions and image.shape == sample.image.shape:
-            return replace(sample, image=image)
-        after = np.asarray(result["bboxes"], dtype=np.float64).reshape(-1, BOX_COLUMNS)
-        left = replace(sample.select(after[:, 5].astype(np.int64)), visible=after[:, 6])
-        return left.moved(image, after[:, :4] * _scale(image))
+def _stepped(step: Step, sample: Sample, rng: np.random.Generator, py_random: random.Random, draw: Partner) -> Sample:
+    return step.apply(sample, rng, draw) if rng.random() < step.p else sample
 
 
-@dataclass(frozen=True)
-class _FlipPart:
-    """One of albumentations' flips, done without fractions of the image, which are inexact.
+def _transformed(
+    transform: Any, sample: Sample, rng: np.random.Generator, py_random: random.Random, draw: Partner
+) -> Sample:
+    """Apply a transform of albumentations."""
+    transform.set_random_state(rng, py_random)
+    rows = np.arange(len(sample), dtype=np.float64)
+    # Labels are for transforms that ask for them (ConstrainedCoarseDropout).
+    fractions = np.column_stack([sample.boxes / extent(sample.image.shape), sample.labels, rows, sample.visible])
+    result = transform(image=sample.image, bboxes=fractions)  # [N, BOX_COLUMNS]
+    image = result["image"]
+    if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        got = f"{image.dtype} {list(image.shape)}" if isinstance(image, np.ndarray) else type(image).__name__
+        raise ValueError(f"must give a uint8 image [H, W, 3], gave {got}")
+    # A transform that only resizes leaves fractions alone, but not pixels.
+    if result["bboxes"] is fractions and image.shape == sample.image.shape:
+        return replace(sample, image=image)
+    after = np.asarray(result["bboxes"], dtype=np.float64).reshape(-1, BOX_COLUMNS)
+    left = replace(sample.select(after[:, 5].astype(np.int64)), visible=after[:, 6])
+    return left.moved(image, after[:, :4] * extent(image.shape))
+
+
+def _flipped(
+    transform: Any, axis: int, sample: Sample, rng: np.random.Generator, py_random: random.Random, draw: Partner
+) -> Sample:
+    """Flip x (``axis`` 0) or y (1) where albumentations' ``transform`` says so: its fractions of the image are inexact.
 
     OpenCV turns 640x480 pixels in 0.05 ms. A view of reversed columns costs nothing here and 0.4 ms where channels are
     parted; NumPy takes 1.1 ms to copy one.
-
-    Attributes:
-        place: For messages.
-        axis: Column of the boxes' mirrored coordinate: 0 for x, 1 for y.
-        transform: albumentations' own, which has checked the parameters and draws whether to flip.
     """
-
-    place: str
-    axis: int
-    transform: Any
-
-    def apply(self, sample: Sample, rng: np.random.Generator, py_random: random.Random, draw: Partner) -> Sample:
-        self.transform.set_random_state(rng, py_random)
-        if not self.transform.should_apply():
-            return sample
-        boxes, length = sample.boxes.copy(), sample.image.shape[1 - self.axis]
-        boxes[:, [self.axis, self.axis + 2]] = length - boxes[:, [self.axis + 2, self.axis]]
-        return sample.moved(np.asarray(cv2.flip(sample.image, 1 - self.axis), dtype=np.uint8), boxes)
-
-
-_Part = _OwnPart | _LibraryPart | _FlipPart
-
-
-def _scale(image: npt.NDArray[np.uint8]) -> npt.NDArray[np.float64]:
-    height, width = image.shape[:2]
-    return np.array([width, height, width, height], dtype=np.float64)
-
-
-def _checked(image: Any, place: str) -> npt.NDArray[np.uint8]:
-    if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-        got = f"{image.dtype} {list(image.shape)}" if isinstance(image, np.ndarray) else type(image).__name__
-        raise DataError(f"{place}: must give a uint8 image [H, W, 3], gave {got}")
-    return image
+    transform.set_random_state(rng, py_random)
+    if not transform.should_apply():
+        return sample
+    boxes, length = sample.boxes.copy(), sample.image.shape[1 - axis]
+    boxes[:, [axis, axis + 2]] = length - boxes[:, [axis + 2, axis]]
+    return sample.moved(np.asarray(cv2.flip(sample.image, 1 - axis), dtype=np.uint8), boxes)

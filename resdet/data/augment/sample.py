@@ -15,26 +15,16 @@ class Sample:
     """One image and its boxes. All fields but ``image`` and ``image_id`` are columns: one row for each box.
 
     Crowd regions and difficult objects are boxes like any other here; ``DetectionDataset.target_of`` leaves them out.
-
-    Attributes:
-        image: uint8 RGB ``[H, W, 3]``.
-        image_id: The dataset's id of the image; that of the first where several were put together.
-        boxes: float32 or float64 ``[N, 4]``, ``(x1, y1, x2, y2)`` inside the image.
-        labels: int64 ``[N]``, 1..K.
-        crowd: bool ``[N]``, COCO's ``iscrowd``.
-        difficult: bool ``[N]``, VOC's ``difficult``.
-        annotation_ids: int64 ``[N]``; an id may occur twice where images were put together.
-        visible: float64 ``[N]``, share of the box's area that augmentation has left, in [0, 1].
     """
 
-    image: npt.NDArray[np.uint8]
-    image_id: int
-    boxes: npt.NDArray[Any]
-    labels: npt.NDArray[np.int64]
-    crowd: npt.NDArray[np.bool_]
-    difficult: npt.NDArray[np.bool_]
-    annotation_ids: npt.NDArray[np.int64]
-    visible: npt.NDArray[np.float64]
+    image: npt.NDArray[np.uint8]  # RGB [H, W, 3]
+    image_id: int  # the dataset's; that of the first where several images were put together
+    boxes: npt.NDArray[Any]  # float32 or float64 [N, 4], (x1, y1, x2, y2) inside the image
+    labels: npt.NDArray[np.int64]  # [N], 1..K
+    crowd: npt.NDArray[np.bool_]  # [N], COCO's iscrowd
+    difficult: npt.NDArray[np.bool_]  # [N], VOC's difficult
+    annotation_ids: npt.NDArray[np.int64]  # [N]; an id may occur twice where images were put together
+    visible: npt.NDArray[np.float64]  # [N], share of the box's area that augmentation has left, in [0, 1]
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -44,28 +34,24 @@ class Sample:
         return replace(self, **{name: getattr(self, name)[rows] for name in _COLUMNS})
 
     def moved(self, image: npt.NDArray[np.uint8], boxes: npt.NDArray[np.float64]) -> Sample:
-        """Return the sample after a geometric change.
+        """Return the sample after a geometric change into another image, with boxes ``[N, 4]`` in pixels of that one.
 
-        Args:
-            image: The new image, uint8 RGB ``[H', W', 3]``.
-            boxes: ``[N, 4]`` in pixels of the new image, not yet clipped: they are clipped to it here, and ``visible``
-                is multiplied by the share of each that is left.
+        Boxes are clipped to it here, and ``visible`` is multiplied by the share of each that is left.
         """
-        height, width = image.shape[:2]
-        clipped = np.clip(boxes, 0, [width, height, width, height])
-        whole, inside = _area(boxes), _area(clipped)
+        clipped = np.clip(boxes, 0, extent(image.shape))
+        whole, inside = (np.prod(corners[:, 2:] - corners[:, :2], axis=1) for corners in (boxes, clipped))  # [N] each
         share = np.divide(inside, whole, out=np.zeros_like(inside), where=whole > 0)
         return replace(self, image=image, boxes=clipped, visible=self.visible * share)
-
-
-def _area(boxes: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    area: npt.NDArray[np.float64] = np.prod(boxes[:, 2:] - boxes[:, :2], axis=1)
-    return area
 
 
 _NO_THICKNESS = 1e-6  # pixels
 
 _COLUMNS = [field.name for field in fields(Sample) if field.name not in ("image", "image_id")]
+
+
+def extent(shape: tuple[int, ...]) -> npt.NDArray[np.float64]:
+    """Return what turns fractions of an image ``[H, W, 3]`` into pixels of boxes: ``(W, H, W, H)``."""
+    return np.array([shape[1], shape[0], shape[1], shape[0]], dtype=np.float64)
 
 
 def joined(samples: Sequence[Sample]) -> Sample:
@@ -77,11 +63,7 @@ def joined(samples: Sequence[Sample]) -> Sample:
 def uncovered(
     boxes: npt.NDArray[np.float64], covers: npt.NDArray[np.float64]
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """Subtract rectangles from boxes.
-
-    Args:
-        boxes: ``[N, 4]``, each with an area.
-        covers: ``[R, 4]``.
+    """Subtract rectangles ``[R, 4]`` from boxes ``[N, 4]``, each with an area.
 
     Returns:
         The boxes around what is left of each, ``[N, 4]``, and which share of its area that is, ``[N]``. Boxes that no

@@ -43,8 +43,7 @@ class Step(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
-    p: Probability = 0.5
-    """Probability of being applied."""
+    p: Probability = 0.5  # of being applied
 
     @abstractmethod
     def apply(self, sample: Sample, rng: np.random.Generator, partner: Partner) -> Sample:
@@ -58,20 +57,14 @@ class LargeScaleJitter(Step):
     top left and the rest is filled. Set the detector's ``min_size`` to the shorter side of ``size`` and ``max_size``
     to the longer: otherwise it scales the picture once more.
 
-    Attributes:
-        scale_range: Bounds between which the scale is drawn, uniformly.
-        size: ``(height, width)`` of the picture, pixels.
-        fill: Value of the padding, 0..255, in all channels.
-        p: Probability of being applied.
-
     Source: Ghiasi et al. 2021 (Simple Copy-Paste), section 3; the details are those of detectron2's ``ResizeScale``
     and ``FixedSizeCrop``. Deviation: pixels are averaged over their area where the image shrinks and interpolated by
     OpenCV where it grows; detectron2 uses Pillow's bilinear filter for both.
     """
 
-    scale_range: ScaleRange = (0.1, 2.0)
-    size: tuple[Side, Side] = (1024, 1024)
-    fill: Annotated[int, Field(ge=0, le=255)] = 128
+    scale_range: ScaleRange = (0.1, 2.0)  # bounds of the scale, which is drawn uniformly
+    size: tuple[Side, Side] = (1024, 1024)  # (height, width) of the picture, pixels
+    fill: Annotated[int, Field(ge=0, le=255)] = 128  # value of the padding in all channels
     p: Probability = 1.0
 
     def apply(self, sample: Sample, rng: np.random.Generator, partner: Partner) -> Sample:
@@ -96,19 +89,13 @@ class Mosaic(Step):
     Each image, this one at the top left and three others, is scaled, keeping its shape, and cut at random to fill its
     quarter. At scale 1 it would just fit into the whole picture; it becomes larger where it would not fill its quarter.
 
-    Attributes:
-        size: ``(height, width)`` of the picture, pixels; null takes those of the image itself.
-        center_range: Bounds, as shares of height and width, between which the centre is drawn, uniformly.
-        scale_range: Bounds between which the scale of each image is drawn, uniformly.
-        p: Probability of being applied.
-
     Source: Bochkovskiy et al. 2020 (YOLOv4), section 3.3, with the cuts between 0.2 and 0.8 of darknet's
     ``data.c``. Deviation: images keep their shape, and colours and flips are steps of their own.
     """
 
-    size: tuple[Side, Side] | None = None
-    center_range: ShareRange = (0.2, 0.8)
-    scale_range: ScaleRange = (0.4, 1.0)
+    size: tuple[Side, Side] | None = None  # (height, width) of the picture, pixels; null takes the image's own
+    center_range: ShareRange = (0.2, 0.8)  # bounds of the centre, drawn uniformly, as shares of height and width
+    scale_range: ScaleRange = (0.4, 1.0)  # bounds of the scale of each image, drawn uniformly
 
     def apply(self, sample: Sample, rng: np.random.Generator, partner: Partner) -> Sample:
         """Return the mosaic, with the boxes of all four images."""
@@ -139,21 +126,16 @@ class CopyPaste(Step):
     objects too: nothing is pasted without a label. Of a box under pasted rectangles, the share that is covered is
     lost, and the box shrinks to what surrounds the rest.
 
-    Attributes:
-        num_objects: Smallest and largest number of objects pasted; fewer where the other image has fewer. Crowd
-            regions and difficult objects are not drawn.
-        scale_range: Bounds between which each rectangle's scale is drawn, uniformly.
-        max_area: Share of the image that a rectangle may cover; larger ones are scaled down to it.
-        p: Probability of being applied.
-
     Source: Dwibedi et al. 2017 (Cut, Paste and Learn), section 4, random places and occlusion; Ghiasi et al. 2021,
     section 3, objects of another training image. Deviations: rectangles and not segments, and so a limit to their
     area; no blending of edges.
     """
 
+    # Smallest and largest number of objects pasted; fewer where the other image has fewer. Crowd regions and difficult
+    # objects are not drawn.
     num_objects: CountRange = (1, 3)
-    scale_range: ScaleRange = (0.5, 1.5)
-    max_area: Share = 0.25
+    scale_range: ScaleRange = (0.5, 1.5)  # bounds of the scale of each rectangle, drawn uniformly
+    max_area: Share = 0.25  # share of the image that a rectangle may cover; larger ones are scaled down to it
 
     def apply(self, sample: Sample, rng: np.random.Generator, partner: Partner) -> Sample:
         """Return the sample with objects pasted over it."""
@@ -168,11 +150,8 @@ class CopyPaste(Step):
         for row in rng.choice(candidates, size=num_objects, replace=False):
             patch = _cut_out(other, other.boxes[row])
             patch_height, patch_width = patch.image.shape[:2]
-            largest = min(
-                height / patch_height,
-                width / patch_width,
-                (self.max_area * height * width / (patch_height * patch_width)) ** 0.5,
-            )
+            by_area = (self.max_area * height * width / (patch_height * patch_width)) ** 0.5
+            largest = min(height / patch_height, width / patch_width, by_area)
             new_size = _scaled(patch_height, patch_width, min(rng.uniform(*self.scale_range), largest))
             new_height, new_width = min(new_size[0], height), min(new_size[1], width)
             patch = _scaled_window(patch, (new_height, new_width), (0, 0), (new_height, new_width))
@@ -180,8 +159,9 @@ class CopyPaste(Step):
             picture[top : top + new_height, left : left + new_width] = patch.image
             layers.append(replace(patch, boxes=_shifted(patch.boxes, left, top)))
             covers.append((left, top, left + new_width, top + new_height))
-        above = np.array(covers, dtype=np.float64)
-        layers = [_under(layer, above[i:]) for i, layer in enumerate(layers)]
+        for i, layer in enumerate(layers):
+            boxes, share = uncovered(layer.boxes, np.array(covers[i:], dtype=np.float64).reshape(-1, 4))
+            layers[i] = replace(layer, boxes=boxes, visible=layer.visible * share)
         return replace(joined(layers), image=picture)
 
 
@@ -245,17 +225,5 @@ def _scaled_pixels(image: Image, new_size: tuple[int, int], corner: tuple[int, i
     # Compute the window alone: its pixel centres, at x + 0.5, mapped back into the image.
     per_y, per_x = height / new_height, width / new_width
     back = np.array([[per_x, 0, (left + 0.5) * per_x - 0.5], [0, per_y, (top + 0.5) * per_y - 0.5]])
-    large = cv2.warpAffine(
-        image,
-        back,
-        (window[1], window[0]),
-        flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP,
-        borderMode=cv2.BORDER_REPLICATE,
-    )
-    return np.asarray(large)
-
-
-def _under(sample: Sample, covers: Boxes) -> Sample:
-    """Return a sample whose boxes are what rectangles ``[R, 4]`` painted over its image leave of them."""
-    boxes, share = uncovered(sample.boxes, covers)
-    return replace(sample, boxes=boxes, visible=sample.visible * share)
+    how = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
+    return np.asarray(cv2.warpAffine(image, back, window[::-1], flags=how, borderMode=cv2.BORDER_REPLICATE))
