@@ -35,13 +35,13 @@ MAX_SUBSTITUTES = 100
 class DetectionDataset(Dataset[tuple[Tensor, Target]]):
     """Images and targets of an annotation table.
 
-    It holds no copy of the table's columns: boxes are computed from the table's rows whenever an image is asked for
-    (some tens of microseconds), so worker processes share the table and nothing else grows with it.
+    It holds no copy of the table's columns: an image's boxes are computed when it is asked for (some tens of
+    microseconds), so worker processes share the table and nothing else grows with it.
 
-    With ``skip_unreadable``, an image that cannot be read is replaced by another: images drawn from the whole table by
-    ``numpy.random.default_rng([seed, index])`` are tried until one can be read. So the substitute depends on the key
-    and the files alone, not on workers or on what was read before. Each unreadable image is logged once over all worker
-    processes (WARNING), with the number found so far; ``unreadable`` lists them.
+    With ``skip_unreadable``, an image that cannot be read is replaced by the first of those drawn from the whole table
+    by ``numpy.random.default_rng([seed, index])`` that can. So the substitute depends on the key and the files alone.
+    Each unreadable image is logged once over all worker processes, with the number found so far; ``unreadable`` lists
+    them.
 
     Args:
         table: Images and boxes.
@@ -160,8 +160,12 @@ class DetectionDataset(Dataset[tuple[Tensor, Target]]):
             try:
                 return self._read(index)
             except UnreadableImageError as error:
-                self._note_unreadable(index, error)
                 last = error
+            if not self._unreadable[index]:
+                # Two workers that meet the same file at the same moment may both log it; it is counted once.
+                self._unreadable[index] = True
+                so_far = f"{len(self.unreadable)} of the {len(self)} images of {self.table.name}"
+                logger.warning("%s; skipped: another image takes its place (%s unreadable so far)", last, so_far)
             index = int(candidates.integers(len(self)))
         raise DataError(
             f"{self.table.name}: no image can be read in place of image {self.table.image_ids[asked]}: "
@@ -180,16 +184,12 @@ class DetectionDataset(Dataset[tuple[Tensor, Target]]):
         Raises:
             DataError: If the image cannot be read or augmented; the message names it.
         """
-        sample, seed = self.stored(key), key[1] if isinstance(key, tuple) else key
+        sample = self.stored(key)
         if self._augment is None:
             return sample
-        try:
-            # The partner of a number is always the same.
-            return self._augment(sample, seed=seed, partner=lambda number: self.stored((number % len(self), number)))
-        except UnreadableImageError:
-            raise
-        except DataError as error:
-            raise DataError(f"image {sample.image_id}: {error}") from error
+        seed = key[1] if isinstance(key, tuple) else key
+        # The partner of a number is always the same.
+        return self._augment(sample, seed=seed, partner=lambda number: self.stored((number % len(self), number)))
 
     def is_target(self, sample: Sample) -> npt.NDArray[np.bool_]:
         """Return which boxes of a sample are targets, bool ``[N]``: no crowd regions, difficult ones only if used."""
@@ -228,18 +228,6 @@ class DetectionDataset(Dataset[tuple[Tensor, Target]]):
             visible=np.ones(len(boxes)),
         )
         return sample if sound.all() else sample.select(sound)
-
-    def _note_unreadable(self, index: int, error: UnreadableImageError) -> None:
-        assert self._unreadable is not None
-        if self._unreadable[index]:
-            return
-        # Two workers that meet the same file at the same moment may both log it; it is counted once.
-        self._unreadable[index] = True
-        logger.warning(
-            "%s; skipped: another image takes its place (%s unreadable so far)",
-            error,
-            f"{len(self.unreadable)} of the {len(self)} images of {self.table.name}",
-        )
 
 
 def _planes(sample: Sample) -> Tensor:

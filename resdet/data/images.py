@@ -195,17 +195,17 @@ def _too_large(path: Path, got: str) -> str:
 class FolderImages:
     """The images of a table, read from a folder when asked for.
 
-    An image must have the size that the table states. Boxes are in pixels of the image that was annotated, which is the
-    stored one for COCO, for VOC and for tools that ignore EXIF orientation, but the upright one for tools that show
-    photographs as a browser does. So an image is
+    An image must have the size that the table states. Boxes are in pixels of the image that was annotated: the stored
+    one for COCO, for VOC and for tools that ignore EXIF orientation, the upright one for tools that show photographs as
+    a browser does. So an image is
 
     * taken as stored if its stored size is the table's, as by pycocotools and torchvision's datasets;
     * turned upright if only then its size is the table's, which takes an orientation of 90 or 270 degrees (5 to 8);
     * refused otherwise.
 
-    The size cannot tell which of the two was annotated if the image is square, mirrored or turned by 180 degrees (2 to
-    4): such an image is taken as stored. detectron2 and mmdetection, by contrast, turn every image, and refuse or
-    misread annotations of the stored one. ``tools/check_data.py`` lists the images that carry an orientation.
+    An image that is square, mirrored or turned by 180 degrees (2 to 4) is taken as stored, as its size cannot tell.
+    detectron2 and mmdetection turn every image, and refuse or misread annotations of the stored one.
+    ``tools/check_data.py`` lists the images that carry an orientation.
 
     Args:
         root: Folder that the table's file names are relative to.

@@ -179,10 +179,9 @@ class TrainBatches:
     the draws still waiting, fewer than ``2 * batch_size``.
 
     A global batch is cut into ``num_micro_batches * world_size`` equal slices. Its images and seeds do not depend on
-    how it is cut, so a run on one process and one on eight see the same data.
-
-    Everything is a function of ``seed`` and the number of batches emitted: resuming recomputes the skipped batches by
-    index arithmetic (90 000 batches of 16 images in a fraction of a second).
+    how it is cut, so a run on one process and one on eight see the same data. Everything is a function of ``seed`` and
+    the number of batches emitted: resuming recomputes the skipped batches by index arithmetic (90 000 batches of 16
+    images in a fraction of a second).
 
     Raises:
         UserError: If ``batch_size`` cannot be divided by ``world_size * num_micro_batches``.

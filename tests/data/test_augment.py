@@ -80,7 +80,7 @@ def test_flips_are_exact_and_undo_themselves(name, dtype):
 def test_flips_draw_and_turn_as_albumentations_own(name):
     steps = [{name: {"p": 0.5}}, {"ColorJitter": {"p": 1}}]
     ours = build_augment(steps)
-    (place, flip), jitter = ours._parts
+    (place, flip), jitter = ours.parts
     transform, _ = flip.args
     library = Augment(steps, [(place, partial(_transformed, transform)), jitter], 0.1)
     num_flipped = 0

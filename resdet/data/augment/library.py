@@ -14,7 +14,6 @@ from __future__ import annotations
 import importlib.metadata
 import inspect
 import os
-import types
 import warnings
 from collections.abc import Callable
 from types import ModuleType
@@ -81,26 +80,19 @@ def transform_names(albumentations: ModuleType) -> list[str]:
     return [name for name in found if classes[name] not in leaf and name not in UNFIT] + list(COMPOSITES)
 
 
-def with_exact_boxes(albumentations: ModuleType, transform_class: type[Any]) -> type[Any]:
+def with_exact_boxes(albumentations: ModuleType, transform_class: Any) -> Any:
     """Return the class itself, or one derived from it where its own boxes do not fit its pixels."""
-    dropout = albumentations.augmentations.dropout.transforms.BaseDropout
-    distortion = albumentations.augmentations.geometric.distortion.BaseDistortion
-    apply_to_bboxes: Callable[..., Rows]
-    if issubclass(transform_class, dropout):
-        apply_to_bboxes = _under_holes
-    elif issubclass(transform_class, distortion):
-        apply_to_bboxes = _distorted
-    elif transform_class is albumentations.PixelDropout:
-        apply_to_bboxes = _as_they_are
-    elif transform_class is albumentations.GridElasticDeform:
-        apply_to_bboxes = _longer_by_a_pixel(transform_class)
-    else:
-        return transform_class
-    return types.new_class(
-        transform_class.__name__,
-        (transform_class,),
-        exec_body=lambda body: body.update(apply_to_bboxes=apply_to_bboxes),
-    )
+    corrected: dict[type[Any], Callable[..., Rows]] = {
+        albumentations.augmentations.dropout.transforms.BaseDropout: _under_holes,
+        albumentations.augmentations.geometric.distortion.BaseDistortion: _distorted,
+        albumentations.PixelDropout: _as_they_are,
+        albumentations.GridElasticDeform: _longer_by_a_pixel,
+    }
+    for base, apply_to_bboxes in corrected.items():
+        if issubclass(transform_class, base):
+            methods = {"apply_to_bboxes": apply_to_bboxes}
+            return type(transform_class)(transform_class.__name__, (transform_class,), methods)
+    return transform_class
 
 
 def knows_strict(transform_class: type[Any]) -> bool:
@@ -150,11 +142,9 @@ def _distorted(
     return result
 
 
-def _longer_by_a_pixel(transform_class: type[Any]) -> Callable[..., Rows]:
-    def apply_to_bboxes(transform: Any, bboxes: Rows, **params: Any) -> Rows:
-        result = np.array(transform_class.apply_to_bboxes(transform, bboxes, **params), dtype=np.float64)
-        if len(result):
-            result[:, 2:4] += 1 / extent(params["shape"])[:2]
-        return result
-
-    return apply_to_bboxes
+def _longer_by_a_pixel(transform: Any, bboxes: Rows, shape: tuple[int, ...], **params: Any) -> Rows:
+    own = super(type(transform), transform).apply_to_bboxes(bboxes, shape=shape, **params)
+    result = np.array(own, dtype=np.float64)
+    if len(result):
+        result[:, 2:4] += 1 / extent(shape)[:2]
+    return result

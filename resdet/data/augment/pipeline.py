@@ -171,17 +171,17 @@ def _parameter_problem(error: Exception) -> str:
     return "; ".join(dict.fromkeys(details))
 
 
+@dataclass(frozen=True, eq=False)
 class Augment:
     """A pipeline of steps; made by ``build_augment``."""
 
-    def __init__(self, steps: Steps, parts: Sequence[tuple[str, _Part]], min_visibility: float) -> None:
-        self._steps = steps
-        self._parts = parts
-        self._min_visibility = min_visibility
+    steps: Steps  # as they were given
+    parts: Sequence[tuple[str, _Part]]  # what each step is called in messages, and what applies it
+    min_visibility: float
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Built again where it is unpickled: classes from with_exact_boxes cannot be pickled.
-        return partial(build_augment, min_visibility=self._min_visibility), (self._steps,)
+        return partial(build_augment, min_visibility=self.min_visibility), (self.steps,)
 
     def __call__(self, sample: Sample, *, seed: int, partner: Callable[[int], Sample] | None = None) -> Sample:
         """Apply every step to an image and its boxes.
@@ -190,25 +190,24 @@ class Augment:
         float32 numbers, flipping twice gives the same boxes. Other geometry is computed in float64 and rounded once,
         at the end. Labels, flags and ids stay with their boxes.
 
-        A step that mixes images (Mosaic, CopyPaste) draws them with ``partner`` when it is applied, and not before.
-        Each has gone through the steps that stand before it in the list, with random choices of its own; the steps
-        that follow see the mixture. So colours set before Mosaic differ from quarter to quarter, and after it they are
-        one picture's; CopyPaste after Mosaic pastes from another mosaic, which reads four images more.
+        A step that mixes images (Mosaic, CopyPaste) draws them with ``partner`` when it is applied. Each has gone
+        through the steps that stand before it, with random choices of its own; the steps that follow see the mixture.
+        So colours set before Mosaic differ from quarter to quarter, and after it they are one picture's; CopyPaste
+        after Mosaic pastes from another mosaic, which reads four images more.
 
         Args:
             sample: Image and boxes; not changed. Boxes are clipped to the image first.
             seed: Decides all random choices, >= 0.
-            partner: Returns another image of the dataset with its boxes for a number in [0, 2**63), always the same
-                for the same number. Needed only by steps that mix images.
+            partner: Returns another image of the dataset for a number in [0, 2**63), always the same for the same
+                number. Needed only by steps that mix images.
 
         Returns:
-            The image, uint8 ``[H', W', 3]``, with the boxes that are left, in its pixels, clipped to it, in the dtype
-            of the given ones.
+            The image, uint8 ``[H', W', 3]``, and the boxes that are left, clipped to it, in the given boxes' dtype.
 
         Raises:
-            DataError: If a step fails or returns anything but a uint8 image of three channels.
+            DataError: If a step fails or returns anything but a uint8 image of three channels; it names image and step.
         """
-        result = self._apply(len(self._parts), sample, seed, partner)
+        result = self._apply(len(self.parts), sample, seed, partner)
         return replace(result, image=np.ascontiguousarray(result.image), boxes=result.boxes.astype(sample.boxes.dtype))
 
     def _apply(self, num_parts: int, sample: Sample, seed: int, partner: Callable[[int], Sample] | None) -> Sample:
@@ -217,17 +216,17 @@ class Augment:
         rng, py_random = np.random.default_rng(seed), random.Random(seed)
         sample = replace(sample, boxes=np.clip(sample.boxes.astype(np.float64), 0, extent(sample.image.shape)))
 
-        for position, (place, part) in enumerate(self._parts[:num_parts]):
+        for position, (place, part) in enumerate(self.parts[:num_parts]):
             try:
                 after = part(sample, rng, py_random, partial(self._draw, position, partner))
             except UserError:
                 raise
             except Exception as error:
                 message = " ".join(str(error).split()) or type(error).__name__
-                raise DataError(f"{place}: {message}") from error
+                raise DataError(f"image {sample.image_id}: {place}: {message}") from error
             if after.boxes is not sample.boxes:
                 sides = after.boxes[:, 2:] - after.boxes[:, :2]  # [N, 2]
-                stay = (after.visible >= self._min_visibility) & (sides >= MIN_TRAINABLE_SIDE).all(axis=1)
+                stay = (after.visible >= self.min_visibility) & (sides >= MIN_TRAINABLE_SIDE).all(axis=1)
                 after = after if stay.all() else after.select(stay)
             sample = after
         return sample

@@ -71,15 +71,13 @@ class LargeScaleJitter(Step):
         """Return the jittered sample."""
         height, width = sample.image.shape[:2]
         fit = min(self.size[0] / height, self.size[1] / width)
-        new_height, new_width = _scaled(height, width, fit * rng.uniform(*self.scale_range))
-        top = int(rng.integers(max(new_height - self.size[0], 0) + 1))
-        left = int(rng.integers(max(new_width - self.size[1], 0) + 1))
-        inside = min(new_height, self.size[0]), min(new_width, self.size[1])
-        seen = _scaled_window(sample, (new_height, new_width), (top, left), inside)
-        if inside == self.size:
+        new_size = _scaled(height, width, fit * rng.uniform(*self.scale_range))
+        seen = _random_window(sample, new_size, self.size, rng)
+        seen_height, seen_width = seen.image.shape[:2]
+        if (seen_height, seen_width) == self.size:
             return seen
         picture = np.full((*self.size, 3), self.fill, dtype=np.uint8)
-        picture[: inside[0], : inside[1]] = seen.image
+        picture[:seen_height, :seen_width] = seen.image
         return replace(seen, image=picture)
 
 
@@ -112,7 +110,12 @@ class Mosaic(Step):
             if bottom == top or right == left:
                 parts.append(part.select(np.zeros(0, dtype=np.int64)))
                 continue
-            seen = _fill_window(part, scale, (height, width), (bottom - top, right - left), rng)
+            (own_height, own_width), window = part.image.shape[:2], (bottom - top, right - left)
+            fit = min(height / own_height, width / own_width)
+            fill = max(window[0] / own_height, window[1] / own_width)
+            new_height, new_width = _scaled(own_height, own_width, max(scale * fit, fill))
+            # Rounding may leave it a pixel short.
+            seen = _random_window(part, (max(new_height, window[0]), max(new_width, window[1])), window, rng)
             picture[top:bottom, left:right] = seen.image
             parts.append(replace(seen, boxes=_shifted(seen.boxes, left, top)))
         return replace(joined(parts), image=picture)
@@ -121,19 +124,17 @@ class Mosaic(Step):
 class CopyPaste(Step):
     """Paste objects of another image: the rectangles of their boxes, as there are no masks here.
 
-    The rectangles are scaled and lie at random places wholly inside the image, one over the other in the order drawn.
-    Whatever else of the other image lies within a rectangle comes along with its box, crowd regions and difficult
-    objects too: nothing is pasted without a label. Of a box under pasted rectangles, the share that is covered is
-    lost, and the box shrinks to what surrounds the rest.
+    Objects are drawn that are neither crowd regions nor difficult. The rectangles are scaled and lie at random places
+    wholly inside the image, one over the other in the order drawn. Whatever else of the other image lies within one
+    comes along with its box, crowd regions and difficult objects too: nothing is pasted without a label. Of a box under
+    pasted rectangles, the share that is covered is lost, and the box shrinks to what surrounds the rest.
 
     Source: Dwibedi et al. 2017 (Cut, Paste and Learn), section 4, random places and occlusion; Ghiasi et al. 2021,
     section 3, objects of another training image. Deviations: rectangles and not segments, and so a limit to their
     area; no blending of edges.
     """
 
-    # Smallest and largest number of objects pasted; fewer where the other image has fewer. Crowd regions and difficult
-    # objects are not drawn.
-    num_objects: CountRange = (1, 3)
+    num_objects: CountRange = (1, 3)  # bounds of the number pasted, fewer where the other image has fewer
     scale_range: ScaleRange = (0.5, 1.5)  # bounds of the scale of each rectangle, drawn uniformly
     max_area: Share = 0.25  # share of the image that a rectangle may cover; larger ones are scaled down to it
 
@@ -152,9 +153,9 @@ class CopyPaste(Step):
             patch_height, patch_width = patch.image.shape[:2]
             by_area = (self.max_area * height * width / (patch_height * patch_width)) ** 0.5
             largest = min(height / patch_height, width / patch_width, by_area)
-            new_size = _scaled(patch_height, patch_width, min(rng.uniform(*self.scale_range), largest))
-            new_height, new_width = min(new_size[0], height), min(new_size[1], width)
-            patch = _scaled_window(patch, (new_height, new_width), (0, 0), (new_height, new_width))
+            scaled = _scaled(patch_height, patch_width, min(rng.uniform(*self.scale_range), largest))
+            new_size = new_height, new_width = min(scaled[0], height), min(scaled[1], width)
+            patch = _scaled_window(patch, new_size, (0, 0), new_size)
             top, left = int(rng.integers(height - new_height + 1)), int(rng.integers(width - new_width + 1))
             picture[top : top + new_height, left : left + new_width] = patch.image
             layers.append(replace(patch, boxes=_shifted(patch.boxes, left, top)))
@@ -173,20 +174,13 @@ def _scaled(height: int, width: int, scale: float) -> tuple[int, int]:
     return max(1, round(height * scale)), max(1, round(width * scale))
 
 
-def _fill_window(
-    sample: Sample, scale: float, picture: tuple[int, int], window: tuple[int, int], rng: np.random.Generator
+def _random_window(
+    sample: Sample, new_size: tuple[int, int], window: tuple[int, int], rng: np.random.Generator
 ) -> Sample:
-    """Scale a sample and cut a random ``window`` ``(height, width)`` out of it.
-
-    At ``scale`` 1 the image just fits into ``picture`` ``(height, width)``; it becomes larger if the window is.
-    """
-    height, width = sample.image.shape[:2]
-    fit = min(picture[0] / height, picture[1] / width)
-    new_height, new_width = _scaled(height, width, max(scale * fit, window[0] / height, window[1] / width))
-    # Rounding may leave it a pixel short.
-    new_height, new_width = max(new_height, window[0]), max(new_width, window[1])
-    top, left = int(rng.integers(new_height - window[0] + 1)), int(rng.integers(new_width - window[1] + 1))
-    return _scaled_window(sample, (new_height, new_width), (top, left), window)
+    """Scale a sample to ``new_size`` and cut a random ``window`` out of it, or less along a side that is shorter."""
+    inside = min(new_size[0], window[0]), min(new_size[1], window[1])
+    top, left = int(rng.integers(new_size[0] - inside[0] + 1)), int(rng.integers(new_size[1] - inside[1] + 1))
+    return _scaled_window(sample, new_size, (top, left), inside)
 
 
 def _cut_out(sample: Sample, box: Boxes) -> Sample:
@@ -201,8 +195,7 @@ def _scaled_window(
     sample: Sample, new_size: tuple[int, int], corner: tuple[int, int], window: tuple[int, int]
 ) -> Sample:
     """Scale a sample to ``new_size`` and cut out ``window`` ``(height, width)``, its top left pixel at ``corner``."""
-    height, width = sample.image.shape[:2]
-    (new_height, new_width), (top, left) = new_size, corner
+    (height, width), (new_height, new_width), (top, left) = sample.image.shape[:2], new_size, corner
     ratio = np.array([new_width / width, new_height / height] * 2)
     image = _scaled_pixels(sample.image, new_size, corner, window)
     return sample.moved(image, _shifted(sample.boxes * ratio, -left, -top))
