@@ -18,7 +18,15 @@ from tqdm import tqdm
 from resdet.check.splits import DataSplit
 from resdet.data.annotations import AnnotationTable
 from resdet.data.coco_rules import Problem, is_file_name
-from resdet.data.images import IMAGE_SUFFIXES, FolderImages, ImageHeader, read_header, read_image
+from resdet.data.images import (
+    IMAGE_SUFFIXES,
+    ImageHeader,
+    list_folder,
+    missing_files,
+    name_fault,
+    read_header,
+    read_image,
+)
 from resdet.errors import DataError
 
 THUMBNAIL_SIZE = (16, 17)
@@ -52,40 +60,18 @@ def find_files(table: AnnotationTable, root: Path) -> tuple[dict[int, str], list
     Returns:
         The paths of those that exist, by image index, and a problem for each of the others.
     """
-    problems: list[Problem] = []
-    allowed = np.ones(table.num_images, dtype=np.bool_)
-    try:
-        FolderImages(root, table)
-    except DataError:
-        # It stops at the first bad name; asked about one image at a time, it finds all of them.
-        for index in range(table.num_images):
-            try:
-                FolderImages(root, table.select_images(np.array([index])))
-            except DataError as error:
-                allowed[index] = False
-                ids = (int(table.image_ids[index]),)
-                problems.append(Problem("bad_file_name", str(error).removeprefix(f"{table.name}: "), image_ids=ids))
-    names = table.file_names.tolist()
-    listings: dict[str, set[str]] = {}
-    paths: dict[int, str] = {}
-    for index in np.flatnonzero(allowed).tolist():
-        folder, name = os.path.split(names[index])
-        if folder not in listings:
-            listings[folder] = _listing(root / folder)
-        path = os.path.join(root, names[index])
-        # A file system that ignores case lists one spelling and opens all, hence the second check.
-        if name in listings[folder] or os.path.isfile(path):
-            paths[index] = path
+    problems, paths = [], {}
+    for index, name in enumerate(table.file_names):
+        if fault := name_fault(name):
+            image_id = int(table.image_ids[index])
+            problems.append(Problem("bad_file_name", f"image {image_id}: {fault}", (image_id,)))
         else:
-            problems.append(image_problem("missing_file", table, index, "no such file in the image folder", path))
+            paths[index] = os.path.join(root, name)
+    rows = np.array(list(paths), dtype=np.int64)
+    for index in rows[missing_files(root, table.file_names[rows])].tolist():
+        path = paths.pop(index)
+        problems.append(image_problem("missing_file", table, index, "no such file in the image folder", path))
     return paths, problems
-
-
-def _listing(folder: Path) -> set[str]:
-    try:
-        return set(os.listdir(folder))
-    except (OSError, ValueError):
-        return set()
 
 
 def unlisted_files(root: Path, sharing: Sequence[DataSplit]) -> Iterator[Problem]:
@@ -99,8 +85,8 @@ def unlisted_files(root: Path, sharing: Sequence[DataSplit]) -> Iterator[Problem
     for folder in sorted({os.path.dirname(name) for name in names}):
         annotated: set[str] = set()
         if sharing[0].one_based:
-            annotated = {Path(name).stem for name in _listing(root / Path(folder).parent / "Annotations")}
-        for name in sorted(_listing(root / folder)):
+            annotated = {Path(name).stem for name in list_folder(root / Path(folder).parent / "Annotations")}
+        for name in sorted(list_folder(root / folder)):
             path = os.path.join(folder, name)
             stem, suffix = os.path.splitext(name)
             if suffix.lower() in IMAGE_SUFFIXES and os.path.normpath(path) not in listed and stem not in annotated:
