@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -83,7 +83,7 @@ def load_strictly(module: nn.Module, file: WeightsFile, *, what: str, keep: tupl
         faults += [f"with {name_some(extra)}"] if extra else []
         faults += [name_some(wrong)] if wrong else []
         own = _fitting_archs(expected)
-        others = [arch for arch in _fitting_archs(tensors) if arch not in own]
+        others = [arch for arch in _fitting_archs(file.tensors) if arch not in own]
         guess = f"; it looks like {' or '.join(others)}" if others else ""
         raise WeightsError(f"{file.path}: does not fit {what}: {'; '.join(faults)}{guess}")
     loaded = {name: tensors[name] for name in expected if name in tensors}
@@ -122,12 +122,11 @@ def load_backbone_weights(body: Body, source: WeightsSource, arch: str) -> LoadR
         )
     state = body.state_dict()
     left_over = [name for name in file.tensors if name.removeprefix(prefix) not in state or not name.startswith(prefix)]
-    # A file may have stages that the body does not have, but not other blocks in those it has.
-    stages = {name.split(".")[0] for name in state}
     given = {name.removeprefix(prefix): value for name, value in file.tensors.items() if name.startswith(prefix)}
-    given = {name: value for name, value in given.items() if name.split(".")[0] in stages}
     file = replace(file, tensors=given, left_over=(*left_over, *file.left_over))
-    report = load_strictly(body, file, what=f"this {arch} with norm={body.norm!r}")
+    # A file may have stages that the body does not have, but not other blocks in those it has.
+    not_built = tuple(f"{stage}." for stage in _stages(given) - _stages(state))
+    report = load_strictly(body, file, what=f"this {arch} with norm={body.norm!r}", keep=not_built)
     logger.info("%s: %s", arch, report)
     return report
 
@@ -142,18 +141,24 @@ def check_stride(file: WeightsFile, body: Body) -> None:
         )
 
 
+def _stages(names: Iterable[str]) -> set[str]:
+    return {name.split(".")[0] for name in names}
+
+
 def _fitting_archs(tensors: Mapping[str, Tensor]) -> list[str]:
-    """Return the architectures whose convolutions are exactly those of the body among the tensors."""
+    """Return the architectures whose convolutions, in the stages that the tensors have, are exactly the tensors'."""
     prefix = body_prefix(tensors) or ""
     body = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+    stages, depths = _stages(body), count_blocks(body)
 
     def convolutions(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
-        return {name: value.shape for name, value in tensors.items() if value.dim() == 4}
+        return {name: t.shape for name, t in tensors.items() if t.dim() == 4 and name.split(".")[0] in stages}
 
-    depths = count_blocks(body)
     fitting = []
     for arch, shape in ARCHS.items():
-        if isinstance(shape, ResNetArch) and depths != dict(enumerate(shape.depths, 1)):
+        if isinstance(shape, ResNetArch) and (
+            not depths or not depths.items() <= dict(enumerate(shape.depths, 1)).items()
+        ):
             continue  # building it to find that out takes a second where there are 600 blocks
         with torch.device("meta"):
             if convolutions(make_body(arch).state_dict()) == convolutions(body):
