@@ -214,12 +214,11 @@ class TrainBatches:
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         """Yield this process's micro-batches, ``num_micro_batches`` for each global batch."""
-        size = self.batch_size // (self.world_size * self.num_micro_batches)
-        for images, seeds in self._global_batches():
-            for part in range(self.num_micro_batches):
-                start = (self.rank * self.num_micro_batches + part) * size
-                rows = slice(start, start + size)
-                yield list(zip(images[rows].tolist(), seeds[rows].tolist(), strict=True))
+        cut = (self.world_size, self.num_micro_batches, -1)
+        for batch in self._global_batches():
+            images, seeds = (column.reshape(cut)[self.rank].tolist() for column in batch)  # [micro-batches, size] each
+            for micro_batch in zip(images, seeds, strict=True):
+                yield list(zip(*micro_batch, strict=True))
 
     def _global_batches(self) -> Iterator[tuple[Ints, Hashes]]:
         order = self.order or uniform_order(len(self.sizes))
@@ -228,24 +227,22 @@ class TrainBatches:
             is_portrait = np.zeros_like(is_portrait)
         to_skip, position = self.start_batch, 0
         # Positions of the draws, and their images, that wait in either group.
-        waiting = [(np.zeros(0, dtype=np.uint64), np.zeros(0, dtype=np.int64))] * 2
-        for images in order.draws(self.seed):
-            positions = np.arange(position, position + len(images), dtype=np.uint64)
-            position += len(positions)
-            portrait = is_portrait[images]  # [draws]
+        waiting = [np.zeros((2, 0), dtype=np.int64)] * 2
+        for drawn in order.draws(self.seed):
+            draws = np.stack([np.arange(position, position + len(drawn), dtype=np.int64), drawn])  # [2, draws]
+            position += len(drawn)
             ready = []
-            for group, member in enumerate((~portrait, portrait)):
-                new = positions[member], images[member]
-                columns = [np.concatenate(pair) for pair in zip(waiting[group], new, strict=True)]
-                full = len(columns[0]) // self.batch_size * self.batch_size
-                waiting[group] = columns[0][full:], columns[1][full:]
-                ready.append([column[:full].reshape(-1, self.batch_size) for column in columns])
-            ready_positions, ready_images = (np.concatenate(columns) for columns in zip(*ready, strict=True))  # [n, B]
+            for group, members in enumerate((~is_portrait[drawn], is_portrait[drawn])):
+                own = np.concatenate([waiting[group], draws[:, members]], axis=1)
+                full = own.shape[1] // self.batch_size * self.batch_size
+                ready.append(own[:, :full].reshape(2, -1, self.batch_size))
+                waiting[group] = own[:, full:]
+            positions, images = np.concatenate(ready, axis=1)  # [n, B] each
+            seeds = _hash(positions.astype(np.uint64), self.seed, stream=_AUGMENTATION) >> np.uint64(1)
             # A batch is ready when its last image comes along.
-            for batch in np.argsort(ready_positions[:, -1])[to_skip:]:
-                seeds = _hash(ready_positions[batch], self.seed, stream=_AUGMENTATION) >> np.uint64(1)
-                yield ready_images[batch], seeds
-            to_skip = max(0, to_skip - len(ready_positions))
+            for batch in np.argsort(positions[:, -1])[to_skip:]:
+                yield images[batch], seeds[batch]
+            to_skip = max(0, to_skip - len(positions))
 
 
 def _passes(num_items: int, start: int, stop: int, seed: int, *, stream: int) -> Ints:

@@ -84,9 +84,9 @@ def load_batches(
 
 @dataclass(frozen=True, eq=False)
 class _Batches(Dataset[Any]):
-    """Makes a batch in a worker, as bytes where only a pipe has room for it; then it is not pinned.
+    """What workers make: a batch, or its pickle where only a pipe has room for it (then it is not pinned).
 
-    Returns a user's error instead of raising it: torch would bury it in a traceback.
+    A user's error is returned instead of raised: torch would bury it in a traceback.
     """
 
     make: Callable[[Keys], Any]
@@ -202,7 +202,7 @@ def _exit_with_parent() -> None:
 
 
 class _DeadWorkerHandler:
-    """Explains what torch's handler of SIGCHLD finds, which raises wherever the main thread is."""
+    """A handler of SIGCHLD that explains what torch's finds, which raises wherever the main thread is."""
 
     def __init__(self, handler: Any) -> None:
         self._handler = handler

@@ -26,15 +26,7 @@ import numpy as np
 from pydantic import ValidationError
 
 from resdet.data.annotations import MIN_TRAINABLE_SIDE
-from resdet.data.augment.library import (
-    BOX_COLUMNS,
-    COMPOSITES,
-    UNFIT,
-    import_albumentations,
-    knows_strict,
-    transform_names,
-    with_exact_boxes,
-)
+from resdet.data.augment import library
 from resdet.data.augment.sample import Sample, extent
 from resdet.data.augment.steps import CopyPaste, LargeScaleJitter, Mosaic, Partner, Step
 from resdet.errors import DataError, UserError
@@ -68,13 +60,13 @@ def build_augment(steps: Steps, *, min_visibility: float = MIN_VISIBILITY) -> Au
             names the step and the parameter.
         UserError: If another library answers ``import albumentations``.
     """
-    builder = _Builder(import_albumentations(), min_visibility)
+    builder = _Builder(library.import_albumentations(), min_visibility)
     return Augment(steps, [builder.part(step, f"augment[{i}]") for i, step in enumerate(steps)], min_visibility)
 
 
 @dataclass(frozen=True)
 class _Builder:
-    """Builds steps. ``place`` is where a step stands in the configuration, for messages."""
+    """A builder of steps. ``place`` is where a step stands in the configuration, for messages."""
 
     albumentations: ModuleType
     min_visibility: float
@@ -102,9 +94,9 @@ class _Builder:
         parameters = {} if parameters is None else parameters
         if not isinstance(parameters, Mapping):
             raise DataError(f"{place}: parameters must be given as {{parameter: value}}, got {parameters!r}")
-        known = [*transform_names(self.albumentations), *OWN_STEPS]
-        if name in UNFIT:
-            raise DataError(f"{place}: must not be used here: {UNFIT[name]}")
+        known = [*library.transform_names(self.albumentations), *OWN_STEPS]
+        if name in library.UNFIT:
+            raise DataError(f"{place}: must not be used here: {library.UNFIT[name]}")
         if name not in known:
             raise DataError(
                 f"{place}: no such transform in albumentations or among {', '.join(OWN_STEPS)}"
@@ -124,7 +116,7 @@ class _Builder:
         if name in OWN_STEPS:
             raise DataError(f"{place}: must stand at the top level of augment; its own p says how often it is applied")
         transform_class, arguments = getattr(self.albumentations, name), dict(parameters)
-        if name in COMPOSITES:
+        if name in library.COMPOSITES:
             inner = arguments.get("transforms")
             if not isinstance(inner, Sequence) or isinstance(inner, str) or not inner:
                 raise DataError(f"{place}: transforms must be a list of transforms, got {inner!r}")
@@ -132,16 +124,18 @@ class _Builder:
                 self._transform(*self._read(item, f"{place}.transforms[{i}]")) for i, item in enumerate(inner)
             ]
         else:
-            transform_class = with_exact_boxes(self.albumentations, transform_class)
+            transform_class = library.with_exact_boxes(self.albumentations, transform_class)
+        if library.knows_strict(transform_class):
+            arguments["strict"] = True
         try:
             with warnings.catch_warnings(record=True) as advice:
                 warnings.simplefilter("always")
-                transform = transform_class(**arguments, **({"strict": True} if knows_strict(transform_class) else {}))
+                transform = transform_class(**arguments)
         except Exception as error:
             raise DataError(f"{place}: {_parameter_problem(error)}") from error
         for warning in advice:
             logger.info("%s: albumentations says: %s", place, warning.message)
-        if name not in COMPOSITES:
+        if name not in library.COMPOSITES:
             beyond = sorted(set(transform.targets_as_params) - {"image", "bboxes"})
             if beyond:
                 raise DataError(f"{place}: needs {', '.join(beyond)}, and there are only images, boxes and labels")
@@ -255,7 +249,7 @@ def _transformed(
     rows = np.arange(len(sample), dtype=np.float64)
     # Labels are for transforms that ask for them (ConstrainedCoarseDropout).
     fractions = np.column_stack([sample.boxes / extent(sample.image.shape), sample.labels, rows, sample.visible])
-    result = transform(image=sample.image, bboxes=fractions)  # [N, BOX_COLUMNS]
+    result = transform(image=sample.image, bboxes=fractions)  # boxes [N, 7]
     image = result["image"]
     if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
         got = f"{image.dtype} {list(image.shape)}" if isinstance(image, np.ndarray) else type(image).__name__
@@ -263,7 +257,7 @@ def _transformed(
     # A transform that only resizes leaves fractions alone, but not pixels.
     if result["bboxes"] is fractions and image.shape == sample.image.shape:
         return replace(sample, image=image)
-    after = np.asarray(result["bboxes"], dtype=np.float64).reshape(-1, BOX_COLUMNS)
+    after = np.asarray(result["bboxes"], dtype=np.float64).reshape(-1, library.BOX_COLUMNS)
     left = replace(sample.select(after[:, 5].astype(np.int64)), visible=after[:, 6])
     return left.moved(image, after[:, :4] * extent(image.shape))
 
