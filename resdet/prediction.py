@@ -24,17 +24,11 @@ from resdet.types import Category, Prediction
 
 
 class Result(NamedTuple):
-    """An image and what was found in it.
+    """An image and what was found in it."""
 
-    Attributes:
-        path: The image file; None for an array.
-        image: uint8 RGB ``[H, W, 3]``.
-        prediction: Its detections, by falling score.
-    """
-
-    path: Path | None
-    image: npt.NDArray[np.uint8]
-    prediction: Prediction
+    path: Path | None  # None for an array
+    image: npt.NDArray[np.uint8]  # uint8 RGB [H, W, 3]
+    prediction: Prediction  # by falling score
 
 
 def predict(

@@ -19,61 +19,36 @@ from resdet.types import Bools, Detections, Floats
 
 @dataclass(frozen=True)
 class CocoNumbers:
-    """COCO's twelve numbers, in [0, 1] as pycocotools gives them, or -1 if there are no such objects.
+    """COCO's twelve numbers, in [0, 1] as pycocotools gives them, or -1 if there are no such objects."""
 
-    Attributes:
-        AP: Mean over the ten IoU thresholds .50:.05:.95.
-        AP50: At IoU 0.5.
-        AP75: At IoU 0.75.
-        AP_small: Of objects below 32^2 pixels of area.
-        AP_medium: Of objects from 32^2 to 96^2 pixels.
-        AP_large: Of objects above 96^2 pixels.
-        AR_1: Recall with the best detection per class and image, mean over the IoU thresholds.
-        AR_10: With the ten best.
-        AR_max: With all detections that count; published tables call it AR_100.
-        AR_small: As ``AR_max``, of small objects.
-        AR_medium: As ``AR_max``, of medium objects.
-        AR_large: As ``AR_max``, of large objects.
-    """
-
-    AP: float
-    AP50: float
-    AP75: float
-    AP_small: float
-    AP_medium: float
-    AP_large: float
-    AR_1: float
-    AR_10: float
-    AR_max: float
-    AR_small: float
-    AR_medium: float
-    AR_large: float
+    AP: float  # mean over the ten IoU thresholds .50:.05:.95
+    AP50: float  # at IoU 0.5
+    AP75: float  # at IoU 0.75
+    AP_small: float  # objects below 32^2 pixels of area
+    AP_medium: float  # from 32^2 to 96^2 pixels
+    AP_large: float  # above 96^2 pixels
+    AR_1: float  # recall with the best detection per class and image, mean over the IoU thresholds
+    AR_10: float  # with the ten best
+    AR_max: float  # with all detections that count; published tables call it AR_100
+    AR_small: float  # as AR_max, of small objects
+    AR_medium: float  # as AR_max, of medium objects
+    AR_large: float  # as AR_max, of large objects
 
 
 @dataclass(frozen=True)
 class ClassMetrics(CocoNumbers):
-    """One class's row of the COCO table.
-
-    Attributes:
-        name: Class name.
-        num_boxes: Ground-truth boxes that count, without crowd regions and difficult objects.
-    """
+    """One class's row of the COCO table."""
 
     name: str
-    num_boxes: int
+    num_boxes: int  # ground truth that counts, without crowd regions and difficult objects
 
 
 @dataclass(frozen=True)
 class CocoMetrics(CocoNumbers):
-    """COCO's twelve numbers of a dataset, each the mean over the classes that have such objects.
+    """COCO's twelve numbers of a dataset, each the mean over the classes that have such objects."""
 
-    Attributes:
-        per_class: One row per class, in label order.
-        max_detections: Detections that count per class and image.
-    """
-
-    per_class: tuple[ClassMetrics, ...]
-    max_detections: int = 100
+    per_class: tuple[ClassMetrics, ...]  # in label order
+    max_detections: int = 100  # that count per class and image
 
     def as_dict(self) -> dict[str, float]:
         """Return the twelve numbers in pycocotools' order, ``AR_max`` by its usual name, ``AR_100``."""
@@ -86,17 +61,9 @@ def coco_metrics(table: AnnotationTable, detections: Detections, *, max_detectio
 
     An image without detections counts as such. An object's size is the table's ``area`` (COCO's segment area where
     given). Crowd regions are ignored as pycocotools ignores them, and so are VOC's difficult objects. A metric without
-    any ground truth to measure it on is -1 and stays out of the means; objects without any detection give 0.
-
-    Args:
-        table: Ground truth.
-        detections: What a model found in the images of ``table``.
-        max_detections: Detections that count per class and image, at least 1; COCO's own is 100. Crowded scenes may
-            need more, but such numbers are not comparable with published ones. ``AR_1`` and ``AR_10`` are unaffected.
-
-    Raises:
-        ValueError: If ``max_detections`` is below 1.
-        DataError: If a detection names an image or class that ``table`` does not have, or is not finite.
+    any ground truth to measure it on is -1 and stays out of the means; objects without any detection give 0. Crowded
+    scenes may need more than COCO's 100 detections per class and image, but such numbers are not comparable with
+    published ones; ``AR_1`` and ``AR_10`` are unaffected.
 
     Source: ``pycocotools.cocoeval.COCOeval``; the numbers are the same except for rounding in the last bits. ``match``
     and ``interpolated_precision`` list their deviations. Any ``max_detections`` has means here (``summarize`` gives -1
@@ -131,29 +98,22 @@ def coco_metrics(table: AnnotationTable, detections: Detections, *, max_detectio
 
 
 def detections_to_coco(table: AnnotationTable, detections: Detections) -> list[dict[str, Any]]:
-    """Convert detections, in their order, to COCO's result format, with the table's own image and category ids.
-
-    Each has ``image_id``, ``category_id``, ``bbox`` (x, y, width, height) and ``score``.
-    """
+    """Convert detections, in their order, to COCO's result format, with the table's own image and category ids."""
     category_ids = np.array([0] + [category.category_id for category in table.categories], dtype=np.int64)
-    columns = (
-        table.image_ids[detections.image_index].tolist(),
-        category_ids[detections.labels].tolist(),
-        to_xywh(detections.boxes).tolist(),
-        detections.scores.tolist(),
-    )
-    return [
-        {"image_id": image_id, "category_id": category_id, "bbox": bbox, "score": score}
-        for image_id, category_id, bbox, score in zip(*columns, strict=True)
-    ]
+    columns = {
+        "image_id": table.image_ids[detections.image_index],
+        "category_id": category_ids[detections.labels],
+        "bbox": to_xywh(detections.boxes),  # [D, 4]
+        "score": detections.scores,
+    }
+    rows = zip(*(column.tolist() for column in columns.values()), strict=True)
+    return [dict(zip(columns, row, strict=True)) for row in rows]
 
 
 def read_coco_detections(path: Path, table: AnnotationTable) -> Detections:
     """Read a COCO result file, the JSON list that ``detections_to_coco`` makes, in any order; other keys are ignored.
 
-    Raises:
-        DataError: If the file cannot be read, is not such a list, names an image or category id that ``table`` does
-            not have, or holds a number that is not finite.
+    A DataError names the entry that is malformed or not finite, or has an id that ``table`` does not have.
     """
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))

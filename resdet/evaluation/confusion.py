@@ -13,19 +13,13 @@ from resdet.types import Detections, Floats, Ints
 
 @dataclass(frozen=True)
 class ConfusionMatrix:
-    """Which class's objects were detected as which class.
+    """Which class's objects were detected as which class; a row's or column's number is its label."""
 
-    Attributes:
-        names: ``"background"``, then the classes in label order: a row's or column's number is its label.
-        counts: int64 ``[K + 1, K + 1]``. Row i, column j: boxes of class i that were detected as class j. Row 0:
-            detections of each class where there is no box; column 0: boxes of each class that were not detected.
-        score_threshold: Detections of lower score are left out.
-        iou_threshold: IoU that makes a match.
-    """
-
-    names: tuple[str, ...]
+    names: tuple[str, ...]  # "background", then the classes in label order
+    # int64 [K + 1, K + 1], row i, column j: boxes of class i that were detected as class j. Row 0: detections where
+    # there is no box; column 0: boxes that were not detected.
     counts: Ints
-    score_threshold: float
+    score_threshold: float  # detections of lower score are left out
     iou_threshold: float
 
     def normalised(self) -> Floats:
@@ -54,16 +48,6 @@ def confusion_matrix(
 
     Unlike average precision this depends on a score threshold, and unlike COCO's matching, which is per class, it lets
     a detection take a box of another class. A class's row is therefore not its recall at that threshold.
-
-    Args:
-        table: Ground truth.
-        detections: What a model found in the images of ``table``.
-        score_threshold: The lowest score that counts; the model's working point.
-        iou_threshold: In (0, 1].
-
-    Raises:
-        ValueError: If ``iou_threshold`` is outside (0, 1].
-        DataError: If a detection names an image or class that ``table`` does not have, or is not finite.
     """
     if not 0 < iou_threshold <= 1:
         raise ValueError(f"iou_threshold: must be in (0, 1], got {iou_threshold}")

@@ -20,39 +20,23 @@ RECALLS: Floats = np.linspace(0.0, 1.0, 101)
 
 @dataclass(frozen=True)
 class BestF1:
-    """Where F1, the harmonic mean of precision and recall, is highest.
+    """Where F1, the harmonic mean of precision and recall, is highest; -1 without ground truth, 0 without any hit."""
 
-    Attributes:
-        f1: 2 TP / (detections + boxes) of the detections whose score is at least ``threshold``, in [0, 1]; 0 if there
-            is no hit, -1 if there is no ground truth.
-        threshold: That score; the highest of those with equal F1. None if ``f1`` is 0 or -1.
-        precision: At that threshold, in [0, 1]; 0 or -1 if ``f1`` is.
-        recall: At that threshold, in [0, 1]; 0 or -1 if ``f1`` is.
-    """
-
-    f1: float
-    threshold: float | None
-    precision: float
-    recall: float
+    f1: float  # 2 TP / (detections + boxes) of the detections whose score is at least the threshold, in [0, 1]
+    threshold: float | None  # the highest of those with equal F1; None if F1 is 0 or -1
+    precision: float  # at that threshold, in [0, 1]
+    recall: float  # at that threshold, in [0, 1]
 
 
 @dataclass(frozen=True)
 class Curve:
-    """Precision against recall at one IoU threshold: one point per detection that counts, by falling score.
+    """Precision against recall at one IoU threshold: one point per detection that counts, by falling score."""
 
-    Attributes:
-        name: The class, or ``"all"`` for all of them pooled.
-        iou_threshold: IoU that makes a match.
-        num_boxes: Ground-truth boxes that count.
-        hits: bool ``[P]``: hit or false positive.
-        scores: float64 ``[P]``, falling: a threshold at ``scores[i]`` gives point ``i``, or the last of equal score.
-    """
-
-    name: str
+    name: str  # the class, or "all" for all of them pooled
     iou_threshold: float
-    num_boxes: int
-    hits: Bools
-    scores: Floats
+    num_boxes: int  # ground truth that counts
+    hits: Bools  # [P], hit or false positive
+    scores: Floats  # [P], falling; a threshold at ``scores[i]`` gives point ``i``, or the last of equal score
 
     @property
     def precision(self) -> Floats:
@@ -70,16 +54,14 @@ class Curve:
 
     @property
     def AP(self) -> float:  # noqa: N802 - the metric's name
-        """COCO's average precision: the mean of ``interpolated``; -1 without ground truth."""
-        return average_precision(self.hits, self.num_boxes)
+        """COCO's average precision: the mean of ``interpolated_precision``, in [0, 1]; -1 without ground truth."""
+        return float(interpolated_precision(self.hits, self.num_boxes).mean())
 
     def interpolated(self) -> tuple[Floats, Floats]:
-        """Return precision and score at the 101 ``RECALLS``.
+        """Return precision and score at the 101 ``RECALLS``, float64 ``[101]`` each.
 
-        Returns:
-            The best precision at that recall or a higher one, float64 ``[101]``: 0 where the recall is not reached,
-            -1 without ground truth. And the score threshold that first reaches the recall, float64 ``[101]``: NaN
-            where none does.
+        The precision is that of ``interpolated_precision``. The score is the threshold that first reaches the recall,
+        NaN where none does.
         """
         num_hits, scores = int(np.count_nonzero(self.hits)), np.full(len(RECALLS), np.nan)
         at = _first_hits(num_hits, self.num_boxes)
@@ -105,18 +87,15 @@ class Curve:
 
 @dataclass(frozen=True)
 class Curves:
-    """Precision-recall curves of a dataset.
+    """Precision-recall curves of a dataset at ``T`` IoU thresholds.
 
-    Attributes:
-        iou_thresholds: ``T`` of them.
-        per_class: ``per_class[t][k]`` is of threshold ``t`` and of the class with label ``k + 1``.
-        pooled: ``pooled[t]``: all classes' detections on one scale of scores. Unlike a mean over classes it counts
-            each box once, and detections of classes without ground truth as the false positives they are.
+    Unlike a mean over classes, a pooled curve counts each box once, and detections of classes without ground truth as
+    the false positives they are.
     """
 
     iou_thresholds: tuple[float, ...]
-    per_class: tuple[tuple[Curve, ...], ...]
-    pooled: tuple[Curve, ...]
+    per_class: tuple[tuple[Curve, ...], ...]  # [t][k]: of threshold t and of the class with label k + 1
+    pooled: tuple[Curve, ...]  # [t]: all classes' detections on one scale of scores
 
 
 def precision_recall(
@@ -130,16 +109,6 @@ def precision_recall(
 
     ``coco_metrics``'s AP of a class is the mean of its curves' ``AP``. The threshold that ``best_f1`` of a class's
     curve, or of the pooled one, returns at IoU 0.5 is a sound default for showing detections.
-
-    Args:
-        table: Ground truth.
-        detections: What a model found in the images of ``table``.
-        iou_thresholds: Each in (0, 1].
-        max_detections: Detections that count per class and image, at least 1.
-
-    Raises:
-        ValueError: If a threshold is outside (0, 1] or ``max_detections`` is below 1.
-        DataError: If a detection names an image or class that ``table`` does not have, or is not finite.
     """
     matches = match(table, detections, iou_thresholds=iou_thresholds, max_detections=max_detections)
     names = [category.name for category in table.categories]
@@ -166,19 +135,11 @@ def best_score_threshold(table: AnnotationTable, detections: Detections) -> floa
     return precision_recall(table, detections, iou_thresholds=[0.5]).pooled[0].best_f1().threshold
 
 
-def average_precision(hits: Bools, num_boxes: int) -> float:
-    """Compute COCO's AP: the mean of ``interpolated_precision``, in [0, 1]; -1 without ground truth."""
-    return float(interpolated_precision(hits, num_boxes).mean())
-
-
 def interpolated_precision(hits: Bools, num_boxes: int) -> Floats:
     """Compute the best precision at each of the 101 ``RECALLS`` or a higher recall, float64 ``[101]``.
 
-    It is 0 where the recall is not reached and -1 without ground truth.
-
-    Args:
-        hits: bool ``[P]``, hit or false positive, by falling score, of the detections that count.
-        num_boxes: Ground-truth boxes that count.
+    It is 0 where the recall is not reached and -1 without ground truth. ``hits``, bool ``[P]``, says of the detections
+    that count, by falling score, which are hits.
 
     Source: ``COCOeval.accumulate`` of pycocotools. Deviation: it adds 2.2e-16 to the number of detections against a
     division by zero, by which a single perfect detection falls short of precision 1 in the last bit.

@@ -53,28 +53,18 @@ _NUMBERS_AT_ONCE = 1 << 20  # limits the arrays in one step of ``_fixed`` to 8 M
 
 @dataclass(frozen=True)
 class Errors:
-    """Every error, one row each: by image, then by falling score, missed objects last.
+    """Every error, one row each: by image, then by falling score, missed objects last."""
 
-    Attributes:
-        kind: int8 ``[E]``, index into ``ERROR_KINDS``.
-        image_index: int64 ``[E]``, row of the image in the annotation table.
-        label: int64 ``[E]``, 1..K: the detection's class; the object's for a missed one.
-        detection: int64 ``[E]``, row in the detections; -1 for a missed object.
-        box: int64 ``[E]``, row in the annotation table of the box that the error is about; -1 for background. It is
-            of the detection's class for localisation and duplicate, of another for classification and both.
-        iou: float64 ``[E]``, of that detection with that box; 0 where one of the two is missing.
-        score: float64 ``[E]``, the detection's; 0 for a missed object.
-        becomes_hit: bool ``[E]``: fixing it makes the detection find ``box``. Other false positives are just removed.
-    """
-
-    kind: npt.NDArray[np.int8]
-    image_index: Ints
-    label: Ints
-    detection: Ints
+    kind: npt.NDArray[np.int8]  # [E], index into ERROR_KINDS
+    image_index: Ints  # [E], row of the image in the annotation table
+    label: Ints  # [E], 1..K: the detection's class; the object's for a missed one
+    detection: Ints  # [E], row in the detections; -1 for a missed object
+    # [E], row in the annotation table of the box that the error is about; -1 for background. It is of the detection's
+    # class for localisation and duplicate, of another for classification and both.
     box: Ints
-    iou: Floats
-    score: Floats
-    becomes_hit: Bools
+    iou: Floats  # [E], of that detection with that box; 0 where one of the two is missing
+    score: Floats  # [E], the detection's; 0 for a missed object
+    becomes_hit: Bools  # [E], a fix makes the detection find ``box``; other false positives are just removed
 
     def __len__(self) -> int:
         return len(self.kind)
@@ -87,16 +77,11 @@ class Errors:
 
 @dataclass(frozen=True)
 class ErrorCost:
-    """One kind of error.
+    """One kind of error."""
 
-    Attributes:
-        kind: One of ``ERROR_KINDS``, or ``"false positives"`` or ``"false negatives"``.
-        count: How many there are.
-        dAP: How much AP rises when they, and nothing else, are fixed, in [0, 1]; -1 where AP is undefined.
-    """
-
-    kind: str
+    kind: str  # one of ERROR_KINDS, "false positives" or "false negatives"
     count: int
+    # How much AP rises when they, and nothing else, are fixed, in [0, 1]; -1 where AP is undefined.
     dAP: float  # noqa: N815 - the name it goes by
 
 
@@ -104,18 +89,13 @@ class ErrorCost:
 class ErrorCosts:
     """What the kinds of errors cost one class, or all: means over the classes that have boxes.
 
-    Attributes:
-        AP: COCO's AP at ``iou_threshold``, in [0, 1]; -1 without boxes that count.
-        kinds: The six of ``ERROR_KINDS``, each fixed alone. Their ``dAP`` need not add up to 1 - AP: errors hide each
-            other.
-        false_positives: All unmatched detections, fixed by removing them.
-        false_negatives: All boxes that were not found, fixed by not counting them.
+    The ``dAP`` of the kinds need not add up to 1 - AP: errors hide each other.
     """
 
-    AP: float
-    kinds: tuple[ErrorCost, ...]
-    false_positives: ErrorCost
-    false_negatives: ErrorCost
+    AP: float  # COCO's at the IoU threshold of the analysis, in [0, 1]; -1 without boxes that count
+    kinds: tuple[ErrorCost, ...]  # the six of ERROR_KINDS, each fixed alone
+    false_positives: ErrorCost  # all unmatched detections, fixed by removing them
+    false_negatives: ErrorCost  # all boxes that were not found, fixed by not counting them
 
 
 @dataclass(frozen=True)
@@ -124,35 +104,22 @@ class ClassErrors(ErrorCosts):
 
     A count is of detections of this class (missed: of its objects), while ``dAP`` is the rise of this class's AP when
     the errors of all classes are fixed: a dog found as a cat is the cat's error, and fixing it raises both.
-
-    Attributes:
-        name: Class name.
-        num_boxes: Ground-truth boxes that count, without crowd regions and difficult objects.
     """
 
     name: str
-    num_boxes: int
+    num_boxes: int  # ground truth that counts, without crowd regions and difficult objects
 
 
 @dataclass(frozen=True)
 class ErrorAnalysis(ErrorCosts):
-    """The result of ``find_errors``.
-
-    Attributes:
-        iou_threshold: IoU that makes a match.
-        background_threshold: IoU up to which a detection is unrelated to a box.
-        max_detections: Detections that count per class and image.
-        per_class: One row per class, in label order.
-        errors: Every single error.
-        image_loss: float64 ``[I]``: how much ``AP`` rises when all errors of that image, and no others, are fixed.
-    """
+    """The result of ``find_errors``."""
 
     iou_threshold: float
-    background_threshold: float
-    max_detections: int
-    per_class: tuple[ClassErrors, ...]
+    background_threshold: float  # IoU up to which a detection is unrelated to a box
+    max_detections: int  # that count per class and image
+    per_class: tuple[ClassErrors, ...]  # in label order
     errors: Errors
-    image_loss: Floats
+    image_loss: Floats  # [I], how much AP rises when all errors of that image, and no others, are fixed
 
     def worst_images(self, num_images: int) -> Ints:
         """Return the indices of the images that cost most AP, worst first; images that cost nothing are left out."""
@@ -328,14 +295,10 @@ class _Curve:
     def average_precision(self, gone: list[Ints], new: list[Ints], num_not_counted: int) -> Floats:
         """Compute COCO's AP after each of ``S`` sets of fixes, float64 ``[S]``.
 
-        Only hits can raise the interpolated precision, so the cost of a set grows with hits and not with detections.
-        Where no box is left the AP is 1, or 0 if false positives are.
-
-        Args:
-            gone: For each set the detections that do not count, ascending; none of them a hit.
-            new: For each set the detections that become hits, ascending, as many in each; each of another class or
-                in ``gone``.
-            num_not_counted: Boxes that do not count, in each of the sets; no hit is on one of them.
+        ``gone`` has for each set the detections that do not count, none of them a hit; ``new`` those that become hits,
+        as many in each set and each of another class or in ``gone``; both ascending. ``num_not_counted`` boxes do not
+        count in each set, and no hit is on one of them. Only hits can raise the interpolated precision, so the cost of
+        a set grows with hits and not with detections. Where no box is left the AP is 1, or 0 if false positives are.
         """
         num_sets, num_boxes = len(gone), self.num_boxes - num_not_counted
         if not self.num_boxes:

@@ -38,17 +38,11 @@ _PAIRS_AT_ONCE = 1 << 18  # limits the temporary arrays of ``overlaps`` to about
 
 @dataclass(frozen=True)
 class Overlaps:
-    """Pairs of a detection and a ground-truth box of one image, by detection, then by box.
+    """Pairs of a detection and a ground-truth box of one image, by detection, then by box."""
 
-    Attributes:
-        detection: int64 ``[P]``, row in the detections.
-        box: int64 ``[P]``, row in the annotation table.
-        iou: float64 ``[P]``, in (0, 1].
-    """
-
-    detection: Ints
-    box: Ints
-    iou: Floats
+    detection: Ints  # [P], row in the detections
+    box: Ints  # [P], row in the annotation table
+    iou: Floats  # [P], in (0, 1]
 
     def best_box(self, num_detections: int, which: Bools | slice = slice(None)) -> tuple[Ints, Floats]:
         """Return each detection's most overlapped box and their IoU, int64 and float64 ``[D]``.
@@ -67,35 +61,21 @@ class Overlaps:
 class Matches:
     """The outcome of ``match``: ``T`` IoU thresholds, ``M`` detections that count, ``N`` ground-truth boxes.
 
-    A detection is a hit where ``box >= 0`` and not ``ignored``, a false positive where ``box < 0`` and not
-    ``ignored``. A box is found where ``detection_of_box >= 0``, missed where it is -1 and not ``box_ignored``.
-
-    Attributes:
-        iou_thresholds: float64 ``[T]``.
-        detection: int64 ``[M]``, rows in the detections: by label, then by falling score (equal scores by image id,
-            then in the order given).
-        labels: int64 ``[M]``, 1..K, of these detections.
-        scores: float64 ``[M]``, of these detections.
-        rank: int64 ``[M]``, position among the detections of its image and class, 0 for the best score.
-        box: int32 ``[T, M]``, row of the matched box in the annotation table, -1 where there is none.
-        ignored: bool ``[T, M]``, neither hit nor false positive: matched to a box that is ignored, or unmatched and
-            itself outside of the area range.
-        detection_of_box: int32 ``[T, N]``, row in the detections, -1 where there is none. Of the many that may match
-            a crowd region, the last.
-        box_ignored: bool ``[N]``, crowd, difficult or outside of the area range.
-        num_boxes: int64 ``[K + 1]``, boxes of each label that are not ignored.
+    Detections are by label, then by falling score (equal scores by image id, then in the order given). One is a hit
+    where ``box >= 0`` and not ``ignored``, a false positive where ``box < 0`` and not ``ignored``. A box is found where
+    ``detection_of_box >= 0``, missed where it is -1 and not ``box_ignored``.
     """
 
-    iou_thresholds: Floats
-    detection: Ints
-    labels: Ints
-    scores: Floats
-    rank: Ints
-    box: npt.NDArray[np.int32]
-    ignored: Bools
-    detection_of_box: npt.NDArray[np.int32]
-    box_ignored: Bools
-    num_boxes: Ints
+    iou_thresholds: Floats  # [T]
+    detection: Ints  # [M], row in the detections
+    labels: Ints  # [M], 1..K
+    scores: Floats  # [M]
+    rank: Ints  # [M], position among the detections of its image and class, 0 for the best score
+    box: npt.NDArray[np.int32]  # [T, M], row of the matched box in the annotation table, -1 where there is none
+    ignored: Bools  # [T, M], matched to a box that is ignored, or unmatched and itself outside of the area range
+    detection_of_box: npt.NDArray[np.int32]  # [T, N], row in the detections, -1: none; a crowd region's last
+    box_ignored: Bools  # [N], crowd, difficult or outside of the area range
+    num_boxes: Ints  # [K + 1], boxes of each label that are not ignored
 
     @property
     def hits(self) -> Bools:
@@ -122,19 +102,9 @@ def match(
     takes the box it overlaps most, among those that are still free and that it overlaps by the threshold or more; of
     equal overlaps the later box. Only if there is none, it may take an ignored box: a crowd region (which any number of
     detections may take; overlap is then the share of the detection inside it), a difficult object, or a box outside of
-    ``area_range``. Such a detection does not count, and neither does an unmatched one outside of ``area_range``.
-
-    Args:
-        table: Ground truth.
-        detections: What a model found in the images of ``table``.
-        iou_thresholds: Each in (0, 1].
-        max_detections: Detections that count per image and class, at least 1.
-        area_range: Least and greatest area in pixels of the boxes that count, both included; a box's area is the
-            table's ``area``, a detection's is width * height.
-
-    Raises:
-        ValueError: If a threshold is outside (0, 1] or ``max_detections`` is below 1.
-        DataError: If a detection names an image or class that ``table`` does not have, or is not finite.
+    ``area_range``. Such a detection does not count, and neither does an unmatched one outside of ``area_range``: the
+    least and the greatest area in pixels, both included, of a box's ``area`` in the table or a detection's width *
+    height.
 
     Source: ``COCOeval.evaluateImg`` of pycocotools. Deviations: matches are kept as rows instead of ids (there, id 0
     reads as "no match"), images are identified by their row in the table instead of by id, and difficult objects are
@@ -230,18 +200,10 @@ def overlaps(
     same_class: bool = True,
     crowd_as_region: bool = True,
 ) -> Overlaps:
-    """Return all pairs of a detection and a box of its image that overlap.
+    """Return all pairs of a detection and a box of its image that share an area and overlap by ``min_iou`` or more.
 
-    Args:
-        table: Ground truth.
-        detections: What a model found in the images of ``table``.
-        min_iou: Pairs below it are left out, and so are pairs that share no area.
-        same_class: Only pairs of one class.
-        crowd_as_region: Measure the overlap with a crowd region by the share of the detection inside it, as COCO
-            does, instead of by IoU.
-
-    Raises:
-        DataError: If a detection names an image or class that ``table`` does not have, or is not finite.
+    ``same_class`` keeps pairs of one class only. With ``crowd_as_region`` the overlap with a crowd region is the share
+    of the detection inside it, as COCO has it, instead of the IoU.
 
     Source: ``bbIou`` of pycocotools' maskApi.c: the same operations on the same (x, y, width, height), so that the
     overlaps are the same to the bit.
@@ -275,11 +237,10 @@ def overlaps(
 
 
 def check_detections(table: AnnotationTable, detections: Detections) -> None:
-    """Check that detections can belong to ``table``.
+    """Raise a DataError if detections cannot belong to ``table``.
 
-    Raises:
-        DataError: If an array has a wrong shape, an image index or a label is out of range, or a box or score is not
-            finite (metrics would silently count it as a miss).
+    That is, if an array has a wrong shape, an image index or a label is out of range, or a box or score is not finite
+    (metrics would silently count it as a miss).
     """
     num = len(detections.scores)
     shapes = (detections.image_index.shape, detections.boxes.shape, detections.labels.shape, detections.scores.shape)

@@ -14,36 +14,22 @@ from resdet.types import Bools, Detections
 
 @dataclass(frozen=True)
 class VocClassMetrics:
-    """One class's row of the VOC table; AP in [0, 1], or -1 where the class has no ground truth.
-
-    Attributes:
-        name: Class name.
-        num_boxes: Ground-truth boxes that count, without difficult ones.
-        AP: Area under the interpolated precision-recall curve (VOC2010 and later).
-        AP_11point: Mean precision at recall 0, 0.1, ..., 1 (VOC2007 to VOC2009).
-    """
+    """One class's row of the VOC table; AP in [0, 1], or -1 where the class has no ground truth."""
 
     name: str
-    num_boxes: int
-    AP: float
-    AP_11point: float
+    num_boxes: int  # ground truth that counts, without difficult objects
+    AP: float  # area under the interpolated precision-recall curve (VOC2010 and later)
+    AP_11point: float  # mean precision at recall 0, 0.1, ..., 1 (VOC2007 to VOC2009)
 
 
 @dataclass(frozen=True)
 class VocMetrics:
-    """VOC's mean AP over the classes that have ground truth, by both interpolations; -1 if no class has any.
-
-    Attributes:
-        AP: VOC2010 and later: area under the interpolated precision-recall curve.
-        AP_11point: VOC2007 to VOC2009: mean precision at eleven recalls, which tables for VOC2007 usually report.
-        iou_threshold: IoU that makes a match.
-        per_class: One row per class, in label order.
-    """
+    """VOC's mean AP over the classes that have ground truth, by both interpolations; -1 if no class has any."""
 
     AP: float
-    AP_11point: float
+    AP_11point: float  # what tables for VOC2007 usually report
     iou_threshold: float
-    per_class: tuple[VocClassMetrics, ...]
+    per_class: tuple[VocClassMetrics, ...]  # in label order
 
     def as_dict(self) -> dict[str, float]:
         """Return ``voc_AP50`` and ``voc_AP50_11point``; the number in the key is the IoU threshold in percent."""
@@ -62,15 +48,6 @@ def voc_metrics(table: AnnotationTable, detections: Detections, *, iou_threshold
     IoU is computed in continuous coordinates. The development kit adds 1 to every width and height of its 1-based,
     inclusive corners; reading VOC data into continuous coordinates took 1 off ``xmin`` and ``ymin``, so widths here
     are the kit's widths and the IoU is the same number wherever the kit's corners are integers.
-
-    Args:
-        table: Ground truth.
-        detections: What a model found in the images of ``table``.
-        iou_threshold: In (0, 1]; VOC's is 0.5.
-
-    Raises:
-        ValueError: If ``iou_threshold`` is outside (0, 1].
-        DataError: If a detection names an image or class that ``table`` does not have, or is not finite.
 
     Source: VOCdevkit ``VOCevaldet.m`` (2007 and 2012). IoU equal to the threshold matches, as there and unlike in
     py-faster-rcnn's ``voc_eval``. Deviation: the eleven recalls are the doubles nearest to k / 10, so that 3 of 10

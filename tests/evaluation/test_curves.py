@@ -11,7 +11,6 @@ from resdet.evaluation.curves import (
     RECALLS,
     BestF1,
     Curve,
-    average_precision,
     best_score_threshold,
     interpolated_precision,
     interpolated_precisions,
@@ -38,7 +37,7 @@ def test_points_by_hand():
     np.testing.assert_array_equal(scores, [points.scores[0]] * 26 + [points.scores[2]] * 25 + [np.nan] * 50)
     expected = pytest.approx((26 + 25 * 2 / 3) / 101)
     assert expected == points.AP
-    assert expected == average_precision(points.hits, 4)
+    assert expected == interpolated_precision(points.hits, 4).mean()
 
 
 def pycocotools_arrays(table, detections) -> tuple[np.ndarray, np.ndarray]:
