@@ -12,7 +12,7 @@ import numpy as np
 
 from resdet.data.annotations import AnnotationTable
 from resdet.errors import DataError
-from resdet.evaluation.curves import RECALLS, UNDEFINED, interpolated_precision
+from resdet.evaluation.curves import RECALLS, UNDEFINED, interpolated_precision, mean_of_defined
 from resdet.evaluation.matching import AREA_RANGES, COCO_IOU_THRESHOLDS, Matches, match_areas, to_xywh
 from resdet.types import Bools, Detections, Floats
 
@@ -84,17 +84,15 @@ def coco_metrics(table: AnnotationTable, detections: Detections, *, max_detectio
     for name, threshold in (("AP50", 0.5), ("AP75", 0.75)):
         values[name] = values["AP"][:, COCO_IOU_THRESHOLDS.index(threshold)]  # [K, 101]
 
-    counted = np.bincount(table.labels[~(table.crowd | table.difficult)], minlength=table.num_classes)
+    def numbers(of: int | slice) -> dict[str, float]:
+        return {name: mean_of_defined(value[of]) for name, value in values.items()}
+
+    counted = np.bincount(table.labels[~(table.crowd | table.difficult)], minlength=table.num_classes)  # [K + 1]
     per_class = tuple(
-        ClassMetrics(
-            name=category.name,
-            num_boxes=int(counted[category.label]),
-            **{name: _mean(value[category.label - 1]) for name, value in values.items()},
-        )
+        ClassMetrics(**numbers(category.label - 1), name=category.name, num_boxes=int(counted[category.label]))
         for category in table.categories
     )
-    means = {name: _mean(value) for name, value in values.items()}
-    return CocoMetrics(**means, per_class=per_class, max_detections=max_detections)
+    return CocoMetrics(**numbers(slice(None)), per_class=per_class, max_detections=max_detections)
 
 
 def detections_to_coco(table: AnnotationTable, detections: Detections) -> list[dict[str, Any]]:
@@ -171,11 +169,6 @@ def _recall(matches: Matches, best: Bools) -> Floats:
     recall = np.full(found.shape, UNDEFINED)
     np.divide(found, num_boxes[:, None], out=recall, where=num_boxes[:, None] > 0)
     return recall[1:]
-
-
-def _mean(values: Floats) -> float:
-    defined = values[values > UNDEFINED]
-    return float(np.mean(defined)) if defined.size else UNDEFINED
 
 
 def _is_key_of(value: Any, known: dict[int, int]) -> bool:

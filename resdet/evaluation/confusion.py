@@ -69,16 +69,13 @@ def confusion_matrix(
             box_of[d] = b
             taken.add(b)
 
-    matched = np.fromiter(box_of, dtype=np.int64, count=len(box_of))
-    matched_box = np.fromiter(box_of.values(), dtype=np.int64, count=len(box_of))
-    shown[matched] = False
-    unmatched = detections.labels[shown & ~excused]
-    free = ~uncounted
-    free[matched_box] = False
-    not_found = table.labels[free]
-    row = np.concatenate([table.labels[matched_box], np.zeros_like(unmatched), not_found])
-    column = np.concatenate([detections.labels[matched], unmatched, np.zeros_like(not_found)])
-    num = table.num_classes
-    counts = np.bincount(row * num + column, minlength=num * num).reshape(num, num)
+    matched, matched_box = np.array(list(box_of.items()), dtype=np.int64).reshape(-1, 2).T
+    made_up, missed = shown & ~excused, ~uncounted  # [D], [N]
+    made_up[matched] = False
+    missed[matched_box] = False
+    counts = np.zeros((table.num_classes, table.num_classes), dtype=np.int64)
+    np.add.at(counts, (table.labels[matched_box], detections.labels[matched]), 1)
+    np.add.at(counts[0], detections.labels[made_up], 1)
+    np.add.at(counts[:, 0], table.labels[missed], 1)
     names = ("background", *(category.name for category in table.categories))
     return ConfusionMatrix(names, counts, score_threshold, iou_threshold)

@@ -111,20 +111,16 @@ def precision_recall(
     curve, or of the pooled one, returns at IoU 0.5 is a sound default for showing detections.
     """
     matches = match(table, detections, iou_thresholds=iou_thresholds, max_detections=max_detections)
-    names = [category.name for category in table.categories]
-    by_score = np.argsort(-matches.scores, kind="stable")
-    per_class, pooled = [], []
+    columns = np.arange(len(matches.scores))  # [M]
+    groups = [("all", int(matches.num_boxes.sum()), np.argsort(-matches.scores, kind="stable"))]
+    for label, category in enumerate(table.categories, start=1):
+        groups.append((category.name, int(matches.num_boxes[label]), columns[matches.of_label(label)]))
+    curves = []  # of each threshold: the pooled one, then one per class
     for threshold, hits, ignored in zip(matches.iou_thresholds.tolist(), matches.hits, matches.ignored, strict=True):
-        curves = []
-        for label, name in enumerate(names, start=1):
-            rows = matches.of_label(label)
-            counts = ~ignored[rows]
-            num_boxes = int(matches.num_boxes[label])
-            curves.append(Curve(name, threshold, num_boxes, hits[rows][counts], matches.scores[rows][counts]))
-        order = by_score[~ignored[by_score]]
-        per_class.append(tuple(curves))
-        pooled.append(Curve("all", threshold, int(matches.num_boxes.sum()), hits[order], matches.scores[order]))
-    return Curves(tuple(matches.iou_thresholds.tolist()), tuple(per_class), tuple(pooled))
+        kept = [(name, num_boxes, rows[~ignored[rows]]) for name, num_boxes, rows in groups]
+        curves.append([Curve(name, threshold, num, hits[rows], matches.scores[rows]) for name, num, rows in kept])
+    per_class = tuple(tuple(of_classes) for _, *of_classes in curves)
+    return Curves(tuple(matches.iou_thresholds.tolist()), per_class, tuple(pooled for pooled, *_ in curves))
 
 
 def best_score_threshold(table: AnnotationTable, detections: Detections) -> float | None:
@@ -146,8 +142,7 @@ def interpolated_precision(hits: Bools, num_boxes: int) -> Floats:
     """
     if not num_boxes:
         return np.full(len(RECALLS), UNDEFINED)
-    interpolated: Floats = interpolated_precisions(np.flatnonzero(hits)[None] + 1, num_boxes)[0]
-    return interpolated
+    return interpolated_precisions(np.flatnonzero(hits)[None] + 1, num_boxes).ravel()
 
 
 def interpolated_precisions(number: Ints, num_boxes: int) -> Floats:
@@ -171,3 +166,9 @@ def _first_hits(num_hits: int, num_boxes: int) -> Ints:
     """Return the index of the hit that first reaches each of ``RECALLS``, int64 ``[101]``; ``num_hits`` if none."""
     recall = np.arange(1, num_hits + 1) / max(num_boxes, 1)
     return np.searchsorted(recall, RECALLS, side="left")
+
+
+def mean_of_defined(values: Floats) -> float:
+    """Return the mean of those values that are not ``UNDEFINED``, or ``UNDEFINED`` if none is."""
+    defined = values[values > UNDEFINED]
+    return float(np.mean(defined)) if defined.size else UNDEFINED

@@ -38,7 +38,7 @@ import numpy as np
 import numpy.typing as npt
 
 from resdet.data.annotations import AnnotationTable
-from resdet.evaluation.curves import UNDEFINED, interpolated_precisions
+from resdet.evaluation.curves import UNDEFINED, interpolated_precisions, mean_of_defined
 from resdet.evaluation.matching import Matches, match, overlaps
 from resdet.types import Bools, Detections, Floats, Ints
 
@@ -182,12 +182,13 @@ def _errors(
     """Find every error; ``place`` is each detection's position by falling score."""
     (iou_threshold,) = matches.iou_thresholds.tolist()
     pairs = overlaps(table, detections, min_iou=background_threshold, same_class=False)
-    counts = ~matches.box_ignored[pairs.box]
-    same_class = detections.labels[pairs.detection] == table.labels[pairs.box]
+    counts = ~matches.box_ignored[pairs.box]  # [P]
+    same_class = detections.labels[pairs.detection] == table.labels[pairs.box]  # [P]
     own_box, own_iou = pairs.best_box(len(detections), counts & same_class)  # [D]
     other_box, other_iou = pairs.best_box(len(detections), counts & ~same_class)
-    wrong = matches.detection[~matches.hits[0]]  # [W]
-    wrong = wrong[np.argsort(place[wrong])]
+    columns = np.flatnonzero(~matches.hits[0])
+    columns = columns[np.argsort(place[matches.detection[columns]])]
+    wrong = matches.detection[columns]  # [W]
     own, other = own_iou[wrong], other_iou[wrong]
     kind = np.select(
         [
@@ -206,16 +207,14 @@ def _errors(
     found = matches.detection_of_box[0] >= 0  # [N]
     candidates = np.flatnonzero(np.isin(kind, [_LOCALISATION, _CLASSIFICATION]))
     candidates = candidates[~found[box[candidates]]]
-    explained, best = np.unique(box[candidates], return_index=True)  # of each box the best-scored candidate
+    best = np.unique(box[candidates], return_index=True)[1]  # of each box the best-scored candidate
     becomes_hit = np.zeros(len(wrong), dtype=np.bool_)
     becomes_hit[candidates[best]] = True
     missed = ~found & ~matches.box_ignored
-    missed[explained] = False
+    missed[box[becomes_hit]] = False
     missed_box = np.flatnonzero(missed)
 
-    ignored = np.zeros(len(detections), dtype=np.bool_)
-    ignored[matches.detection[matches.ignored[0]]] = True
-    kept = becomes_hit | ~ignored[wrong]
+    kept = becomes_hit | ~matches.ignored[0, columns]
     wrong, kind, box, iou, becomes_hit = wrong[kept], kind[kept], box[kept], iou[kept], becomes_hit[kept]
     num = len(missed_box)
     image_index = np.concatenate([detections.image_index[wrong], table.image_of_box()[missed_box]])
@@ -247,8 +246,7 @@ class _Costs:
         rise = (self.after - self.before)[:, defined].mean(axis=1) if defined.size else np.full(len(_COSTS), UNDEFINED)
         rows = zip(_COSTS, self.counts[:, labels].sum(axis=1).tolist(), rise.tolist(), strict=True)
         *kinds, false_positives, false_negatives = (ErrorCost(*row) for row in rows)
-        ap = float(self.before[defined].mean()) if defined.size else UNDEFINED
-        return ap, tuple(kinds), false_positives, false_negatives
+        return mean_of_defined(self.before[labels]), tuple(kinds), false_positives, false_negatives
 
 
 def _costs(
@@ -334,8 +332,7 @@ def _curves(table: AnnotationTable, matches: Matches, place: Ints) -> list[_Curv
     return curves
 
 
-_Fix = Ints
-"""``[4, F]``: label of the curve, group, what is done, place of the detection (any, for a box that does not count)."""
+_Fix = Ints  # [4, F]: label of the curve, group, what is done, place of the detection (any where a box is not counted)
 
 
 def _fixes(table: AnnotationTable, errors: Errors, group: Ints, place: Ints, on_curve: Bools) -> list[_Fix]:
@@ -379,8 +376,7 @@ def _fixed(curves: list[_Curve], fixes: list[_Fix]) -> Iterator[tuple[int, Ints,
     for (k, _, not_counted), sets in zip(alike.T.tolist(), by_alike, strict=True):
         num_parts = 1 + len(sets) * (len(curves[k].hits) + 1) // _NUMBERS_AT_ONCE
         for part in np.array_split(sets, min(num_parts, len(sets))):
-            bounds = zip(starts[part], starts[part] + num_gone[part], strict=True)
-            gone = [place[start:end] for start, end in bounds]
-            bounds = zip(starts[part] + num_gone[part], starts[part] + (num_gone + num_new)[part], strict=True)
-            new = [place[start:end] for start, end in bounds]
+            first, middle = starts[part], starts[part] + num_gone[part]
+            gone = [place[start:end] for start, end in zip(first, middle, strict=True)]
+            new = [place[start:end] for start, end in zip(middle, middle + num_new[part], strict=True)]
             yield k, group[starts[part]], curves[k].average_precision(gone, new, not_counted)

@@ -210,17 +210,13 @@ def overlaps(
     """
     check_detections(table, detections)
     xywh = to_xywh(detections.boxes)
-    # A detection's candidates are a run of box_order: ``count`` boxes from ``start``, both [D].
+    key_of_box, key = table.image_of_box(), detections.image_index  # [N], [D]
     if same_class:
-        key_of_box = table.image_of_box() * table.num_classes + table.labels  # [N]
-        key = detections.image_index * table.num_classes + detections.labels  # [D]
-        box_order = np.argsort(key_of_box, kind="stable")
-        start = np.searchsorted(key_of_box[box_order], key, side="left")
-        count = np.searchsorted(key_of_box[box_order], key, side="right") - start
-    else:
-        box_order = np.arange(table.num_boxes)
-        start = table.offsets[:-1][detections.image_index]
-        count = np.diff(table.offsets)[detections.image_index]
+        key_of_box, key = key_of_box * table.num_classes + table.labels, key * table.num_classes + detections.labels
+    # A detection's candidates are a run of box_order: ``count`` boxes from ``start``, both [D].
+    box_order = np.argsort(key_of_box, kind="stable")
+    start = np.searchsorted(key_of_box[box_order], key, side="left")
+    count = np.searchsorted(key_of_box[box_order], key, side="right") - start
     some = np.flatnonzero(count)
     start, count = start[some], count[some]
     total = np.cumsum(count)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from resdet.data.annotations import AnnotationTable
-from resdet.evaluation.curves import UNDEFINED
+from resdet.evaluation.curves import UNDEFINED, mean_of_defined
 from resdet.evaluation.matching import overlaps
 from resdet.types import Bools, Detections
 
@@ -55,14 +55,14 @@ def voc_metrics(table: AnnotationTable, detections: Detections, *, iou_threshold
     """
     if not 0 < iou_threshold <= 1:
         raise ValueError(f"iou_threshold: must be in (0, 1], got {iou_threshold}")
-    ignored = table.crowd | table.difficult
-    num_boxes = np.bincount(table.labels[~ignored], minlength=table.num_classes)
+    ignored = table.crowd | table.difficult  # [N]
+    num_boxes = np.bincount(table.labels[~ignored], minlength=table.num_classes)  # [K + 1]
     order = np.argsort(-detections.scores, kind="stable")
     labels = detections.labels[order]
     pairs = overlaps(table, detections, min_iou=iou_threshold, crowd_as_region=False)
     best_box = pairs.best_box(len(detections))[0][order]  # [D], -1 where none overlaps by the threshold
 
-    nothing = np.append(ignored, False)[best_box]  # matches with boxes that do not count
+    nothing = np.append(ignored, False)[best_box]  # [D], matches with boxes that do not count
     first = np.zeros(len(labels), dtype=np.bool_)
     candidates = np.flatnonzero((best_box >= 0) & ~nothing)
     first[candidates[np.unique(best_box[candidates], return_index=True)[1]]] = True
@@ -73,13 +73,8 @@ def voc_metrics(table: AnnotationTable, detections: Detections, *, iou_threshold
         hits = first[(labels == category.label) & ~nothing]
         area, eleven = _average_precision(hits, count) if count else (UNDEFINED, UNDEFINED)
         per_class.append(VocClassMetrics(category.name, count, area, eleven))
-    defined = [row for row in per_class if row.num_boxes]
-    return VocMetrics(
-        AP=float(np.mean([row.AP for row in defined])) if defined else UNDEFINED,
-        AP_11point=float(np.mean([row.AP_11point for row in defined])) if defined else UNDEFINED,
-        iou_threshold=iou_threshold,
-        per_class=tuple(per_class),
-    )
+    both = np.array([(row.AP, row.AP_11point) for row in per_class]).reshape(-1, 2)  # [K, 2]
+    return VocMetrics(mean_of_defined(both[:, 0]), mean_of_defined(both[:, 1]), iou_threshold, tuple(per_class))
 
 
 def _average_precision(hits: Bools, num_boxes: int) -> tuple[float, float]:
