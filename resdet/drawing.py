@@ -17,8 +17,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from resdet.types import Category, Prediction
 
-_Rect = tuple[int, int, int, int]
-"""Left, top, right and bottom in whole pixels, the last two excluded."""
+_Rect = tuple[int, int, int, int]  # left, top, right and bottom in whole pixels, the last two excluded
 
 
 def draw(
@@ -29,20 +28,11 @@ def draw(
     score_threshold: float = 0.0,
     scale: int = 1,
 ) -> npt.NDArray[np.uint8]:
-    """Draw boxes with class names and scores; a class has the same colour in every picture.
+    """Draw boxes with class names and scores on a copy of a uint8 RGB image, ``[scale * H, scale * W, 3]``.
 
-    Lines and letters grow with the image. The best detections are on top; a name is above its box, or inside or below
-    it if another name is there, and never outside the image.
-
-    Args:
-        image: uint8 RGB ``[H, W, 3]``; not changed.
-        prediction: Boxes in pixels of ``image``.
-        categories: The model's classes; labels without one are written as numbers.
-        score_threshold: Detections below it are not drawn.
-        scale: Whole factor by which the picture is larger than the image, such as ``legible_scale``.
-
-    Returns:
-        uint8 RGB ``[scale * H, scale * W, 3]``.
+    A class has the same colour in every picture; a label without a category is written as a number. Detections below
+    ``score_threshold`` are left out. Lines and letters grow with the image. The best detections are on top; a name is
+    above its box, or inside or below it if another name is there, and never outside the image.
     """
     image = image.repeat(scale, axis=0).repeat(scale, axis=1)
     height, width = image.shape[:2]
@@ -96,9 +86,8 @@ def _overlap(one: _Rect, other: _Rect) -> bool:
 def shown_from(evaluated: object) -> tuple[float, str]:
     """Return the score from which detections are worth drawing, and where it comes from, in words.
 
-    Args:
-        evaluated: A ``Detector`` or an ``Evaluation``, whose ``score_threshold`` it is (the best F1 of the model's last
-            evaluation). 0.5 where that is None, and for models that have none.
+    It is the ``score_threshold`` of a ``Detector`` or an ``Evaluation``: the best F1 of the model's last evaluation.
+    0.5 where that is None, and for models that have none.
     """
     best: float | None = getattr(evaluated, "score_threshold", None)
     return (0.5, "no threshold has been evaluated yet") if best is None else (best, "best F1 of the last evaluation")

@@ -19,6 +19,7 @@ from resdet.drawing import above, draw, legible_scale
 from resdet.errors import DataError
 from resdet.evaluation.inference import inference
 from resdet.evaluation.labels import model_categories
+from resdet.evaluation.matching import to_xywh
 from resdet.evaluation.settings import InferenceSettings
 from resdet.types import Category, Prediction
 
@@ -81,31 +82,19 @@ def predict_files(
 ) -> int:
     """Detect objects in image files; write a picture with boxes for each and ``detections.json`` for all.
 
-    The JSON holds every detection of the model, in COCO's result format (``to_coco_json``). The pictures show those
-    above the threshold, small images enlarged; they are named after their files, with a number where two would have the
-    same name.
-
-    Args:
-        model: As for ``predict``, like the others.
-        files: Image files.
-        output_dir: Created if it does not exist.
-        settings: How to run the model.
-        score_threshold: Detections below it are not drawn.
+    The folder is created if it does not exist. The JSON holds every detection of the model, in COCO's result format
+    (``to_coco_json``). The pictures show those of at least ``score_threshold``, small images enlarged; they are named
+    after their files, with a number where two would have the same name. If an image cannot be read, the pictures
+    written before it stay.
 
     Returns:
         The number of detections in the JSON file.
-
-    Raises:
-        DataError: If an image cannot be read; the pictures written before it stay.
-        WeightsError: If the model computes NaN or infinity.
-        UserError: If this model does not support ``settings.tricks``.
     """
     output_dir.mkdir(parents=True, exist_ok=True)
     categories = model_categories(model)
     taken: set[str] = set()
     predictions = []
-    found = predict(model, files, settings)
-    for file, (_, image, prediction) in zip(files, found, strict=True):
+    for file, (_, image, prediction) in zip(files, predict(model, files, settings), strict=True):
         predictions.append(prediction)
         name, number = file.stem, 1
         while name in taken:
@@ -122,34 +111,23 @@ def predict_files(
 def to_coco_json(
     paths: Sequence[Path], predictions: Sequence[Prediction], categories: Sequence[Category]
 ) -> list[dict[str, Any]]:
-    """Convert detections to COCO's result format, ready for ``json.dump`` and for pycocotools' ``loadRes``.
+    """Convert detections in image files to COCO's result format, ready for ``json.dump`` and pycocotools' ``loadRes``.
 
-    Args:
-        paths: Image files.
-        predictions: Detections of each.
-        categories: The model's classes; without any, ``category_id`` is the label and ``category_name`` is left out.
-
-    Returns:
-        For each detection ``image_id``, ``file_name``, ``category_id``, ``category_name``, ``bbox`` (x, y, width,
-        height; pixels) and ``score``. ``image_id`` is the file's name as a number (``000000000139.jpg`` is 139, as COCO
-        names its images) if all files have such names and no two the same; otherwise files are numbered from 1.
+    Each has ``image_id``, ``file_name``, ``category_id``, ``category_name``, ``bbox`` (x, y, width, height; pixels) and
+    ``score``. ``image_id`` is the file's name as a number (``000000000139.jpg`` is 139, as COCO names its images) if
+    all files have such names and no two the same; otherwise files are numbered from 1. Without ``categories``, the
+    model's classes, ``category_id`` is the label and ``category_name`` is left out.
     """
     numbers = [int(path.stem) for path in paths if path.stem.isascii() and path.stem.isdecimal()]
     image_ids = numbers if len(set(numbers)) == len(paths) else range(1, len(paths) + 1)
-    by_label = {category.label: category for category in categories}
+    of_label = {one.label: {"category_id": one.category_id, "category_name": one.name} for one in categories}
     entries: list[dict[str, Any]] = []
     for image_id, path, prediction in zip(image_ids, paths, predictions, strict=True):
-        boxes_xywh = prediction["boxes"].double()
-        boxes_xywh = torch.cat([boxes_xywh[:, :2], boxes_xywh[:, 2:] - boxes_xywh[:, :2]], dim=1)
-        for bbox, label, score in zip(
-            boxes_xywh.tolist(), prediction["labels"].tolist(), prediction["scores"].tolist(), strict=True
-        ):
-            entry: dict[str, Any] = {"image_id": image_id, "file_name": path.name}
-            if categories:
-                entry |= {"category_id": by_label[label].category_id, "category_name": by_label[label].name}
-            else:
-                entry["category_id"] = label
-            entries.append(entry | {"bbox": bbox, "score": score})
+        columns = to_xywh(prediction["boxes"].double().numpy()), prediction["labels"], prediction["scores"]
+        for bbox, label, score in zip(*(column.tolist() for column in columns), strict=True):
+            category = of_label[label] if categories else {"category_id": label}
+            entry = {"image_id": image_id, "file_name": path.name, **category, "bbox": bbox, "score": score}
+            entries.append(entry)
     return entries
 
 

@@ -12,9 +12,10 @@ from torch.utils.data import Subset
 from tqdm import tqdm
 
 from resdet.data.dataset import DetectionDataset, without_subset
+from resdet.data.loader import eval_loader
 from resdet.evaluation.coco import ClassMetrics, CocoMetrics, coco_metrics
 from resdet.evaluation.curves import best_score_threshold
-from resdet.evaluation.inference import inference, own_batches
+from resdet.evaluation.inference import inference
 from resdet.evaluation.labels import match_labels
 from resdet.evaluation.settings import InferenceSettings
 from resdet.evaluation.state import placed, random_states_kept
@@ -25,19 +26,12 @@ from resdet.types import Detections, Floats, Ints, Prediction, Target
 
 @dataclass(frozen=True)
 class Evaluation:
-    """How good a model is on a dataset.
-
-    Attributes:
-        coco: COCO's metrics.
-        voc: VOC's metrics at IoU 0.5.
-        detections: What the model found, images in the dataset's order, by falling score in each.
-        score_threshold: The score from which showing its detections gives the best F1 at IoU 0.5, all classes pooled;
-            None where it found nothing right.
-    """
+    """How good a model is on a dataset."""
 
     coco: CocoMetrics
-    voc: VocMetrics
-    detections: Detections
+    voc: VocMetrics  # at IoU 0.5
+    detections: Detections  # images in the dataset's order, by falling score in each
+    # The score from which showing detections gives the best F1 at IoU 0.5, all classes pooled; None if none is right.
     score_threshold: float | None
 
     @property
@@ -77,16 +71,11 @@ def evaluate(
         UserError: If this model does not support ``settings.tricks``.
     """
     dataset = without_subset(dataset)
-    labels = match_labels(model, dataset.table)
+    table, labels = dataset.table, match_labels(model, dataset.table)
     found = detect(model, dataset, settings, team)
     if labels is not None:
         found = replace(found, labels=labels[found.labels])
-    return Evaluation(
-        coco_metrics(dataset.table, found),
-        voc_metrics(dataset.table, found),
-        found,
-        best_score_threshold(dataset.table, found),
-    )
+    return Evaluation(coco_metrics(table, found), voc_metrics(table, found), found, best_score_threshold(table, found))
 
 
 def detect(
@@ -95,16 +84,10 @@ def detect(
     settings: InferenceSettings = InferenceSettings(),
     team: Processes | None = None,
 ) -> Detections:
-    """Run a model over every image of a dataset, each once; arguments are as for ``evaluate``.
+    """Run a model over every image of a dataset, each once; arguments and errors are as for ``evaluate``.
 
-    The model's training flags and the random states of torch, NumPy and Python are restored.
-
-    Returns:
-        Detections with the model's own labels; images in the dataset's order, by falling score in each.
-
-    Raises:
-        WeightsError: If the model computes NaN or infinity.
-        UserError: If this model does not support ``settings.tricks``.
+    Detections have the model's own labels; images are in the dataset's order, by falling score in each. The model's
+    training flags and the random states of torch, NumPy and Python are restored.
     """
     dataset, device = without_subset(dataset), placed(model, settings.device)
     team = team or Processes(0, 1, device)
@@ -117,7 +100,7 @@ def detect(
         inference(model, settings) as run,
         tqdm(total=num_images, unit="image", disable=not settings.progress or not team.is_main) as bar,
     ):
-        for batch in own_batches(dataset, settings, team):
+        for batch in eval_loader(dataset, team, batch_size=settings.batch_size, num_workers=settings.num_workers):
             where = f"image_id={image_ids[batch.indices].tolist()} of {dataset.table.name}"
             predictions += run(batch.images, where)
             seen += batch.indices

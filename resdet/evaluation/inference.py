@@ -10,8 +10,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from resdet.data.dataset import DetectionDataset
-from resdet.data.loader import Batch, eval_loader
 from resdet.errors import WeightsError
 from resdet.evaluation.settings import InferenceSettings
 from resdet.evaluation.state import evaluation_mode, placed
@@ -19,7 +17,7 @@ from resdet.malloc import keep_freed_memory
 from resdet.models.int8 import Int8Detector
 from resdet.models.test_time import detect_with_tricks
 from resdet.precision import Precision, autocast
-from resdet.processes import Processes, choose_device
+from resdet.processes import choose_device
 from resdet.types import Prediction
 
 logger = logging.getLogger(__name__)
@@ -29,21 +27,12 @@ Detect = Callable[[Sequence[Tensor], str], list[Prediction]]
 
 
 def device_for(model: nn.Module, name: Literal["auto", "cpu", "cuda"]) -> torch.device:
-    """Return the device of that name, or the CPU for an int8 detector, which runs nowhere else.
-
-    Raises:
-        UserError: If it is ``cuda``, the model is not int8 and there is no GPU.
-    """
+    """Return the device of that name, or the CPU for an int8 detector, which runs nowhere else."""
     if not isinstance(model, Int8Detector):
         return choose_device(name)
     if name == "cuda" or (name == "auto" and torch.cuda.device_count() > 0):
         logger.info("the detector is int8 and runs on the CPU (device %s is ignored)", name)
     return torch.device("cpu")
-
-
-def own_batches(dataset: DetectionDataset, settings: InferenceSettings, team: Processes) -> Iterator[Batch]:
-    """Return this process's share of a dataset's images, each once, in batches."""
-    return eval_loader(dataset, team, batch_size=settings.batch_size, num_workers=settings.num_workers)
 
 
 @contextmanager
@@ -53,14 +42,8 @@ def inference(model: nn.Module, settings: InferenceSettings = InferenceSettings(
     Every module's training flag is restored at the end. Gradients are off inside that function only, and by
     ``no_grad``: tensors that a model caches in ``inference_mode`` could not take part in training afterwards.
 
-    Args:
-        model: A torchvision ``FasterRCNN``.
-        settings: ``device``, ``precision`` and ``tricks`` count here.
-
-    Raises:
-        UserError: By the yielded function, if this model does not support ``settings.tricks``.
-        WeightsError: By the yielded function, if the model computes NaN or infinity. Thresholds drop such boxes, so
-            unless the heads' raw outputs are checked, a diverged model would pass for one that finds nothing.
+    The function raises a WeightsError if the model computes NaN or infinity. Thresholds drop such boxes, so unless the
+    heads' raw outputs are checked, a diverged model would pass for one that finds nothing.
     """
     device = placed(model, settings.device)
     if device.type == "cpu":

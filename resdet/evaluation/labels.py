@@ -18,10 +18,8 @@ def model_categories(model: nn.Module) -> tuple[Category, ...]:
 def match_labels(model: nn.Module, table: AnnotationTable) -> Ints | None:
     """Return the dataset's label for each of the model's, int64 ``[K + 1]``, or None where they are the same.
 
-    Classes are matched by name; if the model has no names (torchvision's own), their numbers are compared.
-
-    Raises:
-        DataError: If model and dataset do not have the same classes.
+    Classes are matched by name; if the model has no names (torchvision's own), their numbers are compared. A DataError
+    is raised unless model and dataset have the same classes.
     """
     ours, theirs = model_categories(model), table.categories
     if not ours:
@@ -33,18 +31,17 @@ def match_labels(model: nn.Module, table: AnnotationTable) -> Ints | None:
                 "they must agree (a torchvision model of 91 classes is trained on COCO's category ids, not on labels)"
             )
         return None
-    label_of = {category.name: category.label for category in theirs}
-    missing = [name for name in label_of if name not in {category.name for category in ours}]
-    unknown = [category.name for category in ours if category.name not in label_of]
+    own_label, label = ({category.name: category.label for category in categories} for categories in (ours, theirs))
+    missing = [name for name in label if name not in own_label]
+    unknown = [name for name in own_label if name not in label]
     if missing or unknown:
         only_theirs, only_ours = (name_some(map(repr, names), 10) or "none" for names in (missing, unknown))
         raise DataError(
             f"model and dataset must have the same classes: only {table.name} has {only_theirs}; "
             f"only the model has {only_ours}"
         )
-    if all(label_of[category.name] == category.label for category in ours):
+    if own_label == label:
         return None
     labels = np.zeros(len(ours) + 1, dtype=np.int64)
-    for category in ours:
-        labels[category.label] = label_of[category.name]
+    labels[list(own_label.values())] = [label[name] for name in own_label]
     return labels

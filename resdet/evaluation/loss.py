@@ -12,8 +12,9 @@ from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.image_list import ImageList
 
 from resdet.data.dataset import DetectionDataset, without_subset
+from resdet.data.loader import eval_loader
 from resdet.errors import UserError, WeightsError
-from resdet.evaluation.inference import own_batches, suspect
+from resdet.evaluation.inference import suspect
 from resdet.evaluation.labels import match_labels
 from resdet.evaluation.settings import InferenceSettings
 from resdet.evaluation.state import evaluation_mode, placed, random_states_kept, seed_torch
@@ -38,29 +39,18 @@ def validation_loss(
     same boxes every time, whatever else is in the batch. Parameters, buffers, gradients, training flags and random
     states are afterwards bit for bit what they were.
 
-    Targets are the dataset's: crowd regions and, unless it uses them, difficult objects are background.
-
-    Args:
-        model: A ``Detector`` or any of torchvision's ``FasterRCNN``.
-        dataset: Images and ground truth, as for ``evaluate``; classes are matched by name.
-        settings: How to run the model; ``tricks`` and ``progress`` have no effect.
-        team: The processes that share the work, as for ``evaluate``. The result has the same bits as that of one
-            process if ``batch_size`` is 1; otherwise other images are padded together.
+    Targets are the dataset's: crowd regions and, unless it uses them, difficult objects are background. Arguments and
+    errors are as for ``evaluate``, but the model must be a ``FasterRCNN``, and ``settings.tricks`` and
+    ``settings.progress`` have no effect. Several processes get the bits of one if ``batch_size`` is 1; otherwise other
+    images are padded together.
 
     Returns:
         ``val_loss``, and the four it is the sum of: ``val_loss_classifier``, ``val_loss_box_reg``,
         ``val_loss_objectness``, ``val_loss_rpn_box_reg``. Means over images, each of which counts the same; those
         without objects count too.
-
-    Raises:
-        DataError: If model and dataset do not have the same classes.
-        UserError: If the model is not a ``FasterRCNN``.
-        WeightsError: If the losses of an image are NaN or infinite.
     """
     if not isinstance(model, FasterRCNN):
-        raise UserError(
-            f"the validation loss is that of torchvision's FasterRCNN or a subclass, got {type(model).__name__}"
-        )
+        raise UserError(f"the validation loss needs torchvision's FasterRCNN or a subclass, got {type(model).__name__}")
     dataset, device = without_subset(dataset), placed(model, settings.device)
     team = team or Processes(0, 1, device)
     own = _losses_of_images(model, dataset, settings, team, device)
@@ -90,7 +80,7 @@ def _losses_of_images(
     with random_states_kept(device), evaluation_mode(model):
         # torchvision's parts compute losses if their own flag is set; the flags of the layers in them stay off.
         model.rpn.training = model.roi_heads.training = True
-        for batch in own_batches(dataset, settings, team):
+        for batch in eval_loader(dataset, team, batch_size=settings.batch_size, num_workers=settings.num_workers):
             images = [image.to(device, non_blocking=True).float() / 255 for image in batch.images]
             targets = batch.targets
             if own_label is not None:

@@ -34,7 +34,7 @@ def write_report(
     max_images: int = 40,
     max_image_bytes: int = 3_000_000,
 ) -> None:
-    """Write one self-contained page on one or several evaluations of the same dataset.
+    """Write one self-contained page on one or several evaluations of the same dataset, in place of an old file.
 
     It shows the overall metrics, training curves, differences in configuration, precision-recall curves, a table per
     class with the score threshold of the best F1, the cost of each kind of error, a confusion matrix, and the images
@@ -43,18 +43,9 @@ def write_report(
     The page loads nothing, and its own content security policy forbids it to: styles and the script are allowed by
     their hashes, images as data only. All names are escaped.
 
-    Args:
-        path: The HTML file; its folder must exist. An old file is replaced as a whole.
-        dataset: Ground truth and images of all ``runs``; a ``Subset`` as for ``evaluate``.
-        runs: At least one; their evaluations' rows must be of ``dataset``.
-        max_images: Images in the gallery, at most.
-        max_image_bytes: Their share of the page, boxes included. Images are embedded as JPEG, their longer side at
-            most 640 pixels; those that would exceed the budget are left out, and the page says so.
-
-    Raises:
-        ValueError: If there are no runs or two of the same name.
-        DataError: If detections do not belong to the dataset, or an image cannot be read.
-        UserError: If the folder of ``path`` does not exist.
+    Runs must have different names, and the folder of ``path`` must exist. At most ``max_images`` are in the gallery,
+    embedded as JPEG, their longer side at most 640 pixels. Those that, boxes included, would exceed ``max_image_bytes``
+    together are left out, and the page says so.
     """
     names = [run.name for run in runs]
     if not runs or len(set(names)) != len(names):
@@ -62,9 +53,8 @@ def write_report(
     dataset = without_subset(dataset)
     measured = [measure(dataset.table, run) for run in runs]
     content = _content(dataset.table, measured) | {"gallery": gallery(dataset, measured, max_images, max_image_bytes)}
-    text = _render(content)
     with written_whole(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(_render(content), encoding="utf-8")
 
 
 def write_run_report(
@@ -73,17 +63,7 @@ def write_run_report(
     evaluation: Evaluation,
     config: Mapping[str, Any],
 ) -> None:
-    """Write ``report.html`` into a run's folder, with the curves of its ``metrics.jsonl``.
-
-    Args:
-        output_dir: The run's folder; its name is the run's.
-        dataset: What was evaluated on.
-        evaluation: The run's last.
-        config: The run's configuration as plain values.
-
-    Raises:
-        DataError: As ``write_report`` and ``read_log``.
-    """
+    """Write ``report.html`` into a run's folder, whose name is the run's, with the curves of its ``metrics.jsonl``."""
     run = ReportedRun(output_dir.resolve().name, evaluation, config, read_log(output_dir))
     write_report(output_dir / "report.html", dataset, [run])
 

@@ -14,6 +14,7 @@ from PIL import Image
 from resdet.data.annotations import AnnotationTable
 from resdet.data.dataset import DetectionDataset
 from resdet.evaluation.errors import ERROR_KINDS
+from resdet.evaluation.matching import to_xywh
 from resdet.evaluation.report_runs import MeasuredRun
 from resdet.types import Floats, Ints
 
@@ -21,6 +22,7 @@ _MAX_SIDE = 640
 _JPEG_QUALITY = 80
 _BYTES_PER_BOX = 230  # what a box adds to the page
 _KINDS = (*ERROR_KINDS, "uncounted", "hit")
+_MISSED = ERROR_KINDS.index("missed")
 _HIT, _UNCOUNTED = -1, -2  # a detection that is no error is one of these: indices into _KINDS
 
 
@@ -31,17 +33,18 @@ def gallery(
 
     Of images of equal cost, as when nothing at all was found, the one with more errors comes first.
     """
+    every_error = [one.errors.errors for one in measured]
     loss = np.stack([one.errors.image_loss for one in measured])  # [runs, I]
-    num_images = dataset.table.num_images
-    error_rows = np.concatenate([one.errors.errors.image_index for one in measured])
-    num_errors = np.bincount(error_rows, minlength=num_images)  # [I]
+    error_rows = np.concatenate([errors.image_index for errors in every_error])
+    num_errors = np.bincount(error_rows, minlength=dataset.table.num_images)  # [I]
     order = np.lexsort((-num_errors, -loss.max(axis=0)))
     order = order[num_errors[order] > 0]
     verdicts = [_verdicts(one) for one in measured]
+    missed = [set(errors.box[errors.kind == _MISSED].tolist()) for errors in every_error]
     shots: list[dict[str, Any]] = []
     num_bytes = 0
     for index in order[:max_images].tolist():
-        boxes = _ground_truth(dataset.table, measured, index)
+        boxes = _ground_truth(dataset.table, measured, missed, index)
         found = [box for run in range(len(measured)) for box in _found(measured[run], *verdicts[run], run, index)]
         picture = _data_url(dataset.image(index))
         num_bytes += len(picture) + _BYTES_PER_BOX * (len(boxes) + len(found))
@@ -87,27 +90,22 @@ def _verdicts(measured: MeasuredRun) -> tuple[Ints, Floats]:
     return kinds, iou
 
 
-def _ground_truth(table: AnnotationTable, measured: Sequence[MeasuredRun], index: int) -> list[dict[str, Any]]:
+def _ground_truth(
+    table: AnnotationTable, measured: Sequence[MeasuredRun], missed: Sequence[set[int]], index: int
+) -> list[dict[str, Any]]:
     """Return an image's boxes; for each run the score of the detection that has the box, and whether it is missed."""
-    missed_kind = ERROR_KINDS.index("missed")
-    missed = []
-    for one in measured:
-        errors, rows = one.errors.errors, one.errors.errors.of_image(index)
-        missed.append(set(errors.box[rows][errors.kind[rows] == missed_kind].tolist()))
-    boxes = []
-    for row in range(table.num_boxes)[table.rows(index)]:
-        found_by = [int(one.matches.detection_of_box[0, row]) for one in measured]
-        scores = [one.run.evaluation.detections.scores for one in measured]
-        boxes.append(
-            {
-                "label": int(table.labels[row]),
-                "rect": table.boxes_xywh[row].tolist(),
-                "is_counted": not (table.crowd[row] or table.difficult[row]),
-                "scores": [score[d] if d >= 0 else None for score, d in zip(scores, found_by, strict=True)],
-                "missed": [row in rows for rows in missed],
-            }
-        )
-    return boxes
+    scores = [one.run.evaluation.detections.scores for one in measured]  # [D] each
+    found_by = [one.matches.detection_of_box[0] for one in measured]  # [N] each
+    return [
+        {
+            "label": int(table.labels[row]),
+            "rect": table.boxes_xywh[row].tolist(),
+            "is_counted": not (table.crowd[row] or table.difficult[row]),
+            "scores": [score[d[row]] if d[row] >= 0 else None for score, d in zip(scores, found_by, strict=True)],
+            "missed": [row in rows for rows in missed],
+        }
+        for row in range(table.num_boxes)[table.rows(index)]
+    ]
 
 
 def _found(measured: MeasuredRun, kinds: Ints, iou: Floats, run: int, index: int) -> list[dict[str, Any]]:
@@ -115,25 +113,22 @@ def _found(measured: MeasuredRun, kinds: Ints, iou: Floats, run: int, index: int
     detections = measured.run.evaluation.detections
     rows = np.flatnonzero(detections.image_index == index)
     rows = rows[np.argsort(detections.scores[rows], kind="stable")]
-    found = []
-    for row in rows.tolist():
-        x1, y1, x2, y2 = detections.boxes[row].tolist()
-        found.append(
-            {
-                "run": run,
-                "label": int(detections.labels[row]),
-                "score": detections.scores[row],
-                "kind": _KINDS[kinds[row]],
-                "iou": iou[row],
-                "rect": (x1, y1, x2 - x1, y2 - y1),
-            }
-        )
-    return found
+    rects = to_xywh(detections.boxes[rows]).tolist()
+    return [
+        {
+            "run": run,
+            "label": int(detections.labels[row]),
+            "score": detections.scores[row],
+            "kind": _KINDS[kinds[row]],
+            "iou": iou[row],
+            "rect": rect,
+        }
+        for row, rect in zip(rows.tolist(), rects, strict=True)
+    ]
 
 
 def _summary(measured: MeasuredRun, index: int) -> str:
     """Count the errors of each kind in an image, in words."""
     errors = measured.errors.errors
     counts = np.bincount(errors.kind[errors.of_image(index)], minlength=len(ERROR_KINDS)).tolist()
-    parts = [f"{count} {kind}" for kind, count in zip(ERROR_KINDS, counts, strict=True) if count]
-    return ", ".join(parts) or "no errors"
+    return ", ".join(f"{count} {kind}" for kind, count in zip(ERROR_KINDS, counts, strict=True) if count) or "no errors"

@@ -25,19 +25,12 @@ IOU_THRESHOLDS = (0.5, 0.75)
 
 @dataclass(frozen=True)
 class ReportedRun:
-    """What a report shows of one run.
+    """What a report shows of one run."""
 
-    Attributes:
-        name: Its name in the report; unique there.
-        evaluation: Its detections and their metrics.
-        config: Its configuration as plain values; a report on several runs lists the keys in which they differ.
-        log: The lines of its metrics.jsonl (``read_log``); drawn as curves over ``step``.
-    """
-
-    name: str
+    name: str  # unique in the report
     evaluation: Evaluation
-    config: Mapping[str, Any] = field(default_factory=dict)
-    log: Sequence[Mapping[str, Any]] = ()
+    config: Mapping[str, Any] = field(default_factory=dict)  # plain values; the page lists keys that differ
+    log: Sequence[Mapping[str, Any]] = ()  # of metrics.jsonl (read_log)
 
 
 @dataclass(frozen=True)
@@ -69,8 +62,7 @@ def measure(table: AnnotationTable, run: ReportedRun) -> MeasuredRun:
 def read_log(output_dir: Path) -> list[dict[str, Any]]:
     """Read a run's ``metrics.jsonl``; without one the log is empty. A last line that was cut off is ignored.
 
-    Raises:
-        DataError: If another line is not a JSON object with a number ``step``.
+    Any other line that is not a JSON object with a number ``step`` raises a DataError.
     """
     path = output_dir / "metrics.jsonl"
     if not path.is_file():
@@ -80,21 +72,19 @@ def read_log(output_dir: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(lines, start=1):
         try:
             entry = json.loads(line)
-            if not isinstance(entry["step"], (int, float)):
-                raise TypeError
-        except (ValueError, KeyError, TypeError) as error:
-            if number == len(lines) and not line.endswith("}"):
-                break
-            raise DataError(f"{path}: line {number}: expected a JSON object with a step, got {line[:100]}") from error
-        entries.append(entry)
+        except ValueError:
+            entry = None
+        if isinstance(entry, dict) and isinstance(entry.get("step"), (int, float)):
+            entries.append(entry)
+        elif number < len(lines) or line.endswith("}"):
+            raise DataError(f"{path}: line {number}: expected a JSON object with a step, got {line[:100]}")
     return entries
 
 
 def check_same_ground_truth(tables: Sequence[tuple[str, AnnotationTable]]) -> None:
-    """Check that metrics measured on these tables, each with its run's name, are comparable.
+    """Raise a DataError unless metrics measured on these tables, each with its run's name, are comparable.
 
-    Raises:
-        DataError: If classes (or their order), images or boxes are not the same.
+    That takes the same classes in the same order, the same images and the same boxes.
     """
     (first, one), *others = tables
     for name, other in others:

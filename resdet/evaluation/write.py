@@ -46,11 +46,9 @@ def metrics_table(evaluation: Evaluation) -> str:
     for row, name, num_boxes, voc_ap in rows:
         numbers = [*(getattr(row, column) for column in columns), voc_ap]
         lines.append(f"{name:{width}} {num_boxes:>7} " + " ".join(f"{_number(number):>9}" for number in numbers))
-    lines.append("")
-    lines += [f"{name:<18} {_number(value)}" for name, value in evaluation.metrics.items()]
+    lines += ["", *(f"{name:<18} {_number(value)}" for name, value in evaluation.metrics.items())]
     best = "-" if evaluation.score_threshold is None else f"{evaluation.score_threshold:.3f}"
-    lines.append(f"{'score of best F1':<18} {best}")
-    return "\n".join(lines)
+    return "\n".join([*lines, f"{'score of best F1':<18} {best}"])
 
 
 def _number(value: float) -> str:
