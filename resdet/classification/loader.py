@@ -75,7 +75,7 @@ def train_loader(
         partial(_train_batch, images, view),
         keys,
         num_workers=num_workers,
-        pin_memory=team.device.type == "cuda",
+        device=team.device,
         stall_seconds=stall_seconds,
     )
 
@@ -103,8 +103,7 @@ def eval_loader(
         look = partial(ten_crop_views if views == "ten_crop" else centre_views, resize=resize, size=size)
     size_of_batch = 1 if views == "dense" else batch_size
     keys = eval_keys(len(images), size_of_batch, rank=team.rank, world_size=team.world_size)
-    pin_memory = team.device.type == "cuda"
-    return load_batches(partial(_eval_batch, images, look), keys, num_workers=num_workers, pin_memory=pin_memory)
+    return load_batches(partial(_eval_batch, images, look), keys, num_workers=num_workers, device=team.device)
 
 
 def _train_batch(images: LabelledImages, view: TrainView, keys: Keys) -> TrainBatch:

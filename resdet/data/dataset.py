@@ -105,9 +105,7 @@ class DetectionDataset(Dataset[tuple[Tensor, Target]]):
     @property
     def unreadable(self) -> npt.NDArray[np.int64]:
         """Rows of the images that this process or its workers could not read so far, int64 ``[U]``, ascending."""
-        if self._unreadable is None:
-            return np.zeros(0, dtype=np.int64)
-        return np.flatnonzero(self._unreadable.numpy())
+        return np.flatnonzero([] if self._unreadable is None else self._unreadable.numpy())
 
     @property
     def trained(self) -> npt.NDArray[np.bool_]:

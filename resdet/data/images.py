@@ -217,12 +217,8 @@ class FolderImages:
 
     def __init__(self, root: Path, table: AnnotationTable) -> None:
         _check_names(table)
-        self._root = str(root)
+        self._root = Path(root)
         self._table = table
-
-    def path(self, index: int) -> Path:
-        """Return the file of image ``index``."""
-        return Path(self._root, self._table.file_names[index])
 
     def __call__(self, index: int) -> npt.NDArray[np.uint8]:
         """Read image ``index``: uint8 RGB ``[H, W, 3]``.
@@ -232,7 +228,7 @@ class FolderImages:
             DataError: If its size is not the one in the table.
         """
         image_id = self._table.image_ids[index]
-        path = self.path(index)
+        path = self._root / self._table.file_names[index]
         try:
             image = read_image(path)
         except UnreadableImageError as error:

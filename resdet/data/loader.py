@@ -51,8 +51,7 @@ def train_loader(
     """Yield this process's micro-batches without end, in the order of ``TrainBatches``.
 
     ``sampling`` and ``repeat_threshold`` are as for ``image_order``, ``num_workers`` and ``stall_seconds`` as for
-    ``load_batches``, the rest as for ``TrainBatches``. Batches do not depend on the number of workers; for a team on
-    CUDA devices they are pinned.
+    ``load_batches``, the rest as for ``TrainBatches``. Batches do not depend on the number of workers.
 
     Raises:
         UserError: As from ``TrainBatches``.
@@ -69,8 +68,8 @@ def train_loader(
         seed=seed,
         start_batch=start_batch,
     )
-    make, pin_memory = partial(_pack, dataset), team.device.type == "cuda"
-    packed = load_batches(make, keys, num_workers=num_workers, pin_memory=pin_memory, stall_seconds=stall_seconds)
+    make, device = partial(_pack, dataset), team.device
+    packed = load_batches(make, keys, num_workers=num_workers, device=device, stall_seconds=stall_seconds)
     return map(_unpacked, packed)
 
 
@@ -79,15 +78,15 @@ def eval_loader(
 ) -> Iterator[Batch]:
     """Yield this process's share of the images, as ``eval_keys`` divides them.
 
-    ``batch_size`` is that of this process, ``num_workers`` is as for ``load_batches``. Batches for CUDA are pinned.
+    ``batch_size`` is that of this process, ``num_workers`` is as for ``load_batches``.
 
     Raises:
         DataError: While iterating, if an image cannot be read.
         WorkerError: As from ``load_batches``.
     """
     keys = eval_keys(len(dataset), batch_size, rank=team.rank, world_size=team.world_size)
-    make, pin_memory = partial(_pack, dataset), team.device.type == "cuda"
-    return map(_unpacked, load_batches(make, keys, num_workers=num_workers, pin_memory=pin_memory))
+    packed = load_batches(partial(_pack, dataset), keys, num_workers=num_workers, device=team.device)
+    return map(_unpacked, packed)
 
 
 def eval_keys(num_images: int, batch_size: int, *, rank: int, world_size: int) -> list[list[tuple[int, int]]]:

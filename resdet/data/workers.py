@@ -1,8 +1,9 @@
 """The worker processes that make batches, for detection and classification: torch's DataLoader with readable failures.
 
 A batch is a NamedTuple whose fields are tensors, lists of tensors and plain values. From a worker it comes through
-shared memory; with ``pin_memory``, torch's pinning thread then copies each of its tensors into page-locked memory. So
-a batch should hold few, large tensors: each takes a file descriptor on its way, and one transfer to the device.
+shared memory; for a CUDA device, torch's pinning thread then copies each of its tensors into page-locked memory, from
+which the device fetches them while the host goes on. So a batch should hold few, large tensors: each takes a file
+descriptor on its way, and one transfer to the device.
 """
 
 from __future__ import annotations
@@ -48,15 +49,14 @@ def load_batches(
     keys: Iterable[Keys],
     *,
     num_workers: int,
-    pin_memory: bool,
+    device: torch.device,
     stall_seconds: float = STALL_SECONDS,
 ) -> Iterator[_Batch]:
     """Start workers that make batches, and yield the batches in the order of their keys.
 
     The workers start at once, not with the first batch, and end when the iterator is dropped. ``num_workers=0`` makes
     batches in this process, when they are asked for, and never reports a stall. ``make`` must pickle where workers are
-    spawned; a list of keys takes no more workers than it has entries. ``pin_memory`` is for runs on a CUDA device,
-    which fetches batches from page-locked memory while the host goes on.
+    spawned; a list of keys takes no more workers than it has entries. Batches stay on the CPU, pinned for CUDA devices.
 
     Raises:
         UserError: While iterating, as ``make`` raised it.
@@ -69,7 +69,7 @@ def load_batches(
         batch_sampler=keys,  # type: ignore[arg-type]  # torch's types know lists of indices only
         num_workers=num_workers,
         collate_fn=_as_it_is,
-        pin_memory=pin_memory,
+        pin_memory=device.type == "cuda",
         timeout=stall_seconds if num_workers else 0,
         worker_init_fn=_start_worker if num_workers else None,
         multiprocessing_context=_start_method() if num_workers else None,

@@ -124,12 +124,12 @@ def test_a_dead_pinning_thread_is_no_stall(pinning, monkeypatch):
         next(loader)
 
 
-def views_of(num_workers, *, pin_memory=False):
+def views_of(num_workers, *, team=ON_CPU):
     pixels = np.random.default_rng(0).integers(0, 256, (5, 40, 30, 3), dtype=np.uint8)
     images = LabelledImages("five", ("a", "b"), np.array([0, 1, 1, 0, 1]), StoredPictures(pixels, "five"))
     make = partial(_eval_batch, images, partial(ten_crop_views, resize=32, size=24))
     keys = eval_keys(5, 2, rank=0, world_size=1)
-    return list(load_batches(make, keys, num_workers=num_workers, pin_memory=pin_memory))
+    return list(load_batches(make, keys, num_workers=num_workers, device=team.device))
 
 
 def test_classification_too_works_around_small_shared_memory(monkeypatch, caplog):
@@ -147,7 +147,7 @@ def test_classification_too_works_around_small_shared_memory(monkeypatch, caplog
 def test_classification_too_pins_what_it_is_told_to(pinning):
     batches = views_of(0)
     assert pinning.copies == []
-    for batch, plain in zip(views_of(1, pin_memory=True), batches, strict=True):
+    for batch, plain in zip(views_of(1, team=ON_CUDA), batches, strict=True):
         assert all(map(pinning.holds, [*batch.views, batch.labels]))
         torch.testing.assert_close(batch.views, plain.views, rtol=0, atol=0)
 

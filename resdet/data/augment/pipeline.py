@@ -178,11 +178,11 @@ class Augment:
         return partial(build_augment, min_visibility=self.min_visibility), (self.steps,)
 
     def __call__(self, sample: Sample, *, seed: int, partner: Callable[[int], Sample] | None = None) -> Sample:
-        """Apply every step to an image and its boxes.
+        """Apply every step to an image and its boxes, which are clipped to it first.
 
         Boxes are bit-identical where no step moved pixels. Horizontal and vertical flips are exact: with boxes of
-        float32 numbers, flipping twice gives the same boxes. Other geometry is computed in float64 and rounded once,
-        at the end. Labels, flags and ids stay with their boxes.
+        float32 numbers, flipping twice gives the same boxes. Other geometry is computed in float64 and rounded once, at
+        the end, to the dtype of the given boxes. Labels, flags and ids stay with their boxes.
 
         A step that mixes images (Mosaic, CopyPaste) draws them with ``partner`` when it is applied. Each has gone
         through the steps that stand before it, with random choices of its own; the steps that follow see the mixture.
@@ -190,13 +190,13 @@ class Augment:
         after Mosaic pastes from another mosaic, which reads four images more.
 
         Args:
-            sample: Image and boxes; not changed. Boxes are clipped to the image first.
+            sample: Image and boxes; not changed.
             seed: Decides all random choices, >= 0.
             partner: Returns another image of the dataset for a number in [0, 2**63), always the same for the same
                 number. Needed only by steps that mix images.
 
         Returns:
-            The image, uint8 ``[H', W', 3]``, and the boxes that are left, clipped to it, in the given boxes' dtype.
+            The image, uint8 ``[H', W', 3]``, and the boxes that are left, clipped to it.
 
         Raises:
             DataError: If a step fails or returns anything but a uint8 image of three channels; it names image and step.
