@@ -128,10 +128,10 @@ def _from_deep_gray(image: Image.Image, path: Path) -> npt.NDArray[np.uint8]:
         raise UnreadableImageError(f"{path}: {_PIXELS}, got signed or 32-bit gray")
     tags = getattr(image, "tag_v2", {})
     bits = int(tags.get(_TIFF_BITS, (16,))[0])
-    values = np.array(image).astype(np.int32) >> (bits - 8)
+    values = np.array(image).astype(np.int32) >> (bits - 8)  # [H, W]
     # Pillow inverts a TIFF whose 0 is white only if it has 8 bits.
     gray = (255 - values if tags.get(_TIFF_PHOTOMETRIC) == 0 else values).astype(np.uint8)
-    return np.repeat(gray[:, :, None], 3, axis=2)
+    return np.repeat(gray[:, :, None], 3, axis=2)  # [H, W, 3]
 
 
 def read_header(path: Path) -> ImageHeader:

@@ -1,4 +1,4 @@
-"""Which images training draws, and which of them make a batch.
+"""Choose the images that training draws, and group them into batches.
 
 Why not the samplers of torch, torchvision's references and torchdata: their order depends on the number of processes
 and on a generator's state, so that a run can be resumed only by replaying it or with as many processes and workers as

@@ -1,4 +1,4 @@
-"""albumentations: which of its transforms suit detectors, and correct boxes for those that get them wrong.
+"""Select albumentations' transforms that suit detectors, and correct the boxes of those that get them wrong.
 
 Findings in 2.0.8, its last release under the MIT license:
 
@@ -38,11 +38,8 @@ UNFIT = {
 }
 """Transforms that must not be used, and why."""
 
-BOX_COLUMNS = 7
-"""Columns of ``Rows``: four fractions of the image, the label, the row in the sample, the visible share."""
-
 Rows = npt.NDArray[np.float64]
-"""Boxes as transforms take them, ``[N, 7]``."""
+"""Boxes as transforms take them, ``[N, 7]``: four fractions of the image, label, row in the sample, visible share."""
 
 
 def import_albumentations() -> ModuleType:

@@ -58,7 +58,7 @@ def build_augment(steps: Steps, *, min_visibility: float = MIN_VISIBILITY) -> Au
     Raises:
         DataError: If a name is unknown, a parameter is unknown or wrong, or a step has another form; the message
             names the step and the parameter.
-        UserError: If another library answers ``import albumentations``.
+        UserError: If ``import albumentations`` finds another library.
     """
     builder = _Builder(library.import_albumentations(), min_visibility)
     return Augment(steps, [builder.part(step, f"augment[{i}]") for i, step in enumerate(steps)], min_visibility)
@@ -207,12 +207,12 @@ class Augment:
     def _apply(self, num_parts: int, sample: Sample, seed: int, partner: Callable[[int], Sample] | None) -> Sample:
         """Apply the first steps; the boxes of the result are float64."""
         # One stream for all steps: albumentations' own set_random_seed would give each step the same numbers.
-        rng, py_random = np.random.default_rng(seed), random.Random(seed)
+        rng, py_rng = np.random.default_rng(seed), random.Random(seed)
         sample = replace(sample, boxes=np.clip(sample.boxes.astype(np.float64), 0, extent(sample.image.shape)))
 
         for position, (place, part) in enumerate(self.parts[:num_parts]):
             try:
-                after = part(sample, rng, py_random, partial(self._draw, position, partner))
+                after = part(sample, rng, py_rng, partial(self._draw, position, partner))
             except UserError:
                 raise
             except Exception as error:
@@ -237,15 +237,15 @@ _Part = Callable[[Sample, np.random.Generator, random.Random, Partner], Sample]
 """Applies a step at random; returns the given boxes themselves if it moved no pixels."""
 
 
-def _stepped(step: Step, sample: Sample, rng: np.random.Generator, py_random: random.Random, draw: Partner) -> Sample:
+def _stepped(step: Step, sample: Sample, rng: np.random.Generator, py_rng: random.Random, draw: Partner) -> Sample:
     return step.apply(sample, rng, draw) if rng.random() < step.p else sample
 
 
 def _transformed(
-    transform: Any, sample: Sample, rng: np.random.Generator, py_random: random.Random, draw: Partner
+    transform: Any, sample: Sample, rng: np.random.Generator, py_rng: random.Random, draw: Partner
 ) -> Sample:
     """Apply a transform of albumentations."""
-    transform.set_random_state(rng, py_random)
+    transform.set_random_state(rng, py_rng)
     rows = np.arange(len(sample), dtype=np.float64)
     # Labels are for transforms that ask for them (ConstrainedCoarseDropout).
     fractions = np.column_stack([sample.boxes / extent(sample.image.shape), sample.labels, rows, sample.visible])
@@ -257,20 +257,20 @@ def _transformed(
     # A transform that only resizes leaves fractions alone, but not pixels.
     if result["bboxes"] is fractions and image.shape == sample.image.shape:
         return replace(sample, image=image)
-    after = np.asarray(result["bboxes"], dtype=np.float64).reshape(-1, library.BOX_COLUMNS)
+    after = np.asarray(result["bboxes"], dtype=np.float64).reshape(-1, fractions.shape[1])
     left = replace(sample.select(after[:, 5].astype(np.int64)), visible=after[:, 6])
     return left.moved(image, after[:, :4] * extent(image.shape))
 
 
 def _flipped(
-    transform: Any, axis: int, sample: Sample, rng: np.random.Generator, py_random: random.Random, draw: Partner
+    transform: Any, axis: int, sample: Sample, rng: np.random.Generator, py_rng: random.Random, draw: Partner
 ) -> Sample:
     """Flip x (``axis`` 0) or y (1) where albumentations' ``transform`` says so: its fractions of the image are inexact.
 
     OpenCV turns 640x480 pixels in 0.05 ms. A view of reversed columns costs nothing here and 0.4 ms where channels are
-    parted; NumPy takes 1.1 ms to copy one.
+    separated; NumPy takes 1.1 ms to copy one.
     """
-    transform.set_random_state(rng, py_random)
+    transform.set_random_state(rng, py_rng)
     if not transform.should_apply():
         return sample
     boxes, length = sample.boxes.copy(), sample.image.shape[1 - axis]
