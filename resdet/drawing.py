@@ -1,4 +1,4 @@
-"""Boxes and their names on pictures, for prediction, training, the browse page and the report.
+"""Boxes and their names on pictures, and pictures in pages: for prediction, training, the browse page and the report.
 
 ``torchvision.utils.draw_bounding_boxes`` is no substitute: it writes names inside the boxes and over each other, in one
 small font unless a font file is given. They cover small objects, and vanish in dark or busy photographs.
@@ -6,7 +6,9 @@ small font unless a font file is given. They cover small objects, and vanish in 
 
 from __future__ import annotations
 
+import base64
 import colorsys
+import io
 import math
 from collections.abc import Sequence
 
@@ -113,3 +115,12 @@ def above(prediction: Prediction, score_threshold: float) -> Prediction:
     return Prediction(
         boxes=prediction["boxes"][keep], labels=prediction["labels"][keep], scores=prediction["scores"][keep]
     )
+
+
+def jpeg_url(image: npt.NDArray[np.uint8], max_side: int, *, optimize: bool = False) -> str:
+    """Encode an image as a JPEG in a data URL, scaled down to ``max_side`` where it is larger."""
+    picture = Image.fromarray(image)
+    picture.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    picture.save(buffer, "JPEG", quality=80, optimize=optimize)
+    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import itertools
 from collections import Counter
 from collections.abc import Sequence
@@ -12,13 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
-from PIL import Image
 
 from resdet.data.augment.sample import Sample
 from resdet.data.dataset import DetectionDataset
 from resdet.data.order import REPEAT_THRESHOLD, Sampling, TrainBatches, image_order
-from resdet.drawing import class_color
+from resdet.drawing import class_color, jpeg_url
 from resdet.errors import DataError
 from resdet.files import written_whole
 
@@ -27,7 +23,6 @@ NUM_IMAGES = 48
 
 _MAX_SIDE = 480
 _MIN_SIDE = 160
-_JPEG_QUALITY = 80
 
 
 Values = dict[str, Any]
@@ -125,15 +120,7 @@ def _picture(dataset: DetectionDataset, sample: Sample, max_side: int) -> Values
                 "tag_right": x1 > 0.7 * width,
             }
         )
-    return {"source": _data_uri(sample.image, max_side), "width": width, "height": height, "boxes": boxes}
-
-
-def _data_uri(image: npt.NDArray[np.uint8], max_side: int) -> str:
-    picture = Image.fromarray(image)
-    picture.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)
-    encoded = io.BytesIO()
-    picture.save(encoded, "JPEG", quality=_JPEG_QUALITY)
-    return "data:image/jpeg;base64," + base64.b64encode(encoded.getvalue()).decode("ascii")
+    return {"source": jpeg_url(sample.image, max_side), "width": width, "height": height, "boxes": boxes}
 
 
 def _render(dataset: DetectionDataset, cards: Sequence[Values], facts: Sequence[tuple[str, str]]) -> str:

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
-from PIL import Image
 
 from resdet.data.annotations import AnnotationTable
 from resdet.data.dataset import DetectionDataset
+from resdet.drawing import jpeg_url
 from resdet.evaluation.errors import ERROR_KINDS
 from resdet.evaluation.matching import to_xywh
 from resdet.evaluation.report_runs import MeasuredRun
 from resdet.types import Floats, Ints
 
 _MAX_SIDE = 640
-_JPEG_QUALITY = 80
 _BYTES_PER_BOX = 230  # what a box adds to the page
 _KINDS = (*ERROR_KINDS, "uncounted", "hit")
 _MISSED = ERROR_KINDS.index("missed")
@@ -46,7 +42,7 @@ def gallery(
     for index in order[:max_images].tolist():
         boxes = _ground_truth(dataset.table, measured, missed, index)
         found = [box for run in range(len(measured)) for box in _found(measured[run], *verdicts[run], run, index)]
-        picture = _data_url(dataset.image(index))
+        picture = jpeg_url(dataset.image(index), _MAX_SIDE, optimize=True)
         num_bytes += len(picture) + _BYTES_PER_BOX * (len(boxes) + len(found))
         if num_bytes > max_bytes:
             break
@@ -69,15 +65,6 @@ def gallery(
         "megabytes": f"{max_bytes / 1e6:g}",
         "max_images": max_images,
     }
-
-
-def _data_url(image: npt.NDArray[np.uint8]) -> str:
-    """Encode an image as a JPEG in a data URL, scaled down if it is larger than the page shows it."""
-    picture = Image.fromarray(image)
-    picture.thumbnail((_MAX_SIDE, _MAX_SIDE), Image.Resampling.LANCZOS)
-    buffer = io.BytesIO()
-    picture.save(buffer, "JPEG", quality=_JPEG_QUALITY, optimize=True)
-    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
 
 
 def _verdicts(measured: MeasuredRun) -> tuple[Ints, Floats]:
