@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 from torch import Tensor
 
@@ -45,43 +45,25 @@ logger = logging.getLogger(__name__)
 class Converted:
     """A state dict under torchvision's names, and what a builder must also know.
 
-    Attributes:
-        tensors: Names as torchvision has them: of a ``FasterRCNN`` (``backbone.body.``, ``backbone.fpn.``, ``rpn.``,
-            ``roi_heads.``) for a detector; of ``BackboneWithFPN`` (``body.``, ``fpn.``) or of a bare ResNet
-            (``conv1.``, ``layer1.``) for a backbone; of a ResNet with ``fc`` for a classifier. Tensors that no rule
-            changes are those given, not copies.
-        kind: What they are.
-        facts: Plain values. ``format``: where they come from. ``arch``: torchvision's name, or None if it is none of
-            ours. ``stride_in_1x1``: whether a bottleneck strides in its first 1x1 convolution (as MSRA's networks do)
-            and not in its 3x3. ``channel_order``: of the images the source takes, "rgb" or "bgr"; the tensors here
-            always take RGB. ``image_mean``, ``image_std``: of RGB images in [0, 1], as torchvision's FasterRCNN takes
-            them. ``norm_eps``: added to the variance by every norm. ``background``: the source's row of the
-            background, "first" or "last"; here it is always first. ``num_classes``: with the background for a
-            detector, without for a classifier; None for a backbone.
-        rules: Names of the rules that changed something.
-        left_over: Names in the source that torchvision's layout has no place for.
+    The names are those of a ``FasterRCNN`` (``backbone.body.``, ``backbone.fpn.``, ``rpn.``, ``roi_heads.``) for a
+    detector; of ``BackboneWithFPN`` (``body.``, ``fpn.``) or of a bare ResNet (``conv1.``, ``layer1.``) for a backbone;
+    of a ResNet with ``fc`` for a classifier.
     """
 
-    tensors: Tensors
+    tensors: Tensors  # those that no rule changes are the given ones, not copies
     kind: Kind
-    facts: dict[str, Any]
-    rules: tuple[str, ...]
-    left_over: tuple[str, ...]
+    facts: dict[str, Any]  # see ``resdet.weights.formats.facts_of``
+    rules: tuple[str, ...]  # names of the rules that changed something
+    left_over: tuple[str, ...]  # names in the source that torchvision's layout has no place for
 
 
 @dataclass(frozen=True)
 class Written:
-    """A state dict under another library's names.
-
-    Attributes:
-        tensors: As that library names and lays them out.
-        rules: Names of the rules that changed something.
-        left_over: Names in torchvision's layout that the format has no place for; or a part of one, as ``name[:4]``.
-    """
+    """A state dict as another library names it and lays it out."""
 
     tensors: Tensors
-    rules: tuple[str, ...]
-    left_over: tuple[str, ...]
+    rules: tuple[str, ...]  # names of the rules that changed something
+    left_over: tuple[str, ...]  # names that the format has no place for; or a part of one, as ``name[:4]``
 
 
 def to_torchvision(content: Mapping[str, Any], source_format: str | None = None) -> Converted:
@@ -90,10 +72,6 @@ def to_torchvision(content: Mapping[str, Any], source_format: str | None = None)
     Args:
         content: A file's content (``read_checkpoint``), whose other entries are used too, or a state dict.
         source_format: A key of ``FORMATS``; by default the one that its names show.
-
-    Raises:
-        WeightsError: If there is no such format, or the state dict is not of it, holds no ResNet, or has class-agnostic
-            box regression, which torchvision's FasterRCNN lacks.
     """
     source_format = detect_format(content) if source_format is None else source_format
     source = find_format(source_format)
@@ -129,23 +107,22 @@ def to_torchvision(content: Mapping[str, Any], source_format: str | None = None)
 
 
 def write(tensors: Mapping[str, Tensor], target_format: str, facts: Mapping[str, Any] | None = None) -> Written:
-    """Convert a state dict from torchvision's layout to another format.
+    """Convert a state dict from torchvision's layout to the format ``target_format``.
 
-    Args:
-        tensors: As in ``Converted``.
-        target_format: A key of ``FORMATS``.
-        facts: Those of ``Converted``, if known: a file whose channel order is not its library's usual one is written
-            back with the order it came with.
-
-    Raises:
-        WeightsError: If there is no such format, or the state dict holds no ResNet.
+    With the ``facts`` of ``Converted``, a file whose channel order is not its library's usual one is written back with
+    the order it came with.
     """
     target = find_format(target_format)
     full = _full_names(tensors)
     depths = count_blocks(full)
     names = tensor_names(target, _form(full, target), depths)
-    _check_levels(full, depths)
-    own = dict(full)
+    levels = sum(name.startswith(f"{FPN}inner_blocks.") and name.endswith(".weight") for name in full)
+    if levels not in (0, len(depths)):
+        raise WeightsError(
+            f"an FPN on {levels} of the body's {len(depths)} stages has no counterpart in the other formats, whose "
+            "levels are named by their stage"
+        )
+    own = full
     left_over = []
     rules = []
     for rule in reversed(_rules(target_format, facts or {})):
@@ -162,11 +139,9 @@ def write(tensors: Mapping[str, Tensor], target_format: str, facts: Mapping[str,
     return Written(written, tuple(reversed(rules)), tuple(dropped + left_over))
 
 
-def from_torchvision(
-    tensors: Mapping[str, Tensor], target_format: str, facts: Mapping[str, Any] | None = None
-) -> Tensors:
+def from_torchvision(tensors: Mapping[str, Tensor], target_format: str) -> Tensors:
     """Return the state dict of ``write`` alone; what the format has no place for is logged."""
-    written = write(tensors, target_format, facts)
+    written = write(tensors, target_format)
     if written.left_over:
         logger.info("%s has no place for %s", target_format, name_some(written.left_over))
     return written.tensors
@@ -174,24 +149,22 @@ def from_torchvision(
 
 def facts_to_carry(target_format: str, facts: Mapping[str, Any]) -> dict[str, Any]:
     """Return the facts to store with a state dict of the target format, under ``FACTS_ENTRY``."""
-    target = find_format(target_format)
     return {
         **facts,
         "format": target_format,
         "channel_order": "bgr" if _is_bgr(target_format, facts) else "rgb",
-        "background": "last" if BACKGROUND_LAST in target.rules else "first",
+        "background": "last" if BACKGROUND_LAST in find_format(target_format).rules else "first",
     }
 
 
 def settings_for(target_format: str, converted: Converted) -> dict[str, Any]:
     """Return the settings under which the target library must build what was converted, by that library's names."""
-    facts = converted.facts
-    target = find_format(target_format)
-    flipped = _is_bgr(target_format, facts)
-    order = -1 if flipped else 1
-    mean = [round(255 * value, 4) for value in facts["image_mean"]][::order]
-    std = [round(255 * value, 4) for value in facts["image_std"]][::order]
-    in_1x1 = facts["stride_in_1x1"]
+    facts, target = converted.facts, find_format(target_format)
+    flipped, in_1x1 = _is_bgr(target_format, facts), facts["stride_in_1x1"]
+    mean, std = (
+        [round(255 * value, 4) for value in facts[name]][:: -1 if flipped else 1]
+        for name in ("image_mean", "image_std")
+    )
     settings: dict[str, Any]
     if target_format == "detectron2":
         settings = {
@@ -234,9 +207,7 @@ def find_format(name: str) -> Format:
 
 
 def _is_bgr(name: str, facts: Mapping[str, Any]) -> bool:
-    if facts.get("format") == name:
-        return bool(facts.get("channel_order") == "bgr")
-    return FORMATS[name].bgr
+    return bool(facts.get("channel_order") == "bgr") if facts.get("format") == name else FORMATS[name].bgr
 
 
 def _rules(name: str, facts: Mapping[str, Any]) -> tuple[Rule, ...]:
@@ -246,8 +217,7 @@ def _rules(name: str, facts: Mapping[str, Any]) -> tuple[Rule, ...]:
 def _find_names(source: Format, source_format: str, given: Tensors) -> dict[str, str]:
     """Map torchvision's names to the source's, for the form (detector, pyramid, body) that covers most of the file."""
     depths = {stage: depth for stage, depth in count_blocks(given).items() if 1 <= stage <= 4}
-    all_forms: tuple[Form, ...] = ("detector", "pyramid", "body")
-    forms = [tensor_names(source, form, depths) for form in all_forms]
+    forms = [tensor_names(source, form, depths) for form in get_args(Form)]
     fitting = [names for names in forms if names[STEM] in given]
     if not fitting:
         raise WeightsError(
@@ -301,13 +271,4 @@ def _check_class_wise(tensors: Tensors, source: Format) -> None:
         raise WeightsError(
             f"the box regression of {classes} classes, background included, must have {expected} rows, got "
             f"{rows}{agnostic}"
-        )
-
-
-def _check_levels(full: Tensors, depths: Mapping[int, int]) -> None:
-    levels = sum(name.startswith(f"{FPN}inner_blocks.") and name.endswith(".weight") for name in full)
-    if levels not in (0, len(depths)):
-        raise WeightsError(
-            f"an FPN on {levels} of the body's {len(depths)} stages has no counterpart in the other formats, whose "
-            "levels are named by their stage"
         )

@@ -27,19 +27,12 @@ _SUFFIXES = (".pth", ".pt", ".pkl", ".safetensors")
 
 @dataclass(frozen=True)
 class ConversionReport:
-    """How a file was converted.
+    """How a file was converted."""
 
-    Attributes:
-        read: The source in torchvision's layout.
-        written: The same as it was written.
-        settings: Under which the target library must build the model, by that library's names.
-        not_copied: Entries of the source file besides its state dict.
-    """
-
-    read: Converted
-    written: Written
-    settings: dict[str, Any]
-    not_copied: tuple[str, ...]
+    read: Converted  # the source in torchvision's layout
+    written: Written  # the same as it was written
+    settings: dict[str, Any]  # those under which the target library must build the model, by that library's names
+    not_copied: tuple[str, ...]  # entries of the source file besides its state dict
 
 
 def convert_file(
@@ -58,10 +51,6 @@ def convert_file(
             detectron2 and detectron; ``.safetensors``. Each carries the facts that no tensor shows under
             ``FACTS_ENTRY``, so that it can be converted further without losing them.
         source_format: By default the one that the names in the file show.
-
-    Raises:
-        UserError: If the output has no such suffix, or its directory does not exist.
-        WeightsError: If there is no such format, or the source cannot be read or is of no known one.
     """
     source, output = Path(source), Path(output)
     for name in filter(None, (target_format, source_format)):

@@ -39,38 +39,25 @@ CLASS_SCORES = f"{SCORES}weight"
 
 @dataclass(frozen=True)
 class WeightsFile:
-    """What one reading of a weights file finds.
-
-    Attributes:
-        path: The file.
-        kind: A detector, in float or in int8; a classifier; or a backbone, with or without its pyramid.
-        tensors: As torchvision names them; ``resdet.weights.convert.Converted`` says how for each kind.
-        settings: Fields of ``DetectorSpec`` under which the weights were trained, as far as the file states or implies
-            them: all ``WEIGHTS_FIELDS`` for our checkpoints and other libraries' detectors, some of ``WEIGHTS_FACTS``
-            for other backbones, none for torchvision's own files, which state nothing.
-        content: The file's dictionary as it is stored, for entries that only their writer understands: "config" and
-            "training" of a run, "moment" of a broken step, "classes" of a classifier.
-        format: What the file calls itself; None if it does not.
-        spec: Of a detector's checkpoint of ours; None for any other file.
-        categories: Of the same, by rising label; empty if their names are not known.
-        score_threshold: Of the same; None if no threshold was chosen.
-        facts: Of a converted file, see ``Converted.facts``; empty for torchvision's names that say nothing else.
-        exported: The description that ``export_backbone`` writes; empty for any other file.
-        left_over: Names in the file that torchvision's layout has no place for.
-    """
+    """What one reading of a weights file finds."""
 
     path: Path
-    kind: Literal["detector", "int8", "classifier", "backbone"]
-    tensors: Tensors
+    kind: Literal["detector", "int8", "classifier", "backbone"]  # a backbone has its pyramid or not
+    tensors: Tensors  # as torchvision names them; ``resdet.weights.convert.Converted`` says how for each kind
+    # Fields of DetectorSpec under which the weights were trained, as far as the file states or implies them: all
+    # WEIGHTS_FIELDS for our checkpoints and other libraries' detectors, some of WEIGHTS_FACTS for other backbones, none
+    # for torchvision's own files, which state nothing.
     settings: dict[str, Any]
+    # The file's dictionary as it is stored, for entries that only their writer understands: "config" and "training" of
+    # a run, "moment" of a broken step, "classes" of a classifier.
     content: Mapping[str, Any] = field(repr=False)
-    format: str | None = None
-    spec: DetectorSpec | None = None
-    categories: tuple[Category, ...] = ()
-    score_threshold: float | None = None
-    facts: dict[str, Any] = field(default_factory=dict)
-    exported: dict[str, Any] = field(default_factory=dict)
-    left_over: tuple[str, ...] = ()
+    format: str | None = None  # what the file calls itself
+    spec: DetectorSpec | None = None  # of a detector's checkpoint of ours, as are the next two
+    categories: tuple[Category, ...] = ()  # by rising label; empty if their names are not known
+    score_threshold: float | None = None  # None if no threshold was chosen
+    facts: dict[str, Any] = field(default_factory=dict)  # of a converted file (``resdet.weights.formats.facts_of``)
+    exported: dict[str, Any] = field(default_factory=dict)  # the description that ``export_backbone`` writes
+    left_over: tuple[str, ...] = ()  # names in the file that torchvision's layout has no place for
 
     @property
     def is_detector(self) -> bool:
@@ -105,8 +92,7 @@ def weights_in(content: Mapping[str, Any], path: Path, metadata: Mapping[str, st
     left_over: tuple[str, ...] = ()
     facts, exported = carried_facts(content), _exported(metadata)
     # Names alone do not decide: mmdetection's bodies have torchvision's, and other channels.
-    has_own_names = facts["format"] in OWN_LAYOUTS if facts else body_prefix(tensors) is not None
-    if has_own_names:
+    if facts["format"] in OWN_LAYOUTS if facts else body_prefix(tensors) is not None:
         tensors = modern_names(tensors)
         kind = kind_of(tensors)
     else:
@@ -117,29 +103,18 @@ def weights_in(content: Mapping[str, Any], path: Path, metadata: Mapping[str, st
         # Heads without class scores are a detector too, though none that can be built here.
         kind = "detector" if any(tensor.startswith("roi_heads.") for tensor in tensors) else converted.kind
         tensors, facts, left_over = converted.tensors, converted.facts, converted.left_over
+    settings = _settings(exported or facts, kind)
     return WeightsFile(
-        path=path,
-        kind=kind,
-        tensors=tensors,
-        settings=_settings(exported or facts, kind),
-        content=content,
-        format=name,
-        facts=facts,
-        exported=exported,
-        left_over=left_over,
+        path, kind, tensors, settings, content, name, facts=facts, exported=exported, left_over=left_over
     )
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Read a ``.pth``, ``.pt``, ``.safetensors`` or ``.pkl`` file onto the CPU, without running any code it may hold.
 
-    Returns:
-        The file's dictionary as it is stored, with string keys. The numpy arrays of a ``.pkl`` (detectron2's model zoo,
-        MSRA's networks) become tensors. Facts that ``convert_file`` wrote into the metadata of a ``.safetensors`` file
-        are an attribute of the dictionary.
-
-    Raises:
-        WeightsError: If the file is missing, damaged, holds anything but tensors and plain values, or no dictionary.
+    Return the file's dictionary as it is stored, with string keys. The numpy arrays of a ``.pkl`` (detectron2's model
+    zoo, MSRA's networks) become tensors. Facts that ``convert_file`` wrote into the metadata of a ``.safetensors`` file
+    are an attribute of the dictionary.
     """
     return _read(Path(path))[0]
 
@@ -148,22 +123,19 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     """Return a file's content, and the metadata of a safetensors file."""
     if not path.is_file():
         raise WeightsError(f"{path}: {'is a directory, not a file' if path.is_dir() else 'there is no such file'}")
-    metadata: dict[str, str] = {}
     try:
         if path.suffix == ".safetensors":
-            content, metadata = _read_safetensors(path)
-        else:
-            with path.open("rb") as file:
-                head = file.read(9)
-                file.seek(0)
-                if head.startswith(b"PK\x03\x04"):  # PyTorch's format, whatever the suffix
-                    content = torch.load(file, map_location="cpu", weights_only=True)
-                elif path.suffix == ".pkl":
-                    content = load_pickle(file, path)
-                elif head[:1] != b"\x80" and head[8:] == b"{":  # safetensors under another suffix
-                    content, metadata = _read_safetensors(path)
-                else:  # PyTorch's before 1.6
-                    content = torch.load(file, map_location="cpu", weights_only=True)
+            return _read_safetensors(path)
+        with path.open("rb") as file:
+            head = file.read(9)
+            file.seek(0)
+            is_zip = head.startswith(b"PK\x03\x04")  # PyTorch's format, whatever the suffix; before 1.6, a pickle
+            if not is_zip and path.suffix == ".pkl":
+                content = load_pickle(file, path)
+            elif not is_zip and head[:1] != b"\x80" and head[8:] == b"{":
+                return _read_safetensors(path)  # under another suffix
+            else:
+                content = torch.load(file, map_location="cpu", weights_only=True)
     except WeightsError:
         raise
     except pickle.UnpicklingError as error:
@@ -185,10 +157,10 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
         ) from error
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise WeightsError(f"{path}: must hold a dictionary of named tensors, got {type(content).__name__}")
-    return content, metadata
+    return content, {}
 
 
-def _read_safetensors(path: Path) -> tuple[Any, dict[str, str]]:
+def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata() or {}
         tensors = OrderedDict((name, file.get_tensor(name)) for name in file.keys())  # noqa: SIM118  # not a mapping
@@ -210,17 +182,9 @@ def _own_detector(path: Path, content: Mapping[str, Any], tensors: Tensors) -> W
         raise WeightsError(f"{path}: its spec is not one of this version: {where}: {first['msg']}") from error
     except (KeyError, TypeError, ValueError) as error:
         raise WeightsError(f"{path}: has no readable spec and categories ({error!r})") from error
-    return WeightsFile(
-        path=path,
-        kind="int8" if content["format"] == INT8_FORMAT else "detector",
-        tensors=tensors,
-        settings={name: getattr(spec, name) for name in WEIGHTS_FIELDS},
-        content=content,
-        format=content["format"],
-        spec=spec,
-        categories=categories,
-        score_threshold=score_threshold,
-    )
+    kind: Literal["int8", "detector"] = "int8" if content["format"] == INT8_FORMAT else "detector"
+    settings = {name: getattr(spec, name) for name in WEIGHTS_FIELDS}
+    return WeightsFile(path, kind, tensors, settings, content, content["format"], spec, categories, score_threshold)
 
 
 def _exported(metadata: Mapping[str, str]) -> dict[str, Any]:
@@ -236,10 +200,10 @@ def _exported(metadata: Mapping[str, str]) -> dict[str, Any]:
 
 def _settings(stated: Mapping[str, Any], kind: str) -> dict[str, Any]:
     """Return the settings that a file states; for another library's detector, all of that library's conventions too."""
-    settings = {name: stated[name] for name in WEIGHTS_FIELDS if name in stated}
-    settings = {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
+    given = {name: stated[name] for name in WEIGHTS_FIELDS if name in stated}
+    settings = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
     library = stated.get("format", "torchvision")
     if kind != "detector" or library in OWN_LAYOUTS:
         return settings
-    ways = {name: DetectorSpec.model_fields[name].default for name in WEIGHTS_FIELDS} | CONVENTIONS.get(library, {})
-    return {name: value for name, value in ways.items() if name in WEIGHTS_FIELDS} | settings
+    usual = CONVENTIONS.get(library, {})
+    return {name: usual.get(name, DetectorSpec.model_fields[name].default) for name in WEIGHTS_FIELDS} | settings

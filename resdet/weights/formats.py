@@ -31,14 +31,7 @@ _CLASSIFIERS = ("fc.weight", "classifier.6.weight")
 
 
 def tensors_in(content: Mapping[str, Any], source: str) -> Tensors:
-    """Return the state dict in a file's content.
-
-    It may be the content itself or one of its entries ("state_dict", "model", "blobs"); a "module." before all of its
-    names is dropped.
-
-    Raises:
-        WeightsError: If there are no tensors.
-    """
+    """Return the state dict that a file's content is or has as an entry; drop a "module." before all of its names."""
     content = next((content[name] for name in WRAPPERS if isinstance(content.get(name), dict)), content)
     tensors = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
     if not tensors:
@@ -61,21 +54,13 @@ def kind_of(tensors: Mapping[str, Tensor]) -> Kind:
 
 
 def detect_format(content: Mapping[str, Any]) -> str:
-    """Return the format of a file, by its names.
+    """Return the format of a file's content or of a state dict, a key of ``FORMATS``, by its names.
 
-    Args:
-        content: A file's content, or a state dict.
-
-    Returns:
-        A key of ``FORMATS``: the one that the file states, if it was converted here. "torchvision" for timm's ResNets
-        too, whose names are the same. "mmdetection-caffe" if the configuration in ``meta`` says so, or, without one, if
-        no norm of the body has statistics, because then they come from MSRA's files.
-
-    Raises:
-        WeightsError: If the names are those of none of these libraries, or of mmdetection 1.x.
+    A file that was converted here states its format. timm's ResNets have torchvision's names. The format is
+    "mmdetection-caffe" if the configuration in ``meta`` says so, or, without one, if no norm of the body has
+    statistics: then they come from MSRA's files.
     """
-    stated = carried_facts(content)
-    if stated:
+    if stated := carried_facts(content):
         return str(stated["format"])
     tensors = tensors_in(content, "the file")
 
@@ -94,9 +79,9 @@ def detect_format(content: Mapping[str, Any]) -> str:
     if some(r"(^|\.)stem\.bn1\.|^roi_heads\.box\.feature_extractor\."):
         return "maskrcnn-benchmark"
     if some(r"^neck\.|^rpn_head\.|^roi_head\.|^backbone\.(conv1|layer1)\."):
-        style = _mmdetection_style(content)
-        bgr = style["bgr"] if "bgr" in style else _norms_are_affine(tensors)
-        return "mmdetection-caffe" if bgr else "mmdetection"
+        means = [tensor for name, tensor in tensors.items() if name.endswith("running_mean")]
+        are_affine = bool(means) and not any(tensor.any() for tensor in means)
+        return "mmdetection-caffe" if _mmdetection_style(content).get("bgr", are_affine) else "mmdetection"
     if some(r"(^|^body\.|^backbone\.body\.)layer1\.0\.conv1\."):
         return "torchvision"
     raise WeightsError(
@@ -110,21 +95,18 @@ def carried_facts(content: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(carried, dict) or carried.get("format") not in FORMATS:
         return {}
 
-    def three(values: Any) -> bool:
-        return isinstance(values, list) and [type(value) for value in values] == [float] * 3
-
+    statistics = [carried.get(name) for name in ("image_mean", "image_std")]
     sensible = (
         isinstance(carried.get("stride_in_1x1"), bool)
         and carried.get("channel_order") in ("rgb", "bgr")
         and isinstance(carried.get("norm_eps"), float)
-        and three(carried.get("image_mean"))
-        and three(carried.get("image_std"))
+        and all(isinstance(values, list) and list(map(type, values)) == [float] * 3 for values in statistics)
     )
     return carried if sensible else {}
 
 
 def facts_of(content: Mapping[str, Any], source_format: str, tensors: Tensors) -> dict[str, Any]:
-    """Collect a file's facts (``Converted.facts``); ``tensors`` have torchvision's names of a detector, or ``fc``."""
+    """Collect a file's facts as plain values; ``tensors`` have torchvision's names of a detector, or ``fc``."""
     source = FORMATS[source_format]
     arch, groups = _guess_arch(tensors)
     # The ResNeXts of Facebook's libraries stride in the 3x3 and were trained on images of unit variance:
@@ -155,13 +137,14 @@ def facts_of(content: Mapping[str, Any], source_format: str, tensors: Tensors) -
     counted = next((tensors[name] for name in (f"{SCORES}weight", *_CLASSIFIERS) if name in tensors), None)
     return {
         "format": source_format,
-        "arch": arch,
-        "stride_in_1x1": stride,
-        "channel_order": "bgr" if bgr else "rgb",
-        "image_mean": image_mean,
+        "arch": arch,  # torchvision's name; None if it is none of ours
+        "stride_in_1x1": stride,  # a bottleneck strides in its first 1x1 convolution (MSRA's), and not in its 3x3
+        "channel_order": "bgr" if bgr else "rgb",  # of the source's images; converted tensors always take RGB
+        "image_mean": image_mean,  # of RGB images in [0, 1], as torchvision's FasterRCNN takes them; so is the next
         "image_std": image_std,
-        "norm_eps": eps,
-        "background": "last" if BACKGROUND_LAST in source.rules else "first",
+        "norm_eps": eps,  # added to the variance by every norm
+        "background": "last" if BACKGROUND_LAST in source.rules else "first",  # its row in the source; converted: first
+        # A detector's with the background, a classifier's without; None for a backbone.
         "num_classes": None if counted is None else len(counted),
     }
 
@@ -176,11 +159,10 @@ def _guess_arch(tensors: Tensors) -> tuple[str | None, int]:
     width, per_group = second.shape[:2]
     groups = width // per_group
     for name, arch in ARCHS.items():
-        if not isinstance(arch, ResNetArch):
-            continue
-        shape = (arch.block == "bottleneck", arch.groups, arch.groups * arch.width_per_group)
-        if depths == dict(enumerate(arch.depths, 1)) and shape == (bottleneck, groups, width):
-            return name, groups
+        if isinstance(arch, ResNetArch) and depths == dict(enumerate(arch.depths, 1)):
+            shape = (arch.block == "bottleneck", arch.groups, arch.groups * arch.width_per_group)
+            if shape == (bottleneck, groups, width):
+                return name, groups
     return None, groups
 
 
@@ -213,8 +195,3 @@ def _mmdetection_style(content: Mapping[str, Any]) -> dict[str, Any]:
                 if len(values) == 3:
                     style[key] = values[:: -1 if style["bgr"] else 1]
     return style
-
-
-def _norms_are_affine(tensors: Tensors) -> bool:
-    means = [tensor for name, tensor in tensors.items() if name.endswith("running_mean")]
-    return bool(means) and not any(tensor.any() for tensor in means)

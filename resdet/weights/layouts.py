@@ -22,7 +22,7 @@ Sources, each read in its own repository:
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Literal, TypeAlias
@@ -49,17 +49,11 @@ _FROZEN_EPS = 1e-5
 
 @dataclass(frozen=True)
 class Rule:
-    """One difference of layout.
+    """One difference of layout: functions that return a new dictionary and leave the tensors unchanged."""
 
-    Attributes:
-        name: For reports.
-        inward: From the source's layout to torchvision's; returns a new dictionary and leaves the tensors unchanged.
-        outward: The inverse.
-    """
-
-    name: str
-    inward: Callable[[Tensors], Tensors]
-    outward: Callable[[Tensors], Tensors]
+    name: str  # for reports
+    inward: Callable[[Tensors], Tensors]  # from the source's layout to torchvision's
+    outward: Callable[[Tensors], Tensors]  # the inverse
 
 
 def flip_stem_channels(tensors: Tensors) -> Tensors:
@@ -100,27 +94,27 @@ def add_norm_statistics(tensors: Tensors) -> Tensors:
     Source: ``FrozenBatchNorm2d.__init__`` in detectron2's ``layers/batch_norm.py``, which keeps these when a Caffe2
     file is loaded. (mmdetection's ``detectron2pytorch.py`` writes a variance of 1 and is off by 5e-6.)
     """
-    filled = dict(tensors)
-    for name, scale in tensors.items():
-        module, _, leaf = name.rpartition(".")
-        if leaf == "weight" and _is_norm(module) and scale.dim() == 1:
-            filled.setdefault(f"{module}.running_mean", torch.zeros_like(scale))
-            filled.setdefault(f"{module}.running_var", torch.ones_like(scale) - _FROZEN_EPS)
-    return filled
+    added = {name: value for statistics in _affine_statistics(tensors) for name, value in statistics.items()}
+    return tensors | {name: value for name, value in added.items() if name not in tensors}
 
 
 def drop_norm_statistics(tensors: Tensors) -> Tensors:
     """Drop the statistics of every norm for which ``add_norm_statistics`` would add the very same ones."""
     kept = dict(tensors)
-    for name, scale in tensors.items():
-        module, _, leaf = name.rpartition(".")
-        if leaf == "weight" and _is_norm(module) and scale.dim() == 1:
-            bare = {name: scale}
-            filled = add_norm_statistics(bare)
-            if all(key in tensors and torch.equal(tensors[key], filled[key]) for key in filled):
-                for key in filled.keys() - bare.keys():
-                    del kept[key]
+    for statistics in _affine_statistics(tensors):
+        if all(name in tensors and torch.equal(tensors[name], value) for name, value in statistics.items()):
+            for name in statistics:
+                del kept[name]
     return kept
+
+
+def _affine_statistics(tensors: Tensors) -> Iterator[Tensors]:
+    """Yield, for each norm of the body, the two statistics that make it the affine map of its scale and bias."""
+    for name, scale in tensors.items():
+        if scale.dim() == 1 and name.startswith(BODY) and re.search(r"\.(bn\d|downsample\.1)\.weight$", name):
+            module = name.removesuffix(".weight")
+            zeros, ones = torch.zeros_like(scale), torch.ones_like(scale)
+            yield {f"{module}.running_mean": zeros, f"{module}.running_var": ones - _FROZEN_EPS}
 
 
 def modern_names(tensors: Tensors) -> Tensors:
@@ -176,39 +170,26 @@ def _prefixes(detector: tuple[str, str], pyramid: tuple[str, str]) -> dict[Form,
 
 @dataclass(frozen=True)
 class Format:
-    """How a library names and lays out torchvision's tensors.
+    """How a library names and lays out torchvision's tensors."""
 
-    Attributes:
-        unit: Names a convolution or norm of the body from stage (0: the stem), block, and torchvision's name in it.
-        prefixes: What precedes the names of body and FPN. No library has a prefix before the names of a body alone.
-        lateral: The 1x1 convolution of an FPN level, with ``{level}`` 0..3 for C2..C5, and ``{last}`` for the index of
-            the last block of the stage.
-        output: The 3x3 convolution of an FPN level.
-        heads: The format's name for each of torchvision's modules of the heads.
-        classifier: The linear layer of a classifier.
-        num_classes: The setting that counts a detector's classes.
-        rules: Differences of layout, in the order of reading, besides ``BGR_STEM``.
-        bgr: Whether its images are BGR.
-        stride_in_1x1: Whether its plain ResNets are MSRA's: stride in the first 1x1 convolution, images on 0..255 not
-            divided by a standard deviation.
-        norm_eps: What its frozen norms add to the variance.
-        mean: RGB, 0..255.
-    """
-
+    # Names a convolution or norm of the body from stage (0: the stem), block, and torchvision's name in it.
     unit: Callable[[int, int, str], str] = _torchvision_unit
+    # What precedes the names of body and FPN. No library has a prefix before the names of a body alone.
     prefixes: Mapping[Form, tuple[str, str]] = field(default_factory=lambda: _prefixes((BODY, FPN), ("body.", "fpn.")))
+    # The 1x1 and the 3x3 convolution of an FPN level: {level} is 0..3 for C2..C5, {last} the stage's last block.
     lateral: str = "inner_blocks.{level}.0"
     output: str = "layer_blocks.{level}.0"
-    heads: Mapping[str, str] = field(default_factory=dict)
-    classifier: str = "fc"
-    num_classes: str = "num_classes"
+    heads: Mapping[str, str] = field(default_factory=dict)  # its name for each of torchvision's modules of the heads
+    classifier: str = "fc"  # the linear layer of a classifier
+    num_classes: str = "num_classes"  # the setting that counts a detector's classes
     norm_leaves: Mapping[str, str] = field(default_factory=lambda: _TORCH_NORM)
     linear_leaves: Mapping[str, str] = field(default_factory=lambda: _TORCH_LINEAR)
-    rules: tuple[Rule, ...] = ()
-    bgr: bool = False
+    rules: tuple[Rule, ...] = ()  # differences of layout, in the order of reading, besides BGR_STEM
+    bgr: bool = False  # its images are BGR
+    # Its plain ResNets are MSRA's: stride in the first 1x1 convolution, images on 0..255 not divided by a deviation.
     stride_in_1x1: bool = False
-    norm_eps: float = 1e-5
-    mean: tuple[float, float, float] = MEAN
+    norm_eps: float = 1e-5  # what its frozen norms add to the variance
+    mean: tuple[float, float, float] = MEAN  # RGB, 0..255
 
 
 _HEADS = (
@@ -222,8 +203,9 @@ _HEADS = (
 )
 
 
-def _heads(*names: str) -> dict[str, str]:
-    return dict(zip(_HEADS, names, strict=True))
+def _heads(*parts: tuple[str, ...]) -> dict[str, str]:
+    """Map torchvision's modules of the heads to their names: the prefix of each part with each of its other texts."""
+    return dict(zip(_HEADS, (prefix + name for prefix, *names in parts for name in names), strict=True))
 
 
 _MMDETECTION = Format(
@@ -231,33 +213,23 @@ _MMDETECTION = Format(
     lateral="lateral_convs.{level}.conv",
     output="fpn_convs.{level}.conv",
     heads=_heads(
-        "rpn_head.rpn_conv",
-        "rpn_head.rpn_cls",
-        "rpn_head.rpn_reg",
-        "roi_head.bbox_head.shared_fcs.0",
-        "roi_head.bbox_head.shared_fcs.1",
-        "roi_head.bbox_head.fc_cls",
-        "roi_head.bbox_head.fc_reg",
+        ("rpn_head.", "rpn_conv", "rpn_cls", "rpn_reg"),
+        ("roi_head.bbox_head.", "shared_fcs.0", "shared_fcs.1", "fc_cls", "fc_reg"),
     ),
     num_classes="roi_head.bbox_head.num_classes",
     rules=(BACKGROUND_LAST, NO_BACKGROUND_DELTAS),
 )
 
 FORMATS: dict[str, Format] = {
-    "torchvision": Format(heads=_heads(*_HEADS)),
+    "torchvision": Format(heads=_heads(("", *_HEADS))),
     "detectron2": Format(
         unit=_detectron2_unit,
         prefixes=_prefixes(("backbone.bottom_up.", "backbone."), ("bottom_up.", "")),
         lateral="fpn_lateral{stage}",
         output="fpn_output{stage}",
         heads=_heads(
-            "proposal_generator.rpn_head.conv",
-            "proposal_generator.rpn_head.objectness_logits",
-            "proposal_generator.rpn_head.anchor_deltas",
-            "roi_heads.box_head.fc1",
-            "roi_heads.box_head.fc2",
-            "roi_heads.box_predictor.cls_score",
-            "roi_heads.box_predictor.bbox_pred",
+            ("proposal_generator.rpn_head.", "conv", "objectness_logits", "anchor_deltas"),
+            ("roi_heads.", "box_head.fc1", "box_head.fc2", "box_predictor.cls_score", "box_predictor.bbox_pred"),
         ),
         classifier="linear",
         num_classes="MODEL.ROI_HEADS.NUM_CLASSES",
@@ -271,7 +243,7 @@ FORMATS: dict[str, Format] = {
         lateral="fpn_inner_res{stage}_{last}_sum{lateral}",
         output="fpn_res{stage}_{last}_sum",
         heads=_heads(
-            "conv_rpn_fpn2", "rpn_cls_logits_fpn2", "rpn_bbox_pred_fpn2", "fc6", "fc7", "cls_score", "bbox_pred"
+            ("", "conv_rpn_fpn2", "rpn_cls_logits_fpn2", "rpn_bbox_pred_fpn2", "fc6", "fc7", "cls_score", "bbox_pred")
         ),
         classifier="fc1000",
         num_classes="MODEL.NUM_CLASSES",
@@ -290,13 +262,9 @@ FORMATS: dict[str, Format] = {
         lateral="fpn_inner{number}",
         output="fpn_layer{number}",
         heads=_heads(
-            "rpn.head.conv",
-            "rpn.head.cls_logits",
-            "rpn.head.bbox_pred",
-            "roi_heads.box.feature_extractor.fc6",
-            "roi_heads.box.feature_extractor.fc7",
-            "roi_heads.box.predictor.cls_score",
-            "roi_heads.box.predictor.bbox_pred",
+            ("rpn.head.", "conv", "cls_logits", "bbox_pred"),
+            ("roi_heads.box.feature_extractor.", "fc6", "fc7"),
+            ("roi_heads.box.predictor.", "cls_score", "bbox_pred"),
         ),
         classifier="fc1000",
         num_classes="MODEL.ROI_BOX_HEAD.NUM_CLASSES",
@@ -307,10 +275,6 @@ FORMATS: dict[str, Format] = {
     ),
     "timm": Format(),
 }
-
-
-def _is_norm(module: str) -> bool:
-    return module.startswith(BODY) and re.search(r"(^|\.)(bn\d|downsample\.1)$", module) is not None
 
 
 def _units(depths: Mapping[int, int]) -> Iterable[tuple[int, int, str]]:

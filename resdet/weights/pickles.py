@@ -34,14 +34,8 @@ _DTYPES = frozenset({"b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2",
 def read_pickle(path: str | os.PathLike[str]) -> Any:
     """Read a pickle of arrays and plain values, of Python 2 or 3, any protocol, and any version of numpy.
 
-    Returns:
-        The content: dictionaries (an OrderedDict as a dict), lists, tuples, sets, strings, numbers, and a tensor for
-        every numpy array. The byte strings of Python 2 are decoded by latin-1, and so are keys that are bytes.
-
-    Raises:
-        WeightsError: If the file is damaged, refers to anything but arrays and containers, holds arrays of objects or
-            records, or claims more memory than it brings.
-        OSError: If it cannot be opened.
+    Numpy's arrays become tensors, an OrderedDict a dict. The byte strings of Python 2 are decoded by latin-1, and so
+    are keys that are bytes. A WeightsError says what is damaged or refused.
     """
     path = Path(path)
     with path.open("rb") as file:

@@ -32,21 +32,14 @@ _HASH_IN_NAME = re.compile(r"-([a-f0-9]{8,})\.")
 def locate(source: str | os.PathLike[str] | WeightsEnum, arch: str) -> Path:
     """Return the file that a weights argument names; a URL, or torchvision's, is downloaded once.
 
-    Args:
-        source: A torchvision weight name for ``arch``, the enum itself, a file, or an http, https or file URL.
-        arch: torchvision's name of the network.
-
-    Raises:
-        WeightsError: If there is no such name or file, or the download fails.
+    ``source`` is a torchvision weight name for ``arch``, the enum itself, a file, or an http, https or file URL.
     """
     if isinstance(source, WeightsEnum):
         own = _published(arch)
-        if source not in own.values():
-            known = (
-                f"whose weights are {name_some(map(str, own.values()))}" if own else "for which torchvision has none"
-            )
-            raise WeightsError(f"weights: {source} are not for {arch}, {known}")
-        return fetch(source.url)
+        if source in own.values():
+            return fetch(source.url)
+        known = f"whose weights are {name_some(map(str, own.values()))}" if own else "for which torchvision has none"
+        raise WeightsError(f"weights: {source} are not for {arch}, {known}")
     text = os.fspath(source)
     if urlparse(text).scheme in ("http", "https", "file"):
         return fetch(text)
@@ -72,10 +65,6 @@ def fetch(url: str) -> Path:
 
     A hash in the file name (``-<8 or more hex digits>.``) is checked after the download. The file is read as a whole
     before it is moved into place, so that a broken connection leaves nothing behind.
-
-    Raises:
-        WeightsError: If the file cannot be downloaded or is not what its name or format says; the message names the URL
-            and the path at which the file would have been found.
     """
     parts = urlparse(url)
     if parts.scheme == "file":
@@ -93,8 +82,7 @@ def fetch(url: str) -> Path:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         in_name = _HASH_IN_NAME.search(name)
-        hash_prefix = in_name[1] if in_name else None
-        torch.hub.download_url_to_file(url, str(incoming), hash_prefix, progress=sys.stderr.isatty())
+        torch.hub.download_url_to_file(url, str(incoming), in_name and in_name[1], progress=sys.stderr.isatty())
         # A connection that ends early raises nothing: reading the file does.
         read_checkpoint(incoming)
         os.replace(incoming, path)
