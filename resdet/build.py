@@ -42,17 +42,10 @@ def build_dataset(
     augment: Sequence[dict[str, dict[str, Any]]] = (),
     min_visibility: float = MIN_VISIBILITY,
 ) -> DetectionDataset:
-    """Read a dataset's annotations and check that its images exist.
+    """Read a dataset's annotations and check that its images exist; ``augment`` it if it is for ``training``.
 
-    Args:
-        source: One of the configuration's ``data`` sections.
-        training: Whether to train on it; only then is it augmented.
-        augment: Steps by name, as in the configuration.
-        min_visibility: Share of a box's area below which augmentation drops it.
-
-    Raises:
-        DataError: If any part of it is missing or damaged. Missing images are only logged in training with
-            ``unreadable: skip``.
+    A DataError reports whatever is missing or damaged, except that missing images are only logged in training with
+    ``unreadable: skip``.
     """
     steps = build_augment(list(augment), min_visibility=min_visibility) if augment and training else None
     if isinstance(source, ShapesSource):
@@ -77,21 +70,9 @@ def build_dataset(
 
 
 def build_browse_page(config: Config, path: Path, *, num_images: int) -> None:
-    """Write a page of the first images that a run of this configuration trains on (``write_browse_page``).
-
-    Args:
-        config: A run's configuration.
-        path: The page; its folder must exist.
-        num_images: How many images to show, >= 1.
-
-    Raises:
-        DataError: If any part of the training data is missing or damaged.
-        UserError: If the page cannot be written.
-    """
+    """Write a page of the first images that a run of this configuration trains on (``write_browse_page``)."""
     loader, resize = config.loader, config.model.min_size
-    steps = (
-        yaml.safe_dump(config.augment, default_flow_style=None, sort_keys=False, width=1000) if config.augment else ""
-    )
+    steps = yaml.safe_dump(config.augment, default_flow_style=None, sort_keys=False, width=1000).strip()
     sides = f"{resize}" if isinstance(resize, int) else f"one of {', '.join(map(str, resize))}"
     write_browse_page(
         path,
@@ -102,7 +83,7 @@ def build_browse_page(config: Config, path: Path, *, num_images: int) -> None:
         repeat_threshold=loader.repeat_threshold,
         seed=config.seed,
         facts=[
-            ("augmentation", steps.strip() or "none"),
+            ("augmentation", steps if config.augment else "none"),
             ("order", f"{loader.sampling} sampling, batches of {config.train.batch_size}, seed {config.seed}"),
             ("afterwards", f"the detector resizes: short side {sides}, long side at most {config.model.max_size} px"),
         ],
@@ -110,14 +91,9 @@ def build_browse_page(config: Config, path: Path, *, num_images: int) -> None:
 
 
 def build_split(source: Source, name: str) -> DataSplit:
-    """Read a dataset to check it: whatever is damaged becomes a problem of the split.
+    """Read a dataset to check it: whatever is damaged becomes a problem of the split, which is "train" or "val".
 
-    Args:
-        source: One of the configuration's ``data`` sections.
-        name: ``"train"`` or ``"val"``.
-
-    Raises:
-        DataError: If a file or folder that the configuration names does not exist.
+    A DataError reports a file or folder of the configuration that does not exist.
     """
     if isinstance(source, ShapesSource):
         return table_split(name, shapes_table(source.num_images, source.image_size, source.seed), source.classes)
@@ -144,20 +120,12 @@ def build_model(config: ModelConfig, train_set: DetectionDataset, *, resume_from
     """Build the detector for a dataset's classes, with its first weights.
 
     Settings under which the weights were trained (``WEIGHTS_FIELDS``) are taken over as ``ModelConfig.weights`` says.
-
-    Args:
-        config: The configuration's ``model`` section.
-        train_set: The source of the classes, and of the images from which frozen norms are calibrated.
-        resume_from: The checkpoint that will be loaded over whatever the model holds: no first weights are loaded, and
-            the settings are taken from it. None for a run that begins.
-
-    Raises:
-        WeightsError: If the first weights are missing or do not fit.
-        UserError: If the configuration contradicts the weights, or a norm is frozen on random weights and is not to be
-            calibrated.
+    ``resume_from`` is the checkpoint that will be loaded over whatever the model holds: no first weights are loaded,
+    and the settings are taken from it. A UserError says what contradicts the weights, or that a norm is frozen on
+    random weights and not to be calibrated.
     """
     spec = DetectorSpec.model_validate(config.model_dump(include=set(DetectorSpec.model_fields)))
-    first: WeightsFile | None = None
+    first = None
     if resume_from is not None:
         spec = _take_over(spec, read_weights(resume_from))
     elif config.weights is not None:
@@ -165,21 +133,21 @@ def build_model(config: ModelConfig, train_set: DetectionDataset, *, resume_from
         spec = _take_over(spec, first)
     if config.class_balance_beta is not None:
         labels = train_set.table.labels[train_set.trained]
-        num_boxes = np.bincount(labels, minlength=train_set.table.num_classes)[1:].tolist()
-        weights = tuple(class_balanced_weights(num_boxes, config.class_balance_beta))
+        num_boxes = np.bincount(labels, minlength=train_set.table.num_classes)[1:]  # [K], without the background
+        weights = tuple(class_balanced_weights(num_boxes.tolist(), config.class_balance_beta))
         spec = spec.model_copy(update={"class_weights": weights})
         logger.info("weights of the classes: %s", ", ".join(f"{weight:.3g}" for weight in weights))
     # A whole detector's file brings its own backbone; anything else is the backbone's first weights.
-    whole = first is not None and first.is_detector
+    whole = first if first is not None and first.is_detector else None
     model = build_detector(
         spec,
         num_classes=train_set.table.num_classes,
-        weights_backbone=None if whole else first,
+        weights_backbone=first if whole is None else None,
         trainable_layers=config.trainable_layers,
         categories=train_set.categories,
     )
-    if whole and first is not None:
-        load_detector_weights(model, first)
+    if whole is not None:
+        load_detector_weights(model, whole)
     if resume_from is not None or not has_fresh_frozen_norm(model):
         return model
     if config.calibration_images == 0:
@@ -198,10 +166,10 @@ def _take_over(spec: DetectorSpec, file: WeightsFile) -> DetectorSpec:
     contradictions = []
     taken: dict[str, Any] = {}
     for name, value in file.settings.items():
-        stated, default = getattr(spec, name), DetectorSpec.model_fields[name].default
+        stated = getattr(spec, name)
         if stated == value:
             continue
-        if stated == default:
+        if stated == DetectorSpec.model_fields[name].default:
             taken[name] = value
         elif name in WEIGHTS_FACTS:
             contradictions.append(f"model.{name} is {stated}, the weights were trained with {value}")
@@ -213,8 +181,7 @@ def _take_over(spec: DetectorSpec, file: WeightsFile) -> DetectorSpec:
             f"{'; '.join(contradictions)}. Leave these out of the configuration"
         )
     if taken:
-        values = ", ".join(f"{name}={value}" for name, value in taken.items())
-        logger.info("taken over from %s: %s", file.path, values)
+        logger.info("taken over from %s: %s", file.path, ", ".join(f"{name}={value}" for name, value in taken.items()))
     return spec.model_copy(update=taken)
 
 
@@ -231,12 +198,7 @@ def _calibration_batches(model: Detector, dataset: DetectionDataset, num_images:
 
 
 def config_of_checkpoint(path: WeightsPath, overrides: Sequence[str] = ()) -> Config:
-    """Return the configuration that a run's checkpoint carries, with overrides.
-
-    Raises:
-        WeightsError: If the file cannot be read or carries no configuration.
-        ConfigError: If an override is wrong.
-    """
+    """Return the configuration that a run's checkpoint carries, with overrides."""
     file = read_weights(path)
     if "config" not in file.content:
         raise WeightsError(f"{file.path}: carries no configuration (it is not a checkpoint of tools/train.py)")

@@ -31,7 +31,10 @@ def load_settings(root: type[_Settings], path: str | Path, overrides: Sequence[s
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise ConfigError(str(path), [_missing_file(path)]) from None
+        siblings = [file.name for file in sorted(path.parent.glob("*.yaml"))]
+        near = difflib.get_close_matches(path.name, siblings, n=1)
+        hint = f"; did you mean {path.parent / near[0]}?" if near else ""
+        raise ConfigError(str(path), [f"no such file{hint}"]) from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(str(path), [f"cannot be read: {error}"]) from None
     return parse_settings(root, text, overrides, source=str(path))
@@ -45,8 +48,7 @@ def parse_settings(
     places: dict[KeyPath, str] = {}
     tree = read_yaml(text, source, problems, places)
     if not isinstance(tree, dict):
-        problems = problems or [f"must be a mapping of sections, got {_describe(tree)}"]
-        raise ConfigError(source, problems)
+        raise ConfigError(source, problems or [f"must be a mapping of sections, got {_describe(tree)}"])
     for override in overrides:
         _apply_override(tree, override, problems, places)
     try:
@@ -61,8 +63,7 @@ def parse_settings(
 
 def config_to_plain(config: BaseModel) -> dict[str, Any]:
     """Return the whole configuration, defaults included, as plain values."""
-    plain: dict[str, Any] = config.model_dump(mode="json")
-    return plain
+    return config.model_dump(mode="json")
 
 
 def config_to_yaml(config: BaseModel) -> str:
@@ -74,13 +75,6 @@ def json_schema(root: type[BaseModel]) -> str:
     """Return the JSON Schema of the YAML files, for editors."""
     schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", **root.model_json_schema()}
     return json.dumps(schema, indent=1) + "\n"
-
-
-def _missing_file(path: Path) -> str:
-    siblings = sorted(path.parent.glob("*.yaml")) if path.parent.is_dir() else []
-    near = difflib.get_close_matches(path.name, [p.name for p in siblings], n=1)
-    hint = f"; did you mean {path.parent / near[0]}?" if near else ""
-    return f"no such file{hint}"
 
 
 def _apply_override(tree: dict[str, Any], override: str, problems: list[str], places: dict[KeyPath, str]) -> None:
@@ -102,10 +96,9 @@ def _apply_override(tree: dict[str, Any], override: str, problems: list[str], pl
             node[name] = {}
         node = node[name]
     node[keys[-1]] = value
-    prefix = tuple(keys)
-    for stale in [known for known in places if known[: len(prefix)] == prefix]:
+    for stale in [known for known in places if known[: len(keys)] == tuple(keys)]:
         del places[stale]
-    places[prefix] = place
+    places[tuple(keys)] = place
 
 
 def _explain(item: Any, tree: Any, places: Mapping[KeyPath, str], source: str, root: type[BaseModel]) -> str:
@@ -118,7 +111,7 @@ def _explain(item: Any, tree: Any, places: Mapping[KeyPath, str], source: str, r
     where = f"{place}: {dotted(path)}" if path else place
     kind, context = item["type"], item.get("ctx", {})
     if kind == "extra_forbidden":
-        known = _fields_at(path[:-1], tree, root)
+        known = list(_sections_at(path[:-1], tree, root)[0].model_fields)
         near = difflib.get_close_matches(str(path[-1]), known, n=1)
         hint = f"; did you mean {near[0]}?" if near else f"; known here: {', '.join(known)}"
         return f"{where}: unknown key{hint}"
@@ -126,8 +119,8 @@ def _explain(item: Any, tree: Any, places: Mapping[KeyPath, str], source: str, r
         return f"{where}: missing"
     if kind in ("union_tag_invalid", "union_tag_not_found"):
         got = item["input"].get("format") if isinstance(item["input"], dict) else item["input"]
-        formats = ", ".join(_formats_at(path, root))
-        return f"{where}.format: must be one of {formats}; got {_describe(got)}"
+        formats = [name for section in _sections_at(path, tree, root) for name in _formats(section)]
+        return f"{where}.format: must be one of {', '.join(formats)}; got {_describe(got)}"
     message = item["msg"].removeprefix("Value error, ").removeprefix("Input should be ").removeprefix("a valid ")
     if kind == "value_error":
         return f"{where}: {context.get('error', message)}"
@@ -138,10 +131,9 @@ def _real_path(location: KeyPath, tree: Any) -> KeyPath:
     """Return pydantic's location without what is no key of the file: union tags and type names."""
     path: list[str | int] = []
     node = tree
-    for i, part in enumerate(location):
-        is_last = i == len(location) - 1
+    for number, part in enumerate(location, start=1):
         if isinstance(node, dict):
-            if part not in node and (part == node.get("format") or not is_last):
+            if part not in node and (part == node.get("format") or number < len(location)):
                 continue
             path.append(part)
             node = node.get(part)
@@ -151,34 +143,22 @@ def _real_path(location: KeyPath, tree: Any) -> KeyPath:
     return tuple(path)
 
 
-def _fields_at(path: KeyPath, tree: Any, root: type[BaseModel]) -> list[str]:
-    """Return the keys of the section of ``root`` at ``path``."""
-    model: Any = root
+def _sections_at(path: KeyPath, tree: Any, root: type[BaseModel]) -> list[type[BaseModel]]:
+    """Return the section of ``root`` at ``path``: for sources, that of the format in the tree, or all of them."""
+    sections = [root]
     node = tree
     for part in path:
-        annotation = model.model_fields[part].annotation
-        node = node[part] if isinstance(node, dict) else None
-        members: list[type[BaseModel]] = [
-            member
-            for member in (annotation, *get_args(annotation))
-            if isinstance(member, type) and issubclass(member, BaseModel)
-        ]
-        if len(members) > 1 and isinstance(node, dict):
-            members = [m for m in members if node.get("format") in get_args(m.model_fields["format"].annotation)]
-        model = members[0]
-    return list(model.model_fields)
+        annotation: Any = sections[0].model_fields[str(part)].annotation
+        members = (annotation, *get_args(annotation))
+        sections = [member for member in members if isinstance(member, type) and issubclass(member, BaseModel)]
+        node = node.get(part) if isinstance(node, dict) else None
+        if len(sections) > 1 and isinstance(node, dict):
+            sections = [section for section in sections if node.get("format") in _formats(section)] or sections
+    return sections
 
 
-def _formats_at(path: KeyPath, root: type[BaseModel]) -> list[str]:
-    """Return the formats that the sources of ``root`` at ``path`` may have."""
-    model: Any = root
-    for part in path[:-1]:
-        model = model.model_fields[part].annotation
-    return [
-        name
-        for source in get_args(model.model_fields[path[-1]].annotation)
-        for name in get_args(source.model_fields["format"].annotation)
-    ]
+def _formats(source: type[BaseModel]) -> tuple[str, ...]:
+    return get_args(source.model_fields["format"].annotation)
 
 
 def _describe(value: Any) -> str:

@@ -14,16 +14,11 @@ import yaml
 
 from resdet.errors import ConfigError
 
-MAX_CHARACTERS = 100_000
-"""Longest document; configurations have some 5,000, and PyYAML can take a second for every 30,000."""
-
-MAX_DEPTH = 50
-"""Deepest nesting of lists and mappings."""
-
+MAX_CHARACTERS = 100_000  # of a document: configurations have some 5,000, and PyYAML can take a second for every 30,000
+MAX_DEPTH = 50  # nesting of lists and mappings
 _MAX_DIGITS = 100
 
-KeyPath = tuple[str | int, ...]
-"""The keys and list positions that lead to a value."""
+KeyPath = tuple[str | int, ...]  # the keys and list positions that lead to a value
 
 
 class _Refused(yaml.MarkedYAMLError):
@@ -67,17 +62,10 @@ for _tag, _pattern, _first in (
 
 
 def read_yaml(text: str, source: str, problems: list[str], places: dict[KeyPath, str]) -> Any:
-    """Read one YAML document.
+    """Read one YAML document, which messages call ``source``.
 
-    Args:
-        text: The document.
-        source: What messages call it.
-        problems: Receives mistakes that leave the rest readable, one line each.
-        places: Receives the place of every key, ``source:line``.
-
-    Raises:
-        ConfigError: If it is no YAML document, is larger than ``MAX_CHARACTERS`` or deeper than ``MAX_DEPTH``, or uses
-            aliases or tags.
+    ``problems`` receives mistakes that leave the rest readable, one line each, and ``places`` the place of every key,
+    ``source:line``. A ConfigError reports what is no YAML document or is refused.
     """
     if len(text) > MAX_CHARACTERS:
         raise ConfigError(source, [f"refused: at most {MAX_CHARACTERS} characters are read, got {len(text)}"])
@@ -89,23 +77,16 @@ def read_yaml(text: str, source: str, problems: list[str], places: dict[KeyPath,
         raise ConfigError(source, [f"line {line}: not YAML: the character U+{character} may not stand here"]) from None
     except yaml.MarkedYAMLError as error:
         line, column = (error.problem_mark.line + 1, error.problem_mark.column + 1) if error.problem_mark else (1, 1)
+        problem = f"line {line}, column {column}: not YAML: {error.problem}"
         if isinstance(error, _Refused):
             problem = f"line {line}: {error.problem}"
         elif error.problem == "but found another document":
             problem = f"line {line}: one document is read, and '---' begins another"
-        else:
-            problem = f"line {line}, column {column}: not YAML: {error.problem}"
         raise ConfigError(source, [problem]) from None
     return None if node is None else _construct(node, (), source, problems, places)
 
 
-def _construct(
-    node: yaml.Node,
-    path: KeyPath,
-    source: str,
-    problems: list[str],
-    places: dict[KeyPath, str],
-) -> Any:
+def _construct(node: yaml.Node, path: KeyPath, source: str, problems: list[str], places: dict[KeyPath, str]) -> Any:
     line = f"{source}:{node.start_mark.line + 1}"
     places.setdefault(path, line)
     if isinstance(node, yaml.MappingNode):

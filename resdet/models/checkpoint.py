@@ -35,11 +35,9 @@ _ESSENTIAL = re.compile(
 
 
 def checkpoint_payload(model: Detector) -> dict[str, Any]:
-    """Return a detector as plain values and tensors, from which ``load_detector`` builds it again.
+    """Return a detector as plain values and tensors (not copied), from which ``load_detector`` builds it again.
 
-    Returns:
-        ``format``, ``spec``, ``categories`` and ``score_threshold`` (plain values) and ``model`` (the state dict, not
-        copied). Training may add entries of its own.
+    Training may add entries of its own.
     """
     return {
         "format": DETECTOR_FORMAT,
@@ -63,7 +61,7 @@ def save_int8_detector(
     Raises:
         UserError: If the file's directory does not exist.
     """
-    payload: dict[str, Any] = {**checkpoint_payload(model), "format": INT8_FORMAT}
+    payload = checkpoint_payload(model) | {"format": INT8_FORMAT}
     if config is not None:
         payload["config"] = dict(config)
     with written_whole(Path(path)) as temporary:
@@ -94,11 +92,9 @@ def load_detector(path: WeightsPath, device: torch.device | str = "cpu") -> Dete
             f"{file.format!r} (keys: {name_some(file.content) or 'none'})"
         )
     num_classes = len(class_scores(file))
+    build = Int8Detector.empty if file.kind == "int8" else build_detector
     try:
-        if file.kind == "int8":
-            model: Detector = Int8Detector.empty(file.spec, num_classes, file.categories)
-        else:
-            model = build_detector(file.spec, num_classes=num_classes, categories=file.categories)
+        model: Detector = build(file.spec, num_classes=num_classes, categories=file.categories)
     except UserError as error:
         raise WeightsError(f"{file.path}: {error}") from error
     load_strictly(model, file, what=f"this {file.spec.arch} detector")
@@ -107,29 +103,18 @@ def load_detector(path: WeightsPath, device: torch.device | str = "cpu") -> Dete
 
 
 def load_detector_weights(model: Detector, path: WeightsPath) -> LoadReport:
-    """Start from another detector's weights: all of them, or all but the class-specific ones.
+    """Start from another detector's weights: all of them, or all but the class-specific ones; what was used is logged.
 
     The last layers (``roi_heads.box_predictor``) keep what ``model`` has if the classes differ: in number, or in name
-    or order where both sides know their names.
-
-    Args:
-        model: Changed in place.
-        path: A checkpoint of ours, a state dict of torchvision's FasterRCNN of this shape, or another library's
-            Faster R-CNN, as for ``load_detector``. Its spec is not taken over: ``WeightsFile.settings`` is the part of
-            it with which ``model`` should have been built.
-
-    Returns:
-        What was loaded and what was not; it is also logged.
-
-    Raises:
-        WeightsError: If the file cannot be read, or anything else in it does not fit the model.
+    or order where both sides know their names. The file may be a checkpoint of ours, a state dict of torchvision's
+    FasterRCNN of this shape, or another library's Faster R-CNN. Its spec is not taken over: ``WeightsFile.settings`` is
+    the part of it with which ``model`` should have been built.
     """
     file = describe_detector(read_weights(path))
     names, own_names = [c.name for c in file.categories], [c.name for c in model.categories]
-    same_classes = len(class_scores(file)) == model.roi_heads.box_predictor.cls_score.out_features and (
-        not names or not own_names or names == own_names
-    )
-    keep = () if same_classes else ("roi_heads.box_predictor.",)
+    same_names = not names or not own_names or names == own_names
+    same_number = len(class_scores(file)) == model.roi_heads.box_predictor.cls_score.out_features
+    keep = () if same_names and same_number else ("roi_heads.box_predictor.",)
     report = load_strictly(model, file, what=f"this {model.spec.arch} detector", keep=keep)
     logger.info("%s detector: %s", model.spec.arch, report)
     return report
@@ -138,10 +123,8 @@ def load_detector_weights(model: Detector, path: WeightsPath) -> LoadReport:
 def describe_detector(file: WeightsFile) -> WeightsFile:
     """Return a detector's file with the spec and the classes that another library's conventions imply.
 
-    Nothing is added to a checkpoint of ours, nor to a bare state dict of torchvision's, which tells nothing.
-
-    Raises:
-        WeightsError: If the file holds no detector, one in int8, or one that torchvision's Faster R-CNN cannot be.
+    Nothing is added to a checkpoint of ours, nor to a bare state dict of torchvision's, which tells nothing. A detector
+    in int8, or one that torchvision's Faster R-CNN cannot be, is refused.
     """
     if file.kind == "int8":
         raise WeightsError(
@@ -156,8 +139,7 @@ def describe_detector(file: WeightsFile) -> WeightsFile:
             f"{file.path}: is not the Faster R-CNN with FPN that this detector can be: it also has "
             f"{name_some(essential)}"
         )
-    spec = _imported_spec(file)
-    categories = _imported_categories(num_classes)
+    spec, categories = _imported_spec(file), _imported_categories(num_classes)
     logger.info(
         "%s: %s of %s, %d classes (%s); left over: %s",
         file.path,
@@ -171,11 +153,7 @@ def describe_detector(file: WeightsFile) -> WeightsFile:
 
 
 def class_scores(file: WeightsFile) -> Tensor:
-    """Return the weights of a detector's class scores, ``[K + 1, C]``.
-
-    Raises:
-        WeightsError: If the file has none: it holds no detector.
-    """
+    """Return the weights of a detector's class scores, ``[K + 1, C]``; a file that has none holds no detector."""
     if CLASS_SCORES not in file.tensors:
         raise WeightsError(
             f"{file.path}: is not a detector: it has no {CLASS_SCORES!r}; its tensors are {name_some(file.tensors)}"
@@ -214,6 +192,5 @@ def _imported_categories(num_classes: int) -> tuple[Category, ...]:
     """Return COCO's 80 classes by rising id, the order in which every library numbers them; none for another number."""
     by_id = FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]
     known = [(number, name) for number, name in enumerate(by_id) if name not in ("__background__", "N/A")]
-    if num_classes != len(known) + 1:
-        return ()
-    return tuple(Category(label, number, name) for label, (number, name) in enumerate(known, 1))
+    named = tuple(Category(label, number, name) for label, (number, name) in enumerate(known, 1))
+    return named if num_classes == len(named) + 1 else ()

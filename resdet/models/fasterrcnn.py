@@ -36,13 +36,12 @@ def fasterrcnn_resnet101_fpn(
         UserError: If an argument is out of its range.
         WeightsError: If the weights cannot be had, or are for another model or number of classes.
     """
-    if spec is not None and spec.arch != "resnet101":
-        raise UserError(f"spec.arch must be 'resnet101' here, got {spec.arch!r}; build_detector takes any")
-    if spec is not None and spec.layout != "fpn":
-        raise UserError(f"spec.layout must be 'fpn' here, got {spec.layout!r}; build_detector takes any")
+    for name, required in (("arch", "resnet101"), ("layout", "fpn")):
+        if spec is not None and (given := getattr(spec, name)) != required:
+            raise UserError(f"spec.{name} must be {required!r} here, got {given!r}; build_detector takes any")
     if weights is None:
         return build_detector(
-            DetectorSpec() if spec is None else spec,
+            spec or DetectorSpec(),
             num_classes=91 if num_classes is None else num_classes,
             weights_backbone=weights_backbone,
             trainable_layers=trainable_backbone_layers,
@@ -53,8 +52,7 @@ def fasterrcnn_resnet101_fpn(
         raise WeightsError(
             f"{file.path}: was made for {found} classes (background included), num_classes is {num_classes}"
         )
-    if spec is None:
-        spec = file.spec or DetectorSpec()
+    spec = spec or file.spec or DetectorSpec()
     model = build_detector(
         spec, num_classes=found, trainable_layers=trainable_backbone_layers, categories=file.categories
     )

@@ -25,19 +25,12 @@ _COUNTER = "num_batches_tracked"
 
 @dataclass(frozen=True)
 class LoadReport:
-    """How the tensors of a file were used.
+    """How the tensors of a file were used."""
 
-    Attributes:
-        source: Where they came from; empty if weights stayed random.
-        loaded: Names in the model that were set.
-        left_over: Names in the file that the model has no place for.
-        reinitialised: Names in the model that were deliberately not taken from the file.
-    """
-
-    source: str = ""
-    loaded: tuple[str, ...] = ()
-    left_over: tuple[str, ...] = ()
-    reinitialised: tuple[str, ...] = ()
+    source: str = ""  # where they came from; empty if weights stayed random
+    loaded: tuple[str, ...] = ()  # names in the model that were set
+    left_over: tuple[str, ...] = ()  # names in the file that the model has no place for
+    reinitialised: tuple[str, ...] = ()  # names in the model that were deliberately not taken from the file
 
     def __str__(self) -> str:
         """Return one line for the log."""
@@ -56,17 +49,9 @@ class LoadReport:
 def load_strictly(module: nn.Module, file: WeightsFile, *, what: str, keep: tuple[str, ...] = ()) -> LoadReport:
     """Load a module's whole state dict, or raise the one error that names everything that does not fit.
 
-    Only BatchNorm's counters (``num_batches_tracked``) may be missing or in excess.
-
-    Args:
-        module: Changed in place, unless an error is raised.
-        file: Its tensors are named as the module's.
-        what: The module, for the message: "this resnet34 detector".
-        keep: Prefixes of names that stay as they are in the module, whatever the file holds.
-
-    Raises:
-        WeightsError: If a tensor is missing, in excess or of another shape. If the body's convolutions are those of
-            another architecture, the message names it.
+    Only BatchNorm's counters (``num_batches_tracked``) may be missing or in excess. The message calls the module
+    ``what`` ("this resnet34 detector"), and names the architecture that the file's convolutions are of, if it is
+    another. Names that begin with one of ``keep`` stay as they are in the module, whatever the file holds.
     """
     state = module.state_dict()
     expected = {name: value for name, value in state.items() if not name.startswith(keep)}
@@ -97,16 +82,7 @@ def load_backbone_weights(body: Body, source: WeightsSource, arch: str) -> LoadR
 
     Every file that ``read_weights`` understands will do: a classifier's (its ``fc`` is left over), a backbone's or a
     detector's, of other libraries too, if the body strides where theirs does. Such weights may require pixels of
-    another mean and scale, which ``WeightsFile.settings`` states.
-
-    Args:
-        body: Changed in place, unless an error is raised.
-        source: None (weights stay as they are), a torchvision weight name, the enum itself, a file or a URL.
-        arch: The body's architecture.
-
-    Raises:
-        WeightsError: If the weights cannot be had, do not fit the body, hold more blocks for one of its stages, or were
-            trained with another stride.
+    another mean and scale, which ``WeightsFile.settings`` states. None leaves the weights as they are.
     """
     if source is None:
         return LoadReport()
@@ -120,9 +96,8 @@ def load_backbone_weights(body: Body, source: WeightsSource, arch: str) -> LoadR
         logger.info(
             "%s: from %s, trained on pixels of mean %s and deviation %s", file.path, file.facts["format"], mean, std
         )
-    state = body.state_dict()
+    state, given = body.state_dict(), _without_prefix(file.tensors, prefix)
     left_over = [name for name in file.tensors if name.removeprefix(prefix) not in state or not name.startswith(prefix)]
-    given = {name.removeprefix(prefix): value for name, value in file.tensors.items() if name.startswith(prefix)}
     file = replace(file, tensors=given, left_over=(*left_over, *file.left_over))
     # A file may have stages that the body does not have, but not other blocks in those it has.
     not_built = tuple(f"{stage}." for stage in _stages(given) - _stages(state))
@@ -147,8 +122,7 @@ def _stages(names: Iterable[str]) -> set[str]:
 
 def _fitting_archs(tensors: Mapping[str, Tensor]) -> list[str]:
     """Return the architectures whose convolutions, in the stages that the tensors have, are exactly the tensors'."""
-    prefix = body_prefix(tensors) or ""
-    body = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+    body = _without_prefix(tensors, body_prefix(tensors) or "")
     stages, depths = _stages(body), count_blocks(body)
 
     def convolutions(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
@@ -164,3 +138,7 @@ def _fitting_archs(tensors: Mapping[str, Tensor]) -> list[str]:
             if convolutions(make_body(arch).state_dict()) == convolutions(body):
                 fitting.append(arch)
     return fitting
+
+
+def _without_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
