@@ -11,7 +11,7 @@ into the target library's settings.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -93,11 +93,8 @@ def to_torchvision(content: Mapping[str, Any], source_format: str | None = None)
     facts = facts_of(content, source_format, tensors)
     if any(names[ours] != short for short, ours in zip(_short_names(tensors, kind), tensors, strict=True)):
         rules.append("names")
-    for rule in _rules(source_format, facts):
-        changed = rule.inward(tensors)
-        if _differ(changed, tensors):
-            rules.append(rule.name)
-        tensors = changed
+    tensors, applied = _apply([(rule.name, rule.inward) for rule in _rules(source_format, facts)], tensors)
+    rules += applied
     if facts["stride_in_1x1"]:
         rules.append("stride in 1x1 (no tensor changes)")
 
@@ -122,21 +119,15 @@ def write(tensors: Mapping[str, Tensor], target_format: str, facts: Mapping[str,
             f"an FPN on {levels} of the body's {len(depths)} stages has no counterpart in the other formats, whose "
             "levels are named by their stage"
         )
-    own = full
-    left_over = []
-    rules = []
-    for rule in reversed(_rules(target_format, facts or {})):
-        changed = rule.outward(own)
-        if _differ(changed, own):
-            rules.append(rule.name)
-            if rule is NO_BACKGROUND_DELTAS:
-                left_over += [f"{n}[:4]" for n, rows in own.items() if n.startswith(DELTAS) and rows[:4].any()]
-        own = changed
+    left_over = [name for name, full_name in zip(tensors, full, strict=True) if full_name not in names]
+    if NO_BACKGROUND_DELTAS in target.rules:
+        left_over += [f"{name}[:4]" for name, rows in full.items() if name.startswith(DELTAS) and rows[:4].any()]
+    inverses = [(rule.name, rule.outward) for rule in reversed(_rules(target_format, facts or {}))]
+    own, rules = _apply(inverses, full)
     if any(names.get(full_name, name) != name for name, full_name in zip(tensors, full, strict=True)):
         rules.append("names")
-    dropped = [name for name, full_name in zip(tensors, full, strict=True) if full_name not in names]
     written = {names[name]: tensor for name, tensor in own.items() if name in names}
-    return Written(written, tuple(reversed(rules)), tuple(dropped + left_over))
+    return Written(written, tuple(reversed(rules)), tuple(left_over))
 
 
 def from_torchvision(tensors: Mapping[str, Tensor], target_format: str) -> Tensors:
@@ -257,8 +248,15 @@ def _short_names(tensors: Tensors, kind: Kind) -> Tensors:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
 
 
-def _differ(a: Tensors, b: Tensors) -> bool:
-    return a.keys() != b.keys() or any(a[name] is not b[name] for name in a)
+def _apply(changes: Iterable[tuple[str, Callable[[Tensors], Tensors]]], tensors: Tensors) -> tuple[Tensors, list[str]]:
+    """Apply named changes one after another; return also the names of those that changed something."""
+    effective = []
+    for name, change in changes:
+        changed = change(tensors)
+        if changed.keys() != tensors.keys() or any(changed[key] is not tensors[key] for key in changed):
+            effective.append(name)
+        tensors = changed
+    return tensors, effective
 
 
 def _check_class_wise(tensors: Tensors, source: Format) -> None:
