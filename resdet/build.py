@@ -116,7 +116,7 @@ def anchor_layout(config: ModelConfig) -> AnchorLayout:
     )
 
 
-def build_model(config: ModelConfig, train_set: DetectionDataset, *, resume_from: Path | None) -> Detector:
+def build_model(config: ModelConfig, train_set: DetectionDataset, *, resume_from: WeightsPath | None) -> Detector:
     """Build the detector for a dataset's classes, with its first weights.
 
     Settings under which the weights were trained (``WEIGHTS_FIELDS``) are taken over as ``ModelConfig.weights`` says.

@@ -30,7 +30,7 @@ from resdet.classification.spec import ClassifierSpec
 from resdet.classification.views import TrainView, centre_views
 from resdet.config_reading import parse_settings
 from resdet.errors import UserError, WeightsError
-from resdet.weights.files import WeightsPath, read_weights
+from resdet.weights.files import WeightsFile, WeightsPath, read_weights
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ def build_images(source: Source, *, classes: Sequence[str] | None = None) -> Lab
 
 
 def build_pretrained(
-    config: NetworkConfig, train_set: LabelledImages, *, resize: int, resume_from: Path | None
+    config: NetworkConfig, train_set: LabelledImages, *, resize: int, resume_from: WeightsFile | None
 ) -> ImageClassifier:
     """Build the classifier of a run, with its first weights and the mean of its images.
 
@@ -69,7 +69,7 @@ def build_pretrained(
         before = load_classifier(resume_from)
         if before.classes != train_set.classes:
             raise UserError(
-                f"{resume_from}: its run has {len(before.classes)} classes, {', '.join(before.classes[:3])}, ...; "
+                f"{resume_from.path}: its run has {len(before.classes)} classes, {', '.join(before.classes[:3])}, ...; "
                 f"data.train has {len(train_set.classes)}, {', '.join(train_set.classes[:3])}, ..."
             )
         # The mean was measured when the run began.

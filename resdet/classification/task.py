@@ -30,10 +30,12 @@ from resdet.models.bodies import Classifier
 from resdet.precision import autocast
 from resdet.processes import Processes
 from resdet.training import guards
+from resdet.training.checkpoint import load_training_state
 from resdet.training.launch import launched
 from resdet.training.loop import TrainResult, run
 from resdet.training.runlog import RunLog
 from resdet.training.settings import RunSettings
+from resdet.weights.files import read_weights
 
 Mix = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """Takes images and their labels; returns mixed images and the share of each class in them, ``[B, K]``."""
@@ -60,8 +62,11 @@ def pretrain(config: PretrainConfig) -> TrainResult:
         match_classes(val_set.classes, train_set.classes, where=val_set.name)
         torch.manual_seed(config.seed)
         resize = config.eval.resize or config.model.image_size
-        classifier = build_pretrained(config.model, train_set, resize=resize, resume_from=resume_from)
+        resumed = None if resume_from is None else read_weights(resume_from)  # once: it can be large
+        classifier = build_pretrained(config.model, train_set, resize=resize, resume_from=resumed)
         classifier.network.to(team.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        saved = {} if resumed is None else load_training_state(resumed, classifier.network)
+        del resumed  # the network has copies of its tensors
         settings = RunSettings(
             config=config_to_plain(config),
             output_dir=config.output_dir,
@@ -78,7 +83,7 @@ def pretrain(config: PretrainConfig) -> TrainResult:
         task = ClassificationTask(
             classifier, train_set, val_set, view, settings, config.train, config.loader, config.eval, team
         )
-        return run(task, settings, team, stop, begun=begun)
+        return run(task, settings, team, stop, begun=begun, saved=saved)
 
 
 class ClassificationTask:

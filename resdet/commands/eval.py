@@ -50,15 +50,17 @@ def main(arguments: Sequence[str]) -> None:
     from resdet.evaluation.settings import InferenceSettings
     from resdet.evaluation.write import metrics_table, write_evaluation
     from resdet.models.checkpoint import load_detector
+    from resdet.weights.files import read_weights
 
-    configs = [config_of_checkpoint(checkpoint, overrides) for checkpoint in checkpoints]
+    files = [read_weights(checkpoint) for checkpoint in checkpoints]
+    configs = [config_of_checkpoint(file, overrides) for file in files]
     datasets = [build_dataset(config.data.val, training=False) for config in configs]
     check_same_ground_truth([(name, dataset.table) for name, dataset in zip(names, datasets, strict=True)])
     dataset = datasets[0]
     output = options.output or (checkpoints[0].parent / "eval" if len(paths) == 1 else Path("eval"))
     runs = []
-    for name, checkpoint, config in zip(names, checkpoints, configs, strict=True):
-        model = load_detector(checkpoint)
+    for name, file, config in zip(names, files, configs, strict=True):
+        model = load_detector(file)
         settings = InferenceSettings(
             batch_size=config.eval.batch_size,
             num_workers=config.loader.num_workers,
@@ -70,7 +72,7 @@ def main(arguments: Sequence[str]) -> None:
         evaluation = evaluate(model, dataset, settings)
         folder = output if len(paths) == 1 else output / name
         write_evaluation(folder, evaluation, dataset.table)
-        runs.append(ReportedRun(name, evaluation, config_to_plain(config), read_log(checkpoint.parent)))
+        runs.append(ReportedRun(name, evaluation, config_to_plain(config), read_log(file.path.parent)))
         print(f"{name}\n{metrics_table(evaluation)}" if len(paths) > 1 else metrics_table(evaluation))
         print(f"written: {folder / 'metrics.json'}, {folder / 'detections.json'}")
     write_report(output / "report.html", dataset, runs)

@@ -32,11 +32,13 @@ def main(arguments: Sequence[str]) -> None:
     from resdet.config_reading import config_to_plain
     from resdet.models.checkpoint import load_detector, save_int8_detector
     from resdet.models.int8_calibration import quantize_detector
+    from resdet.weights.files import read_weights
 
     if options.images < 1:
         raise UserError(f"--images must be at least 1, got {options.images}")
-    config = config_of_checkpoint(checkpoint, options.overrides)
-    model = load_detector(checkpoint)
+    file = read_weights(checkpoint)
+    config = config_of_checkpoint(file, options.overrides)
+    model = load_detector(file)
     dataset = build_dataset(config.data.train, training=False)
     # Seeded: the same images every time.
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(config.seed))

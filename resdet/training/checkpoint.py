@@ -22,7 +22,7 @@ from resdet.errors import TrainingError, WeightsError
 from resdet.files import save_tensors, written_whole
 from resdet.models.detector import Detector
 from resdet.models.loading import load_strictly
-from resdet.weights.files import read_weights
+from resdet.weights.files import WeightsPath, read_weights
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +66,7 @@ def save_last(folder: Path, payload: dict[str, Any]) -> None:
     save_checkpoint(last, payload)
 
 
-def load_training_state(path: Path, model: nn.Module) -> dict[str, Any]:
+def load_training_state(path: WeightsPath, model: nn.Module) -> dict[str, Any]:
     """Load the weights of a run's ``last.pt`` into ``model`` and return its training state (``RunState``).
 
     Raises:
@@ -74,7 +74,7 @@ def load_training_state(path: Path, model: nn.Module) -> dict[str, Any]:
     """
     file = read_weights(path)
     if "training" not in file.content:
-        raise WeightsError(f"{path}: holds no training state to resume from (best.pt has none; use last.pt)")
+        raise WeightsError(f"{file.path}: holds no training state to resume from (best.pt has none; use last.pt)")
     load_strictly(model, file, what="the configuration's model")
     if isinstance(model, Detector):
         model.score_threshold = file.score_threshold

@@ -30,13 +30,14 @@ from resdet.models.seeded import image_seeds
 from resdet.precision import Precision, autocast
 from resdet.processes import Processes
 from resdet.training import guards
+from resdet.training.checkpoint import load_training_state
 from resdet.training.launch import launched
 from resdet.training.loop import TrainResult, run
 from resdet.training.runlog import RunLog
 from resdet.training.settings import RunSettings
 from resdet.training.step import accumulate_gradients
 from resdet.types import target_to
-from resdet.weights.files import read_checkpoint, weights_in
+from resdet.weights.files import read_checkpoint, read_weights, weights_in
 
 
 def train(config: Config) -> TrainResult:
@@ -59,8 +60,11 @@ def train(config: Config) -> TrainResult:
         )
         val_set = build_dataset(config.data.val, training=False)
         torch.manual_seed(config.seed)
-        model = build_model(config.model, train_set, resume_from=resume_from).to(team.device)
+        resumed = None if resume_from is None else read_weights(resume_from)  # once: it can be large
+        model = build_model(config.model, train_set, resume_from=resumed).to(team.device)
         match_labels(model, val_set.table)  # other classes in data.val are reported now, not at the first evaluation
+        saved = {} if resumed is None else load_training_state(resumed, model)
+        del resumed  # the model has copies of its tensors
         settings = RunSettings(
             config=config_to_plain(config),
             output_dir=config.output_dir,
@@ -72,7 +76,7 @@ def train(config: Config) -> TrainResult:
             num_images=train_set.table.num_images,
         )
         task = DetectionTask(model, train_set, val_set, settings, config.loader, config.eval, team)
-        return run(task, settings, team, stop, begun=begun)
+        return run(task, settings, team, stop, begun=begun, saved=saved)
 
 
 class DetectionTask:

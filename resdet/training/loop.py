@@ -93,21 +93,29 @@ class TrainResult:
     seconds: float
 
 
-def run(task: Task[BatchT], settings: RunSettings, team: Processes, stop: StopSignals, *, begun: float) -> TrainResult:
+def run(
+    task: Task[BatchT],
+    settings: RunSettings,
+    team: Processes,
+    stop: StopSignals,
+    *,
+    begun: float,
+    saved: dict[str, Any],
+) -> TrainResult:
     """Train until the last step, an early stop or a signal; leave checkpoints and logs in the run's folder.
 
     The host waits for a GPU where a line says so, and some dozens of times more inside a detector's forward pass (NMS,
     selections by masks): a step is not one queue of kernels.
 
     Every process of ``team`` calls this. ``stop`` holds the signals that have come, ``begun`` is when the run began
-    (``time.perf_counter``).
+    (``time.perf_counter``), ``saved`` the training state to resume from, empty for a new run.
 
     Raises:
         TrainingError: If a loss or gradient is not finite, memory does not suffice, or a checkpoint cannot be written.
         Interrupted: After SIGTERM or SIGINT, when everything is on the disk.
     """
     train, num_steps = settings.train, settings.num_steps
-    learner, state = set_up(task.model, settings, team)
+    learner, state = set_up(task.model, settings, team, saved)
     batches = task.batches(state.step)
     log = RunLog(
         settings.output_dir,

@@ -14,7 +14,6 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from resdet.errors import WeightsError
 from resdet.processes import Processes
-from resdet.training.checkpoint import load_training_state
 from resdet.training.optim import LearningRate, build_optimizer
 from resdet.training.settings import RunSettings
 
@@ -22,6 +21,7 @@ logger = logging.getLogger(__name__)
 
 _SAVED = ("step", "best", "num_worse", "evaluated", "metrics", "log_sums", "log_steps", "schedule")
 _OF_LEARNER = ("optimizer", "scaler", "ema")
+_SAVED_BY_ALL = {*_SAVED, *_OF_LEARNER} - {"schedule"}  # older files have no schedule
 
 
 @dataclass
@@ -104,18 +104,17 @@ class Learner:
         return norm / self.scaler.get_scale() if self.scaler.is_enabled() else norm  # fp16: waits for the device
 
 
-def set_up(model: nn.Module, settings: RunSettings, team: Processes) -> tuple[Learner, RunState]:
-    """Build a run's optimizer and what goes with it, and load the state of the checkpoint that it resumes from.
+def set_up(model: nn.Module, settings: RunSettings, team: Processes, saved: dict[str, Any]) -> tuple[Learner, RunState]:
+    """Build a run's optimizer and what goes with it; load ``saved``, the training state that it resumes from.
+
+    ``saved`` loses its tensors to whatever they are loaded into, so that memory does not hold them twice.
 
     Raises:
-        WeightsError: If the checkpoint is not one of this run.
+        WeightsError: If the state is not one of this run.
     """
     optim, rate = settings.optim, LearningRate(settings)
-    saved: dict[str, Any] = {}
-    if settings.resume_from is not None:
-        saved = load_training_state(settings.resume_from, model)
-        if not {*_SAVED[:-1], *_OF_LEARNER} <= saved.keys() <= {*_SAVED, *_OF_LEARNER}:
-            raise WeightsError(f"{settings.resume_from}: its training state is another version's: {sorted(saved)}")
+    if settings.resume_from is not None and not _SAVED_BY_ALL <= saved.keys() <= {*_SAVED, *_OF_LEARNER}:
+        raise WeightsError(f"{settings.resume_from}: its training state is another version's: {sorted(saved)}")
     optimizer = build_optimizer(
         model,
         name=optim.name,
@@ -128,11 +127,11 @@ def set_up(model: nn.Module, settings: RunSettings, team: Processes) -> tuple[Le
     average = None if settings.train.ema_decay is None else _averaged(model, settings.train.ema_decay)
     state = RunState(schedule=rate.first_schedule())
     if saved:
-        optimizer.load_state_dict(saved["optimizer"])
+        optimizer.load_state_dict(saved.pop("optimizer"))
         if saved["scaler"]:
             scaler.load_state_dict(saved["scaler"])
-        if average is not None and saved["ema"]:
-            average.load_state_dict(saved["ema"])
+        if (ema := saved.pop("ema")) and average is not None:
+            average.load_state_dict(ema)
         state = RunState(**{name: saved[name] for name in _SAVED if name in saved}, saved=saved["step"])
         state.schedule = rate.first_schedule() | state.schedule
         state.log_sums = {name: value.to(team.device) for name, value in state.log_sums.items()}

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torchvision
+from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 from torchvision.models.detection import FasterRCNN
@@ -20,9 +21,15 @@ from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.ops import FrozenBatchNorm2d
 
+import resdet.commands.eval
+import resdet.commands.quantize
 import resdet.weights.files
+from resdet import commands
 from resdet.build import build_model, config_of_checkpoint
-from resdet.config import ModelConfig
+from resdet.classification.config import PretrainConfig
+from resdet.classification.task import pretrain
+from resdet.config import Config, ModelConfig, config_from_plain
+from resdet.config_reading import config_to_plain, parse_settings
 from resdet.data.dataset import DetectionDataset
 from resdet.data.shapes import ShapesImages, shapes_table
 from resdet.errors import WeightsError
@@ -34,6 +41,7 @@ from resdet.models.fasterrcnn import fasterrcnn_resnet101_fpn
 from resdet.models.int8 import Int8Detector
 from resdet.models.spec import WEIGHTS_FACTS, WEIGHTS_FIELDS, DetectorSpec
 from resdet.training.checkpoint import load_training_state
+from resdet.training.detection import train
 from resdet.types import Category
 from resdet.weights import source
 from resdet.weights.convert import write
@@ -137,6 +145,60 @@ def test_a_run_begins_from_one_opening(tmp_path: Path, opens: Callable[[Path], i
         assert opens(path) == 1, path
     build_model(section(weights=str(zoo)), shapes(), resume_from=whole)
     assert opens(whole) == 1
+
+
+def run_config(tmp_path: Path) -> Config:
+    data = {"format": "shapes", "num_images": 4, "image_size": 64}
+    plain = {
+        "model": SMALL | {"weights": None, "calibration_images": 2},
+        "data": {"train": data, "val": dict(data)},
+        "loader": {"num_workers": 0},
+        "train": {"steps": 1, "batch_size": 1},
+        "eval": {"num_pictures": 0},
+        "output_dir": str(tmp_path / "run"),
+    }
+    return config_from_plain(plain, source="test")
+
+
+def test_a_resumed_run_reads_its_checkpoint_once(tmp_path: Path, opens: Callable[[Path], int]) -> None:
+    config = run_config(tmp_path)
+    train(config)
+    last = tmp_path / "run" / "last.pt"
+    opens(last)
+    longer = ["train.steps=2", f"output_dir={tmp_path / 'longer'}", f"resume={last}"]
+    train(config_from_plain(config_to_plain(config), longer, source="test"))
+    assert opens(last) == 1
+
+
+def test_a_resumed_classifier_reads_its_checkpoint_once(tmp_path: Path, opens: Callable[[Path], int]) -> None:
+    classes = tmp_path / "images" / "a", tmp_path / "images" / "b"
+    for folder in classes:
+        folder.mkdir(parents=True)
+        Image.new("RGB", (40, 40), (90, 0, 0)).save(folder / "0.png")
+    data = {"format": "folder", "root": str(tmp_path / "images")}
+    tree = {
+        "model": {"arch": "resnet18", "image_size": 32, "measured_images": 2},
+        "data": {"train": data, "val": data},
+        "loader": {"num_workers": 0},
+        "train": {"steps": 1, "batch_size": 2},
+        "output_dir": str(tmp_path / "run"),
+    }
+    pretrain(parse_settings(PretrainConfig, json.dumps(tree)))
+    last = tmp_path / "run" / "last.pt"
+    opens(last)
+    longer = ["train.steps=2", f"output_dir={tmp_path / 'longer'}", f"resume={last}"]
+    pretrain(parse_settings(PretrainConfig, json.dumps(tree), longer))
+    assert opens(last) == 1
+
+
+def test_commands_read_a_checkpoint_once(tmp_path: Path, opens: Callable[[Path], int]) -> None:
+    path = detector_file(tmp_path / "best.pt", config=config_to_plain(run_config(tmp_path)))
+    opens(path)
+    commands.eval.main([str(path), "--output", str(tmp_path / "eval")])
+    assert opens(path) == 1
+    if torch.cpu._is_vnni_supported():
+        commands.quantize.main([str(path), "--images", "2"])
+        assert opens(path) == 1
 
 
 def test_builders_open_a_file_once(tmp_path: Path, opens: Callable[[Path], int]) -> None:
