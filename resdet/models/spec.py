@@ -206,9 +206,9 @@ Source: detectron2's ``config/defaults.py`` and ``configs/Base-RCNN-FPN.yaml``; 
 mmdetection's ``configs/_base_/models/faster-rcnn_r50_fpn.py`` and ``models/dense_heads/rpn_head.py``.
 """
 
+# Fields of ``DetectorSpec`` that weights depend on: under other values they compute something else.
 WEIGHTS_FACTS = ("norm_eps", "image_mean", "image_std", "stride_in_1x1")
-"""Fields of ``DetectorSpec`` that weights depend on: under other values they compute something else."""
-
+# These, and fields that training can adapt weights to, but under which they work best unchanged.
 WEIGHTS_FIELDS = (
     *WEIGHTS_FACTS,
     "resize",
@@ -220,7 +220,6 @@ WEIGHTS_FIELDS = (
     "roi_aligned",
     "box_min_size",
 )
-"""These, and fields that training can adapt weights to, but under which they work best unchanged."""
 
 
 class Tricks(BaseModel):

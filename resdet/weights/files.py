@@ -28,13 +28,12 @@ from resdet.weights.formats import FACTS_ENTRY, OWN_LAYOUTS, body_prefix, carrie
 from resdet.weights.layouts import SCORES, Tensors, modern_names
 from resdet.weights.pickles import load_pickle
 
+# What our own files call themselves: an entry "format", of a safetensors file in its metadata.
 DETECTOR_FORMAT = "resdet-detector-1"
 INT8_FORMAT = "resdet-detector-int8-1"
 BACKBONE_FORMAT = "resdet-backbone-1"
-"""What our own files call themselves: an entry "format", of a safetensors file in its metadata."""
 
-CLASS_SCORES = f"{SCORES}weight"
-"""The tensor whose rows are a detector's classes, the background first."""
+CLASS_SCORES = f"{SCORES}weight"  # its rows are a detector's classes, the background first
 
 
 @dataclass(frozen=True)
@@ -65,8 +64,7 @@ class WeightsFile:
         return self.kind in ("detector", "int8")
 
 
-WeightsPath: TypeAlias = str | os.PathLike[str] | WeightsFile
-"""A weights file by its path, or one that has been read."""
+WeightsPath: TypeAlias = str | os.PathLike[str] | WeightsFile  # by its path, or one that has been read
 
 
 def read_weights(path: WeightsPath) -> WeightsFile:

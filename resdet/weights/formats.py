@@ -16,11 +16,9 @@ from resdet.errors import WeightsError, name_some
 from resdet.models.archs import ARCHS, ResNetArch
 from resdet.weights.layouts import BACKGROUND_LAST, BODY, FORMATS, MEAN, SCORES, STD, Tensors, count_blocks
 
+# Where a converted file carries its facts: an entry next to the state dict, or an attribute of a bare one.
 FACTS_ENTRY = "resdet_facts"
-"""Where a converted file carries its facts: an entry next to the state dict, or an attribute of a bare one."""
-
-OWN_LAYOUTS = ("torchvision", "timm")
-"""Formats whose names are those of torchvision's models."""
+OWN_LAYOUTS = ("torchvision", "timm")  # formats whose names are those of torchvision's models
 
 Kind: TypeAlias = Literal["detector", "backbone", "classifier"]
 
@@ -94,7 +92,6 @@ def carried_facts(content: Mapping[str, Any]) -> dict[str, Any]:
     carried = content.get(FACTS_ENTRY, getattr(content, FACTS_ENTRY, None))
     if not isinstance(carried, dict) or carried.get("format") not in FORMATS:
         return {}
-
     statistics = [carried.get(name) for name in ("image_mean", "image_std")]
     sensible = (
         isinstance(carried.get("stride_in_1x1"), bool)

@@ -31,8 +31,8 @@ import torch
 from torch import Tensor
 
 Tensors: TypeAlias = dict[str, Tensor]
+# A whole detector; a backbone with its FPN; a body alone, or a classifier.
 Form: TypeAlias = Literal["detector", "pyramid", "body"]
-"""A whole detector; a backbone with its FPN; a body alone, or a classifier."""
 
 BODY = "backbone.body."
 FPN = "backbone.fpn."
@@ -139,6 +139,7 @@ MISSING_STATISTICS = Rule("norms without statistics", add_norm_statistics, lambd
 
 # ---- names
 
+_PARTS = ("conv1", "bn1", "conv2", "bn2", "conv3", "bn3", "downsample.0", "downsample.1")  # of a block
 _TORCH_NORM = {leaf: f".{leaf}" for leaf in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")}
 _TORCH_LINEAR = {"weight": ".weight", "bias": ".bias"}
 _BLOB_NORM = {"weight": "_s", "bias": "_b", "running_mean": "_rm", "running_var": "_riv"}
@@ -277,15 +278,6 @@ FORMATS: dict[str, Format] = {
 }
 
 
-def _units(depths: Mapping[int, int]) -> Iterable[tuple[int, int, str]]:
-    """Yield every convolution and norm that a body of these depths may have, in order."""
-    yield from ((0, 0, "conv1"), (0, 0, "bn1"))
-    for stage, depth in sorted(depths.items()):
-        for block in range(depth):
-            for part in ("conv1", "bn1", "conv2", "bn2", "conv3", "bn3", "downsample.0", "downsample.1"):
-                yield stage, block, part
-
-
 def count_blocks(names: Iterable[str]) -> dict[int, int]:
     """Count the blocks of each stage (1..4), whichever format the names are of."""
     depths: dict[int, int] = {}
@@ -309,8 +301,12 @@ def tensor_names(naming: Format, form: Form, depths: Mapping[int, int]) -> dict[
         for leaf, suffix in leaves.items():
             names[f"{ours}.{leaf}"] = f"{theirs}{suffix}"
 
+    # Every convolution and norm that a body of these depths may have, by stage and block: the stem is stage 0.
+    units = [(0, 0, "conv1"), (0, 0, "bn1")]
+    for stage, depth in sorted(depths.items()):
+        units += [(stage, block, part) for block in range(depth) for part in _PARTS]
     kernel = {"weight": naming.linear_leaves["weight"]}
-    for stage, block, part in _units(depths):
+    for stage, block, part in units:
         leaves = kernel if part.startswith("conv") or part == "downsample.0" else naming.norm_leaves
         add(BODY + _torchvision_unit(stage, block, part), body + naming.unit(stage, block, part), leaves)
     if form != "body":

@@ -22,8 +22,8 @@ from resdet.weights.files import WeightsFile, read_checkpoint
 
 logger = logging.getLogger(__name__)
 
+# First weights: torchvision's name or enum, a path, a URL, a file that has been read, or None for random ones.
 WeightsSource: TypeAlias = str | os.PathLike[str] | WeightsEnum | WeightsFile | None
-"""First weights: torchvision's name or enum, a path, a URL, a file that has been read, or None for random ones."""
 
 # torch.hub's convention: such a file name holds the first digits of the file's SHA-256.
 _HASH_IN_NAME = re.compile(r"-([a-f0-9]{8,})\.")
