@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 
 import numpy as np
-import numpy.typing as npt
 
 from resdet.check.kinds import EXTREME_ASPECT, OVERHANG, TINY_SIDE
 from resdet.data.annotations import MIN_TRAINABLE_SIDE, AnnotationTable
 from resdet.data.coco_rules import Problem
+from resdet.types import Bools, Floats
 
 _MIN_EVIDENCE = 5
 """Boxes or sides of boxes from which a convention is concluded."""
@@ -18,9 +19,8 @@ _MIN_EVIDENCE = 5
 
 def box_problems(table: AnnotationTable, *, one_based: bool) -> Iterator[Problem]:
     """Yield what is wrong with, or remarkable about, the finite boxes of a table; ``one_based`` ones are VOC's."""
-    names = _BoxNames(table, one_based)
+    boxes = _Boxes(table, one_based)
     x, y, w, h = table.boxes_xywh.T  # [N] each
-    height, width = table.sizes[names.image].T.astype(np.float64)
     inside = table.boxes_in_image()
     sides = inside[:, 2:] - inside[:, :2]  # [N, 2]
     shorter, longer = sides.min(axis=1, initial=math.inf), sides.max(axis=1, initial=0)
@@ -28,49 +28,43 @@ def box_problems(table: AnnotationTable, *, one_based: bool) -> Iterator[Problem
     zero = ~negative & ((w < MIN_TRAINABLE_SIDE) | (h < MIN_TRAINABLE_SIDE))
     outside = ~negative & ~zero & (shorter < MIN_TRAINABLE_SIDE)
     sound = ~negative & ~zero & ~outside
-    overhang = np.max([-x, -y, x + w - width, y + h - height], axis=0, initial=-math.inf)
+    overhang = np.max([-x, -y, x + w - boxes.width, y + h - boxes.height], axis=0, initial=-math.inf)
     # In VOC's convention a corner at 0 lies one pixel outside, which has a kind of its own.
     partly = sound & (overhang > (1 if one_based else OVERHANG))
     tiny = sound & (shorter < TINY_SIDE - 1e-6)
     extreme = sound & (longer / np.maximum(shorter, 1e-9) >= EXTREME_ASPECT)
-    size = [f"{a:g}x{b:g}" for a, b in table.sizes[:, ::-1].tolist()]
-    for row in np.flatnonzero(negative).tolist():
-        yield names.problem("negative_box", row, "negative width or height")
-    for row in np.flatnonzero(zero).tolist():
-        yield names.problem("zero_box", row, f"a side of less than {MIN_TRAINABLE_SIDE:g} px")
-    for row in np.flatnonzero(outside).tolist():
-        yield names.problem("box_outside_image", row, f"outside its {size[names.image[row]]} image")
-    for row in np.flatnonzero(partly).tolist():
-        what = f"exceeds its {size[names.image[row]]} image by {overhang[row]:.4g} px"
-        yield names.problem("box_partly_outside", row, what)
-    for row in np.flatnonzero(tiny).tolist():
-        yield names.problem("tiny_box", row, f"{sides[row, 0]:.3g}x{sides[row, 1]:.3g} px")
-    for row in np.flatnonzero(extreme).tolist():
-        yield names.problem("extreme_aspect", row, f"{sides[row, 0]:.4g}x{sides[row, 1]:.4g} px")
-    yield from _repeated_boxes(table, names, sound & ~table.crowd)
+    kinds: tuple[tuple[str, Bools, Callable[[int], str]], ...] = (
+        ("negative_box", negative, lambda row: "negative width or height"),
+        ("zero_box", zero, lambda row: f"a side of less than {MIN_TRAINABLE_SIDE:g} px"),
+        ("box_outside_image", outside, lambda row: f"outside its {boxes.size(row)} image"),
+        ("box_partly_outside", partly, lambda row: f"exceeds its {boxes.size(row)} image by {overhang[row]:.4g} px"),
+        ("tiny_box", tiny, lambda row: f"{sides[row, 0]:.3g}x{sides[row, 1]:.3g} px"),
+        ("extreme_aspect", extreme, lambda row: f"{sides[row, 0]:.4g}x{sides[row, 1]:.4g} px"),
+    )
+    for kind, found, describe in kinds:
+        for row in np.flatnonzero(found).tolist():
+            yield boxes.problem(kind, [row], describe(row))
+    yield from _repeated_boxes(boxes, sound & ~table.crowd)
     if table.num_boxes >= _MIN_EVIDENCE:
-        wrong = None if one_based else _other_units(table, width, height)
+        wrong = None if one_based else _other_units(boxes)
         if wrong is not None:
             yield wrong
         else:
-            yield from _off_by_one(table, names, width, height, sound & ~table.crowd)
+            yield from _off_by_one(boxes, sound & ~table.crowd)
 
 
-class _BoxNames:
-    """Describes the rows of a table in messages."""
+class _Boxes:
+    """The boxes of a table with the images that they belong to, and their description in messages."""
 
     def __init__(self, table: AnnotationTable, one_based: bool) -> None:
         self.table = table
-        self.image = table.image_of_box()  # [N]
         self.one_based = one_based
+        self.image = table.image_of_box()  # [N], like the next two
+        self.height, self.width = table.sizes[self.image].T.astype(np.float64)
 
-    def problem(self, kind: str, row: int, what: str) -> Problem:
-        table, image = self.table, int(self.image[row])
-        annotation_id = int(table.annotation_ids[row])
-        image_id = int(table.image_ids[image])
-        name = "an annotation without id" if annotation_id < 0 else f"annotation {annotation_id}"
-        message = f"{name} of image {image_id} ({table.file_names[image]}): {what}: {self.numbers(row)}"
-        return Problem(kind, message, (image_id,), () if annotation_id < 0 else (annotation_id,))
+    def size(self, row: int) -> str:
+        """Show the size of a box's image."""
+        return f"{self.width[row]:g}x{self.height[row]:g}"
 
     def numbers(self, row: int) -> str:
         """Show a box as it is in its file."""
@@ -81,46 +75,41 @@ class _BoxNames:
         corners = (x + 1, y + 1, x + 1 + w - extent, y + 1 + h - extent)
         return "xmin, ymin, xmax, ymax = " + ", ".join(f"{corner:.10g}" for corner in corners)
 
-
-def _repeated_boxes(table: AnnotationTable, names: _BoxNames, keep: npt.NDArray[np.bool_]) -> Iterator[Problem]:
-    rows = np.flatnonzero(keep)
-    if len(rows) < 2:
-        return
-    columns = [*table.boxes_xywh[rows].T, table.labels[rows], names.image[rows]]
-    order = np.lexsort(columns)
-    same = np.ones(len(rows) - 1, dtype=np.bool_)  # as the row before
-    for column in columns:
-        same &= column[order][1:] == column[order][:-1]
-    starts = np.flatnonzero(np.concatenate([[True], ~same]))
-    ends = np.append(starts[1:], len(rows))
-    groups = [rows[order[start:end]] for start, end in zip(starts, ends, strict=True) if end - start > 1]
-    for group in sorted(groups, key=lambda group: int(group[0])):
-        image = int(names.image[group[0]])
-        image_id = int(table.image_ids[image])
-        ids = tuple(int(i) for i in table.annotation_ids[group] if i >= 0)
-        name = table.categories[int(table.labels[group[0]]) - 1].name
-        listed = ", ".join(map(str, ids))
+    def problem(self, kind: str, rows: list[int], what: str) -> Problem:
+        """Make a problem of one box, or of several that are the same."""
+        table, image = self.table, self.image[rows[0]]
+        ids = tuple(number for number in table.annotation_ids[rows].tolist() if number >= 0)
+        name = f"annotation{'s' if len(rows) > 1 else ''} {', '.join(map(str, ids)) or 'without id'}"
         message = (
-            f"annotations {listed} of image {image_id} ({table.file_names[image]}): "
-            f"{len(group)} times the same {name!r}: {names.numbers(int(group[0]))}"
+            f"{name} of image {table.image_ids[image]} ({table.file_names[image]}): {what}: {self.numbers(rows[0])}"
         )
-        yield Problem("repeated_box", message, (image_id,), ids, count=len(group) - 1)
+        return Problem(kind, message, (int(table.image_ids[image]),), ids, count=max(len(rows) - 1, 1))
 
 
-def _other_units(
-    table: AnnotationTable, width: npt.NDArray[np.float64], height: npt.NDArray[np.float64]
-) -> Problem | None:
+def _repeated_boxes(boxes: _Boxes, keep: Bools) -> Iterator[Problem]:
+    table = boxes.table
+    columns = np.column_stack([boxes.image, table.labels, table.boxes_xywh])[keep]  # [kept, 6]
+    rows_of: dict[tuple[float, ...], list[int]] = defaultdict(list)
+    for row, values in zip(np.flatnonzero(keep).tolist(), columns.tolist(), strict=True):
+        rows_of[tuple(values)].append(row)
+    for rows in rows_of.values():
+        if len(rows) > 1:
+            name = table.categories[int(table.labels[rows[0]]) - 1].name
+            yield boxes.problem("repeated_box", rows, f"{len(rows)} times the same {name!r}")
+
+
+def _other_units(boxes: _Boxes) -> Problem | None:
     """Return the problem that boxes are not ``[x, y, width, height]`` in pixels.
 
     Fractions of the image have no number above 1. Corners, read as ``[x, y, width, height]``, often leave the image
     (here: a tenth of the boxes), and their third and fourth numbers always exceed the first and second.
     """
-    x, y, w, h = table.boxes_xywh.T  # [N] each, like width and height
-    num_boxes = table.num_boxes
-    if np.abs(table.boxes_xywh).max() <= 1:
+    x, y, w, h = boxes.table.boxes_xywh.T  # [N] each
+    num_boxes = len(x)
+    if np.abs(boxes.table.boxes_xywh).max() <= 1:
         return Problem("boxes_are_fractions", f"no number of its {num_boxes} boxes exceeds 1", count=num_boxes)
-    fits = (w > x) & (h > y) & (w <= width + 1) & (h <= height + 1)
-    leaves = (x + w > width + 1) | (y + h > height + 1)
+    fits = (w > x) & (h > y) & (w <= boxes.width + 1) & (h <= boxes.height + 1)
+    leaves = (x + w > boxes.width + 1) | (y + h > boxes.height + 1)
     if fits.mean() < 0.99 or leaves.mean() < 0.1:
         return None
     message = (
@@ -130,13 +119,7 @@ def _other_units(
     return Problem("boxes_are_corners", message, count=num_boxes)
 
 
-def _off_by_one(
-    table: AnnotationTable,
-    names: _BoxNames,
-    width: npt.NDArray[np.float64],
-    height: npt.NDArray[np.float64],
-    keep: npt.NDArray[np.bool_],
-) -> Iterator[Problem]:
+def _off_by_one(boxes: _Boxes, keep: Bools) -> Iterator[Problem]:
     """Yield the signs that coordinates are one pixel off.
 
     Objects cut by the border of an image give boxes that end exactly there, so coordinates pile up at 0 and at the
@@ -144,14 +127,15 @@ def _off_by_one(
     taking the last pixel inside an object for its end. A pile has at least 5 boxes, and three times as many as the
     pixel after it. Without objects at the border nothing can be concluded.
     """
-    x, y, w, h = table.boxes_xywh.T  # [N] each, like width and height
+    table = boxes.table
+    x, y, w, h = table.boxes_xywh.T  # [N] each
     low = np.concatenate([x[keep], y[keep]])
-    far = np.concatenate([(width - x - w)[keep], (height - y - h)[keep]])
+    far = np.concatenate([(boxes.width - x - w)[keep], (boxes.height - y - h)[keep]])
     of = f"of its {table.num_boxes} boxes"
-    if names.one_based:
+    if boxes.one_based:
         if (zero := int((low == -1).sum())) > 0:
             rows = np.flatnonzero((x == -1) | (y == -1))
-            ids = tuple(np.unique(table.image_ids[names.image[rows]]).tolist())
+            ids = tuple(np.unique(table.image_ids[boxes.image[rows]]).tolist())
             message = f"{len(rows)} {of} have a corner at 0 ({zero} corners)"
             yield Problem("zero_based_corners", message, ids, tuple(table.annotation_ids[rows].tolist()))
     elif _piles_up(low):
@@ -162,7 +146,7 @@ def _off_by_one(
         yield Problem("short_boxes", message)
 
 
-def _piles_up(distance: npt.NDArray[np.float64]) -> bool:
+def _piles_up(distance: Floats) -> bool:
     """Check that distances from a border pile up at exactly one pixel, and none is smaller."""
     at_one = int((distance == 1).sum())
     return at_one >= _MIN_EVIDENCE and at_one >= 3 * int((distance == 2).sum()) and not (distance < 1).any()
