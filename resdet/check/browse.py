@@ -21,12 +21,9 @@ from resdet.files import written_whole
 NUM_IMAGES = 48
 """Default number of images on a page."""
 
-_MAX_SIDE = 480
-_MIN_SIDE = 160
+_MIN_SIDE, _MAX_SIDE = 160, 480  # of a picture, in pixels
 
-
-Values = dict[str, Any]
-"""What the page's template shows, by the names that it uses."""
+Values = dict[str, Any]  # what the page's template shows, by the names that it uses
 
 
 def write_browse_page(
@@ -47,28 +44,17 @@ def write_browse_page(
     further on pages of more than 48 images, so that a page stays below about 8 MB; the browser draws the boxes, which
     stay sharp. An image that cannot be read is shown as its error.
 
-    Args:
-        path: The page; its folder must exist.
-        dataset: A training dataset.
-        num_images: Number of draws to show, >= 1.
-        batch_size: Images of an optimizer step. Like the next three it determines which images come first.
-        sampling: As for ``train_loader``.
-        repeat_threshold: As for ``train_loader``.
-        seed: As for ``train_loader``.
-        facts: Names and values to show at the top of the page, such as the augmentation.
-
-    Raises:
-        UserError: If the page cannot be written.
+    Which images come first depends on the batch size and on the next three arguments, which are those of
+    ``train_loader``. ``facts`` are names and values to show at the top of the page, such as the augmentation.
     """
     assert num_images >= 1
     order = image_order(sampling, dataset.table, dataset.trained, repeat_threshold=repeat_threshold)
     batches = TrainBatches(dataset.table.sizes, batch_size, order=order, seed=seed)
     keys = list(itertools.islice(itertools.chain.from_iterable(batches), num_images))
-    max_side = max(_MIN_SIDE, min(_MAX_SIDE, round(_MAX_SIDE * (NUM_IMAGES / num_images) ** 0.5)))
+    max_side = int(np.clip(round(_MAX_SIDE * (NUM_IMAGES / num_images) ** 0.5), _MIN_SIDE, _MAX_SIDE))
     cards = [_card(dataset, number, key, max_side) for number, key in enumerate(keys, start=1)]
-    page = _render(dataset, cards, facts)
     with written_whole(path) as temporary:
-        temporary.write_text(page, encoding="utf-8")
+        temporary.write_text(_render(dataset, cards, facts), encoding="utf-8")
 
 
 def _card(dataset: DetectionDataset, number: int, key: tuple[int, int], max_side: int) -> Values:
@@ -129,12 +115,12 @@ def _render(dataset: DetectionDataset, cards: Sequence[Values], facts: Sequence[
     readable = [card for card in cards if card["trained"]]
     boxes = [box for card in readable for when in ("trained", "stored") for box in card[when]["boxes"]]
     counts = Counter(box["label"] for card in readable for box in card["trained"]["boxes"] if box["trained"])
-    shown = {box["label"] for box in boxes}
-    classes = [
-        {"label": label, "name": category.name, "count": counts[label], **_colors(label)}
-        for category in dataset.categories
-        if (label := category.label) in shown
-    ]
+    classes: list[Values] = []
+    for label in sorted({box["label"] for box in boxes}):
+        red, green, blue = class_color(label)
+        ink = "#000" if 299 * red + 587 * green + 114 * blue > 128_000 else "#fff"  # of letters on the colour
+        css = {"color": f"rgb({red} {green} {blue})", "ink": ink}
+        classes.append({"label": label, "name": dataset.categories[label - 1].name, "count": counts[label], **css})
     source = files("resdet.check").joinpath("browse.html.jinja").read_text(encoding="utf-8")
     # Names come from files that anyone may have written: every value is escaped.
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
@@ -148,10 +134,3 @@ def _render(dataset: DetectionDataset, cards: Sequence[Values], facts: Sequence[
         num_trained=sum(counts.values()),
         kinds=sorted({box["kind"] for box in boxes if box["kind"] and not box["trained"]}),
     )
-
-
-def _colors(label: int) -> Values:
-    """Return a class's colour and that of letters on it, as CSS."""
-    red, green, blue = class_color(label)
-    ink = "#000" if 299 * red + 587 * green + 114 * blue > 128_000 else "#fff"
-    return {"color": f"rgb({red} {green} {blue})", "ink": ink}

@@ -26,6 +26,7 @@ from resdet.data.annotations import AnnotationTable
 from resdet.data.coco import usable_table
 from resdet.data.coco_rules import Problem
 from resdet.errors import DataError, name_some
+from resdet.types import Ints
 
 
 def check_dataset(
@@ -38,12 +39,9 @@ def check_dataset(
 ) -> Report:
     """Look for everything that would make training or evaluation wrong, refused, or worse than it could be.
 
-    Args:
-        splits: Training data, named ``"train"``, and validation data, or one of them.
-        anchors: The detector's; without them, the boxes that they reach are not counted.
-        decode: Decode every image file. Otherwise only check that it exists.
-        num_workers: Processes that decode; 0 decodes in this one.
-        progress: Show a bar on stderr.
+    ``splits`` are the data named ``"train"`` and ``"val"``, or one of them. Without ``anchors``, the boxes that they
+    reach are not counted. With ``decode``, every image file is decoded, in ``num_workers`` processes (0: in this one);
+    otherwise only its existence is checked.
     """
     found = {split.name: list(split.problems) for split in splits}
     tables = {split.name: _usable_table(split, found[split.name]) for split in splits}
@@ -73,11 +71,15 @@ def check_dataset(
             (shared if owner is None else found[owner]).append(problem)
     summaries = []
     for split in splits:
-        files = paths.get(split.name, {}).values()
-        summary = _summary(split, tables[split.name], anchors, sum(path in facts for path in files))
-        summaries.append(summary)
-        if split.name == "train":
-            found[split.name].extend(_anchor_problems(summary))
+        table, files = tables[split.name], paths.get(split.name, {}).values()
+        coverage = None if anchors is None else anchor_coverage(table, anchors)
+        boxes_of = dict(zip((c.name for c in table.categories), _box_counts(table).tolist(), strict=True))
+        num_files = sum(path in facts for path in files)
+        summaries.append(SplitSummary(split.name, split.source, table.num_images, boxes_of, coverage, num_files))
+        if split.name == "train" and coverage is not None and coverage.unreached["all"] > UNREACHED:
+            unreached = coverage.unreached.items()
+            shares = ", ".join(f"{size} {share:.1%}" for size, share in unreached if share == share)  # NaN: none
+            found[split.name].append(Problem("unfit_anchors", f"boxes that no anchor reaches: {shares}"))
     findings = [finding for name, problems in found.items() for finding in grouped(name, problems)]
     findings.extend(grouped(" and ".join(found), shared))
     return Report(tuple(summaries), tuple(sorted(findings, key=lambda finding: SEVERITIES.index(finding.severity))))
@@ -95,12 +97,16 @@ def _usable_table(split: DataSplit, problems: list[Problem]) -> AnnotationTable:
         return table
 
 
+def _box_counts(table: AnnotationTable) -> Ints:
+    """Return the number of boxes of each class that training can use, difficult ones included, ``[K]``."""
+    return np.bincount(table.labels[table.trainable(use_difficult=True)], minlength=table.num_classes)[1:]
+
+
 def _class_problems(table: AnnotationTable, split: str) -> Iterator[Problem]:
-    trainable = table.trainable(use_difficult=True)
-    if split == "train" and not trainable.any():
+    counts = _box_counts(table)
+    if split == "train" and not counts.any():
         yield Problem("nothing_to_train_on", f"none of its {table.num_boxes} boxes can be trained on")
         return
-    counts = np.bincount(table.labels[trainable], minlength=table.num_classes)[1:]  # [K]
     names = [category.name for category in table.categories]
     unused = [name for name, count in zip(names, counts, strict=True) if count == 0]
     if unused:
@@ -119,22 +125,3 @@ def _different_classes(tables: Mapping[str, AnnotationTable]) -> Iterator[Proble
         only = sorted(names[split] - names[other])
         if only and names[other]:
             yield Problem("different_classes", f"only {split} has {name_some(only, 8)}", count=len(only))
-
-
-def _summary(split: DataSplit, table: AnnotationTable, anchors: AnchorLayout | None, num_files: int) -> SplitSummary:
-    counts = np.bincount(table.labels[table.trainable(use_difficult=True)], minlength=table.num_classes)
-    return SplitSummary(
-        name=split.name,
-        source=split.source,
-        num_images=table.num_images,
-        boxes_per_class={c.name: int(counts[c.label]) for c in table.categories},
-        coverage=None if anchors is None else anchor_coverage(table, anchors),
-        num_files=num_files,
-    )
-
-
-def _anchor_problems(summary: SplitSummary) -> Iterator[Problem]:
-    if summary.coverage is not None and summary.coverage.unreached["all"] > UNREACHED:
-        unreached = summary.coverage.unreached.items()
-        shares = ", ".join(f"{size} {share:.1%}" for size, share in unreached if share == share)  # NaN: no such boxes
-        yield Problem("unfit_anchors", f"boxes that no anchor reaches: {shares}")

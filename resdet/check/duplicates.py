@@ -7,7 +7,6 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
-import numpy.typing as npt
 
 from resdet.check.files import THUMBNAIL_SIZE, ImageFacts
 from resdet.data.annotations import AnnotationTable
@@ -22,9 +21,8 @@ NEAR_GRAY = 4.0
 """Of 256 gray levels, by how many two thumbnails of the same picture may differ on average. The same pictures differed
 by at most 1.5; different ones, blood cells under one microscope, by at least 14."""
 
-_FLAT = 4.0
-# Rows of distances that are held at a time.
-_BLOCK = 2048
+_FLAT = 4.0  # standard deviation in gray levels below which a picture has no contrast
+_BLOCK = 2048  # rows of distances that are held at a time
 
 
 def duplicate_problems(
@@ -57,18 +55,13 @@ def duplicate_problems(
 
 
 def near_duplicates(facts: Sequence[ImageFacts]) -> list[tuple[int, int]]:
-    """Find pairs of pictures that differ only in scale and compression.
+    """Find pairs ``(i, j)``, ``i < j``, of readable images that differ only in scale and compression.
 
     The hash of a picture has one bit for each pair of neighbours in a row of its thumbnail: whether the left one is
     brighter. Two pictures are near duplicates if at most ``NEAR_BITS`` of the 256 bits differ, their thumbnails differ
     by at most ``NEAR_GRAY`` on average, and their aspect ratios agree within 5 %. Pictures without contrast (a
-    deviation below 4 gray levels) are left out. Mirrored, cropped and recoloured pictures are not found.
-
-    Args:
-        facts: Readable images.
-
-    Returns:
-        Pairs ``(i, j)``, ``i < j``, of positions in ``facts``; pairs of equal digests are not among them.
+    deviation below 4 gray levels) and pairs with the same pixels are left out. Mirrored, cropped and recoloured
+    pictures are not found.
 
     Source: the difference hash, https://www.hackerfactor.com/blog/index.php?/archives/529-Kind-of-Like-That.html, with
         16 x 16 bits in place of 8 x 8.
@@ -78,26 +71,16 @@ def near_duplicates(facts: Sequence[ImageFacts]) -> list[tuple[int, int]]:
     usable = np.flatnonzero(grays.std(axis=(1, 2)) >= _FLAT)
     grays = grays[usable]
     signs = np.where(grays[:, :, :-1] > grays[:, :, 1:], 1, -1).reshape(len(usable), 256).astype(np.float32)
-    headers = [facts[i].header for i in usable.tolist()]
-    sides = np.array([(0, 0) if header is None else header.size for header in headers], dtype=np.float64)
+    sizes = [header.size for header in (facts[i].header for i in usable.tolist()) if header is not None]
+    aspects = [height / width for height, width in sizes]
     pairs = []
     for start in range(0, len(usable), _BLOCK):
         for other in range(start, len(usable), _BLOCK):
             # [rows, columns]: bits that agree less bits that differ, which is 256 - 2 * differing bits
             agreement = signs[start : start + _BLOCK] @ signs[other : other + _BLOCK].T
-            rows, columns = np.nonzero(agreement >= signs.shape[1] - 2 * NEAR_BITS)
-            for i, j in zip((rows + start).tolist(), (columns + other).tolist(), strict=True):
-                first, second = facts[usable[i]], facts[usable[j]]
-                if i < j and first.digest != second.digest and _alike(grays[i], grays[j], sides[i], sides[j]):
+            near = np.triu(agreement >= signs.shape[1] - 2 * NEAR_BITS, k=start - other + 1)  # each pair once: i < j
+            for i, j in (np.argwhere(near) + np.array([start, other])).tolist():
+                alike = 1 / 1.05 <= aspects[i] / aspects[j] <= 1.05 and np.abs(grays[i] - grays[j]).mean() <= NEAR_GRAY
+                if alike and facts[usable[i]].digest != facts[usable[j]].digest:
                     pairs.append((int(usable[i]), int(usable[j])))
     return pairs
-
-
-def _alike(
-    gray: npt.NDArray[np.float32],
-    other: npt.NDArray[np.float32],
-    size: npt.NDArray[np.float64],
-    other_size: npt.NDArray[np.float64],
-) -> bool:
-    ratio = (size[0] / size[1]) / (other_size[0] / other_size[1])
-    return bool(1 / 1.05 <= ratio <= 1.05 and np.abs(gray - other).mean() <= NEAR_GRAY)

@@ -32,8 +32,7 @@ from resdet.errors import DataError
 THUMBNAIL_SIZE = (16, 17)
 """``(height, width)``: each row has 16 pairs of neighbours."""
 
-# How many images a process takes at a time.
-_CHUNK = 16
+_CHUNK = 16  # images that a process takes at a time
 
 
 def image_problem(kind: str, table: AnnotationTable, index: int, what: str, file: str = "") -> Problem:
@@ -55,11 +54,7 @@ def name_problems(table: AnnotationTable) -> Iterator[Problem]:
 
 
 def find_files(table: AnnotationTable, root: Path) -> tuple[dict[int, str], list[Problem]]:
-    """Look for the files of a table.
-
-    Returns:
-        The paths of those that exist, by image index, and a problem for each of the others.
-    """
+    """Return the paths of a table's files that exist, by image index, and a problem for each of the others."""
     problems, paths = [], {}
     for index, name in enumerate(table.file_names):
         if fault := name_fault(name):
@@ -113,12 +108,11 @@ def decoded_problems(
     modes: dict[str, list[int]] = defaultdict(list)
     for index, path in paths.items():
         found = facts[path]
-        if found.header is None:
-            what = found.error.removeprefix(f"{path}: ")
-            yield image_problem("unreadable_file", table, index, what, path)
-            continue
         header = found.header
-        size = tuple(table.sizes[index].tolist())
+        if header is None:
+            yield image_problem("unreadable_file", table, index, found.error.removeprefix(f"{path}: "), path)
+            continue
+        height, width = size = tuple(table.sizes[index].tolist())
         if header.mode != "RGB":
             modes[header.mode].append(int(table.image_ids[index]))
         orientation = f"EXIF orientation {header.orientation}"
@@ -128,14 +122,11 @@ def decoded_problems(
         elif header.size == size[::-1] and header.orientation >= 5:
             yield image_problem("exif_turned", table, index, orientation, path)
         else:
-            what = f"the file has {_width_height(header.size)} pixels, the annotations say {_width_height(size)}"
+            got = f"{header.size[1]}x{header.size[0]}"
+            what = f"the file has {got} pixels, the annotations say {width}x{height}"
             yield image_problem("size_mismatch", table, index, what, path)
     for mode, ids in modes.items():
         yield Problem("not_rgb", f"{len(ids)} images of mode {mode}", tuple(ids), count=len(ids))
-
-
-def _width_height(size: tuple[int, ...]) -> str:
-    return f"{size[1]}x{size[0]}"
 
 
 @dataclass(frozen=True)

@@ -34,18 +34,10 @@ _NOT_REPAIRABLE = ("unreadable_annotations", "boxes_are_corners", "boxes_are_fra
 
 
 def write_fixed(split: DataSplit, report: Report, path: Path) -> list[str]:
-    """Write a repaired copy of a split as a COCO json; the source is not changed.
+    """Write a repaired copy of a split as a COCO json; return one line for every change.
 
-    Args:
-        split: What was checked.
-        report: What was found. Images whose files are missing, unreadable or of another size are left out.
-        path: The json to write. Its file names are relative to the split's image folder (VOC: its root).
-
-    Returns:
-        One line for every change.
-
-    Raises:
-        UserError: If ``path`` is the source, or if the damage cannot be repaired record by record.
+    ``path`` must not be the source, which is not changed. Its file names are relative to the split's image folder (VOC:
+    its root).
     """
     source = split.records.path
     if path.exists() and source.exists() and os.path.samefile(path, source):
@@ -59,7 +51,7 @@ def write_fixed(split: DataSplit, report: Report, path: Path) -> list[str]:
 
 
 def repaired(split: DataSplit, report: Report) -> tuple[Record, list[str]]:
-    """Return a repaired COCO document and one line for every change.
+    """Return a repaired COCO document and one line for every change; refuse damage that touches all records alike.
 
     What is right is kept: the order of records, keys that COCO does not define, segmentations, info, licenses.
 
@@ -75,9 +67,6 @@ def repaired(split: DataSplit, report: Report) -> tuple[Record, list[str]]:
       are clipped; an area that was width times height follows. A missing or repeated id is replaced, a crowd flag that
       is neither 0 nor 1 becomes 0, an area that is not a number is removed.
     * VOC's difficult objects get ``iscrowd`` 1, COCO's only way to leave them out of training and scores.
-
-    Raises:
-        UserError: If all boxes seem to follow another convention, or if nothing would be left.
     """
     if split.root is None:
         raise UserError(f"{split.source}: its pictures and boxes are generated; there is nothing to fix")
@@ -96,12 +85,11 @@ def repaired(split: DataSplit, report: Report) -> tuple[Record, list[str]]:
     if not images or not categories:
         raise UserError(f"{split.source}: no {'category' if images else 'image'} would be left")
     annotations = repair.annotations()
-    if split.one_based:
-        difficult = [record for record in annotations if record.get("difficult")]
-        for record in difficult:
-            record["iscrowd"] = 1
-        if difficult:
-            changes.append(f"{len(difficult)} difficult objects: iscrowd set to 1")
+    difficult = [record for record in annotations if split.one_based and record.get("difficult")]
+    for record in difficult:
+        record["iscrowd"] = 1
+    if difficult:
+        changes.append(f"{len(difficult)} difficult objects: iscrowd set to 1")
     sections = {"images": images, "annotations": annotations, "categories": categories}
     return {**split.records.document, **sections}, changes
 

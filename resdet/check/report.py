@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from resdet.check.anchor_coverage import IOU_REACHED, Coverage
-from resdet.check.kinds import KINDS, SEVERITIES, Severity
+from resdet.check.kinds import KINDS, Severity
 from resdet.data.coco_rules import Problem
 
 
@@ -53,19 +53,17 @@ class SplitSummary:
 
     def to_plain(self) -> dict[str, Any]:
         """Return everything as plain values for a json file."""
-        coverage = self.coverage
+        missed = self.coverage and {
+            size: {"num_boxes": count, "share": self.coverage.unreached[size] if count else None}
+            for size, count in self.coverage.num_boxes.items()
+        }
         return {
             "split": self.name,
             "source": self.source,
             "num_images": self.num_images,
             "num_files_decoded": self.num_files,
             "boxes_per_class": self.boxes_per_class,
-            "no_anchor_reaches": None
-            if coverage is None
-            else {
-                size: {"num_boxes": count, "share": None if count == 0 else coverage.unreached[size]}
-                for size, count in coverage.num_boxes.items()
-            },
+            "no_anchor_reaches": missed,
         }
 
 
@@ -94,7 +92,7 @@ class Report:
                     "count": finding.count,
                     "meaning": KINDS[finding.kind].meaning,
                     "problems": [
-                        {key: value for key, value in asdict(problem).items() if key not in ("kind", "count")}
+                        {key: value for key, value in vars(problem).items() if key not in ("kind", "count")}
                         for problem in finding.problems
                     ],
                 }
@@ -114,28 +112,24 @@ def report_text(report: Report, *, num_examples: int = 3) -> str:
             f"{num_boxes:,} boxes of {len(split.boxes_per_class)} classes"
         )
         if split.coverage is not None and num_boxes:
-            shares = (
-                f"{size} {split.coverage.unreached[size]:.1%} of {count:,}"
-                for size, count in split.coverage.num_boxes.items()
-                if count
-            )
-            lines.append(f"  boxes that no anchor overlaps by {IOU_REACHED:g}: {', '.join(shares)}")
+            num, unreached = split.coverage.num_boxes, split.coverage.unreached
+            shares = ", ".join(f"{size} {unreached[size]:.1%} of {num[size]:,}" for size in num if num[size])
+            lines.append(f"  boxes that no anchor overlaps by {IOU_REACHED:g}: {shares}")
     for finding in report.findings:
-        head = f"{finding.severity.upper() if finding.severity == 'error' else finding.severity:<8}"
-        lines.append("")
-        lines.append(f"{head}{finding.split}: {finding.kind}, {finding.count:,}: {KINDS[finding.kind].meaning}")
+        severity = finding.severity.upper() if finding.severity == "error" else finding.severity
+        head = f"{severity:<8}{finding.split}: {finding.kind}, {finding.count:,}: {KINDS[finding.kind].meaning}"
+        lines += ["", head]
         # The file is part of the message of all other kinds that concern a file of their own.
         named = finding.kind == "bad_annotation_file"
         examples = finding.problems[:num_examples]
         lines.extend(f"          {problem if named else problem.message}" for problem in examples)
         if len(finding.problems) > num_examples:
             lines.append(f"          ... and {len(finding.problems) - num_examples:,} more")
-    num = {severity: sum(f.count for f in report.findings if f.severity == severity) for severity in SEVERITIES}
-    verdict = f"wrong: {_counted(num['error'], 'error')}: training would be refused, or wrong"
-    if not report.wrong:
-        verdict = "nothing is wrong" + (f"; {_counted(num['warning'], 'warning')}" if num["warning"] else "")
+    worst: Severity = "error" if report.wrong else "warning"
+    total = sum(finding.count for finding in report.findings if finding.severity == worst)
+    counted = f"{total:,} {worst}{'' if total == 1 else 's'}"
+    if report.wrong:
+        verdict = f"wrong: {counted}: training would be refused, or wrong"
+    else:
+        verdict = f"nothing is wrong; {counted}" if total else "nothing is wrong"
     return "\n".join([*lines, "", verdict])
-
-
-def _counted(num: int, word: str) -> str:
-    return f"{num:,} {word}{'' if num == 1 else 's'}"

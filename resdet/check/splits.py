@@ -21,19 +21,14 @@ class DataSplit:
     source: str  # where it came from, for messages
     records: CocoRecords
     root: Path | None  # folder of its images; None for pictures that are drawn
-    classes: tuple[str, ...] | None = None  # names of the classes that are used; all if None
+    classes: Sequence[str] | None = None  # names of the classes that are used; all if None
     one_based: bool = False  # whether its files count pixels from 1, as VOC does
     problems: tuple[Problem, ...] = ()  # what is wrong with the files themselves
 
 
 def coco_split(name: str, images: Path, annotations: Path, classes: Sequence[str] | None = None) -> DataSplit:
-    """Read a COCO json and everything that is wrong with its records.
-
-    Raises:
-        DataError: If the annotation file or the image folder does not exist.
-    """
+    """Read a COCO json and everything that is wrong with its records; refuse only a missing path."""
     images, annotations = Path(images), Path(annotations)
-    wanted = None if classes is None else tuple(classes)
     if not images.is_dir():
         raise DataError(f"{images}: no such image folder (the images of {annotations})")
     try:
@@ -46,35 +41,28 @@ def coco_split(name: str, images: Path, annotations: Path, classes: Sequence[str
         records = CocoRecords(annotations, {}, [], [], [])
     else:
         problems = list(record_problems(records))
-    return DataSplit(name, str(annotations), records, images, wanted, problems=tuple(problems))
+    return DataSplit(name, str(annotations), records, images, classes, problems=tuple(problems))
 
 
 def voc_split(name: str, root: Path, split: str | Sequence[str], classes: Sequence[str] | None = None) -> DataSplit:
-    """Read a split of Pascal VOC and everything that is wrong with its files.
-
-    Raises:
-        DataError: If a folder or the split does not exist.
-    """
+    """Read a split of Pascal VOC and everything that is wrong with its files; refuse only a missing path."""
     records, problems = voc_records(root, split)
     source = f"{root} ({split if isinstance(split, str) else ', '.join(split)})"
-    wanted = None if classes is None else tuple(classes)
-    return DataSplit(name, source, records, Path(root), wanted, one_based=True, problems=tuple(problems))
+    return DataSplit(name, source, records, Path(root), classes, one_based=True, problems=tuple(problems))
 
 
 def table_split(name: str, table: AnnotationTable, classes: Sequence[str] | None = None) -> DataSplit:
     """Make a split of a table whose pictures are drawn, not read."""
+    of_image = (table.image_ids, *table.sizes.T, table.file_names)
     images: list[Any] = [
         {"id": image_id, "file_name": file_name, "height": height, "width": width}
-        for image_id, file_name, (height, width) in zip(
-            table.image_ids.tolist(), table.file_names, table.sizes.tolist(), strict=True
-        )
+        for image_id, height, width, file_name in zip(*(column.tolist() for column in of_image), strict=True)
     ]
-    category_id = {category.label: category.category_id for category in table.categories}
-    columns = (table.annotation_ids, table.image_of_box(), table.labels, table.boxes_xywh)
+    categories: list[Any] = [{"id": category.category_id, "name": category.name} for category in table.categories]
+    of_box = (table.annotation_ids, table.image_of_box(), table.labels, table.boxes_xywh)
     annotations: list[Any] = [
-        {"id": number, "image_id": images[image]["id"], "category_id": category_id[label], "bbox": box}
-        for number, image, label, box in zip(*(column.tolist() for column in columns), strict=True)
+        {"id": number, "image_id": images[image]["id"], "category_id": categories[label - 1]["id"], "bbox": box}
+        for number, image, label, box in zip(*(column.tolist() for column in of_box), strict=True)
     ]
-    categories: list[Any] = [{"id": c.category_id, "name": c.name} for c in table.categories]
     records = CocoRecords(Path(table.name), {}, images, annotations, categories)
-    return DataSplit(name, table.name, records, None, None if classes is None else tuple(classes))
+    return DataSplit(name, table.name, records, None, classes)
