@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from multiprocessing.reduction import ForkingPickler
 from typing import Any, overload
@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from resdet.data.sharing import reduce_for_worker
 from resdet.errors import DataError
-from resdet.types import Category
+from resdet.types import Bools, Category, Floats, Ints
 
 Arrays = dict[str, npt.NDArray[Any]]
 
@@ -26,9 +26,6 @@ class FileNames(Sequence[str]):
 
     NumPy's own strings take four bytes a character and pad each string to the longest. Slices and selections share the
     characters.
-
-    Args:
-        names: The strings; a NumPy array of strings will do.
     """
 
     def __init__(self, names: Iterable[str]) -> None:
@@ -40,15 +37,13 @@ class FileNames(Sequence[str]):
         self._starts, self._ends = bounds[:-1], bounds[1:]
 
     @classmethod
-    def from_arrays(
-        cls, utf8: npt.NDArray[np.uint8], starts: npt.NDArray[np.int64], ends: npt.NDArray[np.int64]
-    ) -> FileNames:
+    def from_arrays(cls, utf8: npt.NDArray[np.uint8], starts: Ints, ends: Ints) -> FileNames:
         """Make the strings ``utf8[starts[i]:ends[i]]``, without copying."""
         names = cls.__new__(cls)
         names._utf8, names._starts, names._ends = utf8, starts, ends
         return names
 
-    def to_arrays(self) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    def to_arrays(self) -> tuple[npt.NDArray[np.uint8], Ints, Ints]:
         """Return the characters, starts and ends that ``from_arrays`` takes."""
         return self._utf8, self._starts, self._ends
 
@@ -64,9 +59,6 @@ class FileNames(Sequence[str]):
         if isinstance(key, (slice, np.ndarray)):
             return FileNames.from_arrays(self._utf8, self._starts[key], self._ends[key])
         return self._utf8[self._starts[key] : self._ends[key]].tobytes().decode("utf-8", "surrogatepass")
-
-    def __iter__(self) -> Iterator[str]:
-        return (self[index] for index in range(len(self)))
 
     def tolist(self) -> list[str]:
         """Return all strings as a list."""
@@ -88,36 +80,21 @@ class AnnotationTable:
     workers share their parent's memory; a table that is sent to a spawned worker shares its arrays
     (``resdet.data.sharing``). So give workers the table itself and ask it for one image at a time (``boxes_of(i)``,
     ``labels[rows(i)]``, ``file_names[i]``): arrays taken out of it are copied when they are pickled.
-
-    Attributes:
-        name: Where the table came from, for messages (a file or folder).
-        categories: Foreground classes in label order: ``categories[k].label == k + 1``.
-        image_ids: int64 ``[I]``, the dataset's ids (VOC has none: 1..I in the order of the split).
-        file_names: ``[I]``, relative to the image folder; any sequence of strings is converted.
-        sizes: int32 ``[I, 2]``, ``(height, width)``.
-        offsets: int64 ``[I + 1]``.
-        boxes_xywh: float64 ``[N, 4]``, ``(x, y, width, height)``: COCO's own numbers, so that evaluation is exact.
-        labels: int64 ``[N]``, 1..K.
-        area: float64 ``[N]``, pixels; COCO's segment area where given, else width * height.
-        crowd: bool ``[N]``, COCO's ``iscrowd``.
-        difficult: bool ``[N]``, VOC's ``difficult``.
-        annotation_ids: int64 ``[N]``.
-        notes: What the reader left out or corrected, with counts, one line each.
     """
 
-    name: str
-    categories: tuple[Category, ...]
-    image_ids: npt.NDArray[np.int64]
-    file_names: FileNames
-    sizes: npt.NDArray[np.int32]
-    offsets: npt.NDArray[np.int64]
-    boxes_xywh: npt.NDArray[np.float64]
-    labels: npt.NDArray[np.int64]
-    area: npt.NDArray[np.float64]
-    crowd: npt.NDArray[np.bool_]
-    difficult: npt.NDArray[np.bool_]
-    annotation_ids: npt.NDArray[np.int64]
-    notes: tuple[str, ...] = ()
+    name: str  # where the table came from, for messages (a file or folder)
+    categories: tuple[Category, ...]  # foreground classes in label order: categories[k].label == k + 1
+    image_ids: Ints  # [I], the dataset's ids (VOC has none: 1..I in the order of the split)
+    file_names: FileNames  # [I], relative to the image folder; any sequence of strings is converted
+    sizes: npt.NDArray[np.int32]  # [I, 2], (height, width)
+    offsets: Ints  # [I + 1]
+    boxes_xywh: Floats  # [N, 4], (x, y, width, height): COCO's own numbers, so that evaluation is exact
+    labels: Ints  # [N], 1..K
+    area: Floats  # [N], pixels; COCO's segment area where given, else width * height
+    crowd: Bools  # [N], COCO's iscrowd
+    difficult: Bools  # [N], VOC's difficult
+    annotation_ids: Ints  # [N]
+    notes: tuple[str, ...] = ()  # what the reader left out or corrected, with counts, one line each
 
     def __post_init__(self) -> None:
         if not isinstance(self.file_names, FileNames):
@@ -142,16 +119,16 @@ class AnnotationTable:
         """Return the rows of the box arrays that belong to image ``index``."""
         return slice(int(self.offsets[index]), int(self.offsets[index + 1]))
 
-    def image_of_box(self) -> npt.NDArray[np.int64]:
+    def image_of_box(self) -> Ints:
         """Return the image index of each box, int64 ``[N]``."""
         return np.repeat(np.arange(self.num_images, dtype=np.int64), np.diff(self.offsets))
 
-    def boxes_in_image(self) -> npt.NDArray[np.float64]:
+    def boxes_in_image(self) -> Floats:
         """Return all boxes as ``(x1, y1, x2, y2)`` clipped to their images, float64 ``[N, 4]``."""
         height, width = self.sizes[self.image_of_box()].T  # [N] each
         return _corners(self.boxes_xywh, height, width)
 
-    def trainable(self, *, use_difficult: bool = False) -> npt.NDArray[np.bool_]:
+    def trainable(self, *, use_difficult: bool = False) -> Bools:
         """Return which boxes training uses, bool ``[N]``.
 
         It leaves out crowd regions (as every reference implementation does), difficult objects by default (Ren et al.
@@ -161,38 +138,34 @@ class AnnotationTable:
         keep = _has_extent(self.boxes_xywh, self.boxes_in_image()) & ~self.crowd
         return keep if use_difficult else keep & ~self.difficult
 
-    def boxes_of(self, index: int) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_]]:
-        """Return the boxes of image ``index`` as training takes them, in new arrays.
+    def boxes_of(self, index: int) -> tuple[npt.NDArray[np.float32], Bools]:
+        """Return the boxes of image ``index`` as training takes them, in new arrays ``[n, 4]`` and ``[n]``.
 
-        This is the one conversion from a file's numbers to a model's.
-
-        Returns:
-            ``(x1, y1, x2, y2)`` clipped to the image, float32 ``[n, 4]``; and which of them have finite numbers and
-            are no thinner than ``MIN_TRAINABLE_SIDE``, bool ``[n]``. ``trainable`` also considers the columns ``crowd``
-            and ``difficult``.
+        This is the one conversion from a file's numbers to a model's: to ``(x1, y1, x2, y2)`` clipped to the image, and
+        to which of them have finite numbers and are no thinner than ``MIN_TRAINABLE_SIDE``. ``trainable`` also
+        considers the columns ``crowd`` and ``difficult``.
         """
         boxes_xywh = self.boxes_xywh[self.rows(index)]  # [n, 4]
         height, width = self.sizes[index]
         boxes = _corners(boxes_xywh, height, width)
         return boxes.astype(np.float32), _has_extent(boxes_xywh, boxes)
 
-    def select_images(self, indices: npt.NDArray[np.int64]) -> AnnotationTable:
+    def select_images(self, indices: Ints) -> AnnotationTable:
         """Return a table of the images at ``indices``, in that order, with their boxes.
 
         Consecutive images share this table's memory (except for the offsets). Otherwise only the characters of file
         names are shared, and the rest is copied for the selected images.
         """
-        images: slice | npt.NDArray[np.int64] = indices
-        rows: slice | npt.NDArray[np.int64]
+        images: slice | Ints = indices
+        rows: slice | Ints
         if len(indices) and indices[0] >= 0 and (np.diff(indices) == 1).all():
             images = slice(int(indices[0]), int(indices[-1]) + 1)
             offsets = self.offsets[images.start : images.stop + 1] - self.offsets[images.start]
             rows = slice(int(self.offsets[images.start]), int(self.offsets[images.stop]))
         else:
             counts = np.diff(self.offsets)[indices]
-            starts = self.offsets[:-1][indices]
             offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-            rows = np.repeat(starts - offsets[:-1], counts) + np.arange(offsets[-1])  # [N selected]
+            rows = np.repeat(self.offsets[:-1][indices] - offsets[:-1], counts) + np.arange(offsets[-1])  # [N selected]
         return replace(
             self,
             image_ids=self.image_ids[images],
@@ -224,14 +197,8 @@ class AnnotationTable:
         if not keep.all():
             columns = {name: column[keep] for name, column in columns.items()}
         columns["labels"] = new_label[columns["labels"]]
-        return replace(
-            self,
-            categories=tuple(
-                Category(label, known[name].category_id, name) for label, name in enumerate(names, start=1)
-            ),
-            offsets=kept_before[self.offsets].astype(np.int64),
-            **columns,
-        )
+        categories = tuple(replace(known[name], label=label) for label, name in enumerate(names, start=1))
+        return replace(self, categories=categories, offsets=kept_before[self.offsets].astype(np.int64), **columns)
 
     def to_arrays(self) -> Arrays:
         """Return everything but name, categories and notes as arrays by name, without copying."""
@@ -241,16 +208,12 @@ class AnnotationTable:
 
     @classmethod
     def from_arrays(
-        cls, arrays: Mapping[str, npt.NDArray[Any]], name: str, categories: tuple[Category, ...], notes: tuple[str, ...]
+        cls, arrays: Arrays, name: str, categories: tuple[Category, ...], notes: tuple[str, ...]
     ) -> AnnotationTable:
         """Make a table of what ``to_arrays`` returned, without copying."""
-        return cls(
-            name=name,
-            categories=categories,
-            file_names=FileNames.from_arrays(*(arrays[f"file_names.{part}"] for part in ("utf8", "starts", "ends"))),
-            notes=notes,
-            **{name: arrays[name] for name in _IMAGE_COLUMNS + _BOX_COLUMNS},
-        )
+        file_names = FileNames.from_arrays(*(arrays[f"file_names.{part}"] for part in ("utf8", "starts", "ends")))
+        columns: dict[str, Any] = {column: arrays[column] for column in _IMAGE_COLUMNS + _BOX_COLUMNS}
+        return cls(name=name, categories=categories, file_names=file_names, notes=notes, **columns)
 
 
 _IMAGE_COLUMNS = ("image_ids", "sizes", "offsets")
@@ -259,7 +222,7 @@ _BOX_COLUMNS = ("boxes_xywh", "labels", "area", "crowd", "difficult", "annotatio
 ForkingPickler.register(AnnotationTable, reduce_for_worker)
 
 
-def _corners(boxes_xywh: npt.NDArray[np.float64], height: Any, width: Any) -> npt.NDArray[np.float64]:
+def _corners(boxes_xywh: Floats, height: Any, width: Any) -> Floats:
     """Return ``[N, 4]`` boxes as ``(x1, y1, x2, y2)`` clipped to one image, or each to its own."""
     x, y, w, h = boxes_xywh.T
     x1, x2 = np.clip(x, 0, width), np.clip(x + w, 0, width)
@@ -267,9 +230,8 @@ def _corners(boxes_xywh: npt.NDArray[np.float64], height: Any, width: Any) -> np
     return np.stack([x1, y1, x2, y2], axis=1)
 
 
-def _has_extent(boxes_xywh: npt.NDArray[np.float64], boxes_in_image: npt.NDArray[np.float64]) -> npt.NDArray[np.bool_]:
+def _has_extent(boxes_xywh: Floats, boxes_in_image: Floats) -> Bools:
     with np.errstate(invalid="ignore"):
         sides = boxes_in_image[:, 2:] - boxes_in_image[:, :2]  # [N, 2]
-        thick: npt.NDArray[np.bool_] = np.all(sides >= MIN_TRAINABLE_SIDE, axis=1)
-    finite: npt.NDArray[np.bool_] = np.all(np.isfinite(boxes_xywh), axis=1)
-    return finite & thick
+        sound: Bools = np.all(np.isfinite(boxes_xywh), axis=1) & np.all(sides >= MIN_TRAINABLE_SIDE, axis=1)
+    return sound
