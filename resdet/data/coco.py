@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import codecs
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 import numpy as np
-import numpy.typing as npt
 
 from resdet.data.annotations import AnnotationTable, FileNames
 from resdet.data.cache import cached_table
@@ -27,7 +27,7 @@ from resdet.data.coco_rules import (
     record_problems,
 )
 from resdet.errors import DataError
-from resdet.types import Category
+from resdet.types import Bools, Category, Floats, Ints
 
 
 def read_coco(annotations: Path, *, classes: Sequence[str] | None = None) -> AnnotationTable:
@@ -73,17 +73,17 @@ def usable_table(records: CocoRecords, name: str, *, difficult: bool = False) ->
 class _Columns:
     """The file's values in its own order: ``I`` images, ``N`` annotations, ``K`` categories."""
 
-    image_ids: npt.NDArray[np.int64]  # [I]
+    image_ids: Ints  # [I]
     file_names: list[str]  # [I]
-    sizes: npt.NDArray[np.int64]  # [I, 2], (height, width)
-    annotation_ids: npt.NDArray[np.int64]  # [N]
-    image_id: npt.NDArray[np.int64]  # [N]
-    category_id: npt.NDArray[np.int64]  # [N]
-    boxes_xywh: npt.NDArray[np.float64]  # [N, 4]
-    area: npt.NDArray[np.float64]  # [N], NaN where missing
-    crowd: npt.NDArray[np.bool_]  # [N]
-    difficult: npt.NDArray[np.bool_]  # [N]
-    category_ids: npt.NDArray[np.int64]  # [K]
+    sizes: Ints  # [I, 2], (height, width)
+    annotation_ids: Ints  # [N]
+    image_id: Ints  # [N]
+    category_id: Ints  # [N]
+    boxes_xywh: Floats  # [N, 4]
+    area: Floats  # [N], NaN where missing
+    crowd: Bools  # [N]
+    difficult: Bools  # [N]
+    category_ids: Ints  # [K]
     category_names: list[str]  # [K]
 
 
@@ -117,11 +117,7 @@ def _to_table(columns: _Columns, name: str | Path) -> AnnotationTable:
 
 
 def _read_any(path: Path) -> _Columns:
-    """Read every file that obeys the rules of ``record_problems``.
-
-    Raises:
-        DataError: With the first problem of a file that does not.
-    """
+    """Read every file that obeys the rules of ``record_problems``; raise its first problem if it does not."""
     records = load_records(path)
     problems = list(record_problems(records))
     if problems:
@@ -139,7 +135,7 @@ def _usable_columns(records: CocoRecords, *, difficult: bool = False) -> _Column
     def integers(section: list[Record], key: str) -> Integers:
         return as_integers([record.get(key) for record in section])
 
-    def flags(key: str) -> npt.NDArray[np.bool_]:
+    def flags(key: str) -> Bools:
         return np.array([record.get(key) == 1 for record in objects], dtype=np.bool_)
 
     category_ids, usable = integers(categories, "id")
@@ -158,9 +154,9 @@ def _usable_columns(records: CocoRecords, *, difficult: bool = False) -> _Column
     image_rows = _first_of_each(image_ids, usable)
     image_ids = image_ids[image_rows]  # [I]
 
-    image_id, has_image = integers(objects, "image_id")
+    image_id, has_image = integers(objects, "image_id")  # [N] each, like all that follows
     category_id, has_category = integers(objects, "category_id")
-    boxes_xywh = as_boxes([record.get("bbox") for record in objects])
+    boxes_xywh = as_boxes([record.get("bbox") for record in objects])  # [N, 4]
     keep = has_image & np.isin(image_id, image_ids) & has_category & np.isin(category_id, category_ids)
     keep &= ~np.isnan(boxes_xywh[:, 0])
     annotation_ids, has_id = integers(objects, "id")
@@ -183,7 +179,7 @@ def _usable_columns(records: CocoRecords, *, difficult: bool = False) -> _Column
     )
 
 
-def _first_of_each(ids: npt.NDArray[np.int64], usable: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
+def _first_of_each(ids: Ints, usable: Bools) -> Ints:
     """Return the first usable row of each id, in the order of the file."""
     _, first = np.unique(ids[usable], return_index=True)
     return np.flatnonzero(usable)[np.sort(first)]
@@ -202,7 +198,7 @@ class _Annotation(msgspec.Struct, gc=False):
     category_id: int
     bbox: tuple[float, float, float, float]
     area: float | None = None
-    iscrowd: int | bool | None = None
+    iscrowd: Literal[0, 1] | bool | None = None
 
 
 class _Category(msgspec.Struct, gc=False):
@@ -223,42 +219,24 @@ def _read_plain(data: bytes) -> _Columns | None:
     less than json does (no ``640.0`` for an integer, no NaN), and what it accepts means the same, except that strings
     it skips are not decoded, hence the check for UTF-8.
     """
-    if not _is_utf8(data):
-        return None
+    pieces = (data[start : start + (1 << 20)] for start in range(0, len(data), 1 << 20))
     try:
-        file = msgspec.json.decode(data, type=_File)
-        columns = _to_columns(file)
+        for _ in () if data.isascii() else codecs.iterdecode(pieces, "utf-8"):
+            pass
+        columns = _to_columns(msgspec.json.decode(data, type=_File))
+    # OverflowError: numbers beyond int64.
     except (msgspec.MsgspecError, UnicodeDecodeError, OverflowError, RecursionError):
         return None
     return columns if _is_sound(columns) else None
 
 
-def _is_utf8(data: bytes) -> bool:
-    if data.isascii():
-        return True
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    view = memoryview(data)
-    try:
-        for start in range(0, len(data), 1 << 20):
-            decoder.decode(view[start : start + (1 << 20)])
-        decoder.decode(b"", final=True)
-    except UnicodeDecodeError:
-        return False
-    return True
-
-
 def _to_columns(file: _File) -> _Columns:
     images, objects, categories = file.images, file.annotations, file.categories
 
-    def integers(records: Sequence[object], key: str) -> npt.NDArray[np.int64]:
+    def integers(records: Sequence[object], key: str) -> Ints:
         return np.fromiter(map(attrgetter(key), records), dtype=np.int64, count=len(records))
 
-    box: Callable[[_Annotation], tuple[float, ...]] = attrgetter("bbox")
-    numbers = itertools.chain.from_iterable(map(box, objects))
-    # Numbers beyond int64 raise OverflowError, and so do flags other than 0 and 1.
-    crowd = np.fromiter((record.iscrowd or 0 for record in objects), dtype=np.int64, count=len(objects))
-    if not ((crowd == 0) | (crowd == 1)).all():
-        raise OverflowError
+    numbers = itertools.chain.from_iterable(record.bbox for record in objects)
     return _Columns(
         image_ids=integers(images, "id"),
         file_names=[image.file_name for image in images],
@@ -268,7 +246,7 @@ def _to_columns(file: _File) -> _Columns:
         category_id=integers(objects, "category_id"),
         boxes_xywh=np.fromiter(numbers, dtype=np.float64, count=4 * len(objects)).reshape(-1, 4),
         area=np.array([record.area for record in objects], dtype=np.float64),
-        crowd=crowd.astype(np.bool_),
+        crowd=np.array([bool(record.iscrowd) for record in objects], dtype=np.bool_),
         difficult=np.zeros(len(objects), dtype=np.bool_),
         category_ids=integers(categories, "id"),
         category_names=[category.name for category in categories],
@@ -277,16 +255,16 @@ def _to_columns(file: _File) -> _Columns:
 
 def _is_sound(columns: _Columns) -> bool:
     """Check the rules of ``record_problems`` that types alone do not ensure."""
+    names = columns.category_names
+    all_ids = (columns.image_ids, columns.category_ids, columns.annotation_ids)
     return bool(
         len(columns.image_ids)
         and len(columns.category_ids)
-        and all(
-            len(np.unique(ids)) == len(ids) for ids in (columns.image_ids, columns.category_ids, columns.annotation_ids)
-        )
+        and all(len(np.unique(ids)) == len(ids) for ids in all_ids)
         and np.isin(columns.image_id, columns.image_ids).all()
         and np.isin(columns.category_id, columns.category_ids).all()
         and ((columns.sizes >= 1) & (columns.sizes <= MAX_SIDE)).all()
         and all(name and "\0" not in name for name in columns.file_names)
-        and all(columns.category_names)
-        and len(set(columns.category_names)) == len(columns.category_names)
+        and all(names)
+        and len(set(names)) == len(names)
     )

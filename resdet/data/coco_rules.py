@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeGuard
 
 import numpy as np
-import numpy.typing as npt
 
 from resdet.errors import DataError
+from resdet.types import Bools, Floats, Ints
 
 HOW_TO_GET_COCO = (
     "COCO 2017 is three archives from https://cocodataset.org/#download: train2017.zip, val2017.zip and "
@@ -29,6 +29,7 @@ MAX_SIDE = 2**31 - 1
 """Pixels: an image's sides are kept in 32 bits."""
 
 _KINDS = {"images": "image", "annotations": "annotation", "categories": "category"}
+_Ids = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -58,11 +59,7 @@ class CocoRecords:
 
 
 def load_records(path: Path) -> CocoRecords:
-    """Read a COCO json without checking its records.
-
-    Raises:
-        DataError: If the file is missing, is not json, or does not hold the three lists. The message names the file.
-    """
+    """Read a COCO json without checking its records; raise a DataError if it does not hold the three lists."""
     path = Path(path)
     if not path.exists():
         raise DataError(f"{path}: no such annotation file. {HOW_TO_GET_COCO}")
@@ -109,123 +106,105 @@ def record_problems(records: CocoRecords) -> Iterator[Problem]:
     order of the file. Values are checked column by column, so a sound file of 860,000 annotations takes a second;
     records are checked one by one only where a column is not sound.
     """
-    sections = {key: _Section.of(key, getattr(records, key)) for key in SECTIONS}
-    problems = _problems(records, sections)
-    file = str(records.path)
-    for kind, message, image_ids, annotation_ids in problems:
-        # All annotations of unknown images, or of unknown categories, are one problem.
-        count = max(len(annotation_ids), 1)
-        yield Problem(kind, message, image_ids, annotation_ids, file, count)
+    images, objects, categories = (_Section(records, key) for key in SECTIONS)
+    for section in (images, objects, categories):
+        for position, entry in enumerate(section.entries):
+            if not isinstance(entry, dict):
+                message = f"{section.key!r}[{position}] must be an object, got {_show(entry)}"
+                yield section.problem("not_an_object", message)
+    for section in (images, categories):
+        if not section.entries:
+            yield section.problem(f"no_{section.key}", f"{section.key!r} is empty")
+    yield from _id_problems(categories)
+    yield from _category_name_problems(categories)
+    yield from _id_problems(images)
+    for row, name in enumerate(images.column("file_name")):
+        if not is_file_name(name):
+            what = "a string" if not isinstance(name, str) or not name else "a name that files can have"
+            yield images.problem_at(row, "bad_file_name", f"file_name must be {what}, got {_show(name)}")
+    for key in ("height", "width"):
+        values = images.column(key)
+        sides, whole = as_integers(values)
+        for row in np.flatnonzero(~whole | (sides < 1) | (sides > MAX_SIDE)).tolist():
+            what = f"{key} must be a whole number of pixels > 0, got {_show(values[row])}"
+            yield images.problem_at(row, "bad_image_size", what)
+    yield from _id_problems(objects)
+    yield from _reference_problems(objects, objects.image_ids, images)
+    yield from _reference_problems(objects, as_integers(objects.column("category_id")), categories)
+    yield from _value_problems(objects)
 
 
 class Integers(NamedTuple):
     """Values of which not all need be integers."""
 
-    values: npt.NDArray[np.int64]  # [V], 0 where not an integer
-    valid: npt.NDArray[np.bool_]  # [V]
+    values: Ints  # [V], 0 where not an integer
+    valid: Bools  # [V]
 
     def at(self, row: int) -> tuple[int, ...]:
         """Return one value, or nothing if it is not an integer."""
         return (int(self.values[row]),) if self.valid[row] else ()
 
-    def among(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    def among(self, rows: Ints) -> Ints:
         """Return the integers in some rows."""
         return self.values[rows][self.valid[rows]]
 
 
-_Found = tuple[str, str, tuple[int, ...], tuple[int, ...]]
-"""Kind, message, image ids and annotation ids."""
-
-
-@dataclass(frozen=True)
 class _Section:
-    """The ``R`` objects of a section."""
+    """The ``R`` objects of a section, and the form of what is reported about them."""
 
-    kind: str
-    records: list[Record]
-    numbers: npt.NDArray[np.int64]  # [R], positions in the file from 1
-    ids: Integers  # [R]
+    def __init__(self, file: CocoRecords, key: str) -> None:
+        self.file, self.key, self.kind = str(file.path), key, _KINDS[key]
+        self.entries: list[Any] = getattr(file, key)
+        self.numbers = [n for n, entry in enumerate(self.entries, start=1) if isinstance(entry, dict)]  # [R], from 1
+        self.records: list[Record] = [self.entries[number - 1] for number in self.numbers]  # [R]
+        self.ids = as_integers(self.column("id"))  # [R]
+        self.image_ids = self.ids if key == "images" else as_integers(self.column("image_id"))  # [R]
 
-    @classmethod
-    def of(cls, key: str, entries: list[Any]) -> _Section:
-        numbers = np.array([n for n, entry in enumerate(entries, start=1) if isinstance(entry, dict)], dtype=np.int64)
-        objects = entries if len(numbers) == len(entries) else [entries[n - 1] for n in numbers]
-        return cls(_KINDS[key], objects, numbers, as_integers([record.get("id") for record in objects]))
+    def column(self, key: str) -> list[Any]:
+        """Return one value of each record."""
+        return [record.get(key) for record in self.records]
 
     def name(self, row: int) -> str:
         """Name a record in a message: by its id, or its position in the file if it has none."""
         valid, ids = self.ids.valid, self.ids.values
         return f"{self.kind} {ids[row]}" if valid[row] else f"{self.kind} number {self.numbers[row]}"
 
-    def column(self, key: str) -> list[Any]:
-        """Return one value of each record."""
-        return [record.get(key) for record in self.records]
+    def problem(self, kind: str, message: str, image_ids: _Ids = (), annotation_ids: _Ids = ()) -> Problem:
+        # All annotations of unknown images, or of unknown categories, are one problem.
+        return Problem(kind, message, image_ids, annotation_ids, self.file, max(len(annotation_ids), 1))
+
+    def problem_at(self, row: int, kind: str, what: str) -> Problem:
+        """Make a problem of an image or an annotation."""
+        annotation_ids = self.ids.at(row) if self.key == "annotations" else ()
+        return self.problem(kind, f"{self.name(row)}: {what}", self.image_ids.at(row), annotation_ids)
 
 
-def _problems(records: CocoRecords, sections: dict[str, _Section]) -> Iterator[_Found]:
-    for key in SECTIONS:
-        entries = getattr(records, key)
-        if len(sections[key].records) < len(entries):
-            for position, entry in enumerate(entries):
-                if not isinstance(entry, dict):
-                    yield "not_an_object", f"{key!r}[{position}] must be an object, got {_show(entry)}", (), ()
-    for key in ("images", "categories"):
-        if not getattr(records, key):
-            yield f"no_{key}", f"{key!r} is empty", (), ()
-    categories, images, objects = (sections[key] for key in ("categories", "images", "annotations"))
-    yield from _id_problems(categories)
-    yield from _category_name_problems(categories)
-    yield from _id_problems(images)
-    yield from _file_name_problems(images)
-    for key in ("height", "width"):
-        yield from _side_problems(images, key)
-    yield from _id_problems(objects)
-    image_ids = as_integers(objects.column("image_id"))
-    yield from _reference_problems(objects, image_ids, "image_id", images, "images")
-    yield from _reference_problems(objects, image_ids, "category_id", categories, "categories")
-    for kind, row, message in _value_problems(objects):
-        yield kind, message, image_ids.at(row), objects.ids.at(row)
-
-
-def _id_problems(section: _Section) -> Iterator[_Found]:
-    kind = section.kind
-    for row in np.flatnonzero(~section.ids.valid).tolist():
+def _id_problems(section: _Section) -> Iterator[Problem]:
+    kind, ids = section.kind, section.ids
+    for row in np.flatnonzero(~ids.valid).tolist():
         got = _show(section.records[row].get("id"))
-        yield f"bad_{kind}_id", f"{kind} number {section.numbers[row]}: id must be an integer, got {got}", (), ()
-    ids = section.ids.values[section.ids.valid]
-    unique, first, counts = np.unique(ids, return_index=True, return_counts=True)
+        yield section.problem(f"bad_{kind}_id", f"{section.name(row)}: id must be an integer, got {got}")
+    unique, first, counts = np.unique(ids.values[ids.valid], return_index=True, return_counts=True)
     repeated = np.flatnonzero(counts > 1)
     for i in repeated[np.argsort(first[repeated])].tolist():  # in the order of the file
-        message = f"{kind} id {unique[i]} is given {counts[i]} times"
-        concerned = (int(unique[i]),)
-        image_ids, annotation_ids = concerned if kind == "image" else (), concerned if kind == "annotation" else ()
-        yield f"duplicate_{kind}_id", message, image_ids, annotation_ids
+        message, own = f"{kind} id {unique[i]} is given {counts[i]} times", (int(unique[i]),)
+        image_ids, annotation_ids = own if kind == "image" else (), own if kind == "annotation" else ()
+        yield section.problem(f"duplicate_{kind}_id", message, image_ids, annotation_ids)
 
 
-def _category_name_problems(categories: _Section) -> Iterator[_Found]:
-    name_of: dict[str, str] = {}
+def _category_name_problems(categories: _Section) -> Iterator[Problem]:
+    id_of: dict[str, int] = {}
     # Of a category id given twice, which is a problem of its own, only the first record is checked.
     ids, valid = categories.ids
     _, first = np.unique(ids[valid], return_index=True)
     for row in np.flatnonzero(valid)[first].tolist():
         name = categories.records[row].get("name")
-        category_id = str(ids[row])
         if not isinstance(name, str) or not name:
-            yield "bad_category_name", f"category {category_id}: name must be a string, got {_show(name)}", (), ()
-        elif name in name_of:
-            message = f"categories {name_of[name]} and {category_id} have the same name {name!r}"
-            yield "duplicate_category_name", message, (), ()
-        else:
-            name_of[name] = category_id
-
-
-def _file_name_problems(images: _Section) -> Iterator[_Found]:
-    for row, name in enumerate(images.column("file_name")):
-        if is_file_name(name):
-            continue
-        what = "a string" if not isinstance(name, str) or not name else "a name that files can have"
-        message = f"{images.name(row)}: file_name must be {what}, got {_show(name)}"
-        yield "bad_file_name", message, images.ids.at(row), ()
+            message = f"category {ids[row]}: name must be a string, got {_show(name)}"
+            yield categories.problem("bad_category_name", message)
+        elif id_of.setdefault(name, ids[row]) != ids[row]:
+            message = f"categories {id_of[name]} and {ids[row]} have the same name {name!r}"
+            yield categories.problem("duplicate_category_name", message)
 
 
 def is_file_name(name: object) -> TypeGuard[str]:
@@ -240,44 +219,33 @@ def is_file_name(name: object) -> TypeGuard[str]:
     return True
 
 
-def _side_problems(images: _Section, key: str) -> Iterator[_Found]:
-    values = images.column(key)
-    sides, whole = as_integers(values)
-    for row in np.flatnonzero(~whole | (sides < 1) | (sides > MAX_SIDE)).tolist():
-        message = f"{images.name(row)}: {key} must be a whole number of pixels > 0, got {_show(values[row])}"
-        yield "bad_image_size", message, images.ids.at(row), ()
-
-
-def _reference_problems(
-    objects: _Section, image_ids: Integers, key: str, known: _Section, known_name: str
-) -> Iterator[_Found]:
-    values = objects.column(key)
-    wanted, valid = image_ids if key == "image_id" else as_integers(values)
-    for row in np.flatnonzero(~valid).tolist():
-        message = f"{objects.name(row)}: {key} must be an integer, got {_show(values[row])}"
-        yield f"bad_{known.kind}_reference", message, image_ids.at(row), objects.ids.at(row)
-    unknown = np.flatnonzero(valid & ~np.isin(wanted, known.ids.values[known.ids.valid]))
+def _reference_problems(objects: _Section, wanted: Integers, known: _Section) -> Iterator[Problem]:
+    key = f"{known.kind}_id"
+    for row in np.flatnonzero(~wanted.valid).tolist():
+        what = f"{key} must be an integer, got {_show(objects.records[row].get(key))}"
+        yield objects.problem_at(row, f"bad_{known.kind}_reference", what)
+    unknown = np.flatnonzero(wanted.valid & ~np.isin(wanted.values, known.ids.values[known.ids.valid]))
     if len(unknown):
         more = f" ({len(unknown)} annotations of this kind)" if len(unknown) > 1 else ""
         first = int(unknown[0])
-        message = f"{objects.name(first)}: {key} {wanted[first]} is not among its {known_name!r}{more}"
-        concerned = tuple(np.unique(image_ids.among(unknown)).tolist())
-        yield f"unknown_{known.kind}", message, concerned, tuple(objects.ids.among(unknown).tolist())
+        message = f"{objects.name(first)}: {key} {wanted.values[first]} is not among its {known.key!r}{more}"
+        images = tuple(np.unique(objects.image_ids.among(unknown)).tolist())
+        yield objects.problem(f"unknown_{known.kind}", message, images, tuple(objects.ids.among(unknown).tolist()))
 
 
-def _value_problems(objects: _Section) -> Iterator[tuple[str, int, str]]:
-    """Yield kind, row and message of what is wrong with boxes, crowd flags and areas."""
+def _value_problems(objects: _Section) -> Iterator[Problem]:
     boxes = objects.column("bbox")
     for row in np.flatnonzero(np.isnan(as_boxes(boxes)[:, 0])).tolist():
         image_id = _show(objects.records[row].get("image_id"))
-        message = f"bbox must be 4 finite numbers [x, y, width, height], got {_show(boxes[row])}"
-        yield "bad_box", row, f"{objects.name(row)} of image {image_id}: {message}"
+        what = f"bbox must be 4 finite numbers [x, y, width, height], got {_show(boxes[row])}"
+        message = f"{objects.name(row)} of image {image_id}: {what}"
+        yield objects.problem("bad_box", message, objects.image_ids.at(row), objects.ids.at(row))
     for row, value in enumerate(objects.column("iscrowd")):
         if (value or 0) not in (0, 1):
-            yield "bad_iscrowd", row, f"{objects.name(row)}: iscrowd must be 0 or 1, got {_show(value)}"
+            yield objects.problem_at(row, "bad_iscrowd", f"iscrowd must be 0 or 1, got {_show(value)}")
     for row, value in enumerate(objects.column("area")):
         if value is not None and not _is_finite(value):
-            yield "bad_area", row, f"{objects.name(row)}: area must be a finite number, got {_show(value)}"
+            yield objects.problem_at(row, "bad_area", f"area must be a finite number, got {_show(value)}")
 
 
 def _is_finite(value: object) -> TypeGuard[float]:
@@ -298,7 +266,7 @@ def as_integers(values: Sequence[Any]) -> Integers:
     return Integers(np.array([0 if single is None else single[0] for single in singles], dtype=np.int64), whole)
 
 
-def _integer_column(values: Sequence[Any]) -> npt.NDArray[np.int64] | None:
+def _integer_column(values: Sequence[Any]) -> Ints | None:
     """Return int64 ``[V]``, or None unless all of them are seen to be integers at once."""
     if not values:
         return np.zeros(0, dtype=np.int64)
@@ -314,7 +282,7 @@ def _integer_column(values: Sequence[Any]) -> npt.NDArray[np.int64] | None:
     return whole if (whole == array).all() else None
 
 
-def as_boxes(values: Sequence[Any]) -> npt.NDArray[np.float64]:
+def as_boxes(values: Sequence[Any]) -> Floats:
     """Convert boxes to float64 ``[V, 4]``, NaN where one is not a list of 4 finite numbers."""
     # Checked before conversion: NumPy would turn the strings ["1", "2", "3", "4"] into numbers.
     try:
@@ -329,7 +297,7 @@ def as_boxes(values: Sequence[Any]) -> npt.NDArray[np.float64]:
     return boxes
 
 
-def as_numbers(values: Sequence[Any]) -> npt.NDArray[np.float64]:
+def as_numbers(values: Sequence[Any]) -> Floats:
     """Convert values to float64 ``[V]``, NaN where one is not a finite number."""
     return np.array([float(value) if _is_finite(value) else np.nan for value in values], dtype=np.float64)
 
