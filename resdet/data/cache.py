@@ -26,7 +26,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -68,15 +68,9 @@ def cache_folder() -> Path | None:
 def cached_table(source: Path, read: Callable[[bytes], AnnotationTable]) -> AnnotationTable:
     """Return the table of an annotation file from the cache, or read it and cache it.
 
-    Processes that ask for the same file at once wait for the first of them to read it. A cache that is damaged or
-    cannot be written is logged and costs only time.
-
-    Args:
-        source: The annotation file.
-        read: Makes the table from the file's contents.
-
-    Raises:
-        OSError: If the annotation file cannot be read.
+    ``read`` makes the table from the file's contents. Processes that ask for the same file at once wait for the first
+    of them to read it. A cache that is damaged or cannot be written is logged and costs only time; an annotation file
+    that cannot be read raises an OSError.
     """
     folder = cache_folder()
     if folder is None or os.stat(source).st_size < SMALLEST:
@@ -126,7 +120,7 @@ class _State:
         return cls(real, stat.st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns, settled)
 
     def differs_from(self, other: _State) -> bool:
-        return asdict(self) | {"settled": None} != asdict(other) | {"settled": None}
+        return replace(self, settled=other.settled) != other
 
 
 def _find(entry: Path, source: Path, real: str, *, logged: bool = False) -> AnnotationTable | None:
@@ -136,9 +130,8 @@ def _find(entry: Path, source: Path, real: str, *, logged: bool = False) -> Anno
         if facts["version"] != VERSION:
             raise ValueError("of another version")
         then = _State(**facts["source"])
-        table = AnnotationTable.from_arrays(
-            arrays, str(source), categories_from_plain(facts["categories"]), tuple(facts["notes"])
-        )
+        categories = categories_from_plain(facts["categories"])
+        table = AnnotationTable.from_arrays(arrays, str(source), categories, tuple(facts["notes"]))
     except FileNotFoundError:
         return None
     except (OSError, ValueError, LookupError, TypeError) as error:
@@ -174,11 +167,7 @@ def _map_arrays(path: Path) -> tuple[Arrays, dict[str, Any]]:
     """Map an entry and return its arrays, which are read-only, and the facts about them.
 
     safetensors would copy the arrays. The checksum reads the file once (50 MB in 0.04 s) and brings its pages into
-    memory.
-
-    Raises:
-        OSError: If the file cannot be opened.
-        ValueError: If it is cut short or changed. A file of another kind may also raise LookupError or TypeError.
+    memory. A file that is cut short or changed raises a ValueError, one of another kind also LookupError or TypeError.
     """
     file = map_file(path)
     header = header_of(file)
@@ -203,15 +192,8 @@ def _checksum(arrays: Arrays, facts: str) -> str:
 
 
 def _write(entry: Path, table: AnnotationTable, state: _State, digest: str) -> bool:
-    facts = json.dumps(
-        {
-            "version": VERSION,
-            "source": asdict(state),
-            "sha256": digest,
-            "categories": categories_to_plain(table.categories),
-            "notes": table.notes,
-        }
-    )
+    contents = {"sha256": digest, "categories": categories_to_plain(table.categories), "notes": table.notes}
+    facts = json.dumps({"version": VERSION, "source": asdict(state), **contents})
     arrays = {name: np.ascontiguousarray(array) for name, array in table.to_arrays().items()}
     try:
         entry.parent.mkdir(parents=True, exist_ok=True)

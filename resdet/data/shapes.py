@@ -7,7 +7,7 @@ random contrast and some overlap keep it from being trivial.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import cv2
 import numpy as np
@@ -15,15 +15,13 @@ import numpy.typing as npt
 
 from resdet.data.annotations import AnnotationTable, FileNames
 from resdet.errors import DataError
-from resdet.types import Category
+from resdet.types import Category, Floats
 
 SHAPE_CLASSES = ("circle", "square", "triangle")
 
 MAX_OBJECTS = 6
-MIN_SIDE, MAX_SIDE = 1 / 8, 1 / 2
-"""Diameter of an object's circumscribed circle, relative to the image's side."""
-_MAX_COVERED = 0.15
-"""Share of a box that another box may cover."""
+MIN_SIDE, MAX_SIDE = 1 / 8, 1 / 2  # diameter of an object's circumscribed circle, relative to the image's side
+_MAX_COVERED = 0.15  # share of a box that another box may cover
 _CORNERS = {"square": 4, "triangle": 3}
 
 
@@ -37,8 +35,8 @@ class _Shape:
     radius: float
     angle: float
 
-    def corners(self) -> npt.NDArray[np.float64]:
-        """Return the corners of a polygon in order, float64 ``[C, 2]``; none for a circle."""
+    def corners(self) -> Floats:
+        """Return the corners of a polygon in order, ``[C, 2]``; none for a circle."""
         num_corners = _CORNERS.get(SHAPE_CLASSES[self.label - 1], 0)
         angles = self.angle + np.arange(num_corners) * 2 * math.pi / max(num_corners, 1)
         return np.stack([self.x + self.radius * np.cos(angles), self.y + self.radius * np.sin(angles)], axis=1)
@@ -55,16 +53,8 @@ class _Shape:
 def shapes_table(num_images: int, image_size: int, seed: int) -> AnnotationTable:
     """Return the annotations of the first ``num_images`` pictures of a seed.
 
-    Picture ``i`` depends only on ``(seed, i, image_size)``: a longer table begins with the shorter one. Use different
-    seeds for training and validation.
-
-    Args:
-        num_images: At least 1.
-        image_size: Height and width in pixels, at least 32.
-        seed: At least 0.
-
-    Raises:
-        DataError: If an argument is out of its range.
+    Picture ``i``, a square of ``image_size`` pixels, depends only on ``(seed, i, image_size)``: a longer table begins
+    with the shorter one. Use different seeds for training and validation.
     """
     _check(num_images, image_size, seed)
     shapes = [_layout(seed, index, image_size)[0] for index in range(num_images)]
@@ -89,17 +79,9 @@ def shapes_table(num_images: int, image_size: int, seed: int) -> AnnotationTable
 
 @dataclass(frozen=True)
 class ShapesImages:
-    """The pictures of ``shapes_table`` with the same size and seed.
+    """The pictures of ``shapes_table`` with the same size and seed."""
 
-    Attributes:
-        image_size: Height and width in pixels, at least 32.
-        seed: At least 0.
-
-    Raises:
-        DataError: If an attribute is out of its range.
-    """
-
-    image_size: int
+    image_size: int  # height and width in pixels
     seed: int
 
     def __post_init__(self) -> None:
@@ -159,9 +141,8 @@ def _background(rng: np.random.Generator, size: int) -> npt.NDArray[np.float32]:
     """Paint soft clouds of two colours, a fine texture, and strokes and rings that are not objects."""
     first, second = _color(rng), _color(rng)
     num_cells = int(rng.integers(2, 6))
-    clouds = cv2.resize(
-        rng.random((num_cells, num_cells), dtype=np.float32), (size, size), interpolation=cv2.INTER_CUBIC
-    )
+    cells = rng.random((num_cells, num_cells), dtype=np.float32)
+    clouds = cv2.resize(cells, (size, size), interpolation=cv2.INTER_CUBIC)
     grain = cv2.resize(rng.random((size // 4, size // 4), dtype=np.float32), (size, size))
     texture = np.asarray(0.8 * clouds + 0.2 * grain)[:, :, None]
     canvas = np.ascontiguousarray((first + (second - first) * texture).astype(np.float32).clip(0, 255))
@@ -223,11 +204,9 @@ def _paint(canvas: npt.NDArray[np.float32], shape: _Shape, rng: np.random.Genera
     fill = color * shade[:, :, None]
     if rng.random() < 0.5:
         # The part inside the rim: the same shape scaled about its centre.
-        inner = _coverage(_Shape(shape.label, shape.x, shape.y, shape.radius * 0.86, shape.angle), len(canvas))
-        rim = coverage.copy()
-        rim[
-            inner[0].start - rows.start : inner[0].stop - rows.start,
-            inner[1].start - columns.start : inner[1].stop - columns.start,
-        ] -= inner[2]
-        fill = fill * (1 - np.clip(rim, 0, 1)[:, :, None] * float(rng.uniform(0.3, 0.6)))
+        inner_rows, inner_columns, inner = _coverage(replace(shape, radius=shape.radius * 0.86), len(canvas))
+        rim = np.zeros(canvas.shape[:2], dtype=np.float32)  # [size, size]
+        rim[rows, columns] = coverage
+        rim[inner_rows, inner_columns] -= inner
+        fill = fill * (1 - np.clip(rim[rows, columns], 0, 1)[:, :, None] * float(rng.uniform(0.3, 0.6)))
     canvas[rows, columns] = below + (fill - below) * coverage[:, :, None]

@@ -42,12 +42,7 @@ class _Part:
 
 
 def map_file(path: str | Path) -> MappedFile:
-    """Map a safetensors file read-only, without looking into it.
-
-    Raises:
-        OSError: If it cannot be opened.
-        ValueError: If it is empty.
-    """
+    """Map a safetensors file read-only, without looking into it; an empty one raises a ValueError."""
     return np.memmap(path, dtype=np.uint8, mode="r")
 
 
@@ -119,11 +114,7 @@ def _in_shared_memory(arrays: Sequence[Bytes]) -> list[Bytes]:
 
 
 def _rebuild(outline: bytes, parts: Sequence[bytes | _Part]) -> Any:
-    """Undo ``reduce_for_worker`` in the process that received the parts; map each file once.
-
-    Raises:
-        DataError: If a file is gone, or is not the one that was meant.
-    """
+    """Undo ``reduce_for_worker`` in the process that received the parts; map each file once."""
     files: dict[str, MappedFile] = {}
     buffers: list[bytes | Bytes] = []
     for part in parts:

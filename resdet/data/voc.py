@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 import math
 import re
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
@@ -38,12 +38,11 @@ HOW_TO_GET_VOC = (
 )
 
 
+_Report = Callable[[str, str, Path], None]  # takes the kind of a problem, the message, and the file concerned
+
+
 class _FileError(Exception):
     """Tells what is wrong with an annotation file, without its name."""
-
-
-_Report = Callable[[str, str, Path], None]
-"""Takes the kind of a problem, the message, and the file concerned."""
 
 
 def read_voc(root: Path, split: str | Sequence[str], *, classes: Sequence[str] | None = None) -> AnnotationTable:
@@ -89,40 +88,33 @@ def read_voc(root: Path, split: str | Sequence[str], *, classes: Sequence[str] |
     if not records.categories:
         raise DataError(f"{name}: none of the annotations holds an object, so there are no classes to learn")
 
-    def stems(annotations: Iterable[Record]) -> list[str]:
-        return [Path(records.images[record["image_id"] - 1]["file_name"]).stem for record in annotations]
-
     sound = [record for record in records.annotations if min(record["bbox"][2:]) > 0]
-    left_out = stems(record for record in records.annotations if min(record["bbox"][2:]) <= 0)
-    at_zero = stems(record for record in sound if min(record["bbox"][:2]) < 0)
+    odd = {
+        "without extent (xmax <= xmin or ymax <= ymin) left out": [
+            record for record in records.annotations if min(record["bbox"][2:]) <= 0
+        ],
+        "with a corner at 0, though VOC counts pixels from 1; moved by 1 like the others": [
+            record for record in sound if min(record["bbox"][:2]) < 0
+        ],
+    }
+    notes = []
+    for what, found in odd.items():
+        stems = [Path(records.images[record["image_id"] - 1]["file_name"]).stem for record in found]
+        listed = ", ".join(stems[:5]) + (", ..." if len(stems) > 5 else "")
+        if found:
+            notes.append(f"{len(found)} {'box' if len(found) == 1 else 'boxes'} {what}: {listed}")
     for number, record in enumerate(sound, start=1):
         record["id"] = number
-    table = usable_table(replace(records, annotations=sound), name, difficult=True)
-    notes = (
-        ("without extent (xmax <= xmin or ymax <= ymin) left out", left_out),
-        ("with a corner at 0, though VOC counts pixels from 1; moved by 1 like the others", at_zero),
-    )
-    table = replace(
-        table,
-        notes=tuple(
-            f"{len(where)} {'box' if len(where) == 1 else 'boxes'} {what}: {', '.join(where[:5])}"
-            + (", ..." if len(where) > 5 else "")
-            for what, where in notes
-            if where
-        ),
-    )
+    table = replace(usable_table(replace(records, annotations=sound), name, difficult=True), notes=tuple(notes))
     return table if classes is None else table.select_classes(list(classes))
 
 
 def voc_records(root: Path, split: str | Sequence[str]) -> tuple[CocoRecords, list[Problem]]:
     """Read splits as ``read_voc`` does, but continue after damaged files, and keep boxes without extent.
 
-    Returns:
-        What a COCO json of the same content would hold, and a problem for each file that cannot be read. Annotations
-        are numbered from 1 in the order of the split and carry ``difficult`` besides COCO's own keys.
-
-    Raises:
-        DataError: If a folder or a split is missing.
+    The result is what a COCO json of the same content would hold, and a problem for each file that cannot be read.
+    Annotations are numbered from 1 in the order of the split and carry ``difficult`` besides COCO's own keys. A missing
+    folder or split raises a DataError all the same.
     """
     problems: list[Problem] = []
 
@@ -139,10 +131,8 @@ def _as_list(split: str | Sequence[str]) -> list[str]:
 def _read_files(root: Path, splits: list[str], report: _Report) -> CocoRecords:
     """Read the images of splits, and the class names in all annotations of their folders.
 
-    Whatever is wrong with a file is reported; the file is left out if ``report`` returns.
-
-    Raises:
-        DataError: If a folder or a split is missing.
+    Whatever is wrong with a file is reported; the file is left out if ``report`` returns. A missing folder or split
+    raises a DataError.
     """
     if not splits:
         raise DataError(f"{root}: at least one split must be named")
@@ -174,17 +164,17 @@ def _read_files(root: Path, splits: list[str], report: _Report) -> CocoRecords:
             path = annotations[stem]
             inside.add(path)
             try:
-                (height, width), of_image = _read_image(path, root / file_name)
-            except DataError as error:
-                report("bad_annotation_file", str(error), path)
+                annotation = _parse(path)
+                height, width = _size(annotation) or read_size(root / file_name)
+                of_image = [_read_object(item) for item in _objects(annotation)]
+            except (_FileError, DataError) as error:
+                report("bad_annotation_file", f"{path}: {error}" if isinstance(error, _FileError) else str(error), path)
                 continue
             images.append({"id": len(images) + 1, "file_name": file_name, "height": height, "width": width})
             for record in of_image:
                 objects.append({"id": len(objects) + 1, "image_id": len(images)} | record)
     names = {record["category_id"] for record in objects}
-    for path in outside:
-        if path in inside:
-            continue
+    for path in (path for path in outside if path not in inside):
         try:
             names.update(_class_name(item) for item in _objects(_parse(path)))
         except _FileError as error:
@@ -274,19 +264,6 @@ def _decode(data: bytes) -> str:
         if not name.startswith(_ENCODINGS):
             raise LookupError(f"encoding {encoding} is not among those read; save it as UTF-8")
     return data.decode(encoding)
-
-
-def _read_image(path: Path, image_path: Path) -> tuple[tuple[int, int], list[Record]]:
-    """Read an image's ``(height, width)`` and objects from its annotation file.
-
-    Raises:
-        DataError: If it is damaged, or names no size and the image cannot be read.
-    """
-    try:
-        annotation = _parse(path)
-        return _size(annotation) or read_size(image_path), [_read_object(item) for item in _objects(annotation)]
-    except _FileError as error:
-        raise DataError(f"{path}: {error}") from error
 
 
 def _parse(path: Path) -> ElementTree.Element:
