@@ -156,12 +156,9 @@ def image_facts(path: str) -> ImageFacts:
 
 def all_image_facts(paths: Sequence[str], *, num_workers: int, progress: bool) -> dict[str, ImageFacts]:
     """Decode image files in ``num_workers`` processes (0: in this one), and return what was found by path."""
-    with tqdm(total=len(paths), desc="images", unit="image", disable=not progress, leave=False) as bar:
-        facts = {}
-        for found in _in_processes(paths, num_workers) if num_workers else map(image_facts, paths):
-            facts[found.path] = found
-            bar.update()
-    return facts
+    found = _in_processes(paths, num_workers) if num_workers else map(image_facts, paths)
+    bar = tqdm(found, total=len(paths), desc="images", unit="image", disable=not progress, leave=False)
+    return {facts.path: facts for facts in bar}
 
 
 def _in_processes(paths: Sequence[str], num_workers: int) -> Iterator[ImageFacts]:

@@ -7,6 +7,7 @@ sent as the file's name and their position in it, the others are moved into shar
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import pickle
 from collections.abc import Callable, Sequence
@@ -114,8 +115,8 @@ def _in_shared_memory(arrays: Sequence[Bytes]) -> list[Bytes]:
 
 
 def _rebuild(outline: bytes, parts: Sequence[bytes | _Part]) -> Any:
-    """Undo ``reduce_for_worker`` in the process that received the parts; map each file once."""
-    files: dict[str, MappedFile] = {}
+    """Undo ``reduce_for_worker`` in the process that received the parts."""
+    mapped = functools.cache(_map_again)  # each file once
     buffers: list[bytes | Bytes] = []
     for part in parts:
         if isinstance(part, bytes):
@@ -125,14 +126,16 @@ def _rebuild(outline: bytes, parts: Sequence[bytes | _Part]) -> Any:
             whole = part.memory.numpy()
             whole.flags.writeable = False
         else:
-            path = part.memory
-            if path not in files:
-                try:
-                    files[path] = map_file(path)
-                except (OSError, ValueError) as error:
-                    raise DataError(f"{path}: the annotations that another process put here are gone") from error
-                if _digest(files[path]) != part.digest:
-                    raise DataError(f"{path}: holds other annotations than when another process named it")
-            whole = np.asarray(files[path])
+            whole = mapped(part.memory, part.digest)
         buffers.append(whole[part.start : part.start + part.num_bytes])
     return pickle.loads(outline, buffers=buffers)
+
+
+def _map_again(path: str, digest: bytes) -> Bytes:
+    try:
+        file = map_file(path)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: the annotations that another process put here are gone") from error
+    if _digest(file) != digest:
+        raise DataError(f"{path}: holds other annotations than when another process named it")
+    return np.asarray(file)

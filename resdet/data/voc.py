@@ -168,7 +168,8 @@ def _read_files(root: Path, splits: list[str], report: _Report) -> CocoRecords:
                 height, width = _size(annotation) or read_size(root / file_name)
                 of_image = [_read_object(item) for item in _objects(annotation)]
             except (_FileError, DataError) as error:
-                report("bad_annotation_file", f"{path}: {error}" if isinstance(error, _FileError) else str(error), path)
+                message = str(error) if isinstance(error, DataError) else f"{path}: {error}"
+                report("bad_annotation_file", message, path)
                 continue
             images.append({"id": len(images) + 1, "file_name": file_name, "height": height, "width": width})
             for record in of_image:
@@ -193,29 +194,19 @@ def _check_layout(folder: Path, root: Path) -> None:
     for part in ("Annotations", "ImageSets/Main", "JPEGImages"):
         if (folder / part).is_dir():
             continue
-        below = [child for child in sorted(root.glob("*")) + sorted(root.glob("VOCdevkit/*")) if _is_voc(child)]
+        children = sorted(root.glob("*")) + sorted(root.glob("VOCdevkit/*"))
+        below = [path for path in children if (path / "Annotations").is_dir() and (path / "ImageSets/Main").is_dir()]
         if below and folder == root:
-            found = ", ".join(child.relative_to(root).as_posix() for child in below)
+            found = ", ".join(path.relative_to(root).as_posix() for path in below)
             raise DataError(f"{folder}: has no {part}; below it lie {found}: name the split as <folder>/<split>")
         raise DataError(f"{folder / part}: no such folder. {HOW_TO_GET_VOC}")
 
 
-def _is_voc(folder: Path) -> bool:
-    return (folder / "Annotations").is_dir() and (folder / "ImageSets" / "Main").is_dir()
-
-
 def _images_by_stem(folder: Path) -> dict[str, str]:
     """Return the file name of each image by its stem; of several, the one whose suffix VOC would prefer."""
-    rank = {suffix: position for position, suffix in enumerate(IMAGE_SUFFIXES)}
-    images: dict[str, str] = {}
-    for path in folder.iterdir():
-        suffix = path.suffix.lower()
-        if suffix not in rank:
-            continue
-        other = images.get(path.stem)
-        if other is None or rank[suffix] < rank[Path(other).suffix.lower()]:
-            images[path.stem] = path.name
-    return images
+    images = [path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES]
+    images.sort(key=lambda path: (IMAGE_SUFFIXES.index(path.suffix.lower()), path.name), reverse=True)
+    return {path.stem: path.name for path in images}  # the last one stays
 
 
 def _read_list(folder: Path, list_name: str, annotations: dict[str, Path]) -> list[str]:
@@ -228,14 +219,9 @@ def _read_list(folder: Path, list_name: str, annotations: dict[str, Path]) -> li
         text = _decode(path.read_bytes())
     except (OSError, ValueError, LookupError) as error:
         raise DataError(f"{path}: cannot be read as text: {error}") from error
-    stems = []
-    for line in text.splitlines():
-        stem = line.strip()
-        # "000012  1" in the lists of one class; a name may itself end in " 1", so the whole line is tried first.
-        if stem not in annotations:
-            stem = re.sub(r"\s+(-1|0|1)$", "", stem)
-        if stem:
-            stems.append(stem)
+    lines = [line.strip() for line in text.splitlines()]
+    # "000012  1" in the lists of one class; a name may itself end in " 1", so the whole line is tried first.
+    stems = [line if line in annotations else re.sub(r"\s+(-1|0|1)$", "", line) for line in lines if line]
     if not stems:
         raise DataError(f"{path}: lists no images")
     return stems
