@@ -12,7 +12,7 @@ Legend: ``B`` images, ``N`` boxes, ``K`` foreground classes, ``H, W`` pixels.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
@@ -97,6 +97,10 @@ class Detections:
             labels=torch.from_numpy(self.labels[rows]),
             scores=torch.from_numpy(self.scores[rows].astype(np.float32)),
         )
+
+
+HostResize = Callable[[Tensor, Target, int], tuple[Tensor, Target]]
+"""Takes a training image, uint8 ``[3, H, W]`` on the CPU, its target and its seed; returns both, resized."""
 
 
 def target_to(target: Target, device: torch.device) -> Target:

@@ -21,7 +21,7 @@ from resdet.data.order import REPEAT_THRESHOLD, Sampling, TrainBatches, image_or
 from resdet.data.workers import STALL_SECONDS, Keys, load_batches
 from resdet.errors import UserError
 from resdet.processes import Processes
-from resdet.types import Target
+from resdet.types import HostResize, Target
 
 _ALONE = Processes(0, 1, torch.device("cpu"))
 
@@ -47,11 +47,13 @@ def train_loader(
     repeat_threshold: float = REPEAT_THRESHOLD,
     seed: int = 0,
     start_batch: int = 0,
+    resize: HostResize | None = None,
 ) -> Iterator[Batch]:
     """Yield this process's micro-batches without end, in the order of ``TrainBatches``.
 
     ``sampling`` and ``repeat_threshold`` are as for ``image_order``, ``num_workers`` and ``stall_seconds`` as for
     ``load_batches``, the rest as for ``TrainBatches``. Batches do not depend on the number of workers.
+    ``resize`` is applied to each image after augmentation; it must pickle where workers are spawned.
 
     Raises:
         UserError: As from ``TrainBatches``.
@@ -68,7 +70,7 @@ def train_loader(
         seed=seed,
         start_batch=start_batch,
     )
-    make, device = partial(_pack, dataset), team.device
+    make, device = partial(_pack, dataset, resize), team.device
     packed = load_batches(make, keys, num_workers=num_workers, device=device, stall_seconds=stall_seconds)
     return map(_unpacked, packed)
 
@@ -85,7 +87,7 @@ def eval_loader(
         WorkerError: As from ``load_batches``.
     """
     keys = eval_keys(len(dataset), batch_size, rank=team.rank, world_size=team.world_size)
-    packed = load_batches(partial(_pack, dataset), keys, num_workers=num_workers, device=team.device)
+    packed = load_batches(partial(_pack, dataset, None), keys, num_workers=num_workers, device=team.device)
     return map(_unpacked, packed)
 
 
@@ -114,8 +116,8 @@ class _Packed(NamedTuple):
     seeds: list[int]
 
 
-def _pack(dataset: DetectionDataset, keys: Keys) -> _Packed:
-    images, targets = zip(*(_item(dataset, key) for key in keys), strict=True)
+def _pack(dataset: DetectionDataset, resize: HostResize | None, keys: Keys) -> _Packed:
+    images, targets = zip(*(_item(dataset, resize, key) for key in keys), strict=True)
     return _Packed(
         pixels=torch.cat([image.reshape(-1) for image in images]),
         boxes=torch.cat([target["boxes"] for target in targets]),
@@ -128,9 +130,10 @@ def _pack(dataset: DetectionDataset, keys: Keys) -> _Packed:
     )
 
 
-def _item(dataset: DetectionDataset, key: tuple[int, int]) -> tuple[Tensor, Target]:
+def _item(dataset: DetectionDataset, resize: HostResize | None, key: tuple[int, int]) -> tuple[Tensor, Target]:
     try:
-        return dataset[key]
+        image, target = dataset[key]
+        return (image, target) if resize is None else resize(image, target, key[1])
     except UserError:
         raise
     except Exception as error:

@@ -16,6 +16,7 @@ from resdet.evaluation.state import evaluation_mode, placed
 from resdet.malloc import keep_freed_memory
 from resdet.models.int8 import Int8Detector
 from resdet.models.test_time import detect_with_tricks
+from resdet.models.transform import model_images
 from resdet.precision import Precision, autocast
 from resdet.processes import choose_device
 from resdet.types import Prediction
@@ -57,7 +58,7 @@ def inference(model: nn.Module, settings: InferenceSettings = InferenceSettings(
     @torch.no_grad()
     def run(images: Sequence[Tensor], where: str) -> list[Prediction]:
         finite.clear()
-        batch = [image.to(device, non_blocking=True).float() / 255 for image in images]  # [3, H, W] each, in [0, 1]
+        batch = model_images(model, images, device)
         with autocast(device, settings.precision):
             outputs = model(batch) if settings.tricks is None else detect_with_tricks(model, batch, settings.tricks)
         finite.extend(torch.isfinite(output[key]).all() for output in outputs for key in ("boxes", "scores"))

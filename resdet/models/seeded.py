@@ -84,8 +84,17 @@ class SeededTransform(GeneralizedRCNNTransform):  # type: ignore[misc]
     @torch.jit.unused
     def torch_choice(self, k: list[int]) -> int:
         """Draw one of the sizes; torchvision calls this once for each image, in their order."""
-        generator = None if self._generators is None else next(self._generators)
-        return k[int(torch.empty(1).uniform_(0.0, float(len(k)), generator=generator).item())]
+        return choose_size(k, None if self._generators is None else next(self._generators))
+
+
+def choose_size(sizes: Sequence[int], generator: torch.Generator | None) -> int:
+    """Draw one of the sizes as torchvision does, from torch's own generator if none is passed."""
+    return sizes[int(torch.empty(1).uniform_(0.0, float(len(sizes)), generator=generator).item())]
+
+
+def size_generator(seed: int) -> torch.Generator:
+    """Return the generator from which the size of the image with this seed is drawn."""
+    return torch.Generator().manual_seed(_stream(seed, _RESIZE))
 
 
 @contextmanager
@@ -99,7 +108,7 @@ def image_seeds(model: GeneralizedRCNN, seeds: Sequence[int]) -> Iterator[None]:
     transform, samplers = model.transform, (model.rpn.fg_bg_sampler, model.roi_heads.fg_bg_sampler)
     assert isinstance(transform, SeededTransform)
     try:
-        transform._generators = (torch.Generator().manual_seed(_stream(seed, _RESIZE)) for seed in seeds)
+        transform._generators = map(size_generator, seeds)
         for sampler, stream in zip(samplers, (_RPN, _BOX_HEAD), strict=True):
             sampler.seeds = [_stream(seed, stream) for seed in seeds]
         yield

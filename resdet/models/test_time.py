@@ -63,7 +63,7 @@ def detect_with_tricks(model: nn.Module, images: Sequence[Tensor], tricks: Trick
 
     Args:
         model: A ``Detector`` or any torchvision ``FasterRCNN``, in evaluation mode.
-        images: ``[3, H, W]`` in [0, 1], each of its own size, on the model's device.
+        images: ``[3, H, W]``, each of its own size, as the model takes them (``model_images``).
         tricks: The tricks.
 
     Returns:

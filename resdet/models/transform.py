@@ -1,16 +1,24 @@
-"""The transform of images into the network's input with Pillow's resize, as detectron2 has it."""
+"""The transform of images into the network's input with Pillow's resize, as detectron2 has it.
+
+Pillow works on the host, so images are resized before they are copied to the device: those of training by the data
+workers (``host_resize``), others by the transform itself, which takes uint8 images on the CPU (``model_images``).
+"""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.models.detection.transform import resize_boxes
 
 from resdet.errors import UserError
-from resdet.models.seeded import SeededTransform
+from resdet.models.seeded import SeededTransform, choose_size, size_generator
 from resdet.models.tracing import is_captured
+from resdet.types import HostResize, Target
 
 
 class PilTransform(SeededTransform):
@@ -18,10 +26,11 @@ class PilTransform(SeededTransform):
 
     torchvision normalises first and then interpolates float pixels between their four neighbours, so a picture that is
     made smaller skips pixels. Here Pillow scales the picture in 8 bits with its antialiasing bilinear filter, and the
-    result is normalised. Images not made of whole 255ths (augmented ones) are rounded to them. On another device than
-    the CPU each image travels to the CPU and back.
+    result is normalised. The new size differs too, by up to a pixel: sides are rounded to the nearest, torchvision
+    rounds them down. An image that has its new size already, because a data worker has resized it, is only normalised.
 
-    The new size differs too, by up to a pixel: sides are rounded to the nearest, torchvision rounds them down.
+    Images are uint8 on the CPU, which are resized there and then moved to the model's device, or floats in [0, 1].
+    Floats are rounded to whole 255ths; those on another device than the CPU travel to the CPU and back.
 
     It runs in Python alone: TorchScript, tracing, ``torch.compile`` and ``torch.export`` of a whole detector need
     ``resize="torch"``; its backbone is free of this.
@@ -33,37 +42,85 @@ class PilTransform(SeededTransform):
         of 8-bit images of three channels is here.
     """
 
+    _marker: Tensor
+
+    def __init__(self, min_size: int | tuple[int, ...], max_size: int, mean: list[float], std: list[float]) -> None:
+        super().__init__(min_size, max_size, mean, std)
+        self.register_buffer("_marker", torch.zeros(1, dtype=torch.uint8), persistent=False)  # is on the model's device
+
     def normalize(self, image: Tensor) -> Tensor:
         """Return the image as it is: torchvision's forward calls this first, and here the resize normalises."""
-        if not image.is_floating_point():
-            raise TypeError(f"images must be floating point in [0, 1], got {image.dtype}")
+        if not image.is_floating_point() and image.dtype != torch.uint8:
+            raise TypeError(f"images must be uint8, or floating point in [0, 1], got {image.dtype}")
         return image
 
     def resize(self, image: Tensor, target: dict[str, Tensor] | None = None) -> tuple[Tensor, dict[str, Tensor] | None]:
         """Scale an image and its boxes, then normalise it.
 
         Args:
-            image: ``[3, H, W]`` in [0, 1].
+            image: ``[3, H, W]``, uint8 or floats in [0, 1].
             target: Its ``boxes`` are replaced by scaled ones.
         """
         if is_captured():
             raise UserError(_NOT_EXPORTABLE)
         height, width = image.shape[-2:]
         shorter = self.torch_choice(self.min_size) if self.training else self.min_size[-1]
-        new_height, new_width = scaled_size(height, width, shorter, self.max_size)
-        pixels = image.mul(255).round().clamp(0, 255).to("cpu", torch.uint8).permute(1, 2, 0).numpy()
-        picture = Image.fromarray(pixels).resize((new_width, new_height), Image.Resampling.BILINEAR)
-        resized = torch.from_numpy(np.array(picture)).permute(2, 0, 1).to(image.device, image.dtype) / 255
+        size = scaled_size(height, width, shorter, self.max_size)
+        device, dtype = self._marker.device, torch.float32
+        if image.is_floating_point():
+            device, dtype = image.device, image.dtype
+            image = image.mul(255).round().clamp(0, 255).to(torch.uint8)
+        if size != (height, width):
+            image = _resized(image.cpu(), size)  # waits for the device, if the image is on one
         if target is not None:
-            target["boxes"] = resize_boxes(target["boxes"], (height, width), (new_height, new_width))
-        return super().normalize(resized), target
+            target["boxes"] = resize_boxes(target["boxes"], (height, width), size)
+        return super().normalize(image.to(device, non_blocking=True).to(dtype) / 255), target
 
     def __prepare_scriptable__(self) -> PilTransform:
         raise UserError(_NOT_EXPORTABLE)
 
 
+def host_resize(model: nn.Module) -> HostResize | None:
+    """Return the resize that data workers apply to a detector's training images; None if its transform does it.
+
+    The size is the one that the transform draws in ``image_seeds``, so the transform then finds nothing left to do.
+    """
+    transform = getattr(model, "transform", None)
+    if not isinstance(transform, PilTransform):
+        return None
+    return partial(_resize_for_training, tuple(transform.min_size), transform.max_size)
+
+
+def model_images(model: nn.Module, images: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+    """Return uint8 images ``[3, H, W]`` in host memory as a detector on ``device`` takes them.
+
+    They are copied asynchronously if pinned, as uint8: a quarter of float32's bytes.
+    """
+    if isinstance(getattr(model, "transform", None), PilTransform):
+        return list(images)
+    return [image.to(device, non_blocking=True).float().div_(255) for image in images]  # in [0, 1]
+
+
+def _resize_for_training(
+    min_sizes: tuple[int, ...], max_size: int, image: Tensor, target: Target, seed: int
+) -> tuple[Tensor, Target]:
+    height, width = image.shape[-2:]
+    size = scaled_size(height, width, choose_size(min_sizes, size_generator(seed)), max_size)
+    boxes = resize_boxes(target["boxes"], (height, width), size)
+    return _resized(image, size), Target(boxes=boxes, labels=target["labels"], image_id=target["image_id"])
+
+
+def _resized(image: Tensor, size: tuple[int, int]) -> Tensor:
+    """Resize uint8 ``[3, H, W]`` on the CPU to ``(height, width)``."""
+    picture = Image.fromarray(image.permute(1, 2, 0).numpy())  # from [H, W, 3]
+    resized = picture.resize((size[1], size[0]), Image.Resampling.BILINEAR)
+    return torch.from_numpy(np.array(resized)).permute(2, 0, 1)
+
+
 def scaled_size(height: int, width: int, min_size: int, max_size: int) -> tuple[int, int]:
     """Return ``(height, width)`` with the shorter side ``min_size``, or less to keep the longer below ``max_size``.
+
+    A size that it returned is returned again as it is: ``PilTransform`` relies on this.
 
     Source: ``ResizeShortestEdge.get_output_shape`` of detectron2, the same operations in the same order.
     """

@@ -27,6 +27,7 @@ from resdet.evaluation.settings import InferenceSettings
 from resdet.models.checkpoint import checkpoint_payload, load_detector
 from resdet.models.detector import Detector
 from resdet.models.seeded import image_seeds
+from resdet.models.transform import host_resize, model_images
 from resdet.precision import Precision, autocast
 from resdet.processes import Processes
 from resdet.training import guards
@@ -130,6 +131,7 @@ class DetectionTask:
             repeat_threshold=self._loader.repeat_threshold,
             seed=self._settings.seed,
             start_batch=start_step,
+            resize=host_resize(self.model),
         )
 
     def losses(self, parallel: nn.Module, batch: Batch) -> dict[str, Tensor]:
@@ -202,8 +204,7 @@ def detection_losses(model: Detector, parallel: nn.Module, batch: Batch, precisi
         ``loss``, the losses it is the sum of, and what the detector counted, means over the batch's images.
     """
     device = next(model.parameters()).device
-    # uint8 on the way, a quarter of float32's bytes; [3, H, W] in [0, 1] each. The detector resizes, pads and stacks.
-    images = [image.to(device, non_blocking=True).float().div_(255) for image in batch.images]
+    images = model_images(model, batch.images, device)  # [3, H, W] each; the detector resizes, pads and stacks
     targets = [target_to(target, device) for target in batch.targets]
     with autocast(device, precision), image_seeds(model, batch.seeds):
         losses: dict[str, Tensor] = parallel(images, targets)

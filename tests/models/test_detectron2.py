@@ -6,34 +6,50 @@ import importlib.util
 import json
 import logging
 import math
+import os
 import pickle
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from torch import Tensor
+from PIL import Image
+from torch import Tensor, nn
 from torchvision import ops
 
 from resdet.build import build_model
-from resdet.config import ModelConfig
+from resdet.config import EvalConfig, LoaderConfig, ModelConfig, OptimConfig, TrainConfig
 from resdet.data.coco import read_coco
 from resdet.data.dataset import DetectionDataset
 from resdet.data.images import read_image
+from resdet.data.loader import Batch, train_loader
 from resdet.data.shapes import ShapesImages, shapes_table
 from resdet.errors import UserError, WeightsError
+from resdet.evaluation.inference import inference
 from resdet.evaluation.labels import match_labels
+from resdet.evaluation.loss import validation_loss
+from resdet.evaluation.settings import InferenceSettings
 from resdet.models.box_heads import BoxHeads
 from resdet.models.checkpoint import checkpoint_payload, load_detector, load_detector_weights
 from resdet.models.detector import Detector, build_detector
 from resdet.models.fasterrcnn import fasterrcnn_resnet101_fpn
 from resdet.models.proposals import Anchors, ProposalNetwork
 from resdet.models.roi_align import FastMultiScaleRoIAlign, MultiScaleRoIAlign
-from resdet.models.spec import CONVENTIONS, WEIGHTS_FIELDS, DetectorSpec
-from resdet.models.transform import scaled_size
-from resdet.types import Category
+from resdet.models.seeded import image_seeds
+from resdet.models.spec import CONVENTIONS, WEIGHTS_FIELDS, DetectorSpec, Tricks
+from resdet.models.test_time import detect_with_tricks
+from resdet.models.transform import PilTransform, host_resize, scaled_size
+from resdet.processes import Processes
+from resdet.training import guards
+from resdet.training.detection import DetectionTask, detection_losses, not_finite, repeat_step
+from resdet.training.settings import RunSettings
+from resdet.training.step import accumulate_gradients
+from resdet.types import Category, Prediction
 from resdet.weights.convert import from_torchvision
 from resdet.weights.convert_file import convert_file
 from resdet.weights.files import read_weights
@@ -417,8 +433,6 @@ def test_sides_are_rounded_to_the_nearest(size: tuple[int, int], expected: tuple
 
 
 def test_pil_resize_scales_boxes_and_normalises_after() -> None:
-    from PIL import Image
-
     model = build_detector(
         DetectorSpec(arch="resnet18", resize="pil", min_size=40, max_size=100, image_mean=(0.1, 0.2, 0.3)),
         num_classes=3,
@@ -469,3 +483,239 @@ def test_other_conventions_can_be_scripted(fast: bool) -> None:
     assert len(expected["boxes"])
     torch.testing.assert_close(scripted["boxes"], expected["boxes"], rtol=0, atol=1e-2)
     assert scripted["labels"].tolist() == expected["labels"].tolist()
+
+
+# ---- Pillow's resize on the host
+
+
+def pil_detector() -> Detector:
+    """A small detector that draws its size from four."""
+    torch.manual_seed(0)
+    spec = DetectorSpec(
+        arch="resnet18",
+        resize="pil",
+        norm="group",
+        min_size=(40, 48, 56, 64),
+        max_size=72,
+        out_channels=16,
+        box_head_channels=32,
+        rpn_batch_size_per_image=32,
+        box_batch_size_per_image=16,
+        box_score_thresh=0.0,
+    )
+    return build_detector(spec, num_classes=4, trainable_layers=5)
+
+
+def pil_shapes() -> DetectionDataset:
+    return DetectionDataset(shapes_table(8, 80, 0), ShapesImages(80, 0), None, training=True)
+
+
+def host_images() -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [
+        torch.randint(0, 256, (3, height, width), generator=generator, dtype=torch.uint8)
+        for height, width in ((50, 80), (64, 64), (30, 90))  # the second has its size
+    ]
+
+
+def as_floats(images: list[Tensor]) -> list[Tensor]:
+    return [image.float() / 255 for image in images]
+
+
+@pytest.fixture
+def resized_in(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The process of each of Pillow's resizes; what happens in workers is not seen here."""
+    processes: list[int] = []
+    resize = Image.Image.resize
+
+    def counted(self: Image.Image, *args: Any, **options: Any) -> Image.Image:
+        processes.append(os.getpid())
+        return resize(self, *args, **options)
+
+    monkeypatch.setattr(Image.Image, "resize", counted)
+    return processes
+
+
+def losses_and_gradients(model: Detector, batches: list[Batch], num_pieces: int = 1) -> dict[str, Tensor]:
+    model.train().zero_grad()
+
+    def losses(parallel: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        return detection_losses(model, parallel, batch, "fp32")
+
+    values = accumulate_gradients(losses, model, batches, num_pieces, torch.amp.GradScaler("cpu", enabled=False))
+    return values | {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same(ours: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert ours.keys() == expected.keys()
+    assert [name for name, value in expected.items() if not torch.equal(ours[name], value)] == []
+
+
+def test_a_scaled_size_stays_as_it_is() -> None:
+    """So the transform recognises an image that a worker has resized by its size alone."""
+    rng = np.random.default_rng(0)
+    for min_size, max_size in ((800, 1333), (640, 1333), (416, 693), (600, 1000), (64, 64), (1000, 500), (7, 11)):
+        for height, width in np.exp2(rng.uniform(2, 12.5, (2000, 2))).astype(int).tolist():
+            size = scaled_size(height, width, min_size, max_size)
+            assert 0 in size or scaled_size(*size, min_size, max_size) == size, (height, width, min_size, max_size)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_pil_transform_takes_pixels_as_it_takes_floats(training: bool) -> None:
+    transform = pil_detector().transform.train(training)
+    targets = [{"boxes": torch.tensor([[3.0, 7, 25, 29]])} for _ in range(3)]
+    torch.manual_seed(0)
+    batch, scaled = transform(host_images(), targets)
+    torch.manual_seed(0)
+    expected, expected_scaled = transform(as_floats(host_images()), targets)
+    assert batch.image_sizes == expected.image_sizes
+    assert torch.equal(batch.tensors, expected.tensors)
+    assert all(torch.equal(a["boxes"], b["boxes"]) for a, b in zip(scaled, expected_scaled, strict=True))
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_training_images_are_resized_by_the_loader(num_workers: int, resized_in: list[int]) -> None:
+    """Losses and gradients are those of whole images to the bit, and a worker resizes for the training process."""
+    model, dataset = pil_detector(), pil_shapes()
+    whole = train_loader(dataset, batch_size=4, num_micro_batches=2, seed=3)
+    resized = train_loader(
+        dataset, batch_size=4, num_micro_batches=2, seed=3, num_workers=num_workers, resize=host_resize(model)
+    )
+    sides = set()
+    for _ in range(2):
+        step = [next(whole), next(whole)]
+        expected = losses_and_gradients(model, step)
+        resized_in.clear()
+        ready = [next(resized), next(resized)]
+        assert len(resized_in) == (0 if num_workers else 4)
+        resized_in.clear()
+        assert_same(losses_and_gradients(model, ready), expected)
+        assert resized_in == []
+        assert [batch.seeds for batch in ready] == [batch.seeds for batch in step]
+        sides |= {min(image.shape[1:]) for batch in ready for image in batch.images}
+        with image_seeds(model, step[0].seeds):
+            floats, targets = model.transform(as_floats(step[0].images), step[0].targets)
+        assert [tuple(image.shape[1:]) for image in ready[0].images] == floats.image_sizes
+        for target, one in zip(ready[0].targets, targets, strict=True):
+            assert torch.equal(target["boxes"], one["boxes"])
+    assert len(sides) > 1
+    del resized
+    step = [next(whole)]
+    with image_seeds(model, step[0].seeds):
+        own = model(as_floats(step[0].images), step[0].targets)  # the reference is the model's own forward pass
+    found = losses_and_gradients(model, step)
+    assert {name: value.item() for name, value in own.items()} == {name: found[name].item() for name in own}
+
+
+def test_a_run_resizes_in_its_workers(resized_in: list[int], tmp_path: Path) -> None:
+    model, dataset = pil_detector().train(), pil_shapes()
+    settings = RunSettings(
+        config={},
+        output_dir=tmp_path,
+        resume_from=None,
+        seed=3,
+        train=TrainConfig(steps=1, batch_size=4, accumulate=2),
+        optim=OptimConfig(),
+        best_metric="AP",
+        num_images=8,
+    )
+    team = Processes(0, 1, torch.device("cpu"))
+    task = DetectionTask(model, dataset, dataset, settings, LoaderConfig(num_workers=1), EvalConfig(), team)
+    batch = next(task.batches(0))
+    assert {min(image.shape[1:]) for image in batch.images} <= {40, 48, 56, 64}
+    assert task.losses(model, batch)["loss"].isfinite()
+    assert resized_in == []
+
+
+def test_pieces_of_resized_batches_add_up_as_those_of_whole_images(resized_in: list[int]) -> None:
+    model = pil_detector()
+    whole = next(train_loader(pil_shapes(), batch_size=3, seed=1))
+    resized = next(train_loader(pil_shapes(), batch_size=3, seed=1, resize=host_resize(model)))
+    expected = losses_and_gradients(model, [whole], num_pieces=2)
+    resized_in.clear()
+    assert_same(losses_and_gradients(model, [resized], num_pieces=2), expected)
+    assert resized_in == []
+
+
+@pytest.mark.parametrize("ready", [True, False], ids=["resized", "whole"])
+def test_a_broken_step_of_resized_images_can_be_repeated(ready: bool, tmp_path: Path) -> None:
+    """Files of earlier versions hold whole images."""
+    model, dataset = pil_detector(), pil_shapes()
+    whole = next(train_loader(dataset, batch_size=2))
+    expected = losses_and_gradients(model, [whole])
+    saved = next(train_loader(dataset, batch_size=2, resize=host_resize(model))) if ready else whole
+    moment = guards.Moment(7, random_seed=11, rank=0, lr=0.1, precision="fp32", num_pieces=1)
+    not_finite(moment, {"loss": torch.tensor(math.nan)}, model, [saved], dataset.table, tmp_path)
+    again, losses = repeat_step(tmp_path / "broken_step_8.pt")
+    gradients = {n: p.grad for n, p in again.named_parameters() if p.grad is not None}
+    assert_same(losses | gradients, expected)
+
+
+TRICKS = (None, Tricks(flip=True, scales=(40, 72), refine=1, voting=0.8))
+
+
+@pytest.mark.parametrize("tricks", TRICKS, ids=["plain", "tricks"])
+def test_detections_are_those_of_float_images(tricks: Tricks | None) -> None:
+    """Their boxes are in pixels of the whole image."""
+    model, images = pil_detector().eval(), host_images()
+    with inference(model, InferenceSettings(tricks=tricks)) as run_on:
+        found = run_on(images, "three images")
+    with torch.no_grad():
+        expected = detect_with_tricks(model, as_floats(images), tricks or Tricks())
+    for ours, theirs, image in zip(found, expected, images, strict=True):
+        assert len(theirs["boxes"])
+        assert all(torch.equal(ours[name], theirs[name]) for name in ("boxes", "labels", "scores"))  # type: ignore[literal-required]
+        assert ours["boxes"][:, 2].max() > 0.9 * image.shape[2]
+
+
+class OnMeta(nn.Module):
+    """Transforms images on torch's device without memory: a copy from there to the host raises."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.transform = pil_detector().transform
+        self.weight = nn.Parameter(torch.zeros(1))
+        self.batches: list[Tensor] = []
+        self.to("meta")
+
+    def forward(self, images: list[Tensor], targets: list[dict[str, Tensor]] | None = None) -> Any:
+        self.batches.append(self.transform(images, targets)[0].tensors)
+        empty = Prediction(boxes=torch.zeros(0, 4), labels=torch.zeros(0, dtype=torch.int64), scores=torch.zeros(0))
+        return {"loss_classifier": torch.zeros(())} if self.training else [empty for _ in images]
+
+
+def test_nothing_comes_back_from_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("evaluation.inference", "training.detection"):
+        monkeypatch.setattr(f"resdet.{module}.autocast", lambda *_: nullcontext())  # torch has none for this device
+    model = OnMeta()
+    with inference(model) as run_on:
+        run_on(host_images(), "three images")
+    batch = next(train_loader(pil_shapes(), batch_size=2, resize=host_resize(model)))
+    for name in ("rpn", "roi_heads"):
+        monkeypatch.setattr(model, name, SimpleNamespace(fg_bg_sampler=SimpleNamespace()), raising=False)
+    monkeypatch.setattr(model, "training_counts", dict, raising=False)
+    detection_losses(cast("Detector", model.train()), model, batch, "fp32")
+    assert [(batch.device.type, batch.dtype, len(batch)) for batch in model.batches] == [
+        ("meta", torch.float32, 3),
+        ("meta", torch.float32, 2),
+    ]
+
+
+def test_validation_loss_hands_pixels_to_the_transform(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, dataset = pil_detector(), pil_shapes()
+    resize = PilTransform.resize
+
+    def losses(prepare: Callable[[Tensor], Tensor]) -> dict[str, float]:
+        def prepared(self: PilTransform, image: Tensor, target: Any = None) -> Any:
+            assert image.dtype == torch.uint8
+            return resize(self, prepare(image), target)
+
+        monkeypatch.setattr(PilTransform, "resize", prepared)
+        return validation_loss(model, dataset, InferenceSettings(batch_size=2))
+
+    assert losses(lambda image: image) == losses(lambda image: image.float() / 255)
+
+
+def test_other_detectors_have_their_images_as_ever() -> None:
+    model = build_detector(DetectorSpec(arch="resnet18", min_size=64), num_classes=4)
+    assert host_resize(model) is None
