@@ -27,7 +27,7 @@ from resdet.models.backbone import ResNetFPN, SingleLevel
 from resdet.models.bodies import Body, Classifier, make_body
 from resdet.models.detector import Detector, build_detector
 from resdet.models.norm import FrozenBatchNorm2d
-from resdet.models.resnet import BasicBlock, Bottleneck, ResNet, last_conv, last_norm
+from resdet.models.resnet import BasicBlock, Bottleneck, ResNet, last_layers
 
 logger = logging.getLogger(__name__)
 
@@ -130,9 +130,9 @@ def _zero_branches(model: nn.Module, depths: Sequence[int]) -> None:
         found = _BLOCK.search(f"{name}.")
         if found is None or not isinstance(block, BasicBlock | Bottleneck) or int(found[2]) < depths[int(found[1]) - 1]:
             continue
-        norm = last_norm(block)
+        conv, norm = last_layers(block)
         # A frozen norm's scale is not trained, and would keep the branch at zero; a convolution is.
-        silent = last_conv(block).weight if isinstance(norm, FrozenBatchNorm2d) else norm.weight
+        silent = conv.weight if isinstance(norm, FrozenBatchNorm2d) else norm.weight
         assert isinstance(silent, Tensor)
         with torch.no_grad():
             silent.zero_()

@@ -18,7 +18,7 @@ from resdet.models.archs import ResNetArch, VGGArch, find_arch
 from resdet.models.bodies import Body, Classifier, build_classifier
 from resdet.models.norm import conv_norm_names
 from resdet.models.resnet import BasicBlock, Bottleneck
-from resdet.models.shortcuts import PooledProjection, Projection
+from resdet.models.shortcuts import Projection
 
 _LAYERS = (nn.Conv2d, nn.Linear)
 
@@ -214,7 +214,7 @@ class _Call:
 def _traced(model: nn.Module) -> Iterator[list[_Call]]:
     """Record the calls of convolutions, poolings and fully connected layers, in the order they are made in."""
     calls: list[_Call] = []
-    shortcuts = [module for module in model.modules() if isinstance(module, Projection | PooledProjection)]
+    shortcuts = [module for module in model.modules() if isinstance(module, Projection)]
     off_path = {part for shortcut in shortcuts for part in shortcut.modules()}
 
     def record(name: str) -> Hook:

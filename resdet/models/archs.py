@@ -23,29 +23,20 @@ Shortcut: TypeAlias = Literal["none", "A", "B", "C", "D"]
 
 @dataclass(frozen=True)
 class ResNetArch:
-    """The properties that distinguish one ResNet from another.
+    """The properties that distinguish one ResNet from another."""
 
-    Attributes:
-        block: ``"basic"`` (two 3x3) or ``"bottleneck"`` (1x1, 3x3, 1x1 with four times the channels).
-        depths: Number of blocks in each stage.
-        groups: Groups of a bottleneck's 3x3 convolution.
-        width_per_group: Channels of each group in the first stage.
-        stem: ``"7x7"`` (stride 2, then max pooling), ``"deep"`` (ResNet-C's three 3x3 of 32, 32 and 64 channels in its
-            place; PSPNet's have 64, 64 and 128) or ``"3x3"`` (CIFAR's: stride 1, no pooling).
-        shortcut: How a block's input bypasses it. ``"B"``: the identity, a 1x1 projection where shapes change.
-            ``"A"``: there a subsampled map filled up with zero channels, so that no shortcut has parameters. ``"C"``: a
-            projection around every block. ``"D"``: as B, but ResNet-D's, which averages 2x2 pixels before a projection
-            that does not stride. ``"none"``: the plain network.
-        channels: Of the stem's output; twice as many in each stage after the first.
-    """
-
-    block: Literal["basic", "bottleneck"]
-    depths: tuple[int, ...]
-    groups: int = 1
-    width_per_group: int = 64
+    block: Literal["basic", "bottleneck"]  # two 3x3; or 1x1, 3x3, 1x1 with four times the channels
+    depths: tuple[int, ...]  # number of blocks in each stage
+    groups: int = 1  # of a bottleneck's 3x3 convolution
+    width_per_group: int = 64  # channels of each group in the first stage
+    # Stride 2, then max pooling; ResNet-C's three 3x3 of 32, 32 and 64 channels instead (PSPNet's have 64, 64 and 128);
+    # or CIFAR's, without stride and pooling.
     stem: Literal["7x7", "deep", "3x3"] = "7x7"
+    # How a block's input bypasses it. B: the identity, a 1x1 projection where shapes change. A: there a subsampled map
+    # filled up with zero channels, so that no shortcut has parameters. C: a projection around every block. D: as B, but
+    # ResNet-D's, which averages 2x2 pixels before a projection that does not stride. none: the plain network.
     shortcut: Shortcut = "B"
-    channels: int = 64
+    channels: int = 64  # of the stem's output; each stage after the first has twice the width
 
     @property
     def strides(self) -> tuple[int, ...]:
@@ -58,18 +49,23 @@ class ResNetArch:
         """Stages that a feature pyramid is built on."""
         return tuple(range(1, len(self.depths) + 1))
 
+    def stage_width(self, stage: int) -> int:
+        """Return the channels inside the blocks of stage ``stage``, counted from 1."""
+        width: int = self.channels * 2 ** (stage - 1)
+        return width * self.width_per_group // 64 * self.groups
+
+    def stage_channels(self, stage: int) -> int:
+        """Return the channels of a stage's output, of the stem's for stage 0."""
+        width: int = self.channels * 2 ** max(stage - 1, 0)
+        return 4 * width if self.block == "bottleneck" and stage else width
+
 
 @dataclass(frozen=True)
 class VGGArch:
-    """The properties that distinguish one VGG from another.
+    """The properties that distinguish one VGG from another."""
 
-    Attributes:
-        depths: Number of 3x3 convolutions in each of the five stages, of 64, 128, 256, 512 and 512 channels.
-        norm: Whether each is followed by a norm.
-    """
-
-    depths: tuple[int, int, int, int, int]
-    norm: bool
+    depths: tuple[int, int, int, int, int]  # 3x3 convolutions in each stage, of 64, 128, 256, 512 and 512 channels
+    norm: bool  # whether each is followed by a norm
 
     @property
     def strides(self) -> tuple[int, ...]:
@@ -128,11 +124,7 @@ ARCHS: dict[str, Arch] = {
 
 
 def find_arch(name: str) -> Arch:
-    """Look up an architecture by name.
-
-    Raises:
-        UserError: If there is none of this name; the message offers the nearest one.
-    """
+    """Look up an architecture by name, or raise a UserError that offers the nearest one."""
     if name not in ARCHS:
         near = difflib.get_close_matches(name, ARCHS, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(ARCHS)}"

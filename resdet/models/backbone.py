@@ -50,16 +50,10 @@ class FastFeaturePyramid(FeaturePyramidNetwork):  # type: ignore[misc]  # torchv
 
 
 class ResNetFPN(nn.Module):
-    """A body and its feature pyramid; built by ``resnet_fpn``.
-
-    Args:
-        body: Computes the features that the pyramid is built on.
-        out_channels: Channels of every level.
-        extra_blocks: The levels above the last stage: ``"pool"`` subsamples P5 to P6 (Faster and Mask R-CNN),
-            ``"p6p7"`` computes P6 and P7 from P5 by strided convolutions (RetinaNet, FCOS).
+    """A body and its feature pyramid; built by ``resnet_fpn``, which documents the arguments.
 
     Attributes:
-        body: The body.
+        body: Computes the features that the pyramid is built on.
         fpn: torchvision's FeaturePyramidNetwork.
         out_channels: Channels of every level, where torchvision's detectors look for it.
         level_names: Keys of the output, finest level first.
@@ -73,22 +67,19 @@ class ResNetFPN(nn.Module):
         super().__init__()
         if out_channels < 1:
             raise UserError(f"out_channels must be at least 1, got {out_channels}")
-        top_strides = [body.strides[-1] * 2]
         if extra_blocks == "pool":
             top, top_names = LastLevelMaxPool(), ["pool"]
         elif extra_blocks == "p6p7":
             top, top_names = LastLevelP6P7(out_channels, out_channels), ["p6", "p7"]
-            top_strides.append(body.strides[-1] * 4)
         else:
             raise UserError(f"extra_blocks must be 'pool' or 'p6p7', got {extra_blocks!r}")
         self.body = body
-        self.fpn = (FastFeaturePyramid if body.fast else FeaturePyramidNetwork)(
-            body.channels, out_channels, extra_blocks=top
-        )
+        pyramid = FastFeaturePyramid if body.fast else FeaturePyramidNetwork
+        self.fpn = pyramid(body.channels, out_channels, extra_blocks=top)
         self.out_channels = out_channels
         self.extra_blocks = extra_blocks
         self.level_names = [*body.return_layers.values(), *top_names]
-        self.strides = [*body.strides, *top_strides]
+        self.strides = [*body.strides, *(body.strides[-1] * 2**step for step in range(1, len(top_names) + 1))]
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """Compute the pyramid.
@@ -146,17 +137,19 @@ def resnet_fpn(
     Args:
         arch: Its name, e.g. ``"resnet101"``; ``resdet.models.archs.ARCHS`` is the table.
         weights: First weights of the body: None (random), a torchvision weight name or enum, a file or a URL.
-        norm: ``"frozen"``, ``"batch"`` or ``"group"``.
+        norm: ``"frozen"``, ``"batch"`` or ``"group"``, in networks with norms. Frozen norms start as the identity: give
+            weights or call ``calibrate_norm`` before training.
         norm_eps: Added to the variance by every norm.
         trainable_layers: Number of stages that take gradients, 0 to 5, counted from the last: layer4, layer3, layer2,
             layer1, and the stem. 3 trains C3..C5.
         returned_layers: Stages the pyramid is built on, rising; by default the four with strides 4 to 32 (1 to 4 of a
-            ResNet, 3 to 6 of a VGG), all three of CIFAR's networks.
+            ResNet, 3 to 6 of a VGG's 1 to 6), all three of CIFAR's networks. Later stages are not built.
         out_channels: Channels of every pyramid level.
-        extra_blocks: ``"pool"`` adds P6 by subsampling, ``"p6p7"`` adds P6 and P7 by convolutions.
+        extra_blocks: The levels above the last stage: ``"pool"`` subsamples P5 to P6 (Faster and Mask R-CNN),
+            ``"p6p7"`` computes P6 and P7 from P5 by strided convolutions (RetinaNet, FCOS).
         fast: Run channels-last with frozen norms folded into the convolutions; off, exactly torchvision's operations.
         stride_in_1x1: Whether bottlenecks stride in their first 1x1 convolution, as MSRA's weights need it, and not in
-            the 3x3, as torchvision's do.
+            the 3x3, as torchvision's do; weights are trained for one of the two. Other blocks have no such choice.
 
     Raises:
         UserError: If an argument is out of its range.
@@ -174,18 +167,11 @@ def resnet_fpn(
 
 
 def freeze_stages(body: Body, trainable_layers: int) -> None:
-    """Stop gradients in every stage but the last ``trainable_layers``.
+    """Stop gradients in every stage but the last ``trainable_layers``, 0 (all frozen) to 5 (all trained).
 
-    A frozen stage's BatchNorm (``norm="batch"``) keeps its affine parameters but goes on updating its running
-    statistics in training mode, as in torchvision.
-
-    Args:
-        body: Changed in place.
-        trainable_layers: 0 (all frozen) to 5 (all trained). Stages count from the architecture's last even where it is
-            not built: layer4 to layer1 and the stem of a ResNet, conv5 to conv1 of a VGG.
-
-    Raises:
-        UserError: If ``trainable_layers`` is not in 0..5.
+    Stages count from the architecture's last even where it is not built: layer4 to layer1 and the stem of a ResNet,
+    conv5 to conv1 of a VGG. A frozen stage's BatchNorm (``norm="batch"``) keeps its affine parameters but goes on
+    updating its running statistics in training mode, as in torchvision.
 
     Source: ``_resnet_fpn_extractor`` in ``torchvision/models/detection/backbone_utils.py``.
     """
@@ -202,22 +188,14 @@ def freeze_stages(body: Body, trainable_layers: int) -> None:
 def check_anchors(
     backbone: nn.Module, anchor_generator: AnchorGenerator, level_names: Sequence[str] | None = None
 ) -> None:
-    """Refuse an anchor generator that does not fit the backbone's feature levels.
+    """Raise a UserError unless an anchor generator fits the feature levels that a backbone declares, or those given.
 
-    torchvision finds this out in the first forward, by an assertion that names no numbers.
-
-    Args:
-        backbone: Any backbone.
-        anchor_generator: Its ``sizes`` and ``aspect_ratios`` have one entry per level.
-        level_names: Keys of the backbone's output; by default those the backbone itself declares.
-
-    Raises:
-        UserError: If the numbers of levels differ, or levels differ in their number of anchors per location, which the
-            one RPN head shared by all of them cannot serve.
+    The one RPN head shared by all levels also needs the same number of anchors per location on each. torchvision finds
+    this out in the first forward, by an assertion that names no numbers.
     """
     names = list(getattr(backbone, "level_names", []) if level_names is None else level_names)
-    sizes, ratios = anchor_generator.sizes, anchor_generator.aspect_ratios
-    for what, entries in (("sizes", sizes), ("aspect_ratios", ratios)):
+    for what in ("sizes", "aspect_ratios"):
+        entries = getattr(anchor_generator, what)
         if len(entries) != len(names):
             raise UserError(
                 f"anchors: {what} must have one entry for each of the backbone's {len(names)} feature levels "

@@ -28,15 +28,15 @@ def make_body(
 ) -> Body:
     """Build the body of any architecture, with random weights.
 
-    Args:
-        arch: Its name, a key of ``resdet.models.archs.ARCHS``.
-        norm: As for ``ResNet``, like all that follow but ``fast``; a VGG has the first three.
-        norm_eps: Added to the variance by every norm.
-        returned_layers: By default the stages that a feature pyramid is built on.
-        fast: Run channels-last with frozen norms folded into the convolutions.
-        stride_in_1x1: Stride in the first 1x1 convolution of a bottleneck.
-        dilate_c5: Dilate stage 4 instead of striding in it.
-        zero_init_residual: Start blocks as the identity.
+    ``resnet_fpn`` documents the arguments but the last two, which are for ResNets alone.
+
+    With ``dilate_c5`` stage 4 is dilated instead of strided (DC5), so that C5 has stride 16. Every second pixel of it
+    is that of the strided stage, for the same weights: what comes after the stride that was taken away has dilation 2.
+    With a stride in the 3x3 this is torchvision's ``replace_stride_with_dilation``; detectron2 dilates the whole stage,
+    which differs by the first 3x3.
+
+    With ``zero_init_residual`` the last norm of each block starts with scale 0, so that blocks start as the identity
+    (Goyal et al., arXiv:1706.02677, section 5.1), as in torchvision.
 
     Raises:
         UserError: If there is no such architecture, or an argument is out of its range or not for this one.
@@ -51,30 +51,18 @@ def make_body(
             dilate_c5=dilate_c5,
             zero_init_residual=zero_init_residual,
         )
-    options = {
-        "stride_in_1x1": stride_in_1x1,
-        "dilate_c5": dilate_c5,
-        "zero_init_residual": zero_init_residual,
-    }
-    if any(options.values()):
-        wanted = ", ".join(name for name, on in options.items() if on)
+    options = {"stride_in_1x1": stride_in_1x1, "dilate_c5": dilate_c5, "zero_init_residual": zero_init_residual}
+    if wanted := ", ".join(name for name, on in options.items() if on):
         raise UserError(f"{wanted}: is for ResNets, {arch} is a VGG")
     return (FastVGG if fast else VGG)(arch, norm=norm, norm_eps=norm_eps, returned_layers=returned_layers)
 
 
 class Classifier(nn.Module):
-    """A body and the layers that classify its last features, under torchvision's parameter names.
+    """A body that returns its last stage, and the layers that classify it, under torchvision's parameter names.
 
-    The body's own modules are this module's children, so that the state dict is that of torchvision's network of the
-    same name (``conv1.weight``, ..., ``fc.bias``): ``load_state_dict`` is strict both ways, and the body of a detector
-    takes a classifier's file as it is.
-
-    Args:
-        body: A body that returns its last stage; it is shared, not copied.
-        num_classes: How many classes there are; no background.
-
-    Raises:
-        UserError: If the body does not return its last stage, or ``num_classes`` is below 1.
+    The body is shared, not copied. Its modules are this module's children, so that the state dict is that of
+    torchvision's network of the same name (``conv1.weight``, ..., ``fc.bias``): ``load_state_dict`` is strict both
+    ways, and the body of a detector takes a classifier's file as it is.
 
     Source: ``torchvision/models/resnet.py`` and ``vgg.py``.
     """
@@ -137,20 +125,7 @@ def build_classifier(
     stride_in_1x1: bool = False,
     zero_init_residual: bool = False,
 ) -> Classifier:
-    """Build a classification network with random weights.
-
-    Args:
-        arch: Its name, a key of ``resdet.models.archs.ARCHS``.
-        num_classes: How many classes there are; no background.
-        norm: As for ``make_body``, like all that follow.
-        norm_eps: Added to the variance by every norm.
-        fast: Run channels-last with frozen norms folded into the convolutions.
-        stride_in_1x1: Stride in the first 1x1 convolution of a bottleneck.
-        zero_init_residual: Start blocks as the identity.
-
-    Raises:
-        UserError: As ``make_body``; and if ``num_classes`` is below 1.
-    """
+    """Build a classification network of ``num_classes`` classes (no background) on the body of ``make_body``."""
     body = make_body(
         arch,
         norm=norm,

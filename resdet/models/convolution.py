@@ -58,30 +58,21 @@ def compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
 
 
 def convolve(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
+    x: Tensor,  # [B, I, H, W]
+    weight: Tensor,  # [O, I / groups, kh, kw]
+    bias: Tensor | None,  # [O]
     geometry: Geometry,
     *,
-    scale: Tensor | None = None,
+    scale: Tensor | None = None,  # [O]
     packed: PackedWeight | None = None,
-    residual: Tensor | None = None,
+    residual: Tensor | None = None,  # [B, O, H', W']
     relu: bool = False,
 ) -> Tensor:
     """Compute ``relu(conv(x, weight * scale) + bias + residual)``.
 
     On a CPU with oneDNN it is one operation; elsewhere, and under tracing and compilation, the usual ones. It is
-    differentiable once, with respect to ``x``, ``weight``, ``bias`` and ``residual``.
-
-    Args:
-        x: ``[B, I, H, W]``.
-        weight: ``[O, I / groups, kh, kw]``.
-        bias: ``[O]`` or None.
-        geometry: How the kernel moves.
-        scale: ``[O]``, multiplied into the weight; it takes no gradient.
-        packed: The weight in oneDNN's orders, which is used where oneDNN runs and nothing goes backward.
-        residual: Of the output's shape, added to it.
-        relu: Whether negative values become 0.
+    differentiable once, with respect to ``x``, ``weight``, ``bias`` and ``residual``, but not ``scale``. ``packed`` is
+    the weight in oneDNN's orders, which is used where oneDNN runs and nothing goes backward.
 
     Returns:
         ``[B, O, H', W']`` in ``compute_dtype(x, weight)``, channels-last where ``x`` is.
@@ -104,17 +95,7 @@ def convolve(
 
 
 def conv(x: Tensor, module: nn.Conv2d, *, residual: Tensor | None = None, relu: nn.Module | None = None) -> Tensor:
-    """Compute ``relu(module(x) + residual)``; modules with hooks are called as modules, so that the hooks see it.
-
-    Args:
-        x: ``[B, I, H, W]``.
-        module: A convolution.
-        residual: Of the output's shape, or None.
-        relu: A ReLU, or None.
-
-    Returns:
-        As ``convolve``.
-    """
+    """Compute ``relu(module(x) + residual)``; modules with hooks are called as modules, so that the hooks see it."""
     if has_hooks(module):
         out: Tensor = module(x) if residual is None else module(x) + residual
         return out if relu is None else relu(out)
@@ -135,11 +116,7 @@ class PackedWeight:
 
     The best order depends on the shape of the input, and a weight in another is reordered in every call, which takes
     many times as long as the convolution. So each shape is looked up once; in bfloat16 nearly all have the same order,
-    in float32 one of two or three.
-
-    Args:
-        weight: ``[O, I / groups, kh, kw]``, not to be written to any more.
-        geometry: How the kernel moves.
+    in float32 one of two or three. The weight must not be written to any more.
     """
 
     _MOST_ORDERS = 3
@@ -162,27 +139,21 @@ class PackedWeight:
         with torch.inference_mode(False), torch.no_grad():
             fresh: Tensor = reorder(self.weight, padding, stride, dilation, groups, shape)
         order = bytes(torch.ops.mkldnn._get_mkldnn_serialized_md(fresh).numpy())
-        if (order not in self._orders and len(self._orders) == self._MOST_ORDERS) or (
-            len(self._by_shape) == self._MOST_SHAPES
-        ):
+        full = order not in self._orders and len(self._orders) == self._MOST_ORDERS
+        if full or len(self._by_shape) == self._MOST_SHAPES:
             self._orders, self._by_shape = {}, {}
-        found = self._orders.setdefault(order, fresh)
-        self._by_shape[shape] = found
-        return found
+        self._by_shape[shape] = self._orders.setdefault(order, fresh)
+        return self._by_shape[shape]
 
 
 def _runs_in_one(x: Tensor, weight: Tensor, residual: Tensor | None, dtype: torch.dtype) -> bool:
     """Return whether oneDNN's operator may replace torch's."""
     if is_captured() or x.device.type != "cpu" or not torch._C._has_mkldnn or not torch._C._get_mkldnn_enabled():
         return False
-    if dtype == torch.bfloat16:
-        if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-            return False
-    elif dtype != torch.float32:
-        return False
     # No fake tensors, no proxies of a tracer, no batched tensors of torch.func.
     return (
-        x.numel() > 0
+        (dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()))
+        and x.numel() > 0
         and type(x) is Tensor
         and type(weight) in (Tensor, nn.Parameter)
         and not torch._C._functorch.is_functorch_wrapped_tensor(x)
@@ -196,18 +167,14 @@ def _run(
 ) -> Tensor:
     stride, padding, dilation, groups = geometry
     operator = torch.ops.mkldnn._convolution_pointwise
-    out: Tensor
+    kernel = (weight, bias, padding, stride, dilation, groups)
     if residual is None:
-        return operator.default(  # type: ignore[no-any-return]
-            x, weight, bias, padding, stride, dilation, groups, "relu" if relu else "none", [], ""
-        )
+        return operator.default(x, *kernel, "relu" if relu else "none", [], "")  # type: ignore[no-any-return]
     # The operator adds by itself only here; elsewhere it calls an addition that does not know bfloat16.
     if groups == 1 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous():
-        out = operator.binary(
-            x, residual, weight, bias, padding, stride, dilation, groups, "add", 1.0, "relu" if relu else None, [], ""
-        )
-        return out
-    out = operator.default(x, weight, bias, padding, stride, dilation, groups, "none", [], "").add_(residual)
+        after = "relu" if relu else None
+        return operator.binary(x, residual, *kernel, "add", 1.0, after, [], "")  # type: ignore[no-any-return]
+    out: Tensor = operator.default(x, *kernel, "none", [], "").add_(residual)
     return out.relu_() if relu else out
 
 
@@ -263,27 +230,16 @@ class _Convolution(torch.autograd.Function):
         )
         grad_x = grad_weight = grad_bias = None
         if to_x or (to_weight and not is_product):
+            outputs = [to_x, to_weight and not is_product, False]  # not the bias, whose sum below is rounded once
             grad_x, grad_weight, _ = torch.ops.aten.convolution_backward.default(
-                grad,
-                x,
-                folded,
-                None,
-                geometry.stride,
-                geometry.padding,
-                geometry.dilation,
-                False,
-                [0, 0],
-                geometry.groups,
-                [to_x, to_weight and not is_product, False],
+                grad, x, folded, None, *geometry[:3], False, [0, 0], geometry.groups, outputs
             )
         if is_product:
             rows = grad.permute(0, 2, 3, 1).reshape(-1, grad.shape[1])  # [B * H * W, O]
             grad_weight = (rows.t() @ x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])).reshape(folded.shape)
-        if grad_weight is not None:
-            if scale is None:
-                grad_weight = grad_weight.to(weight_dtype)
-            else:
-                grad_weight = torch.mul(grad_weight, scale.reshape(-1, 1, 1, 1)).to(weight_dtype)
+        if grad_weight is not None:  # [O, I / groups, kh, kw]
+            grad_weight = grad_weight if scale is None else grad_weight * scale.reshape(-1, 1, 1, 1)
+            grad_weight = grad_weight.to(weight_dtype)
         if to_bias:
             grad_bias = grad.sum(dim=(0, 2, 3)).to(bias_dtype)  # the sum runs in float32 and is rounded once
         return grad_x, grad_weight, grad_bias, None, grad if to_residual else None, None, None, None

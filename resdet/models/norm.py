@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +28,7 @@ from resdet.models.tracing import is_captured
 NORM_NAMES: tuple[NormName, ...] = ("frozen", "batch", "group")
 
 _Module = TypeVar("_Module", bound=nn.Module)
+MakeNorm: TypeAlias = Callable[[int], nn.Module]  # makes the norm for a number of channels
 
 GROUP_NORM_GROUPS = 32  # Wu & He, "Group Normalization" (arXiv:1803.08494), table 3
 
@@ -42,20 +44,15 @@ class _Folded(NamedTuple):
 
 
 class FrozenBatchNorm2d(torchvision.ops.FrozenBatchNorm2d):  # type: ignore[misc]  # torchvision ships no types
-    """Batch normalisation with fixed statistics and fixed affine parameters, all four of them buffers.
+    """torchvision's class of this name, which can also run the convolution before it in folded form (``convolve``).
 
-    It computes what torchvision's class of this name computes, and can also run the convolution before it in folded
-    form (``convolve``). Folded weights that are not being trained are kept, and folded anew as soon as one of the
-    tensors they come from is another tensor, has been written to, or changed dtype or device; ``train()``, ``eval()``
-    and any ``.to()`` drop them in any case. A write that autograd cannot see (``weight.data.mul_(2)``, a numpy view) is
-    followed only from the next ``train()``, ``eval()`` or ``load_state_dict`` on.
+    Statistics and affine parameters are fixed, all four of them buffers. Models from before 2020 (torchvision 0.5,
+    detectron) were trained with an ``eps`` of 0.
 
-    Args:
-        num_features: ``C`` of the input ``[B, C, H, W]``.
-        eps: Added to the variance. Models from before 2020 (torchvision 0.5, detectron) were trained with 0.
-
-    Source: ``torchvision.ops.FrozenBatchNorm2d``; the same buffers, the same arithmetic, and ``num_batches_tracked`` is
-        dropped on loading as there.
+    Folded weights that are not being trained are kept, and folded anew as soon as one of the tensors they come from is
+    another tensor, has been written to, or changed dtype or device; ``train()``, ``eval()`` and any ``.to()`` drop them
+    in any case. A write that autograd cannot see (``weight.data.mul_(2)``, a numpy view) is followed only from the next
+    ``train()``, ``eval()`` or ``load_state_dict`` on.
     """
 
     def __init__(self, num_features: int, eps: float = 1e-5) -> None:
@@ -64,18 +61,13 @@ class FrozenBatchNorm2d(torchvision.ops.FrozenBatchNorm2d):  # type: ignore[misc
         self._trained = False
 
     def fold(self, weight: Tensor, dtype: torch.dtype, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Fold this norm into the weight of the convolution before it.
-
-        Args:
-            weight: ``[O, I / groups, kh, kw]`` with ``O`` equal to this norm's ``C``.
-            dtype: Type of the result; the arithmetic is done in float32 at least.
-            bias: That of the convolution, ``[O]``, where it has one (VGG's do).
+        """Fold this norm into the weight and bias (VGG's have one) of the convolution before it, in float32 at least.
 
         Returns:
-            The weight, channels-last, and the bias ``[O]``, both of ``dtype``.
+            The weight, channels-last, and the bias, both of ``dtype``.
         """
-        scale, shift = self._affine(weight, bias)
-        folded = weight * scale.reshape(-1, 1, 1, 1)
+        scale, shift = self._affine(weight, bias)  # [O] each
+        folded = weight * scale.reshape(-1, 1, 1, 1)  # [O, I / groups, kh, kw]
         return folded.to(dtype=dtype, memory_format=torch.channels_last), shift.to(dtype)
 
     def convolve(self, x: Tensor, conv: nn.Conv2d, *, residual: Tensor | None = None, relu: bool = False) -> Tensor:
@@ -95,12 +87,11 @@ class FrozenBatchNorm2d(torchvision.ops.FrozenBatchNorm2d):  # type: ignore[misc
             return None
         # Fused optimizers write without counting up the version, so the weight of a layer that was ever trained through
         # is never kept. Detectors that only predict keep theirs, though their weights may take gradients.
-        takes_gradients = weight.requires_grad or (bias is not None and bias.requires_grad)
-        self._trained |= takes_gradients and torch.is_grad_enabled()
+        given = (weight,) if bias is None else (weight, bias)
+        self._trained |= torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given)
         if self._trained:
             return None
-        sources: tuple[Tensor, ...] = (weight, self.weight, self.bias, self.running_mean, self.running_var)
-        sources += () if bias is None else (bias,)
+        sources = (*given, self.weight, self.bias, self.running_mean, self.running_var)
         try:
             key: tuple[object, ...] = (dtype, self.eps)
             for tensor in sources:
@@ -145,17 +136,7 @@ def conv_norm(
     """Compute ``relu(norm(conv(x)) + residual)``, as one convolution where the norm is frozen.
 
     Under autocast the folding is done in float32 and its result cast once. Modules with hooks of their own are called
-    as modules, so that the hooks see what passes.
-
-    Args:
-        x: ``[B, I, H, W]``.
-        conv: A convolution.
-        norm: The norm of its output.
-        residual: Of the output's shape, added to it, or None.
-        relu: A ReLU, or None.
-
-    Returns:
-        ``[B, O, H', W']``, channels-last if the norm is frozen and ``x`` is.
+    as modules, so that the hooks see what passes. The output is channels-last if the norm is frozen and ``x`` is.
     """
     if isinstance(norm, FrozenBatchNorm2d) and not has_hooks(conv) and not has_hooks(norm):
         if relu is None or not has_hooks(relu):
@@ -168,39 +149,21 @@ def conv_norm(
     return out if relu is None else relu(out)
 
 
-def norm_layer(norm: str, eps: float = 1e-5) -> Callable[[int], nn.Module]:
-    """Look up a norm by name.
-
-    Args:
-        norm: ``"frozen"`` (``FrozenBatchNorm2d``), ``"batch"`` (``nn.BatchNorm2d``) or ``"group"`` (``nn.GroupNorm`` of
-            32 groups, or as many as there are channels if these are fewer).
-        eps: Added to the variance.
-
-    Returns:
-        A function that makes the norm for a number of channels.
-
-    Raises:
-        UserError: If there is no norm of this name.
-    """
+def norm_layer(norm: str, eps: float = 1e-5) -> MakeNorm:
+    """Return what makes the norm of a name, or raise a UserError."""
     if norm == "frozen":
         return partial(FrozenBatchNorm2d, eps=eps)
     if norm == "batch":
         return partial(nn.BatchNorm2d, eps=eps)
-    if norm == "group":
+    if norm == "group":  # with fewer groups where there are fewer channels
         return lambda channels: nn.GroupNorm(min(GROUP_NORM_GROUPS, channels), channels, eps=eps)
     raise UserError(f"norm must be one of {', '.join(NORM_NAMES)}, got {norm!r}")
 
 
 def conv_norm_names(model: nn.Module) -> list[tuple[str, str]]:
-    """Name the convolutions of a network that are followed by a norm, and the norms.
+    """Return the dotted names of convolutions that are followed by a norm, with those of the norms.
 
     Every network here registers a norm next to the convolution before it, whichever module either lies in.
-
-    Args:
-        model: A body, or anything on one.
-
-    Returns:
-        Pairs of dotted names, in the order of registration.
     """
     pairs = []
     conv_name = ""
@@ -238,22 +201,18 @@ def has_fresh_frozen_norm(model: nn.Module) -> bool:
     Around random weights such norms leave the network without any normalisation (activations grow by orders of
     magnitude from stage to stage), and training diverges. Loading real weights or ``calibrate_norm`` changes the
     answer, because it is read from the tensors; weights with the norm fused into the convolutions count as real by
-    their biases.
-
-    Args:
-        model: Anything that may hold frozen norms (ours or torchvision's).
-
-    Returns:
-        False if there are no frozen norms or any of them differs from the identity.
+    their biases. A model without frozen norms has no fresh one.
     """
-    norms = [module for module in model.modules() if isinstance(module, torchvision.ops.FrozenBatchNorm2d)]
-    if not norms:
-        return False
-    return all(
-        bool((norm.weight == 1).all() & (norm.bias == 0).all())
-        and bool((norm.running_mean == 0).all() & (norm.running_var == 1).all())
+    norms = _frozen_norms(model)
+    return bool(norms) and all(
+        bool((norm.weight == 1).all() & (norm.bias == 0).all())  # waits for the device
+        and bool((norm.running_mean == 0).all() & (norm.running_var == 1).all())  # waits for the device
         for norm in norms
     )
+
+
+def _frozen_norms(model: nn.Module) -> list[torchvision.ops.FrozenBatchNorm2d]:
+    return [module for module in model.modules() if isinstance(module, torchvision.ops.FrozenBatchNorm2d)]
 
 
 @torch.no_grad()
@@ -275,36 +234,30 @@ def calibrate_norm(model: nn.Module, batches: Iterable[Tensor]) -> int:
     Raises:
         UserError: If the model has no frozen norm or there are no batches.
     """
-    norms = [module for module in model.modules() if isinstance(module, torchvision.ops.FrozenBatchNorm2d)]
+    norms = _frozen_norms(model)
     if not norms:
         raise UserError("calibrate_norm: the model has no frozen norm whose statistics could be set")
-    moments: dict[nn.Module, tuple[int, Tensor, Tensor]] = {}  # values per channel, sum [C], sum of squares [C]
+    moments: dict[nn.Module, tuple[int, Tensor]] = {}  # values per channel, their sum and the sum of squares [2, C]
 
     def normalise_by_batch(norm: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
         x = inputs[0]  # [B, C, H, W]
         wide = x.double()
-        zeros = wide.new_zeros(x.shape[1])
-        count, total, squares = moments.get(norm, (0, zeros, zeros))
-        moments[norm] = (
-            count + x.numel() // x.shape[1],
-            total + wide.sum(dim=(0, 2, 3)),
-            squares + wide.square().sum(dim=(0, 2, 3)),
-        )
+        sums = torch.stack([wide.sum(dim=(0, 2, 3)), wide.square().sum(dim=(0, 2, 3))])
+        count, total = moments.get(norm, (0, torch.zeros_like(sums)))
+        moments[norm] = count + x.numel() // x.shape[1], total + sums
         return F.batch_norm(x, None, None, norm.weight, norm.bias, training=True, eps=norm.eps)  # type: ignore[arg-type]
 
     # conv_norm calls a norm with hooks as a module, so this sees the input of every norm of a fast body too.
-    handles = [norm.register_forward_hook(normalise_by_batch) for norm in norms]
-    try:
+    with ExitStack() as hooks:
+        for norm in norms:
+            hooks.enter_context(norm.register_forward_hook(normalise_by_batch))
         for images in batches:
             with torch.autocast(images.device.type, enabled=False):
                 model(images)
-    finally:
-        for handle in handles:
-            handle.remove()
     if not moments:
         raise UserError("calibrate_norm: got no batch of images")
-    for norm, (count, total, squares) in moments.items():
-        mean = total / count
+    for norm, (count, total) in moments.items():
+        mean, mean_square = total / count
         norm.running_mean.copy_(mean)  # type: ignore[operator]
-        norm.running_var.copy_((squares / count - mean.square()).clamp(min=0))  # type: ignore[operator]
+        norm.running_var.copy_((mean_square - mean.square()).clamp(min=0))  # type: ignore[operator]
     return len(moments)

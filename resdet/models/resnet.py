@@ -34,46 +34,24 @@ import torch
 from torch import Tensor, nn
 
 from resdet.errors import UserError
-from resdet.models.archs import ResNetArch, find_arch
-from resdet.models.norm import conv_norm, norm_layer
-from resdet.models.shortcuts import DeepStem, MakeNorm, fast_stem, make_shortcut
+from resdet.models.archs import Arch, ResNetArch, find_arch
+from resdet.models.norm import MakeNorm, conv_norm, norm_layer
+from resdet.models.shortcuts import BlockShape, DeepStem, fast_stem, make_shortcut
 from resdet.models.tracing import scripted_as
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions and a shortcut.
+    """Two 3x3 convolutions and a shortcut; ``downsample`` fits the input to the output, and is None where it fits."""
 
-    Args:
-        in_channels: Channels of the input.
-        width: Channels inside, and of the output.
-        stride: Of the first convolution.
-        dilation: Of the first and of the second convolution.
-        norm: Makes the norm for a number of channels.
-        downsample: Fits the input to the output; None where it fits.
-        residual: Whether the input is added; plain networks do not.
-    """
-
-    expansion: ClassVar[int] = 1
-
-    def __init__(
-        self,
-        in_channels: int,
-        width: int,
-        *,
-        stride: int,
-        dilation: tuple[int, int],
-        norm: MakeNorm,
-        downsample: nn.Module | None,
-        residual: bool,
-    ) -> None:
+    def __init__(self, shape: BlockShape, norm: MakeNorm, downsample: nn.Module | None) -> None:
         super().__init__()
-        first, second = dilation
-        self.conv1 = nn.Conv2d(in_channels, width, 3, stride, padding=first, dilation=first, bias=False)
+        width, (first, second) = shape.width, shape.dilation
+        self.conv1 = nn.Conv2d(shape.in_channels, width, 3, shape.stride, padding=first, dilation=first, bias=False)
         self.bn1 = norm(width)
         self.relu = nn.ReLU(inplace=True)
         self.conv2 = nn.Conv2d(width, width, 3, padding=second, dilation=second, bias=False)
         self.bn2 = norm(width)
-        self.residual = residual
+        self.residual = shape.shortcut != "none"
         self.downsample = downsample
 
     def forward(self, x: Tensor) -> Tensor:
@@ -100,48 +78,21 @@ class FastBasicBlock(BasicBlock):
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3 (strided, grouped) and 1x1 convolution, and a shortcut.
+    """1x1, 3x3 (strided, grouped) and 1x1 convolution, and a shortcut; built as a ``BasicBlock`` is."""
 
-    Args:
-        in_channels: Channels of the input.
-        width: Channels of the 3x3 convolution.
-        out_channels: Channels of the output.
-        stride: Of the 3x3 convolution, or of the first 1x1.
-        dilation: Before and after the stride; the 3x3 convolution has the one or the other.
-        groups: Of the 3x3 convolution.
-        norm: Makes the norm for a number of channels.
-        downsample: As of a ``BasicBlock``, like the next.
-        residual: Whether the input is added.
-        stride_in_1x1: Whether the first 1x1 convolution strides.
-    """
-
-    expansion: ClassVar[int] = 4
-
-    def __init__(
-        self,
-        in_channels: int,
-        width: int,
-        out_channels: int,
-        *,
-        stride: int,
-        dilation: tuple[int, int],
-        groups: int,
-        norm: MakeNorm,
-        downsample: nn.Module | None,
-        residual: bool,
-        stride_in_1x1: bool,
-    ) -> None:
+    def __init__(self, shape: BlockShape, norm: MakeNorm, downsample: nn.Module | None) -> None:
         super().__init__()
-        stride_1x1, stride_3x3 = (stride, 1) if stride_in_1x1 else (1, stride)
-        spread = dilation[1] if stride_in_1x1 else dilation[0]
-        self.conv1 = nn.Conv2d(in_channels, width, 1, stride_1x1, bias=False)
+        width, groups = shape.width, shape.groups
+        stride_1x1, stride_3x3 = (shape.stride, 1) if shape.stride_in_1x1 else (1, shape.stride)
+        spread = shape.dilation[1 if shape.stride_in_1x1 else 0]
+        self.conv1 = nn.Conv2d(shape.in_channels, width, 1, stride_1x1, bias=False)
         self.bn1 = norm(width)
         self.conv2 = nn.Conv2d(width, width, 3, stride_3x3, padding=spread, dilation=spread, groups=groups, bias=False)
         self.bn2 = norm(width)
-        self.conv3 = nn.Conv2d(width, out_channels, 1, bias=False)
-        self.bn3 = norm(out_channels)
+        self.conv3 = nn.Conv2d(width, shape.out_channels, 1, bias=False)
+        self.bn3 = norm(shape.out_channels)
         self.relu = nn.ReLU(inplace=True)
-        self.residual = residual
+        self.residual = shape.shortcut != "none"
         self.downsample = downsample
 
     def forward(self, x: Tensor) -> Tensor:
@@ -171,10 +122,9 @@ class FastBottleneck(Bottleneck):
 
 def _shortcut(block: BasicBlock | Bottleneck, x: Tensor) -> Tensor | None:
     """Return what is added to a block's last norm, or None in a plain network."""
-    if not block.residual or block.downsample is None:
-        return x if block.residual else None
-    fitted: Tensor = block.downsample(x)
-    return fitted
+    if not block.residual:
+        return None
+    return x if block.downsample is None else block.downsample(x)
 
 
 class ResNet(nn.Module):
@@ -183,35 +133,17 @@ class ResNet(nn.Module):
     Stages after the last returned one are not built, so the state dict is that of torchvision's
     ``IntermediateLayerGetter`` around the network of the same name, for any choice of stages.
 
-    Args:
-        arch: Its name, a key of ``resdet.models.archs.ARCHS``.
-        norm: ``"frozen"``, ``"batch"`` or ``"group"``. Frozen norms start as the identity: load weights or call
-            ``calibrate_norm`` before training.
-        norm_eps: Added to the variance by every norm.
-        returned_layers: Stages to return, rising, each in 1..4 (1..3 for CIFAR's); by default all.
-        stride_in_1x1: Whether bottlenecks stride in their first 1x1 convolution and not in the 3x3. Parameters are the
-            same, but each is trained for one of the two; basic blocks have no such choice.
-        dilate_c5: Whether stage 4 is dilated instead of strided (DC5), so that C5 has stride 16. Every second pixel of
-            it is that of the strided stage, for the same weights: what comes after the stride that was taken away has
-            dilation 2. With a stride in the 3x3 this is torchvision's ``replace_stride_with_dilation``; detectron2
-            dilates the whole stage, which differs by the first 3x3.
-        zero_init_residual: Whether the last norm of each block starts with scale 0, so that blocks start as the
-            identity (Goyal et al., arXiv:1706.02677, section 5.1), as in torchvision.
+    Its arguments are those of ``make_body``, whose ``fast`` picks ``FastResNet``.
 
     Attributes:
         channels: Channels of each returned feature map.
         strides: Stride of each returned feature map, in input pixels.
         stage_modules: The stages of this architecture from the input on, and the names of their modules; stages that
             are not built are there too.
-
-    Raises:
-        UserError: If there is no such ResNet or norm, ``returned_layers`` is empty, repeats a stage, or is not rising
-            in its range, or an option does not fit the architecture or the norm.
     """
 
     fast: ClassVar[bool] = False
-    basic_block: ClassVar[type[BasicBlock]] = BasicBlock
-    bottleneck: ClassVar[type[Bottleneck]] = Bottleneck
+    block_kinds: ClassVar[dict[str, type[BasicBlock | Bottleneck]]] = {"basic": BasicBlock, "bottleneck": Bottleneck}
 
     def __init__(
         self,
@@ -240,7 +172,7 @@ class ResNet(nn.Module):
                 f"shortcuts, and norm batch or group; got {arch} with norm {norm}"
             )
         make_norm = norm_layer(norm, norm_eps)
-        stages = check_stages(returned_layers, shape.pyramid, len(shape.depths))
+        stages = check_stages(returned_layers, shape)
         self.arch = arch
         self.norm = norm
         self.norm_eps = norm_eps
@@ -255,74 +187,42 @@ class ResNet(nn.Module):
         self.bn1 = make_norm(shape.channels)
         self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.Identity() if shape.stem == "3x3" else nn.MaxPool2d(3, stride=2, padding=1)
-        channels_of = {0: shape.channels}
         for stage in range(1, stages[-1] + 1):
-            blocks, channels_of[stage] = self._make_stage(shape, stage, channels_of[stage - 1], make_norm)
-            self.add_module(f"layer{stage}", blocks)
-        self.channels = [channels_of[stage] for stage in stages]
+            self.add_module(f"layer{stage}", self._make_stage(shape, stage, make_norm))
+        self.channels = [shape.stage_channels(stage) for stage in stages]
         self.strides = [16 if dilate_c5 and stage == 4 else shape.strides[stage - 1] for stage in stages]
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
             elif zero_init_residual and isinstance(module, BasicBlock | Bottleneck):
-                nn.init.zeros_(last_norm(module).weight)  # type: ignore[arg-type]
+                nn.init.zeros_(last_layers(module)[1].weight)  # type: ignore[arg-type]
 
-    def _make_stage(self, shape: ResNetArch, stage: int, in_channels: int, norm: MakeNorm) -> tuple[nn.Sequential, int]:
-        """Build stage ``stage``, 1..4; return it and the channels of its output."""
+    def _make_stage(self, shape: ResNetArch, stage: int, norm: MakeNorm) -> nn.Sequential:
         dilated = self.dilate_c5 and stage == 4
-        channels = shape.channels * 2 ** (stage - 1)
-        residual = shape.shortcut != "none"
         blocks: list[nn.Module] = []
         for index in range(shape.depths[stage - 1]):
-            starts = stage > 1 and index == 0
-            stride = 2 if starts and not dilated else 1
-            dilation = ((1 if starts else 2), 2) if dilated else (1, 1)
-            kind = self.basic_block if shape.block == "basic" else self.bottleneck
-            out_channels = channels * kind.expansion
-            downsample = make_shortcut(
-                shape.shortcut, in_channels, out_channels, stride=stride, dilation=dilation, norm=norm, fast=self.fast
+            strides = stage > 1 and index == 0
+            block = BlockShape(
+                in_channels=shape.stage_channels(stage if index else stage - 1),
+                width=shape.stage_width(stage),
+                out_channels=shape.stage_channels(stage),
+                stride=2 if strides and not dilated else 1,
+                dilation=(1 if strides else 2, 2) if dilated else (1, 1),
+                groups=shape.groups,
+                stride_in_1x1=self.stride_in_1x1,
+                shortcut=shape.shortcut,
             )
-            block: BasicBlock | Bottleneck
-            if shape.block == "basic":
-                block = self.basic_block(
-                    in_channels,
-                    channels,
-                    stride=stride,
-                    dilation=dilation,
-                    norm=norm,
-                    downsample=downsample,
-                    residual=residual,
-                )
-            else:
-                block = self.bottleneck(
-                    in_channels,
-                    channels * shape.width_per_group // 64 * shape.groups,
-                    out_channels,
-                    stride=stride,
-                    dilation=dilation,
-                    groups=shape.groups,
-                    norm=norm,
-                    downsample=downsample,
-                    residual=residual,
-                    stride_in_1x1=self.stride_in_1x1,
-                )
-            blocks.append(block)
-            in_channels = out_channels
-        return nn.Sequential(*blocks), in_channels
+            blocks.append(self.block_kinds[shape.block](block, norm, make_shortcut(block, norm, fast=self.fast)))
+        return nn.Sequential(*blocks)
 
     def stem(self, x: Tensor) -> Tensor:
         """Map images ``[B, 3, H, W]`` to ``[B, C, H / 2, W / 2]``, or to ``[B, C, H, W]`` in CIFAR's networks."""
         return self.relu(self.bn1(self.conv1(x)))  # type: ignore[no-any-return]
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
-        """Compute the features of the returned stages.
+        """Map normalised images ``[B, 3, H, W]`` to features ``[B, C, H / stride, W / stride]``, rounded up.
 
-        Args:
-            x: Images ``[B, 3, H, W]``, normalised by mean and standard deviation.
-
-        Returns:
-            An OrderedDict, ``"0"`` for the first returned stage, ``"1"`` for the second, ...: ``[B, C, H / stride,
-            W / stride]`` (rounded up), with ``C`` from ``channels`` and ``stride`` from ``strides``.
+        The first returned stage is called ``"0"``, the second ``"1"``, and so on.
         """
         x = self.maxpool(self.stem(x))  # [B, 64, H / 4, W / 4]
         features: dict[str, Tensor] = OrderedDict()
@@ -350,8 +250,7 @@ class FastResNet(ResNet):
     """The same network, channels-last, with frozen norms folded into the convolutions."""
 
     fast = True
-    basic_block = FastBasicBlock
-    bottleneck = FastBottleneck
+    block_kinds: ClassVar = {"basic": FastBasicBlock, "bottleneck": FastBottleneck}
 
     def stem(self, x: Tensor) -> Tensor:
         """Map images ``[B, 3, H, W]`` as ``ResNet.stem`` does, to channels-last features."""
@@ -369,24 +268,16 @@ def _make_stem(shape: ResNetArch, norm: MakeNorm) -> nn.Conv2d | DeepStem:
     return nn.Conv2d(3, shape.channels, 7, stride=2, padding=3, bias=False)
 
 
-def check_stages(returned_layers: Sequence[int] | None, default: tuple[int, ...], num_stages: int) -> tuple[int, ...]:
-    """Return the stages that a body returns.
-
-    Raises:
-        UserError: If they are none, repeat, or are not rising in 1..num_stages.
-    """
-    stages = default if returned_layers is None else tuple(returned_layers)
-    if not stages or not set(stages) <= set(range(1, num_stages + 1)) or list(stages) != sorted(set(stages)):
-        known = ", ".join(map(str, range(1, num_stages + 1)))
-        raise UserError(f"returned_layers must be stages out of {known}, rising, each once; got {list(stages)}")
+def check_stages(returned_layers: Sequence[int] | None, shape: Arch) -> tuple[int, ...]:
+    """Return the stages that a body returns; raise a UserError if there are none, or not rising ones that it has."""
+    stages = shape.pyramid if returned_layers is None else tuple(returned_layers)
+    known = range(1, len(shape.strides) + 1)
+    if not stages or not set(stages) <= set(known) or list(stages) != sorted(set(stages)):
+        numbers = ", ".join(map(str, known))
+        raise UserError(f"returned_layers must be stages out of {numbers}, rising, each once; got {list(stages)}")
     return stages
 
 
-def last_norm(block: BasicBlock | Bottleneck) -> nn.Module:
-    """Return the norm whose output is added to the shortcut."""
-    return block.bn2 if isinstance(block, BasicBlock) else block.bn3
-
-
-def last_conv(block: BasicBlock | Bottleneck) -> nn.Conv2d:
-    """Return the convolution before that norm."""
-    return block.conv2 if isinstance(block, BasicBlock) else block.conv3
+def last_layers(block: BasicBlock | Bottleneck) -> tuple[nn.Conv2d, nn.Module]:
+    """Return a block's last convolution, and its norm, whose output is added to the shortcut."""
+    return (block.conv2, block.bn2) if isinstance(block, BasicBlock) else (block.conv3, block.bn3)

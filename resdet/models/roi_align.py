@@ -74,16 +74,7 @@ def roi_align(
 
     On a CPU this is the sparse product described at the top of this module; on other devices and under scripting,
     tracing, ``torch.compile`` and ``torch.export`` it is torchvision's own operator. Differentiable once, with
-    respect to ``input``.
-
-    Args:
-        input: Feature maps ``[B, C, H, W]``, any strides; channels-last is read without a copy.
-        boxes: ``[K, 5]`` with the image's index in column 0, or one ``[L, 4]`` for each image; xyxy in pixels of the
-            image, which ``spatial_scale`` turns into pixels of the feature map.
-        output_size: Bins ``(P, Q)``, or one number for both.
-        spatial_scale: Pixels of the feature map per pixel of the image.
-        sampling_ratio: Samples a bin along each axis; if not positive, ``ceil(box size / bins)`` for each box.
-        aligned: Shift the boxes by half a pixel, and do not enlarge them to one pixel.
+    respect to ``input``. The arguments are torchvision's.
 
     Returns:
         ``[K, C, P, Q]``, contiguous, in the type of ``input`` (also under ``torch.autocast``, as torchvision's).
@@ -107,18 +98,7 @@ def roi_align(
 
 
 class MultiScaleRoIAlign(ops.MultiScaleRoIAlign):  # type: ignore[misc]
-    """``torchvision.ops.MultiScaleRoIAlign`` with the choice of aligned boxes, by torchvision's kernel.
-
-    Each box is pooled from the level that its area picks (Feature Pyramid Networks, equation 1).
-
-    Args:
-        featmap_names: Levels to pool from, finest first.
-        output_size: Bins ``(P, Q)``, or one number for both.
-        sampling_ratio: Samples a bin along each axis; if not positive, ``ceil(box size / bins)`` for each box.
-        aligned: As in ``roi_align``; torchvision's class has no such choice and does not align.
-
-    Source: torchvision's ``ops/poolers.py``, whose own functions pick scales and levels here too.
-    """
+    """``torchvision.ops.MultiScaleRoIAlign``, by its own kernel and functions, with the choice of aligned boxes."""
 
     def __init__(
         self,
@@ -133,20 +113,11 @@ class MultiScaleRoIAlign(ops.MultiScaleRoIAlign):  # type: ignore[misc]
 
     def forward(
         self,
-        x: dict[str, Tensor],
-        boxes: list[Tensor],
-        image_shapes: list[tuple[int, int]],
+        x: dict[str, Tensor],  # [B, C, H_i, W_i] of each level
+        boxes: list[Tensor],  # [N, 4] of each image, in pixels of the network's input
+        image_shapes: list[tuple[int, int]],  # heights and widths, from which the first call derives the levels' scales
     ) -> Tensor:
-        """Pool the boxes of all images.
-
-        Args:
-            x: Feature maps ``[B, C, H_i, W_i]`` by level name; levels not in ``featmap_names`` are left out.
-            boxes: One ``[N, 4]`` for each image, xyxy in pixels of the network's input.
-            image_shapes: ``(height, width)`` of each image, from which the first call derives the levels' scales.
-
-        Returns:
-            ``[K, C, P, Q]``, contiguous, boxes in the order given, in the type of the first level.
-        """
+        """Pool each box, ``[C, P, Q]``, from the level that its area picks (Feature Pyramid Networks, equation 1)."""
         features = _filter_input(x, self.featmap_names)
         if self.scales is None or self.map_levels is None:  # type: ignore[has-type]
             self.scales, self.map_levels = _setup_scales(
@@ -309,10 +280,7 @@ def multiply_transposed(pixels: Tensor, weights: Tensor, grad_rows: Tensor, num_
         pixels: Columns of the matrix's entries, ``[N, S]``: ``S`` entries in each of its ``N`` rows.
         weights: Values of the entries, ``[N, S]``.
         grad_rows: ``[N, C]``.
-        num_rows: Columns of the matrix.
-
-    Returns:
-        ``[num_rows, C]``.
+        num_rows: Columns of the matrix, and rows of the result ``[num_rows, C]``.
     """
     # About 4 in 10 weights are zero. Dropping them pays here, ahead of the sort.
     used = weights.view(-1).nonzero().view(-1)
@@ -348,27 +316,19 @@ def _on_level(levels: Tensor | None, level: int, num_boxes: int) -> Tensor:
 
 
 class _Axis(NamedTuple):
-    """Boxes along one axis of a feature map.
+    """Boxes along one axis of a feature map."""
 
-    Attributes:
-        start: ``[K]``, where each box begins, in pixels of the feature map.
-        bin_size: ``[K]``, the extent of its bins; negative for a reversed box.
-        num_samples: ``[K]``, samples a bin, whole numbers.
-        num_bins: Bins a box.
-        size: Pixels of the feature map.
-    """
-
-    start: Tensor
-    bin_size: Tensor
-    num_samples: Tensor
-    num_bins: int
-    size: int
+    start: Tensor  # [K], where each box begins, in pixels of the feature map
+    bin_size: Tensor  # [K], the extent of its bins; negative for a reversed box
+    num_samples: Tensor  # [K], samples a bin, whole numbers
+    num_bins: int  # bins a box
+    size: int  # pixels of the feature map
 
 
 class _Grids(NamedTuple):
-    """The sampling grids of boxes on a feature map; ``image`` int64 ``[K]``."""
+    """The sampling grids of boxes on a feature map."""
 
-    image: Tensor
+    image: Tensor  # int64 [K]
     y: _Axis
     x: _Axis
 
@@ -430,9 +390,7 @@ def _axis_entries(axis: _Axis, boxes: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         Pixels int64 and weights, each ``[len(boxes), num_bins, S]``.
     """
-    start, bin_size, num_samples = (
-        tensor[boxes, None, None] for tensor in (axis.start, axis.bin_size, axis.num_samples)
-    )
+    start, bin_size, num_samples = (tensor[boxes, None, None] for tensor in axis[:3])  # [k, 1, 1] each
     most = max(int(num_samples.amax()), 1)
     sample = torch.arange(most, dtype=start.dtype)
     bin_index = torch.arange(axis.num_bins, dtype=start.dtype)[:, None]

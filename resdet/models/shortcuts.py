@@ -7,17 +7,27 @@ Legend: ``B`` images, ``I, O`` input and output channels, ``H, W`` pixels, ``s``
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from resdet.models.archs import Shortcut
-from resdet.models.norm import conv_norm
+from resdet.models.norm import MakeNorm, conv_norm
 from resdet.models.tracing import scripted_as
 
-MakeNorm = Callable[[int], nn.Module]
-"""Makes the norm for a number of channels."""
+
+class BlockShape(NamedTuple):
+    """What distinguishes one residual block from another."""
+
+    in_channels: int
+    width: int  # channels inside
+    out_channels: int  # of a basic block: its width
+    stride: int
+    dilation: tuple[int, int]  # before and after the stride, or where it would have been
+    groups: int  # of a bottleneck's 3x3 convolution
+    stride_in_1x1: bool  # whether a bottleneck strides in its first 1x1 convolution and not in the 3x3
+    shortcut: Shortcut
 
 
 class DeepStem(nn.Sequential):
@@ -58,24 +68,6 @@ class ZeroPadding(nn.Module):
         return F.pad(F.avg_pool2d(x, 1, self.stride), (0, 0, 0, 0, 0, self.missing))  # pads dimension 1 at its end
 
 
-class Projection(nn.Sequential):
-    """Options B and C: the 1x1 convolution (``"0"``) and norm (``"1"``) that fit a block's input to its output."""
-
-    def __init__(self, in_channels: int, out_channels: int, stride: int, norm: MakeNorm) -> None:
-        super().__init__(nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), norm(out_channels))
-
-
-class FastProjection(Projection):
-    """A projection with its frozen norm folded."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map ``[B, I, H, W]`` to ``[B, O, H / s, W / s]``."""
-        return conv_norm(x, self[0], self[1])  # type: ignore[arg-type]
-
-    def __prepare_scriptable__(self) -> Projection:
-        return scripted_as(self, Projection)
-
-
 class Smooth2x2(nn.Module):
     """Mean of each pixel and its neighbours to the right and below, at stride 1, the border repeated.
 
@@ -87,57 +79,35 @@ class Smooth2x2(nn.Module):
         return F.avg_pool2d(F.pad(x, (0, 1, 0, 1), mode="replicate"), 2, stride=1)
 
 
-class PooledProjection(nn.Sequential):
-    """Option D: 2x2 mean (``"0"``), 1x1 convolution of stride 1 and norm (``"1"``, ``"2"``)."""
-
-    def __init__(self, in_channels: int, out_channels: int, pool: nn.Module, norm: MakeNorm) -> None:
-        super().__init__(pool, nn.Conv2d(in_channels, out_channels, 1, bias=False), norm(out_channels))
+class Projection(nn.Sequential):
+    """Options B, C and D: in D a 2x2 mean, then the 1x1 convolution and norm that fit a block's input to its output."""
 
 
-class FastPooledProjection(PooledProjection):
-    """ResNet-D's projection with its frozen norm folded."""
+class FastProjection(Projection):
+    """A projection with its frozen norm folded."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[B, I, H, W]`` to ``[B, O, H / s, W / s]``."""
-        return conv_norm(self[0](x), self[1], self[2])  # type: ignore[arg-type]
+        *mean, conv, norm = self
+        for module in mean:
+            x = module(x)
+        return conv_norm(x, conv, norm)  # type: ignore[arg-type]
 
-    def __prepare_scriptable__(self) -> PooledProjection:
-        return scripted_as(self, PooledProjection)
+    def __prepare_scriptable__(self) -> Projection:
+        return scripted_as(self, Projection)
 
 
-def make_shortcut(
-    kind: Shortcut,
-    in_channels: int,
-    out_channels: int,
-    *,
-    stride: int,
-    dilation: tuple[int, int],
-    norm: MakeNorm,
-    fast: bool,
-) -> nn.Module | None:
-    """Build what fits a block's input to its output.
-
-    Args:
-        kind: See ``ResNetArch``.
-        in_channels: ``I``.
-        out_channels: ``O``.
-        stride: ``s``, 1 or 2.
-        dilation: Of the block, before and after the stride that it would have had.
-        norm: Makes the norm for a number of channels.
-        fast: Whether to fold frozen norms.
-
-    Returns:
-        None where the input fits as it is, and in a plain network, which has no shortcuts.
-    """
+def make_shortcut(block: BlockShape, norm: MakeNorm, *, fast: bool) -> nn.Module | None:
+    """Build what fits a block's input to its output; None where it fits, and in a plain network without shortcuts."""
+    kind, in_channels, out_channels, stride = block.shortcut, block.in_channels, block.out_channels, block.stride
     if kind == "none" or (kind != "C" and stride == 1 and in_channels == out_channels):
         return None
     if kind == "A":
         return ZeroPadding(in_channels, out_channels, stride)
-    if kind == "D":
-        pool: nn.Module = nn.Identity()
-        if stride == 2:
-            pool = nn.AvgPool2d(2, stride=2, ceil_mode=True, count_include_pad=False)
-        elif dilation[0] != dilation[1]:
-            pool = Smooth2x2()
-        return (FastPooledProjection if fast else PooledProjection)(in_channels, out_channels, pool, norm)
-    return (FastProjection if fast else Projection)(in_channels, out_channels, stride, norm)
+    mean: list[nn.Module] = []
+    if kind == "D" and stride == 2:
+        mean, stride = [nn.AvgPool2d(2, stride=2, ceil_mode=True, count_include_pad=False)], 1
+    elif kind == "D":  # a stride that was dilated away leaves its mean
+        mean = [nn.Identity() if block.dilation[0] == block.dilation[1] else Smooth2x2()]
+    conv = nn.Conv2d(in_channels, out_channels, 1, stride, bias=False)
+    return (FastProjection if fast else Projection)(*mean, conv, norm(out_channels))

@@ -28,16 +28,12 @@ def is_captured() -> bool:
 
 
 def scripted_as(module: nn.Module, kind: type[Plain]) -> Plain:
-    """Return what ``__prepare_scriptable__`` gives to TorchScript for a module: the same parts under a plain class.
+    """Return what ``__prepare_scriptable__`` gives to TorchScript: the module's parts under its readable base ``kind``.
 
     All modules below are copied and made plain too; tensors are shared. TorchScript would put plain modules into the
     module that it was given, so the model itself would be slow afterwards. It also remembers modules by their
     addresses, so nothing that it has seen may be freed: a plain module holds the one it was made of, and is its own
     plain form.
-
-    Args:
-        module: An instance of ``kind`` or of a subclass.
-        kind: A class whose forward TorchScript can read and which computes the same.
     """
     assert isinstance(module, kind)
     if "scripted_from" in module.__dict__:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import ClassVar
 
 import torch
@@ -28,23 +29,7 @@ _CHANNELS = (64, 128, 256, 512, 512)
 
 
 class VGG(nn.Module):
-    """A VGG without its classifier, which returns the features of chosen stages; used as a ``ResNet`` is.
-
-    Args:
-        arch: Its name, a key of ``resdet.models.archs.ARCHS``.
-        norm: ``"frozen"``, ``"batch"`` or ``"group"``, where the network has norms.
-        norm_eps: Added to the variance by every norm.
-        returned_layers: Stages to return, rising, each in 1..6; by default 3 to 6. Later stages are not built.
-
-    Attributes:
-        channels: Channels of each returned feature map.
-        strides: Stride of each returned feature map, in input pixels.
-        stage_modules: As a ``ResNet``'s.
-
-    Raises:
-        UserError: If there is no such VGG or norm, or ``returned_layers`` is empty, repeats a stage, or is not rising
-            in 1..6.
-    """
+    """A VGG without its classifier; used as a ``ResNet`` is, with the first three arguments of ``make_body``."""
 
     fast: ClassVar[bool] = False
     stride_in_1x1 = False
@@ -58,7 +43,7 @@ class VGG(nn.Module):
         if not isinstance(shape, VGGArch):
             raise UserError(f"arch: {arch} is not a VGG")
         make_norm = norm_layer(norm, norm_eps)
-        stages = check_stages(returned_layers, shape.pyramid, len(shape.strides))
+        stages = check_stages(returned_layers, shape)
         self.arch = arch
         self.norm = norm
         self.norm_eps = norm_eps
@@ -66,27 +51,26 @@ class VGG(nn.Module):
         self.with_norm = shape.norm
 
         layers: list[nn.Module] = []
-        modules_of: dict[str, list[str]] = {}
-        last_of: dict[int, int] = {}  # index of the layer whose output is the stage's
+        ends: list[int] = []  # number of layers up to each stage's output
         in_channels = 3
         # Names of all stages are needed, so all are laid out; what comes after the last returned one is dropped.
-        for stage, (depth, channels) in enumerate(zip(shape.depths, _CHANNELS, strict=True), 1):
-            first = len(layers)
-            if stage > 1:
-                layers.append(nn.MaxPool2d(2, stride=2))
+        for depth, channels in zip(shape.depths, _CHANNELS, strict=True):
+            layers += [nn.MaxPool2d(2, stride=2)] if layers else []
             for _ in range(depth):
                 layers.append(nn.Conv2d(in_channels, channels, 3, padding=1))
                 layers += [make_norm(channels)] if shape.norm else []
                 layers.append(nn.ReLU(inplace=True))
                 in_channels = channels
-            last_of[stage] = len(layers) - 1
-            modules_of[f"conv{stage}"] = [f"features.{index}" for index in range(first, len(layers))]
+            ends.append(len(layers))
+        self.stage_modules = {
+            f"conv{stage}": [f"features.{index}" for index in range(first, end)]
+            for stage, (first, end) in enumerate(pairwise([0, *ends]), 1)
+        }
         layers.append(nn.MaxPool2d(2, stride=2))
-        last_of[6] = len(layers) - 1
-        self.stage_modules = modules_of
-        self.features = nn.Sequential(*layers[: last_of[stages[-1]] + 1])
-        self.return_layers = {f"features.{last_of[stage]}": str(level) for level, stage in enumerate(stages)}
-        self._level_at = {last_of[stage]: str(level) for level, stage in enumerate(stages)}
+        ends.append(len(layers))
+        self.features = nn.Sequential(*layers[: ends[stages[-1] - 1]])
+        self._level_at = {ends[stage - 1] - 1: str(level) for level, stage in enumerate(stages)}
+        self.return_layers = {f"features.{index}": level for index, level in self._level_at.items()}
         self.channels = [_CHANNELS[min(stage, 5) - 1] for stage in stages]
         self.strides = [shape.strides[stage - 1] for stage in stages]
         for module in self.modules():
@@ -96,15 +80,7 @@ class VGG(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
-        """Compute the features of the returned stages.
-
-        Args:
-            x: Images ``[B, 3, H, W]``, normalised by mean and standard deviation.
-
-        Returns:
-            An OrderedDict, ``"0"`` for the first returned stage, ``"1"`` for the second, ...: ``[B, C, H / stride,
-            W / stride]`` (rounded down), with ``C`` from ``channels`` and ``stride`` from ``strides``.
-        """
+        """Compute features as a ``ResNet`` does, their sizes rounded down."""
         features: dict[str, Tensor] = OrderedDict()
         for index, layer in enumerate(self.features):
             x = layer(x)
@@ -119,7 +95,7 @@ class FastVGG(VGG):
     fast = True
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
-        """Compute the features of the returned stages, as ``VGG`` does."""
+        """Compute the same features."""
         features: dict[str, Tensor] = OrderedDict()
         x = x.contiguous(memory_format=torch.channels_last)
         layers = list(self.features)
