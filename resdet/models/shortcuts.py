@@ -24,7 +24,7 @@ class BlockShape(NamedTuple):
     width: int  # channels inside
     out_channels: int  # of a basic block: its width
     stride: int
-    dilation: tuple[int, int]  # before and after the stride, or where it would have been
+    dilation: tuple[int, int]  # before and after the stride, or the place of one that was dilated away
     groups: int  # of a bottleneck's 3x3 convolution
     stride_in_1x1: bool  # whether a bottleneck strides in its first 1x1 convolution and not in the 3x3
     shortcut: Shortcut
