@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jinja2 import Environment, StrictUndefined
 
 from resdet.data.augment.sample import Sample
 from resdet.data.dataset import DetectionDataset
@@ -110,8 +111,6 @@ def _picture(dataset: DetectionDataset, sample: Sample, max_side: int) -> Values
 
 
 def _render(dataset: DetectionDataset, cards: Sequence[Values], facts: Sequence[tuple[str, str]]) -> str:
-    from jinja2 import Environment, StrictUndefined
-
     readable = [card for card in cards if card["trained"]]
     boxes = [box for card in readable for when in ("trained", "stored") for box in card[when]["boxes"]]
     counts = Counter(box["label"] for card in readable for box in card["trained"]["boxes"] if box["trained"])
