@@ -24,17 +24,11 @@ _Result = TypeVar("_Result")
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among those of the run.
+    """This process among those of the run."""
 
-    Attributes:
-        rank: 0..world_size - 1; rank 0 writes.
-        world_size: Number of processes.
-        device: Where this process computes.
-    """
-
-    rank: int
+    rank: int  # 0..world_size - 1; rank 0 writes
     world_size: int
-    device: torch.device
+    device: torch.device  # where this process computes
 
     @property
     def is_main(self) -> bool:
@@ -54,17 +48,13 @@ class Processes:
                 answer[1] = error
         if self.world_size > 1:
             dist.broadcast_object_list(answer, src=0)
-        if answer[1] is not None:
-            raise answer[1]
-        result: _Result = answer[0]
-        return result
+        result, refused = answer
+        if refused is not None:
+            raise refused
+        return result  # type: ignore[no-any-return]
 
     def micro_batch_size(self, batch_size: int, accumulate: int) -> int:
-        """Return the number of images that a process holds at a time.
-
-        Raises:
-            UserError: If a step's images cannot be divided evenly.
-        """
+        """Return the number of images that a process holds at a time; a UserError if they cannot be divided evenly."""
         size, rest = divmod(batch_size, self.world_size * accumulate)
         if rest:
             raise UserError(
@@ -110,11 +100,7 @@ class Processes:
 
 
 def choose_device(name: Literal["auto", "cpu", "cuda"], local_rank: int = 0) -> torch.device:
-    """Return the device of that name.
-
-    Raises:
-        UserError: If it is ``cuda`` and there is no GPU for this process.
-    """
+    """Return the device of that name; a UserError if it is ``cuda`` and there is no GPU for this process."""
     num_gpus = torch.cuda.device_count()
     if name == "cpu" or (name == "auto" and num_gpus == 0):
         return torch.device("cpu")
@@ -127,8 +113,7 @@ def choose_device(name: Literal["auto", "cpu", "cuda"], local_rank: int = 0) -> 
 def processes(device: Literal["auto", "cpu", "cuda"]) -> Iterator[Processes]:
     """Join the other processes that torchrun started, if any, and leave them at the end.
 
-    Raises:
-        TrainingError: If one of the others dies meanwhile.
+    Waiting for one that has died is a TrainingError.
     """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     rank = int(os.environ.get("RANK", "0"))
@@ -145,8 +130,9 @@ def processes(device: Literal["auto", "cpu", "cuda"]) -> Iterator[Processes]:
         # gloo has no type of its own for it.
         if not isinstance(error, dist.DistError) and "gloo/transport" not in str(error):
             raise
+        why = str(error).splitlines()[0].split(". ")[0]  # what follows gloo's first sentence is advice to programmers
         raise TrainingError(
-            f"process {rank}: another process of this run died or cannot be reached any more ({_first_line(error)}); "
+            f"process {rank}: another process of this run died or cannot be reached any more ({why}); "
             "its own message is above. torchrun --max-restarts 3 restarts all of them, and resume=auto continues it"
         ) from error
     finally:
@@ -166,8 +152,3 @@ def _meet(backend: str, rank: int, world_size: int) -> None:
     store, _, _ = next(rendezvous("env://", rank, world_size))
     restart = PrefixStore(f"restart_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     dist.init_process_group(backend, store=restart, rank=rank, world_size=world_size)
-
-
-def _first_line(error: Exception) -> str:
-    # What follows gloo's first sentence is advice to programmers.
-    return str(error).splitlines()[0].split(". ")[0]

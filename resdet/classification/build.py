@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,12 +21,7 @@ from resdet.classification.config import (
     Source,
 )
 from resdet.classification.data import LabelledImages, read_cifar10, read_class_names, read_digits, read_folder
-from resdet.classification.model import (
-    ImageClassifier,
-    load_classifier,
-    load_first_weights,
-    make_classifier,
-)
+from resdet.classification.model import ImageClassifier, load_classifier, load_first_weights, make_classifier
 from resdet.classification.spec import ClassifierSpec
 from resdet.classification.views import TrainView, centre_views
 from resdet.config_reading import parse_settings
@@ -36,13 +32,7 @@ logger = logging.getLogger(__name__)
 
 
 def build_images(source: Source, *, classes: Sequence[str] | None = None) -> LabelledImages:
-    """Read or list a dataset.
-
-    ``classes`` are those of a folder whose section names none; None takes the names of its subfolders.
-
-    Raises:
-        DataError: If anything of it is missing or damaged.
-    """
+    """Read or list a dataset; ``classes`` are those of a folder whose section names none (None: its subfolders)."""
     if isinstance(source, DigitsSource):
         return read_digits(source.split)
     if isinstance(source, Cifar10Source):
@@ -55,14 +45,8 @@ def build_pretrained(
 ) -> ImageClassifier:
     """Build the classifier of a run, with its first weights and the mean of its images.
 
-    Args:
-        config: The configuration's ``model`` section.
-        train_set: Gives the classes, and the images whose mean is measured.
-        resize: Length of the short side of the images that are measured.
-        resume_from: The checkpoint that will be loaded over the weights; the mean is read from it.
-
-    Raises:
-        WeightsError: If the first weights or the checkpoint cannot be had or do not fit.
+    The mean is that of ``resume_from``, whose weights will be loaded later, or is measured on images of ``train_set``
+    whose short side is scaled to ``resize``.
     """
     spec = ClassifierSpec.model_validate(config.model_dump(include=set(ClassifierSpec.model_fields)))
     if resume_from is not None:
@@ -74,30 +58,25 @@ def build_pretrained(
             )
         # The mean was measured when the run began.
         spec = spec.model_copy(update={"image_mean": before.spec.image_mean})
-        made = make_classifier(spec, train_set.classes)
-        return ImageClassifier(spec, made.classes, made.network, before.mean)
+        return replace(make_classifier(spec, train_set.classes), mean=before.mean)
     classifier = make_classifier(spec, train_set.classes)
     if config.weights is not None:
         load_first_weights(classifier, config.weights)
     if config.measured_mean == "no":
         return classifier
     mean = measure_mean(train_set, num_images=config.measured_images, resize=resize, size=spec.image_size)
-    colours = mean.mean((1, 2))
-    logger.info(
-        "mean colour of %d training images: %s",
-        min(config.measured_images, len(train_set)),
-        ", ".join(f"{value:.4f}" for value in colours.tolist()),
-    )
+    colours = mean.mean((1, 2))  # [3]
+    shown = ", ".join(f"{value:.4f}" for value in colours.tolist())
+    logger.info("mean colour of %d training images: %s", min(config.measured_images, len(train_set)), shown)
     spec = spec.model_copy(update={"image_mean": tuple(colours.tolist())})
-    mean = mean if config.measured_mean == "pixel" else colours[:, None, None]
-    return ImageClassifier(spec, classifier.classes, classifier.network, mean)
+    mean = mean if config.measured_mean == "pixel" else colours[:, None, None]  # [3, 1, 1]
+    return replace(classifier, spec=spec, mean=mean)
 
 
 def measure_mean(images: LabelledImages, *, num_images: int, resize: int, size: int) -> Tensor:
     """Average the centres (``centre_views``) of ``num_images`` images, evenly spread, or of all if there are fewer.
 
-    Returns:
-        float32 ``[3, size, size]`` in [0, 1].
+    Returns float32 ``[3, size, size]`` in [0, 1].
     """
     total = torch.zeros(3, size, size, dtype=torch.float64)
     rows = np.unique(np.linspace(0, len(images) - 1, min(num_images, len(images))).round().astype(int))
@@ -118,15 +97,8 @@ def eval_config(
 ) -> PretrainConfig:
     """Return the configuration to evaluate weights with: that of their run, or ImageNet's usual one.
 
-    Args:
-        weights: A checkpoint of tools/pretrain.py, or with ``arch`` and ``images`` torchvision's weights.
-        arch: The architecture of the latter.
-        images: A folder with one subfolder of images per class; replaces the run's ``data.val``.
-        overrides: ``key=value`` with dotted keys.
-
-    Raises:
-        WeightsError: If the file cannot be read or carries no configuration, and ``arch`` or ``images`` are not given.
-        ConfigError: If an override does not fit.
+    The latter is for weights in torchvision's layout and needs ``arch`` and ``images``, a folder with one subfolder of
+    images per class, which for a checkpoint of tools/pretrain.py replaces ``data.val``.
     """
     file = read_weights(weights)
     tree = file.content.get("config")

@@ -9,14 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal, Union
 
-from pydantic import BaseModel, Field, model_validator
+from pydantic import Field, model_validator
 from typing_extensions import Self
 
 from resdet.classification.spec import ClassifierSpec
 from resdet.config import LoaderConfig, OptimConfig, TrainConfig
-from resdet.config_reading import json_schema, load_settings
-
-_SECTION = LoaderConfig.model_config  # strict and frozen, as the sections of every configuration are
+from resdet.config_reading import Section, json_schema, load_settings
 
 Side = Annotated[int, Field(ge=1)]
 Probability = Annotated[float, Field(ge=0, le=1)]
@@ -25,7 +23,7 @@ Probability = Annotated[float, Field(ge=0, le=1)]
 class NetworkConfig(ClassifierSpec):
     """The network, and how it takes images."""
 
-    model_config = _SECTION
+    model_config = Section.model_config
 
     weights: str | None = None
     """First weights, its last layer included where the number of classes is the same: a torchvision name, a file or a
@@ -38,10 +36,8 @@ class NetworkConfig(ClassifierSpec):
     """How many training images it is measured on, evenly spread over all."""
 
 
-class FolderSource(BaseModel):
+class FolderSource(Section):
     """A folder of folders of images, one for each class, as ImageNet is kept."""
-
-    model_config = _SECTION
 
     format: Literal["folder"]
     """Folders named by their class, images in them."""
@@ -52,10 +48,8 @@ class FolderSource(BaseModel):
     null takes the classes of data.train."""
 
 
-class Cifar10Source(BaseModel):
+class Cifar10Source(Section):
     """CIFAR-10, in its binary or its Python version."""
-
-    model_config = _SECTION
 
     format: Literal["cifar10"]
     """60,000 images of 32 x 32 pixels, 10 classes."""
@@ -65,10 +59,8 @@ class Cifar10Source(BaseModel):
     """train (45,000) and val (5,000: every tenth image of each class) are parts of trainval (50,000); test (10,000)."""
 
 
-class DigitsSource(BaseModel):
+class DigitsSource(Section):
     """The handwritten digits that come with scikit-learn: nothing to download."""
-
-    model_config = _SECTION
 
     format: Literal["digits"]
     """1,797 images of 8 x 8 pixels, 10 classes (needs the package scikit-learn)."""
@@ -80,10 +72,8 @@ class DigitsSource(BaseModel):
 Source = Annotated[Union[FolderSource, Cifar10Source, DigitsSource], Field(discriminator="format")]  # noqa: UP007
 
 
-class DataConfig(BaseModel):
+class DataConfig(Section):
     """Where the images are."""
-
-    model_config = _SECTION
 
     train: Source
     """Training data."""
@@ -91,10 +81,8 @@ class DataConfig(BaseModel):
     """Evaluation data, during training and for tools/eval_classifier.py."""
 
 
-class AugmentConfig(BaseModel):
+class AugmentConfig(Section):
     """Augmentation of training images, in the order of the keys."""
-
-    model_config = _SECTION
 
     size: Side | None = None
     """Side of the training crops in pixels; null takes ``model.image_size``."""
@@ -138,8 +126,6 @@ class AugmentConfig(BaseModel):
 class ClassifierOptimConfig(OptimConfig):
     """Optimizer and learning rate."""
 
-    model_config = _SECTION
-
     lr: float = Field(0.1, gt=0)
     """Learning rate for ``lr_batch_size`` images per step."""
     lr_batch_size: int | None = Field(256, ge=1)
@@ -168,8 +154,6 @@ class ClassifierOptimConfig(OptimConfig):
 class ClassifierTrainConfig(TrainConfig):
     """How long, how many, how exact; and what is learned."""
 
-    model_config = _SECTION
-
     batch_size: int = Field(256, ge=1)
     """Images per optimizer step, over all processes and micro-batches. Batch norms see one micro-batch at a time."""
     label_smoothing: float = Field(0.0, ge=0, lt=1)
@@ -181,10 +165,8 @@ class ClassifierTrainConfig(TrainConfig):
     ``mixup`` too, each batch has one of the two."""
 
 
-class ClassifierEvalConfig(BaseModel):
+class ClassifierEvalConfig(Section):
     """Evaluation of the model."""
-
-    model_config = _SECTION
 
     batch_size: int = Field(64, ge=1)
     """Images per forward pass; with ``views: dense`` it is 1."""
@@ -204,10 +186,8 @@ class ClassifierEvalConfig(BaseModel):
     ``optim.plateau_patience``."""
 
 
-class PretrainConfig(BaseModel):
+class PretrainConfig(Section):
     """A whole run."""
-
-    model_config = _SECTION
 
     model: NetworkConfig = NetworkConfig()
     """The network, and how it takes images."""
@@ -244,15 +224,7 @@ class PretrainConfig(BaseModel):
 
 
 def load_pretrain_config(path: str | Path, overrides: Sequence[str] = ()) -> PretrainConfig:
-    """Read the configuration of a classification run and check all of it.
-
-    Args:
-        path: A YAML file.
-        overrides: ``key=value`` with dotted keys, as in ``optim.lr=0.01``; the value is read as YAML. Later ones win.
-
-    Raises:
-        ConfigError: With every problem found, each with its file and line or its override.
-    """
+    """Read the configuration of a classification run and check all of it, as ``resdet.load_config`` does."""
     return load_settings(PretrainConfig, path, overrides)
 
 

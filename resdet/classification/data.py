@@ -38,43 +38,27 @@ class Pictures(Protocol):
 
 @dataclass(frozen=True)
 class LabelledImages:
-    """Images with one class each.
+    """Images with one class each."""
 
-    Attributes:
-        name: The dataset's name for messages.
-        classes: Names of the classes, in label order.
-        labels: Class of each image, int64 ``[N]``, 0-based: there is no background.
-        pictures: The images.
-    """
-
-    name: str
-    classes: tuple[str, ...]
-    labels: npt.NDArray[np.int64]
+    name: str  # of the dataset, for messages
+    classes: tuple[str, ...]  # in label order
+    labels: npt.NDArray[np.int64]  # class of each image [N], 0-based: there is no background
     pictures: Pictures
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def image(self, index: int) -> Image.Image:
-        """Return image ``index``, 8-bit RGB.
-
-        Raises:
-            DataError: If it cannot be read; the message names it.
-        """
+        """Return image ``index``, 8-bit RGB."""
         return Image.fromarray(self.pictures(index))
 
 
 @dataclass(frozen=True)
 class StoredPictures:
-    """Images in memory.
+    """Images in memory."""
 
-    Attributes:
-        pixels: uint8 RGB ``[N, H, W, 3]``.
-        source: Their name, to which messages append the row.
-    """
-
-    pixels: npt.NDArray[np.uint8]
-    source: str
+    pixels: npt.NDArray[np.uint8]  # RGB [N, H, W, 3]
+    source: str  # their name, to which messages append the row
 
     def __call__(self, index: int) -> npt.NDArray[np.uint8]:
         """Return image ``index``."""
@@ -87,19 +71,12 @@ class StoredPictures:
 
 @dataclass(frozen=True)
 class FolderPictures:
-    """Image files in the subfolders of a folder.
-
-    Attributes:
-        root: The folder.
-        folders: Names of its subfolders.
-        of_folder: Subfolder of each image, a row of ``folders``, ``[N]``.
-        files: File names as bytes ``[N]``: a million of them are one array, which workers share without copies.
-    """
+    """Image files in the subfolders of a folder."""
 
     root: Path
-    folders: Sequence[str]
-    of_folder: npt.NDArray[np.int64]
-    files: npt.NDArray[np.bytes_]
+    folders: Sequence[str]  # names of its subfolders
+    of_folder: npt.NDArray[np.int64]  # subfolder of each image, a row of folders [N]
+    files: npt.NDArray[np.bytes_]  # names [N]: a million of them are one array, which workers share without copies
 
     def __call__(self, index: int) -> npt.NDArray[np.uint8]:
         """Read image ``index``; a DataError is raised if it cannot be read."""
@@ -114,23 +91,15 @@ def read_folder(root: Path, classes: Sequence[str] | None = None) -> LabelledIma
     """List a folder with one subfolder of images for each class. No image is opened.
 
     A million files take a second or two: each subfolder is listed once. Hidden files and files without the suffix of an
-    image are skipped.
-
-    Args:
-        root: The folder.
-        classes: Names of the classes in label order; None: the subfolders' names, sorted. If given, some may have no
-            subfolder here, as in a small validation set.
-
-    Raises:
-        DataError: If there is no such folder, it has no subfolders of images or one that is none of ``classes``, or
-            ``classes`` is None and a subfolder is empty.
+    image are skipped. The classes are the subfolders' names, sorted; if ``classes`` (in label order) are given, some
+    may have no subfolder here, as in a small validation set.
     """
     if not root.is_dir():
         raise DataError(f"{root}: no such folder of class folders")
     folders = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
     if not folders:
         raise DataError(f"{root}: must hold one folder of images for each class, named by it; it holds no folders")
-    names = tuple(folders) if classes is None else tuple(classes)
+    names = tuple(folders if classes is None else classes)
     label_of = {name: label for label, name in enumerate(names)}
     strange = [folder for folder in folders if folder not in label_of]
     if strange:
@@ -139,8 +108,8 @@ def read_folder(root: Path, classes: Sequence[str] | None = None) -> LabelledIma
             f"{name_some(strange, 3)}; the classes are {name_some(names, 3)}"
         )
     files: list[bytes] = []
-    counts = np.zeros(len(folders), dtype=np.int64)
-    for number, folder in enumerate(folders):
+    counts: list[int] = []
+    for folder in folders:
         listed = sorted(
             os.fsencode(entry.name)
             for entry in os.scandir(root / folder)
@@ -149,21 +118,17 @@ def read_folder(root: Path, classes: Sequence[str] | None = None) -> LabelledIma
         if not listed and classes is None:
             raise DataError(f"{root / folder}: holds no images ({', '.join(IMAGE_SUFFIXES)}); a class needs some")
         files += listed
-        counts[number] = len(listed)
+        counts.append(len(listed))
     if not files:
         raise DataError(f"{root}: holds no images ({', '.join(IMAGE_SUFFIXES)}) in its {len(folders)} folders")
-    of_folder = np.repeat(np.arange(len(folders), dtype=np.int64), counts)
-    labels = np.array([label_of[folder] for folder in folders], dtype=np.int64)[of_folder]
+    of_folder = np.repeat(np.arange(len(folders), dtype=np.int64), counts)  # [N]
+    labels = np.array([label_of[folder] for folder in folders], dtype=np.int64)[of_folder]  # [N]
     pictures = FolderPictures(root, folders, of_folder, np.array(files))
     return LabelledImages(str(root), names, labels, pictures)
 
 
 def read_class_names(path: Path) -> tuple[str, ...]:
-    """Read a text file with one class per line, in label order; anything after a space or comma is ignored.
-
-    Raises:
-        DataError: If it cannot be read, is empty, or names a class twice.
-    """
+    """Read a text file with one class per line, in label order; anything after a space or comma is ignored."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -191,37 +156,36 @@ def stratified_split(labels: npt.NDArray[np.int64], every: int) -> npt.NDArray[n
 def read_cifar10(root: Path, split: Split) -> LabelledImages:
     """Read CIFAR-10 in its binary or its Python version. Pickles are read without running code that they name.
 
-    Args:
-        root: ``cifar-10-batches-bin``, ``cifar-10-batches-py``, or the folder that holds one of them.
-        split: ``trainval`` (50,000), its parts ``train`` (45,000) and ``val`` (5,000), or ``test`` (10,000).
-
-    Raises:
-        DataError: If it is not there (the message says where to get it), incomplete or damaged.
+    ``root`` is ``cifar-10-batches-bin``, ``cifar-10-batches-py``, or the folder that holds one of them.
 
     Source: Krizhevsky, "Learning Multiple Layers of Features from Tiny Images", 2009; the formats are described at
         https://www.cs.toronto.edu/~kriz/cifar.html. The papers do not say which 5,000 images they validate on; here
         these are every tenth of each class.
     """
     stems = ["test_batch"] if split == "test" else [f"data_batch_{number}" for number in range(1, 6)]
-    folder, is_binary = _find_cifar(root)
-    parts = [_read_cifar_binary(folder / f"{stem}.bin") for stem in stems] if is_binary else []
-    parts = parts or [_read_cifar_pickle(folder / stem) for stem in stems]
-    pixels = np.concatenate([pixels for pixels, _ in parts])
-    labels = np.concatenate([labels for _, labels in parts])
-    if split in ("train", "val"):
-        held_out = stratified_split(labels, _CIFAR_VAL_EVERY)
-        keep = held_out if split == "val" else ~held_out
-        pixels, labels = pixels[keep], labels[keep]
+    folder, suffix = _find_cifar(root)
+    batches = [_read_cifar_batch(folder / f"{stem}{suffix}") for stem in stems]
+    planes, labels = map(np.concatenate, zip(*batches, strict=True))
+    if split != "test":
+        rows = _rows(labels, split, _CIFAR_VAL_EVERY)
+        planes, labels = planes[rows], labels[rows]
+    pixels = np.ascontiguousarray(planes.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))  # [N, 32, 32, 3]
     name = f"CIFAR-10 {split}"
     return LabelledImages(name, CIFAR10_CLASSES, labels, StoredPictures(pixels, name))
 
 
-def _find_cifar(root: Path) -> tuple[Path, bool]:
+def _rows(labels: npt.NDArray[np.int64], split: Split, val_every: int) -> npt.NDArray[np.int64]:
+    """Return the rows of a split among those of trainval."""
+    held_out = stratified_split(labels, val_every)
+    return np.flatnonzero({"train": ~held_out, "val": held_out}.get(split, np.ones_like(held_out)))
+
+
+def _find_cifar(root: Path) -> tuple[Path, str]:
+    """Return the folder with the batches and the suffix of their names: that of the binary version, or none."""
     for folder in (root, root / "cifar-10-batches-bin", root / "cifar-10-batches-py"):
-        if (folder / "data_batch_1.bin").is_file() or (folder / "test_batch.bin").is_file():
-            return folder, True
-        if (folder / "data_batch_1").is_file() or (folder / "test_batch").is_file():
-            return folder, False
+        for suffix in (".bin", ""):
+            if any((folder / f"{stem}{suffix}").is_file() for stem in ("data_batch_1", "test_batch")):
+                return folder, suffix
     archives = sorted(root.glob("cifar-10-*.tar.gz")) if root.is_dir() else []
     how = (
         f"unpack {archives[0]}: tar -xzf {archives[0].name}"
@@ -231,27 +195,30 @@ def _find_cifar(root: Path) -> tuple[Path, bool]:
     raise DataError(f"{root}: no CIFAR-10 here (cifar-10-batches-bin or cifar-10-batches-py); {how}")
 
 
-def _planes_to_pixels(planes: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-    return np.ascontiguousarray(planes.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
-
-
-def _read_cifar_binary(path: Path) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
+def _read_cifar_batch(path: Path) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
+    """Return the images of a batch as planes ``[N, 3 * 32 * 32]``, and their labels ``[N]``."""
     try:
-        content = np.fromfile(path, dtype=np.uint8)
+        planes, labels = _cifar_binary(path) if path.suffix else _cifar_pickle(path)
     except OSError as error:
-        raise _cannot_be_read(path, error) from None
+        why = f"cannot be read: {error.strerror}; download it again from {_CIFAR_PLACE}"
+        raise DataError(f"{path}: {why}") from None
+    if labels.min() < 0 or labels.max() >= len(CIFAR10_CLASSES):
+        raise DataError(f"{path}: labels must lie in 0..9, got {labels.min()}..{labels.max()}; it is damaged")
+    return planes, labels
+
+
+def _cifar_binary(path: Path) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
+    content = np.fromfile(path, dtype=np.uint8)
     expected = _CIFAR_RECORDS * 3073  # a label and 3 * 32 * 32 colours each
     if content.size != expected:
         raise DataError(f"{path}: must have {expected} bytes, has {content.size}; it is cut short or damaged")
     records = content.reshape(-1, 3073)
-    return _pixels_and_labels(records[:, 1:], records[:, 0].astype(np.int64), path)
+    return records[:, 1:], records[:, 0].astype(np.int64)
 
 
-def _read_cifar_pickle(path: Path) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
+def _cifar_pickle(path: Path) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
     try:
         content = read_pickle(path)
-    except OSError as error:
-        raise _cannot_be_read(path, error) from None
     except UserError as error:
         raise DataError(str(error)) from error
     planes, labels = (content.get("data"), content.get("labels")) if isinstance(content, dict) else (None, None)
@@ -267,33 +234,13 @@ def _read_cifar_pickle(path: Path) -> tuple[npt.NDArray[np.uint8], npt.NDArray[n
             f"{path}: must hold data, uint8 [{_CIFAR_RECORDS}, 3072], and labels, a list of {_CIFAR_RECORDS}; "
             "it is not a batch of CIFAR-10"
         )
-    return _pixels_and_labels(planes.numpy(), np.array(labels, dtype=np.int64), path)
-
-
-def _pixels_and_labels(
-    planes: npt.NDArray[np.uint8], labels: npt.NDArray[np.int64], path: Path
-) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
-    """Return images ``[N, 32, 32, 3]`` of planes ``[N, 3 * 32 * 32]``, and their labels if they are in range."""
-    if labels.min() < 0 or labels.max() >= len(CIFAR10_CLASSES):
-        raise DataError(f"{path}: labels must lie in 0..9, got {labels.min()}..{labels.max()}; it is damaged")
-    return np.ascontiguousarray(planes.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)), labels
-
-
-def _cannot_be_read(path: Path, error: OSError) -> DataError:
-    return DataError(f"{path}: cannot be read: {error.strerror}; download it again from {_CIFAR_PLACE}")
+    return planes.numpy(), np.array(labels, dtype=np.int64)
 
 
 def read_digits(split: Split) -> LabelledImages:
     """Return the handwritten digits that come with scikit-learn, 8 x 8 pixels, as RGB.
 
     They were written by 13 people, each of whom wrote digits of all splits: a test is on new digits of known writers.
-
-    Args:
-        split: ``test`` (355: every fifth image of each class), ``trainval`` (the other 1,442), or its parts ``val``
-            (177: every eighth of each class) and ``train`` (1,265).
-
-    Raises:
-        DataError: If scikit-learn is not installed.
 
     Source: E. Alpaydin, C. Kaynak, "Optical Recognition of Handwritten Digits", UCI Machine Learning Repository, 1998
         (its test set); ``sklearn.datasets.load_digits``.
@@ -306,12 +253,11 @@ def read_digits(split: Split) -> LabelledImages:
         ) from None
     content = load_digits()
     labels = np.asarray(content.target, dtype=np.int64)
-    gray = np.rint(np.asarray(content.images) * (255 / 16)).astype(np.uint8)  # 0..16
+    gray = np.rint(np.asarray(content.images) * (255 / 16)).astype(np.uint8)  # of 0..16; [N, 8, 8]
     in_test = stratified_split(labels, _DIGITS_TEST_EVERY)
     rows = np.flatnonzero(in_test if split == "test" else ~in_test)
-    if split in ("train", "val"):
-        held_out = stratified_split(labels[rows], _DIGITS_VAL_EVERY)
-        rows = rows[held_out if split == "val" else ~held_out]
+    if split != "test":
+        rows = rows[_rows(labels[rows], split, _DIGITS_VAL_EVERY)]
     name = f"digits {split}"
-    pixels = np.repeat(gray[rows][..., None], 3, axis=3)
+    pixels = np.repeat(gray[rows][..., None], 3, axis=3)  # [N, 8, 8, 3]
     return LabelledImages(name, tuple(map(str, range(10))), labels[rows], StoredPictures(pixels, name))

@@ -27,23 +27,11 @@ def measure_responses(
     image_size: tuple[int, int] | None = None,
     batch_size: int = 32,
 ) -> dict[str, float]:
-    """Measure the responses of a trained network's 3x3 layers on image files.
+    """Measure the responses of a trained network's 3x3 layers on image files, as ``response_deviations`` does.
 
-    Args:
-        arch: A key of ``resdet.models.archs.ARCHS``.
-        weights: A torchvision weight name, a file or a URL; of a classifier, a backbone or a detector with a pyramid.
-            Pixels are normalised as the file states, or else as ImageNet's.
-        images: Files, folders or patterns.
-        image_size: ``(height, width)`` that images are scaled to; by default ``default_image_size``.
-        batch_size: Images of a forward pass.
-
-    Returns:
-        As ``response_deviations``.
-
-    Raises:
-        UserError: If there is no such architecture or no image.
-        WeightsError: If the weights cannot be had or are not those of this network.
-        DataError: If an image cannot be read.
+    ``weights`` is a torchvision weight name, a file or a URL, of a classifier, a backbone or a detector with a pyramid;
+    ``images`` are files, folders or patterns. Images are scaled to ``image_size``, by default ``default_image_size``,
+    and normalised as the file states, or else as ImageNet's.
     """
     last = len(find_arch(arch).strides)
     files = find_images(images)

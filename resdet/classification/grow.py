@@ -94,10 +94,8 @@ def _check_deeper(body: ResNet, to_arch: str) -> None:
         differing = [f"{name} {one!r} and {other!r}" for name, one, other in pairs if one != other]
         raise UserError(f"grow: {body.arch} and {to_arch} differ in more than depth: {'; '.join(differing)}")
     if old.depths == new.depths or any(more < fewer for fewer, more in zip(old.depths, new.depths, strict=True)):
-        raise UserError(
-            f"grow: {to_arch} is not deeper than {body.arch}: blocks of its stages are {list(new.depths)}, and "
-            f"{list(old.depths)}"
-        )
+        blocks = f"blocks of its stages are {list(new.depths)}, and {list(old.depths)}"
+        raise UserError(f"grow: {to_arch} is not deeper than {body.arch}: {blocks}")
 
 
 def _built_like(model: nn.Module, to_arch: str) -> nn.Module:
@@ -117,11 +115,9 @@ def _built_like(model: nn.Module, to_arch: str) -> nn.Module:
     )
     if isinstance(model, ResNetFPN):
         return ResNetFPN(body, out_channels=model.out_channels, extra_blocks=model.extra_blocks)
-    if isinstance(model, SingleLevel):
-        return SingleLevel(body)
     if isinstance(model, Classifier):
         return Classifier(body, model.num_classes)
-    return body
+    return SingleLevel(body) if isinstance(model, SingleLevel) else body
 
 
 def _zero_branches(model: nn.Module, depths: Sequence[int]) -> None:
@@ -139,12 +135,9 @@ def _zero_branches(model: nn.Module, depths: Sequence[int]) -> None:
 
 
 def _take_over_gradients(old: nn.Module, new: nn.Module) -> None:
+    """Train what was trained before, and new blocks where their stage was."""
     trained = {name: parameter.requires_grad for name, parameter in old.named_parameters()}
+    trained_stages = {found[1] for name, on in trained.items() if on and (found := _BLOCK.search(name))}
     for name, parameter in new.named_parameters():
-        # A new block is as its stage's last old one.
-        same_stage = [on for other, on in trained.items() if _stage(other) == _stage(name)]
-        parameter.requires_grad_(trained[name] if name in trained else any(same_stage))
-
-
-def _stage(name: str) -> str | None:
-    return found[1] if (found := _BLOCK.search(name)) else None
+        found = _BLOCK.search(name)
+        parameter.requires_grad_(trained.get(name, found is not None and found[1] in trained_stages))

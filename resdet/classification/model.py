@@ -9,7 +9,7 @@ import logging
 import re
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -39,34 +39,22 @@ _WORDNET_ID = re.compile(r"n\d{8}")
 
 @dataclass(frozen=True)
 class ImageClassifier:
-    """A network, its classes, and how images are normalised for it.
-
-    Attributes:
-        spec: Its settings.
-        classes: Names of its ``K`` classes by label.
-        network: Takes normalised images, returns scores ``[B, K]``.
-        mean: Subtracted from images in [0, 1]: float32 ``[3, 1, 1]``, or ``[3, S, S]`` for a mean of each pixel.
-    """
+    """A network, its classes, and how images are normalised for it."""
 
     spec: ClassifierSpec
-    classes: tuple[str, ...]
-    network: Classifier
-    mean: Tensor
+    classes: tuple[str, ...]  # K names by label
+    network: Classifier  # takes normalised images, returns scores [B, K]
+    mean: Tensor  # subtracted from images in [0, 1]: float32 [3, 1, 1], or [3, S, S] for a mean of each pixel
 
     def normalise(self, pixels: Tensor, shifts: Tensor | None = None) -> Tensor:
-        """Turn 8-bit images into the network's input.
+        """Turn 8-bit images ``[B, 3, H, W]`` on the network's device into its input, float32 of the same shape.
 
-        Args:
-            pixels: uint8 ``[B, 3, H, W]``, on the network's device. Where they are not ``S`` x ``S``, a mean of each
-                pixel is replaced by its mean over all pixels.
-            shifts: Added to the colours of each image in [0, 1], ``[B, 3]``.
-
-        Returns:
-            float32 ``[B, 3, H, W]``.
+        Where they are not ``S`` x ``S``, a mean of each pixel is replaced by its mean over all pixels. ``shifts``
+        ``[B, 3]`` are added to the colours of each image in [0, 1].
         """
         mean = self.mean.to(pixels.device, non_blocking=True)
         if mean.shape[1:] not in ((1, 1), pixels.shape[2:]):
-            mean = mean.mean((1, 2), keepdim=True)
+            mean = mean.mean((1, 2), keepdim=True)  # [3, 1, 1]
         images = pixels.float().div_(255)
         if shifts is not None:
             images += shifts[:, :, None, None]
@@ -94,17 +82,9 @@ class ImageClassifier:
 
 
 def make_classifier(spec: ClassifierSpec, classes: Sequence[str]) -> ImageClassifier:
-    """Build a classifier with random weights: He et al. 2015 for convolutions.
-
-    Raises:
-        UserError: If a setting does not fit the architecture.
-    """
+    """Build a classifier with random weights: He et al. 2015 for convolutions."""
     network = build_classifier(
-        spec.arch,
-        num_classes=len(classes),
-        norm=spec.norm,
-        norm_eps=spec.norm_eps,
-        stride_in_1x1=spec.stride_in_1x1,
+        spec.arch, num_classes=len(classes), norm=spec.norm, norm_eps=spec.norm_eps, stride_in_1x1=spec.stride_in_1x1
     )
     return ImageClassifier(spec, tuple(classes), network, torch.tensor(spec.image_mean)[:, None, None])
 
@@ -112,31 +92,20 @@ def make_classifier(spec: ClassifierSpec, classes: Sequence[str]) -> ImageClassi
 def classifier_payload(classifier: ImageClassifier) -> dict[str, Any]:
     """Return a classifier as plain values and tensors, from which ``load_classifier`` rebuilds it.
 
-    A detector can take it as first weights: it holds the state dict under torchvision's names, and the facts that
-    belong to it (mean and deviation of images, eps of the norms, where it strides).
-
-    Returns:
-        ``format``, ``spec``, ``classes`` (plain values), ``mean`` and ``model`` (the state dict, not copied).
+    A detector can take it as first weights: it holds the state dict (not copied) under torchvision's names, and the
+    facts that belong to it (mean and deviation of images, eps of the norms, where it strides).
     """
-    spec = classifier.spec
+    settings = classifier.spec.model_dump(mode="json")
     payload: OrderedDict[str, Any] = OrderedDict(
         format=CHECKPOINT_FORMAT,
-        spec=spec.model_dump(mode="json"),
+        spec=settings,
         classes=list(classifier.classes),
         mean=classifier.mean.cpu(),
         model=classifier.network.state_dict(),
     )
-    facts = {
-        "format": "torchvision",
-        "arch": spec.arch,
-        "stride_in_1x1": spec.stride_in_1x1,
-        "channel_order": "rgb",
-        "image_mean": list(spec.image_mean),
-        "image_std": list(spec.image_std),
-        "norm_eps": spec.norm_eps,
-        "background": "first",
-        "num_classes": len(classifier.classes),
-    }
+    facts: dict[str, Any] = {"format": "torchvision", "channel_order": "rgb", "background": "first"}
+    facts |= {name: settings[name] for name in ("arch", "stride_in_1x1", "image_mean", "image_std", "norm_eps")}
+    facts["num_classes"] = len(classifier.classes)
     setattr(payload, FACTS_ENTRY, facts)  # where resdet.weights.convert_file puts them in torchvision's files
     return payload
 
@@ -144,27 +113,20 @@ def classifier_payload(classifier: ImageClassifier) -> dict[str, Any]:
 def load_classifier(path: WeightsPath, *, arch: str | None = None) -> ImageClassifier:
     """Build the classifier that a file holds, in evaluation mode, on the CPU.
 
-    Args:
-        path: A checkpoint of tools/pretrain.py, or with ``arch`` weights in torchvision's layout. Those are tensors
-            alone: images are normalised as for torchvision's ImageNet weights, and 1,000 classes are ImageNet's.
-        arch: The architecture, for files that do not state it.
-
-    Raises:
-        WeightsError: If the file is missing, damaged, or holds no classifier (of this architecture).
-        UserError: If there is no such architecture.
+    The file is a checkpoint of tools/pretrain.py, or with ``arch`` weights in torchvision's layout. Those are tensors
+    alone: images are normalised as for torchvision's ImageNet weights, and 1,000 classes are ImageNet's.
     """
     file = read_weights(path)
     content = file.content
     if file.format == CHECKPOINT_FORMAT:
         try:
-            spec = ClassifierSpec.model_validate(content["spec"])
-            classifier = make_classifier(spec, content["classes"])
+            classifier = make_classifier(ClassifierSpec.model_validate(content["spec"]), content["classes"])
             mean = content["mean"]
             if not isinstance(mean, Tensor) or mean.dim() != 3:
                 raise TypeError("mean")
         except (KeyError, TypeError, ValidationError) as error:
             raise WeightsError(f"{file.path}: its description is not one of this version ({error!r})") from error
-        classifier = ImageClassifier(spec, classifier.classes, classifier.network, mean)
+        classifier = replace(classifier, mean=mean)
     elif arch is None:
         raise WeightsError(
             f"{file.path}: is not a checkpoint of tools/pretrain.py and states no architecture: name it (--arch)"
@@ -182,15 +144,7 @@ def load_classifier(path: WeightsPath, *, arch: str | None = None) -> ImageClass
 def load_first_weights(classifier: ImageClassifier, source: str) -> LoadReport:
     """Load another classifier's weights: all of them, or all but the last layer if its classes are others.
 
-    Args:
-        classifier: Its network is changed in place.
-        source: A torchvision name, a file or a URL.
-
-    Returns:
-        What was loaded and what was not; it is also logged.
-
-    Raises:
-        WeightsError: If the weights cannot be had or are not those of this network.
+    ``source`` is a torchvision name, a file or a URL. What was loaded and what was not is returned, and also logged.
     """
     arch = classifier.spec.arch
     file = read_weights(locate(source, arch))
@@ -203,21 +157,11 @@ def load_first_weights(classifier: ImageClassifier, source: str) -> LoadReport:
 
 
 def match_classes(classes: Sequence[str], known: Sequence[str], *, where: str) -> npt.NDArray[np.int64]:
-    """Find a dataset's classes among a classifier's, by name.
+    """Find a dataset's classes among those that a classifier knows, by name.
 
     A thousand folders named by WordNet ids (``n01440764``) are ImageNet's classes, which are numbered in that order.
-    Otherwise names are compared without regard to case, and underscores are spaces.
-
-    Args:
-        classes: The dataset's, in label order.
-        known: The classifier's, in label order.
-        where: What messages call the dataset.
-
-    Returns:
-        The classifier's label of each of the dataset's, int64 ``[len(classes)]``.
-
-    Raises:
-        DataError: If a class is unknown, or its name is that of two.
+    Otherwise names are compared without regard to case, and underscores are spaces. Returns the classifier's label of
+    each class; a DataError, which calls the dataset ``where``, is raised if one is unknown, or its name is that of two.
     """
 
     def plain(name: str) -> str:

@@ -23,41 +23,29 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ErrorCurves:
-    """The errors that a run's metrics.jsonl holds.
+    """The errors that a run's metrics.jsonl holds: shares of wrong answers in [0, 1]."""
 
-    Attributes:
-        name: Of the run.
-        train_steps: Optimizer steps at the end of each interval that was logged.
-        train_errors: Share of wrong answers in it, in [0, 1], images as they were augmented.
-        test_steps: Optimizer steps at each evaluation.
-        test_errors: Share of wrong answers in it.
-    """
-
-    name: str
-    train_steps: list[int]
-    train_errors: list[float]
-    test_steps: list[int]
-    test_errors: list[float]
+    name: str  # of the run
+    train_steps: list[int]  # optimizer steps at the end of each interval that was logged
+    train_errors: list[float]  # in that interval, on images as they were augmented
+    test_steps: list[int]  # optimizer steps at each evaluation
+    test_errors: list[float]  # in that evaluation
 
 
 def read_curves(run: Path) -> ErrorCurves:
-    """Read the errors of a run of tools/pretrain.py from its folder.
-
-    Raises:
-        UserError: If it is no such run.
-    """
+    """Read the errors of a run of tools/pretrain.py from its folder."""
     path = run / "metrics.jsonl"
     try:
         lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: must be the log of a run of tools/pretrain.py: {error}") from None
-    train = [(line["step"], line["error"]) for line in lines if line.get("error") is not None]
-    test = [(line["step"], 1 - line["top1"]) for line in lines if line.get("top1") is not None]
+    train = [line for line in lines if line.get("error") is not None]
+    test = [line for line in lines if line.get("top1") is not None]
     if not train:
         raise UserError(f"{path}: holds no errors of classification; is it a run of tools/pretrain.py?")
-    return ErrorCurves(
-        run.name, [step for step, _ in train], [e for _, e in train], [step for step, _ in test], [e for _, e in test]
-    )
+    (train_steps, test_steps) = ([line["step"] for line in part] for part in (train, test))
+    train_errors, test_errors = [line["error"] for line in train], [1 - line["top1"] for line in test]
+    return ErrorCurves(run.name, train_steps, train_errors, test_steps, test_errors)
 
 
 def smoothed(values: Sequence[float], window: int) -> list[float]:
@@ -68,14 +56,8 @@ def smoothed(values: Sequence[float], window: int) -> list[float]:
 def plot_errors(runs: Sequence[ErrorCurves], path: Path, *, window: int = 1, top: float | None = None) -> None:
     """Draw training error (thin) and test error (bold) over steps in percent, as figures 4 and 6 of He et al. 2016.
 
-    Args:
-        runs: What to draw, one colour for each, in the order of the legend.
-        path: The picture; its suffix is its format (.png, .svg, .pdf).
-        window: Number of logged intervals that training errors are averaged over: each is that of a few batches.
-        top: Largest error shown, in percent; None shows all.
-
-    Raises:
-        UserError: If matplotlib is not installed, or the picture cannot be written.
+    The picture's suffix is its format (.png, .svg, .pdf). Training errors are averaged over ``window`` logged
+    intervals, each of which is that of a few batches; errors above ``top`` percent are not shown.
     """
     figure = _figure(7, 4.5)
     axes = figure.add_subplot()
@@ -97,12 +79,7 @@ def plot_errors(runs: Sequence[ErrorCurves], path: Path, *, window: int = 1, top
 def plot_responses(responses: Mapping[str, Mapping[str, float]], path: str | os.PathLike[str]) -> None:
     """Draw the responses of several networks, in the order of their layers and sorted, as figure 7 of He et al. 2016.
 
-    Args:
-        responses: For each network, by the name in the legend, what ``response_deviations`` returns.
-        path: The picture; its suffix is its format.
-
-    Raises:
-        UserError: If there is nothing to draw, matplotlib is not installed, or the picture cannot be written.
+    ``responses`` holds what ``response_deviations`` returns, by each network's name in the legend.
     """
     if not responses:
         raise UserError("plot_responses: got no responses to draw")
@@ -110,15 +87,16 @@ def plot_responses(responses: Mapping[str, Mapping[str, float]], path: str | os.
     in_order, by_size = figure.subplots(2, 1, sharey=True)
     for number, (name, deviations) in enumerate(responses.items()):
         # The paper's dashes distinguish plain networks where colours cannot.
-        style = {"linestyle": "--" if "plain" in name else "-", "color": f"C{number}", "linewidth": 1.3}
+        style = "--" if "plain" in name else "-"
         marker = "o" if len(deviations) <= 60 else None
         values = list(deviations.values())
-        layers = range(1, len(values) + 1)
-        in_order.plot(layers, values, label=name, marker=marker, markersize=3, **style)
-        by_size.plot(layers, sorted(values, reverse=True), label=name, marker=marker, markersize=3, **style)
-    in_order.set_xlabel("3x3 layer, from the input on")
-    by_size.set_xlabel("3x3 layer, sorted by its response")
-    for axes in (in_order, by_size):
+        for axes, ordered in ((in_order, values), (by_size, sorted(values, reverse=True))):
+            layers = range(1, len(values) + 1)
+            axes.plot(
+                layers, ordered, style, label=name, color=f"C{number}", linewidth=1.3, marker=marker, markersize=3
+            )
+    for axes, order in ((in_order, "from the input on"), (by_size, "sorted by its response")):
+        axes.set_xlabel(f"3x3 layer, {order}")
         axes.set_ylabel("standard deviation")
         axes.set_ylim(bottom=0)
         axes.xaxis.get_major_locator().set_params(integer=True)

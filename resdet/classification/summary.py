@@ -6,8 +6,9 @@ Legend: ``B`` images, ``C`` channels, ``H, W`` pixels.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -22,38 +23,22 @@ from resdet.models.shortcuts import Projection
 
 _LAYERS = (nn.Conv2d, nn.Linear)
 
-Hook = Callable[[nn.Module, tuple[Tensor], Tensor], None]
-
 
 @dataclass(frozen=True)
 class StageSummary:
-    """A stage of a classification network, or the whole of it.
+    """A stage of a classification network, or the whole of it."""
 
-    Attributes:
-        name: ``"stem"``, ``"layer1"``, ...; ``"conv1"``, ... of a VGG; ``"classifier"``; ``"total"``.
-        output: ``(channels, height, width)`` of its output; of a classifier the number of classes, 1 and 1.
-        num_blocks: Residual (or plain) blocks; of a VGG, convolutions.
-        num_parameters: Weights, biases, and the affine parameters of norms.
-        num_multiply_adds: Of its convolutions and fully connected layers, for one image.
-        receptive_field: Side of the square of input pixels that one pixel of its output can depend on.
-        stride: Distance of neighbouring pixels of its output, in input pixels.
-    """
-
-    name: str
-    output: tuple[int, int, int]
-    num_blocks: int
-    num_parameters: int
-    num_multiply_adds: int
-    receptive_field: int
-    stride: int
+    name: str  # "stem", "layer1", ...; "conv1", ... of a VGG; "classifier"; "total"
+    output: tuple[int, int, int]  # channels, height, width; of a classifier the number of classes, 1 and 1
+    num_blocks: int  # residual (or plain) blocks; of a VGG, convolutions
+    num_parameters: int  # weights, biases, and the affine parameters of norms
+    num_multiply_adds: int  # of its convolutions and fully connected layers, for one image
+    receptive_field: int  # side of the square of input pixels that one pixel of its output can depend on
+    stride: int  # distance of neighbouring pixels of its output, in input pixels
 
 
 def default_image_size(arch: str) -> tuple[int, int]:
-    """Return the ``(height, width)`` that a network was published for: 224, or CIFAR's 32.
-
-    Raises:
-        UserError: If there is no such architecture.
-    """
+    """Return the ``(height, width)`` that a network was published for: 224, or CIFAR's 32."""
     shape = find_arch(arch)
     return (32, 32) if isinstance(shape, ResNetArch) and shape.stem == "3x3" else (224, 224)
 
@@ -71,18 +56,9 @@ def summarise(
     convolutions and poolings of kernel ``k``, dilation ``d``, stride ``s``, the field ``r`` and the distance ``j`` of
     neighbouring pixels starting at 1 (Araujo et al., "Computing Receptive Fields", Distill 2019).
 
-    Args:
-        arch: A key of ``resdet.models.archs.ARCHS``.
-        image_size: ``(height, width)``; by default ``default_image_size``.
-        num_classes: By default 1000, or CIFAR's 10.
-        stride_in_1x1: Whether bottlenecks stride in their first 1x1 convolution.
-
-    Returns:
-        The stages from the input on, the classifier, and ``"total"``, whose output, receptive field and stride are
-        the classifier's and the last stage's.
-
-    Raises:
-        UserError: If there is no such architecture, or the image is too small for it.
+    Images have the ``default_image_size`` unless ``image_size`` is given, and there are 1000 classes, or CIFAR's 10.
+    Returns the stages from the input on, the classifier, and ``"total"``, whose output, receptive field and stride are
+    the classifier's and the last stage's.
     """
     height, width = image_size or default_image_size(arch)
     if num_classes is None:
@@ -107,47 +83,24 @@ def summarise(
                 field += (call.kernel - 1) * call.dilation * jump
                 jump *= call.stride
         modules = {name: part for name, part in model.named_modules() if _stage_of(name, model) == stage}
-        parameters = [p for name, p in model.named_parameters() if _stage_of(name, model) == stage]
-        sizes = [*own[-1].output, 1, 1]
-        stages.append(
-            StageSummary(
-                name=stage,
-                output=(sizes[0], sizes[1], sizes[2]),
-                num_blocks=sum(isinstance(part, block) for part in modules.values()),
-                num_parameters=sum(parameter.numel() for parameter in parameters),
-                num_multiply_adds=sum(flops.get(name, 0) for name, part in modules.items() if isinstance(part, _LAYERS))
-                // 2,
-                receptive_field=field,
-                stride=jump,
-            )
-        )
-    total = StageSummary(
-        name="total",
-        output=stages[-1].output,
-        num_blocks=sum(stage.num_blocks for stage in stages),
-        num_parameters=sum(stage.num_parameters for stage in stages),
-        num_multiply_adds=sum(stage.num_multiply_adds for stage in stages),
-        receptive_field=field,
-        stride=jump,
-    )
-    return [*stages, total]
+        num_blocks = sum(isinstance(part, block) for part in modules.values())
+        num_parameters = sum(p.numel() for name, p in model.named_parameters() if _stage_of(name, model) == stage)
+        num_flops = sum(flops.get(name, 0) for name, part in modules.items() if isinstance(part, _LAYERS))
+        channels, height, width, *_ = *own[-1].output, 1, 1
+        output = (channels, height, width)
+        stages.append(StageSummary(stage, output, num_blocks, num_parameters, num_flops // 2, field, jump))
+    num_blocks, num_parameters = sum(s.num_blocks for s in stages), sum(s.num_parameters for s in stages)
+    num_multiply_adds = sum(s.num_multiply_adds for s in stages)
+    return [*stages, StageSummary("total", output, num_blocks, num_parameters, num_multiply_adds, field, jump)]
 
 
 def summary_table(stages: Iterable[StageSummary]) -> str:
     """Format a summary as lines of text."""
-    rows = [("stage", "output", "blocks", "parameters", "multiply-adds", "field", "stride")]
-    rows += [
-        (
-            stage.name,
-            "x".join(map(str, stage.output)),
-            str(stage.num_blocks or ""),
-            f"{stage.num_parameters:,}",
-            f"{stage.num_multiply_adds:,}",
-            str(stage.receptive_field),
-            str(stage.stride),
-        )
-        for stage in stages
-    ]
+    rows = [["stage", "output", "blocks", "parameters", "multiply-adds", "field", "stride"]]
+    for stage in stages:
+        counts = [str(stage.num_blocks or ""), f"{stage.num_parameters:,}", f"{stage.num_multiply_adds:,}"]
+        output = "x".join(map(str, stage.output))
+        rows.append([stage.name, output, *counts, str(stage.receptive_field), str(stage.stride)])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     aligns = ["<", "<", *">>>>>"]
     return "\n".join(
@@ -160,36 +113,25 @@ def summary_table(stages: Iterable[StageSummary]) -> str:
 def response_deviations(body: Body, batches: Iterable[Tensor]) -> dict[str, float]:
     """Measure how strongly the 3x3 layers of a network respond: figure 7 of the first ResNet paper.
 
-    Args:
-        body: In evaluation mode, with trained weights; right after calibration every deviation is that of its norm.
-        batches: Images as the body takes them, ``[B, 3, H, W]``.
-
-    Returns:
-        For each 3x3 convolution, by its name and in the order they run in, the standard deviation over all images,
-        channels and pixels of its output after its norm (where it has one), before the nonlinearity and the addition.
-
-    Raises:
-        UserError: If there are no batches.
+    The body is in evaluation mode, with trained weights: right after calibration every deviation is that of its norm.
+    Batches are images as it takes them, ``[B, 3, H, W]``. Returns, for each 3x3 convolution, by its name and in the
+    order they run in, the standard deviation over all images, channels and pixels of its output after its norm (where
+    it has one), before the nonlinearity and the addition.
     """
     norm_of = dict(conv_norm_names(body))
     moments: dict[str, tuple[int, float, float]] = {}  # number of values, their sum, the sum of their squares
 
-    def watch(name: str) -> Hook:
-        def measure(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
-            count, total, squares = moments.get(name, (0, 0.0, 0.0))
-            wide = output.double()
-            moments[name] = count + wide.numel(), total + float(wide.sum()), squares + float(wide.square().sum())
+    def measure(name: str, module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+        count, total, squares = moments.get(name, (0, 0.0, 0.0))
+        wide = output.double()
+        # Waits for the device.
+        moments[name] = count + wide.numel(), total + float(wide.sum()), squares + float(wide.square().sum())
 
-        return measure
-
-    watched = {
-        name: body.get_submodule(norm_of.get(name, name))
-        for name, conv in body.named_modules()
-        if isinstance(conv, nn.Conv2d) and conv.kernel_size == (3, 3)
-    }
     with contextlib.ExitStack() as stack:
-        for name, module in watched.items():
-            stack.callback(module.register_forward_hook(watch(name)).remove)
+        for name, conv in body.named_modules():
+            if isinstance(conv, nn.Conv2d) and conv.kernel_size == (3, 3):
+                watched = body.get_submodule(norm_of.get(name, name))
+                stack.callback(watched.register_forward_hook(partial(measure, name)).remove)
         for images in batches:
             body(images)
     if not moments:
@@ -205,9 +147,9 @@ class _Call:
     name: str
     output: tuple[int, ...]
     on_path: bool  # of the receptive field: not on a shortcut
-    kernel: int = 1
-    stride: int = 1
-    dilation: int = 1
+    kernel: int
+    stride: int
+    dilation: int
 
 
 @contextlib.contextmanager
@@ -217,27 +159,22 @@ def _traced(model: nn.Module) -> Iterator[list[_Call]]:
     shortcuts = [module for module in model.modules() if isinstance(module, Projection)]
     off_path = {part for shortcut in shortcuts for part in shortcut.modules()}
 
-    def record(name: str) -> Hook:
-        def hook(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
-            shape, on_path = tuple(output.shape[1:]), module not in off_path
-            if isinstance(module, nn.Conv2d):
-                kernel, stride, dilation = module.kernel_size[0], module.stride[0], module.dilation[0]
-                calls.append(_Call(name, shape, on_path, kernel, stride, dilation))
-            elif isinstance(module, nn.MaxPool2d):
-                assert isinstance(module.kernel_size, int)
-                assert isinstance(module.stride, int)
-                calls.append(_Call(name, shape, on_path, module.kernel_size, module.stride))
-            else:
-                calls.append(_Call(name, shape, on_path))
-
-        return hook
+    def record(name: str, module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+        kernel = stride = dilation = 1
+        if isinstance(module, nn.Conv2d):
+            kernel, stride, dilation = module.kernel_size[0], module.stride[0], module.dilation[0]
+        elif isinstance(module, nn.MaxPool2d):
+            assert isinstance(module.kernel_size, int)
+            assert isinstance(module.stride, int)
+            kernel, stride = module.kernel_size, module.stride
+        calls.append(_Call(name, tuple(output.shape[1:]), module not in off_path, kernel, stride, dilation))
 
     # Blocks are recorded for their outputs alone: a shortcut runs after the convolutions it goes around.
     kinds = (*_LAYERS, nn.MaxPool2d, BasicBlock, Bottleneck)
     with contextlib.ExitStack() as stack:
         for name, module in model.named_modules():
             if isinstance(module, kinds):
-                stack.callback(module.register_forward_hook(record(name)).remove)
+                stack.callback(module.register_forward_hook(partial(record, name)).remove)
         yield calls
 
 

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -19,11 +21,13 @@ from resdet.classification.build import build_images, build_pretrained, build_tr
 from resdet.classification.config import ClassifierEvalConfig, ClassifierTrainConfig, PretrainConfig
 from resdet.classification.data import LabelledImages
 from resdet.classification.evaluate import evaluate_classifier
-from resdet.classification.loader import TrainBatch, train_loader
+from resdet.classification.loader import TrainBatch, train_batch
 from resdet.classification.model import ImageClassifier, classifier_payload, match_classes
 from resdet.classification.views import TrainView
 from resdet.config import LoaderConfig
 from resdet.config_reading import config_to_plain
+from resdet.data.order import TrainBatches
+from resdet.data.workers import load_batches
 from resdet.errors import TrainingError, name_some
 from resdet.evaluation.settings import InferenceSettings
 from resdet.models.bodies import Classifier
@@ -45,14 +49,7 @@ def pretrain(config: PretrainConfig) -> TrainResult:
     """Train a classifier as the configuration says, evaluate it, and leave everything in ``config.output_dir``.
 
     Under torchrun each process calls this, and together they compute what one process would, but for batch norms, each
-    of which sees its own process's images.
-
-    Resuming is as for ``resdet.train``, and so are the errors.
-
-    Raises:
-        UserError: If data, weights or settings do not allow it (each subclass says which), and ``TrainingError`` if a
-            loss or gradient is not finite, or memory does not suffice; last.pt is then the last good checkpoint.
-        Interrupted: After SIGTERM or SIGINT, when everything is on the disk.
+    of which sees its own process's images. Resuming and errors are as for ``resdet.train``.
     """
     begun = time.perf_counter()
     with launched(config.output_dir, config.train, config.resume) as (team, stop, resume_from):
@@ -80,38 +77,38 @@ def pretrain(config: PretrainConfig) -> TrainResult:
             warmup_until_error=config.optim.warmup_until_error,
         )
         view = build_train_view(config.augment, classifier)
+        mix = _mixing(config.train, len(classifier.classes))
         task = ClassificationTask(
-            classifier, train_set, val_set, view, settings, config.train, config.loader, config.eval, team
+            classifier, train_set, val_set, view, mix, settings, config.train, config.loader, config.eval, team
         )
         return run(task, settings, team, stop, begun=begun, saved=saved)
 
 
+@dataclass
 class ClassificationTask:
     """A classifier in training: implements ``resdet.training.loop.Task``, which documents the methods."""
 
-    image_size_keys = "model.image_size"
+    classifier: ImageClassifier
+    train_set: LabelledImages
+    val_set: LabelledImages
+    view: TrainView
+    mix: Mix | None
+    settings: RunSettings
+    train: ClassifierTrainConfig
+    loader: LoaderConfig
+    eval: ClassifierEvalConfig
+    team: Processes
+    image_size_keys: str = "model.image_size"
     shown_metrics: Sequence[str] = ("top1", "top5", "val_loss")
 
-    def __init__(
-        self,
-        classifier: ImageClassifier,
-        train_set: LabelledImages,
-        val_set: LabelledImages,
-        view: TrainView,
-        settings: RunSettings,
-        train: ClassifierTrainConfig,
-        loader: LoaderConfig,
-        evaluation: ClassifierEvalConfig,
-        team: Processes,
-    ) -> None:
-        self.model = classifier.network
-        self._classifier, self._train_set, self._val_set, self._view = classifier, train_set, val_set, view
-        self._settings, self._train, self._loader, self._eval, self._team = settings, train, loader, evaluation, team
-        self._mix = _mixing(train, len(classifier.classes))
+    @property
+    def model(self) -> Classifier:
+        """The network."""
+        return self.classifier.network
 
     def describe(self) -> list[str]:
         """Return lines for the log on model and data."""
-        spec, train_set, val_set = self._classifier.spec, self._train_set, self._val_set
+        spec, train_set, val_set = self.classifier.spec, self.train_set, self.val_set
         millions = sum(p.numel() for p in self.model.parameters()) / 1e6
         return [
             f"{spec.arch}, {spec.norm} norm: {millions:.2f} M parameters",
@@ -121,47 +118,41 @@ class ClassificationTask:
 
     def batches(self, start_step: int) -> Iterator[TrainBatch]:
         """Return micro-batches without end."""
-        return train_loader(
-            self._train_set,
-            self._view,
-            self._team,
-            batch_size=self._settings.train.batch_size,
-            num_micro_batches=self._settings.train.accumulate,
-            num_workers=self._loader.num_workers,
-            stall_seconds=self._loader.stall_seconds,
-            seed=self._settings.seed,
+        keys = TrainBatches(
+            np.ones((len(self.train_set), 2), dtype=np.int64),  # all views have one size: no grouping by size
+            self.train.batch_size,
+            rank=self.team.rank,
+            world_size=self.team.world_size,
+            num_micro_batches=self.train.accumulate,
+            seed=self.settings.seed,
             start_batch=start_step,
         )
+        make, loader = partial(train_batch, self.train_set, self.view), self.loader
+        workers, stall = loader.num_workers, loader.stall_seconds
+        return load_batches(make, keys, num_workers=workers, device=self.team.device, stall_seconds=stall)
 
     def losses(self, parallel: nn.Module, batch: TrainBatch) -> dict[str, Tensor]:
         """Compute the cross entropy, of smoothed labels and mixed images if wanted, and the share of wrong answers."""
-        device = self._team.device
+        device = self.team.device
         pixels, shifts = batch.images.to(device, non_blocking=True), batch.shifts.to(device, non_blocking=True)
-        images = self._classifier.normalise(pixels, shifts)  # float32 [B, 3, S, S]
+        images = self.classifier.normalise(pixels, shifts)  # float32 [B, 3, S, S]
         targets = labels = batch.labels.to(device, non_blocking=True)  # [B]
-        if self._mix is not None:
-            images, targets = self._mix(images, labels)  # targets: [B, K]
-        with autocast(device, self._train.precision):
+        if self.mix is not None:
+            images, targets = self.mix(images, labels)  # targets: [B, K]
+        with autocast(device, self.train.precision):
             scores = parallel(images)  # [B, K]
-        loss = F.cross_entropy(scores.float(), targets, label_smoothing=self._train.label_smoothing)
+        loss = F.cross_entropy(scores.float(), targets, label_smoothing=self.train.label_smoothing)
         return {"loss": loss, "error": (scores.detach().argmax(1) != labels).float().mean()}
 
     def not_finite(
         self, moment: guards.Moment, values: dict[str, Tensor], batches: Sequence[TrainBatch]
     ) -> TrainingError:
         """Save a broken step, with its images and labels, and return the error that reports it."""
-        names = [self._train_set.pictures.name(index) for batch in batches for index in batch.indices]
-        content = classifier_payload(self._classifier)
+        names = [self.train_set.pictures.name(index) for batch in batches for index in batch.indices]
+        images, use = f"images of the batch: {name_some(names, 8)}", ": weights, images and labels"
+        content = classifier_payload(self.classifier)
         content["batches"] = [batch._asdict() for batch in batches]
-        return guards.broken_step(
-            moment,
-            values,
-            self.model,
-            images=f"images of the batch: {name_some(names, 8)}",
-            content=content,
-            use=": weights, images and labels",
-            folder=self._settings.output_dir,
-        )
+        return guards.broken_step(moment, values, self.model, content, self.settings.output_dir, images=images, use=use)
 
     def logged(self, means: dict[str, float]) -> dict[str, float]:
         """Return the means as they are."""
@@ -169,19 +160,19 @@ class ClassificationTask:
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         """Compute ``top1``, ``top5`` and ``val_loss``."""
-        return evaluate_classifier(
-            self._with_network(model),
-            self._val_set,
-            InferenceSettings(
-                batch_size=self._eval.batch_size,
-                num_workers=self._loader.num_workers,
-                precision=self._eval.precision or self._settings.train.precision,
-            ),
-            self._team,
-            views=self._eval.views,
-            resize=self._eval.resize,
-            scales=self._eval.scales,
-        ).as_dict()
+        section, classifier = self.eval, self._with_network(model)
+        precision = section.precision or self.train.precision
+        inference = InferenceSettings(section.batch_size, self.loader.num_workers, precision=precision)
+        metrics = evaluate_classifier(
+            classifier,
+            self.val_set,
+            inference,
+            self.team,
+            views=section.views,
+            resize=section.resize,
+            scales=section.scales,
+        )
+        return metrics.as_dict()
 
     def report(self, log: RunLog, step: int) -> None:
         """Write nothing: the metrics say all there is."""
@@ -192,14 +183,11 @@ class ClassificationTask:
 
     def _with_network(self, network: nn.Module) -> ImageClassifier:
         assert isinstance(network, Classifier)
-        return replace(self._classifier, network=network)
+        return replace(self.classifier, network=network)
 
 
 def _mixing(train: ClassifierTrainConfig, num_classes: int) -> Mix | None:
     """Return what mixes the images of a batch, by torch's own random numbers, or None."""
-    kinds: list[Any] = []
-    if train.mixup:
-        kinds.append(v2.MixUp(alpha=train.mixup, num_classes=num_classes))
-    if train.cutmix:
-        kinds.append(v2.CutMix(alpha=train.cutmix, num_classes=num_classes))
+    alphas = ((v2.MixUp, train.mixup), (v2.CutMix, train.cutmix))
+    kinds: list[Any] = [kind(alpha=alpha, num_classes=num_classes) for kind, alpha in alphas if alpha]
     return v2.RandomChoice(kinds) if len(kinds) > 1 else kinds[0] if kinds else None

@@ -9,6 +9,7 @@ Legend: ``S`` side of a square crop, ``H, W`` pixels.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -60,14 +61,18 @@ def dense_views(image: Image.Image, *, scales: Sequence[int]) -> list[Tensor]:
     return views
 
 
-class TrainView:
-    """Makes the random view of an image that one step of training sees.
+def fixed_views(kind: str, *, resize: int, size: int, scales: Sequence[int]) -> Callable[[Image.Image], list[Tensor]]:
+    """Return what makes the views ``single``, ``ten_crop`` or ``dense`` of an image."""
+    if kind == "dense":
+        return partial(dense_views, scales=scales)
+    return partial(ten_crop_views if kind == "ten_crop" else centre_views, resize=resize, size=size)
 
-    Args:
-        augment: The configuration's section.
-        size: Side of the view in pixels.
-        mean_colour: Red, green and blue in 0..255 with which ``erase`` paints.
-        resize: Length of the short side where ``augment.crop`` is ``pad`` or ``none``.
+
+class TrainView:
+    """Makes the random view of an image that one step of training sees: a square of side ``size``.
+
+    Short sides have the length ``resize`` where ``augment.crop`` is ``pad`` or ``none``; ``erase`` paints with
+    ``mean_colour``, in 0..255.
     """
 
     def __init__(
@@ -89,14 +94,8 @@ class TrainView:
         if augment.flip:
             steps += [v2.RandomHorizontalFlip(augment.flip)]
         if augment.rotate or augment.shift or augment.scale != 1:
-            steps += [
-                v2.RandomAffine(
-                    augment.rotate,
-                    translate=(augment.shift, augment.shift),
-                    scale=(1 / augment.scale, augment.scale),
-                    interpolation=bilinear,
-                )
-            ]
+            shift, scale = (augment.shift, augment.shift), (1 / augment.scale, augment.scale)
+            steps += [v2.RandomAffine(augment.rotate, translate=shift, scale=scale, interpolation=bilinear)]
         if augment.trivial:
             steps += [v2.TrivialAugmentWide(interpolation=bilinear)]
         steps += [F.pil_to_tensor]
@@ -106,15 +105,10 @@ class TrainView:
         self._colour_pca = augment.colour_pca
 
     def __call__(self, image: Image.Image, seed: int) -> tuple[Tensor, Tensor]:
-        """Make the view.
+        """Make the view whose random choices follow from ``seed``, in 0..2**63 - 1.
 
-        Args:
-            image: As stored.
-            seed: Decides all random choices, in 0..2**63 - 1.
-
-        Returns:
-            The view, uint8 ``[3, S, S]``, and what is to be added to its red, green and blue in [0, 1], float32
-            ``[3]``: eight bits would round small shifts away.
+        Returns the view, uint8 ``[3, S, S]``, and what is to be added to its red, green and blue in [0, 1], float32
+        ``[3]``: eight bits would round small shifts away.
         """
         # torchvision draws from the CPU's global generator, which training depends on. torch.manual_seed would also
         # reseed the GPUs' generators, which fork_rng does not restore here.

@@ -30,9 +30,11 @@ LAST, PREVIOUS, BEST = "last.pt", "previous.pt", "best.pt"
 
 
 @contextmanager
-def _disk_faults_explained() -> Iterator[None]:
+def _written(path: Path) -> Iterator[Path]:
+    """Yield a temporary path as ``written_whole`` does; a disk that fails is a TrainingError that says how to go on."""
     try:
-        yield
+        with written_whole(path) as temporary:
+            yield temporary
     except OSError as error:
         raise TrainingError(
             f"a checkpoint cannot be written ({error.strerror}): the run stops here; what was written before is whole, "
@@ -41,12 +43,8 @@ def _disk_faults_explained() -> Iterator[None]:
 
 
 def save_checkpoint(path: Path, payload: dict[str, Any]) -> None:
-    """Write a checkpoint so that the path holds the old file or the whole new one, whatever happens meanwhile.
-
-    Raises:
-        TrainingError: If it cannot be written: a full disk, a folder that became read-only. The old file is as it was.
-    """
-    with _disk_faults_explained(), written_whole(path) as temporary:
+    """Write a checkpoint so that the path holds the old file or the whole new one, whatever happens meanwhile."""
+    with _written(path) as temporary:
         save_tensors(payload, temporary)
 
 
@@ -54,24 +52,17 @@ def save_last(folder: Path, payload: dict[str, Any]) -> None:
     """Write a run's ``last.pt``; the one before it becomes ``previous.pt`` and replaces the one before that.
 
     At every instant at least one of the two is whole.
-
-    Raises:
-        TrainingError: As ``save_checkpoint``.
     """
     last = folder / LAST
     if last.exists() and damage(last) is None:
         # A second name for the same bytes, so that last.pt is never missing: only save_checkpoint replaces it.
-        with _disk_faults_explained(), written_whole(folder / PREVIOUS) as older:
+        with _written(folder / PREVIOUS) as older:
             os.link(last, older)
     save_checkpoint(last, payload)
 
 
 def load_training_state(path: WeightsPath, model: nn.Module) -> dict[str, Any]:
-    """Load the weights of a run's ``last.pt`` into ``model`` and return its training state (``RunState``).
-
-    Raises:
-        WeightsError: If the file is missing or damaged, holds no training state, or belongs to another model.
-    """
+    """Load the weights of a run's ``last.pt`` into ``model`` and return its training state (``RunState``)."""
     file = read_weights(path)
     if "training" not in file.content:
         raise WeightsError(f"{file.path}: holds no training state to resume from (best.pt has none; use last.pt)")
@@ -85,11 +76,8 @@ def load_training_state(path: WeightsPath, model: nn.Module) -> dict[str, Any]:
 def newest_whole(folder: Path) -> Path | None:
     """Return the newest checkpoint of a run that is whole, or None if it has none at all.
 
-    Every tensor in the file has a checksum, and all are compared: a file cut short or with one flipped bit is skipped
-    in favour of the one before it, and the log says so.
-
-    Raises:
-        WeightsError: If there are checkpoints, and all are damaged.
+    A file cut short or with one flipped bit is skipped in favour of the one before it, and the log says so. A
+    WeightsError is raised if there are checkpoints, and all are damaged.
     """
     damaged: list[str] = []
     for path in (folder / LAST, folder / PREVIOUS):
@@ -118,10 +106,6 @@ def damage(path: Path) -> str | None:
         if wrong is None:
             torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # damaged bytes raise whatever the first reader that meets them raises
-        return f"not a whole file: {_first_line(error)}"
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        return f"not a whole file: {lines[:2][-1]}"  # the first of several lines is a heading
     return None if wrong is None else f"checksum of {wrong} is wrong"
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    return lines[1] if len(lines) > 1 else lines[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -76,36 +77,31 @@ def train(config: Config) -> TrainResult:
             best_metric=config.eval.best_metric,
             num_images=train_set.table.num_images,
         )
-        task = DetectionTask(model, train_set, val_set, settings, config.loader, config.eval, team)
+        inference = InferenceSettings(
+            batch_size=config.eval.batch_size,
+            num_workers=config.loader.num_workers,
+            precision=config.eval.precision or config.train.precision,
+            tricks=config.eval.tricks,
+        )
+        task = DetectionTask(model, train_set, val_set, settings, config.loader, config.eval, inference, team)
         return run(task, settings, team, stop, begun=begun, saved=saved)
 
 
+@dataclass
 class DetectionTask:
     """A detector in training: implements ``resdet.training.loop.Task``, which documents the methods."""
 
-    image_size_keys = "model.min_size, model.max_size"
+    model: Detector
+    train_set: DetectionDataset
+    val_set: DetectionDataset
+    settings: RunSettings
+    loader: LoaderConfig
+    eval: EvalConfig
+    inference: InferenceSettings  # for evaluations
+    team: Processes
+    last: Evaluation | None = None
+    image_size_keys: str = "model.min_size, model.max_size"
     shown_metrics: Sequence[str] = ("AP", "AP50", "AP75")
-
-    def __init__(
-        self,
-        model: Detector,
-        train_set: DetectionDataset,
-        val_set: DetectionDataset,
-        settings: RunSettings,
-        loader: LoaderConfig,
-        evaluation: EvalConfig,
-        team: Processes,
-    ) -> None:
-        self.model = model
-        self._train_set, self._val_set = train_set, val_set
-        self._settings, self._loader, self._eval, self._team = settings, loader, evaluation, team
-        self._inference = InferenceSettings(
-            batch_size=evaluation.batch_size,
-            num_workers=loader.num_workers,
-            precision=evaluation.precision or settings.train.precision,
-            tricks=evaluation.tricks,
-        )
-        self._evaluation: Evaluation | None = None
 
     def describe(self) -> list[str]:
         """Return lines for the log on model and data."""
@@ -114,33 +110,33 @@ class DetectionTask:
         total, spec = sum(p.numel() for p in parameters), self.model.spec
         return [
             f"{spec.arch}, {spec.norm} norm: {total / 1e6:.1f} M parameters, {trained / 1e6:.1f} M trained",
-            f"train: {self._train_set.table.num_images} images, {len(self._train_set.categories)} classes; "
-            f"val: {self._val_set.table.num_images} images",
+            f"train: {self.train_set.table.num_images} images, {len(self.train_set.categories)} classes; "
+            f"val: {self.val_set.table.num_images} images",
         ]
 
     def batches(self, start_step: int) -> Iterator[Batch]:
         """Return micro-batches without end."""
         return train_loader(
-            self._train_set,
-            self._team,
-            batch_size=self._settings.train.batch_size,
-            num_micro_batches=self._settings.train.accumulate,
-            num_workers=self._loader.num_workers,
-            stall_seconds=self._loader.stall_seconds,
-            sampling=self._loader.sampling,
-            repeat_threshold=self._loader.repeat_threshold,
-            seed=self._settings.seed,
+            self.train_set,
+            self.team,
+            batch_size=self.settings.train.batch_size,
+            num_micro_batches=self.settings.train.accumulate,
+            num_workers=self.loader.num_workers,
+            stall_seconds=self.loader.stall_seconds,
+            sampling=self.loader.sampling,
+            repeat_threshold=self.loader.repeat_threshold,
+            seed=self.settings.seed,
             start_batch=start_step,
             resize=host_resize(self.model),
         )
 
     def losses(self, parallel: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """Compute the losses of a batch (``detection_losses``)."""
-        return detection_losses(self.model, parallel, batch, self._settings.train.precision)
+        return detection_losses(self.model, parallel, batch, self.settings.train.precision)
 
     def not_finite(self, moment: guards.Moment, values: dict[str, Tensor], batches: Sequence[Batch]) -> TrainingError:
         """Save a broken step and return the error that reports it (``not_finite``)."""
-        return not_finite(moment, values, self.model, batches, self._train_set.table, self._settings.output_dir)
+        return not_finite(moment, values, self.model, batches, self.train_set.table, self.settings.output_dir)
 
     def logged(self, means: dict[str, float]) -> dict[str, float]:
         """Return the means with the recall of the proposals in place of the two counts that it is made of."""
@@ -151,19 +147,19 @@ class DetectionTask:
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         """Compute COCO's and VOC's metrics, and the losses if they are wanted; set the model's score threshold."""
         assert isinstance(model, Detector)
-        self._evaluation = evaluate(model, self._val_set, self._inference, self._team)
-        self.model.score_threshold = model.score_threshold = self._evaluation.score_threshold
-        metrics = self._evaluation.metrics
-        if self._eval.loss:
-            metrics |= validation_loss(model, self._val_set, self._inference, self._team)
+        self.last = evaluate(model, self.val_set, self.inference, self.team)
+        self.model.score_threshold = model.score_threshold = self.last.score_threshold
+        metrics = self.last.metrics
+        if self.eval.loss:
+            metrics |= validation_loss(model, self.val_set, self.inference, self.team)
         return metrics
 
     def report(self, log: RunLog, step: int) -> None:
         """Draw the last evaluation's detections on the first images and write report.html."""
-        assert self._evaluation is not None
-        if self._eval.num_pictures:
-            self._draw_pictures(self._evaluation, log, step)
-        write_run_report(self._settings.output_dir, self._val_set, self._evaluation, self._settings.config)
+        assert self.last is not None
+        if self.eval.num_pictures:
+            self._draw_pictures(self.last, log, step)
+        write_run_report(self.settings.output_dir, self.val_set, self.last, self.settings.config)
 
     def payload(self, model: nn.Module) -> dict[str, Any]:
         """Return a detector as checkpoints hold it."""
@@ -171,37 +167,24 @@ class DetectionTask:
         return checkpoint_payload(model)
 
     def _draw_pictures(self, evaluation: Evaluation, log: RunLog, step: int) -> None:
-        folder, dataset = self._settings.output_dir / "pictures", self._val_set
+        folder, dataset = self.settings.output_dir / "pictures", self.val_set
         folder.mkdir(exist_ok=True)
-        stated = self._eval.picture_score
+        stated = self.eval.picture_score
         threshold = shown_from(evaluation)[0] if stated is None else stated
-        names, pictures = [], []
-        for index in range(min(self._eval.num_pictures, dataset.table.num_images)):
-            image = dataset.image(index)
-            picture = draw(
-                image,
-                evaluation.detections.of_image(index),
-                dataset.categories,
-                score_threshold=threshold,
-                scale=legible_scale(image),
-            )
-            names.append(Path(str(dataset.table.file_names[index])).stem)
-            pictures.append(picture)
-            Image.fromarray(picture).save(folder / f"{names[-1]}.png")
-        log.pictures(step, names, pictures)
+        for index in range(min(self.eval.num_pictures, dataset.table.num_images)):
+            image, found = dataset.image(index), evaluation.detections.of_image(index)
+            scale = legible_scale(image)
+            picture = draw(image, found, dataset.categories, score_threshold=threshold, scale=scale)
+            name = Path(str(dataset.table.file_names[index])).stem
+            Image.fromarray(picture).save(folder / f"{name}.png")
+            log.picture(step, name, picture)
 
 
 def detection_losses(model: Detector, parallel: nn.Module, batch: Batch, precision: Precision) -> dict[str, Tensor]:
-    """Compute the losses of a batch, moving it to the detector's device.
+    """Compute the losses of a batch in host memory, which is copied asynchronously if it is pinned.
 
-    Args:
-        model: The detector, in training mode.
-        parallel: The same, or its wrapper for several processes.
-        batch: Images and targets in host memory; copied asynchronously if pinned.
-        precision: Of the forward pass; losses are float32.
-
-    Returns:
-        ``loss``, the losses it is the sum of, and what the detector counted, means over the batch's images.
+    ``parallel`` is the detector or its wrapper for several processes; losses are float32, whatever the precision.
+    Returns ``loss``, the losses it is the sum of, and what the detector counted, means over the batch's images.
     """
     device = next(model.parameters()).device
     images = model_images(model, batch.images, device)  # [3, H, W] each; the detector resizes, pads and stacks
@@ -232,15 +215,9 @@ def not_finite(
         {"images": batch.images, "targets": [dict(target) for target in batch.targets], "seeds": batch.seeds}
         for batch in micro_batches
     ]
-    return guards.broken_step(
-        moment,
-        values,
-        model,
-        images="image ids of the batch: " + ", ".join(f"{table.image_ids[i]} ({table.file_names[i]})" for i in indices),
-        content=content,
-        use=": resdet.training.detection.repeat_step computes it again",
-        folder=folder,
-    )
+    images = "image ids of the batch: " + ", ".join(f"{table.image_ids[i]} ({table.file_names[i]})" for i in indices)
+    use = ": resdet.training.detection.repeat_step computes it again"
+    return guards.broken_step(moment, values, model, content, folder, images=images, use=use)
 
 
 def repeat_step(path: Path, *, device: torch.device | None = None) -> tuple[Detector, dict[str, Tensor]]:

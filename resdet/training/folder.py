@@ -20,13 +20,10 @@ LOCK = ".lock"
 
 @contextmanager
 def claimed(folder: Path) -> Iterator[None]:
-    """Make a folder and hold it, so that no second run writes into it.
+    """Make a folder and hold it, so that a second run that wants to write into it gets a UserError.
 
     A lock file left behind by a process that has ended locks nothing. Without locks (Windows, some network file
     systems) the folder is not protected.
-
-    Raises:
-        UserError: If another run holds it (the message names its process and host), or it cannot be written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -55,10 +52,6 @@ def checkpoint_to_resume(folder: Path, resume: str | None) -> Path | None:
     """Return the checkpoint to resume from; None for a new run, whose folder must not hold another.
 
     ``resume`` is the configuration's: ``auto``, the path of a checkpoint, or None.
-
-    Raises:
-        UserError: If the folder holds a run and ``resume`` is None.
-        WeightsError: If all of the run's checkpoints are damaged.
     """
     if resume == "auto":
         return newest_whole(folder)

@@ -26,47 +26,31 @@ NUM_NAMED_LAYERS = 3
 
 @dataclass(frozen=True)
 class Moment:
-    """Which step of a run it is.
+    """Which step of a run it is, and how it was computed."""
 
-    Attributes:
-        step: Steps done before it.
-        random_seed: What torch's generator was seeded with when it began.
-        rank: The process.
-        lr: Learning rate.
-        precision: Of the forward pass.
-        num_pieces: Parts in which each micro-batch was computed.
-    """
-
-    step: int
-    random_seed: int
+    step: int  # steps done before it
+    random_seed: int  # what torch's generator was seeded with when it began
     rank: int
     lr: float
-    precision: Precision
-    num_pieces: int
+    precision: Precision  # of the forward pass
+    num_pieces: int  # parts in which each micro-batch was computed
 
 
 def broken_step(
     moment: Moment,
     values: dict[str, Tensor],
     model: nn.Module,
+    content: dict[str, Any],
+    folder: Path,
     *,
     images: str,
-    content: dict[str, Any],
     use: str,
-    folder: Path,
 ) -> TrainingError:
     """Save a step whose loss or gradient is not finite (``broken_step_N.pt``) and return the error that reports it.
 
-    It must be called before the step is taken, with the gradients still there.
-
-    Args:
-        moment: Which step.
-        values: Loss, its parts and the gradient's norm, scalars.
-        model: The model, with the gradients.
-        images: Names the images.
-        content: What is saved together with ``moment``: tensors and plain values.
-        use: What can be done with the file, appended to "holds the step".
-        folder: The run's folder.
+    It must be called before the step is taken, with the gradients still there. ``values`` are the loss, its parts and
+    the gradient's norm, ``content`` is what the file holds beside ``moment``, ``images`` names the images, and ``use``
+    says after "holds the step" what can be done with the file.
     """
     # The text before the file: failing to write it must not hide what happened. This waits for the device.
     numbers = ", ".join(f"{name} {value.item():.4g}" for name, value in values.items())
@@ -90,15 +74,15 @@ def broken_step(
 
 def _largest_layers(model: nn.Module) -> str:
     """Name the parameters of largest gradient, those that are not finite first, with their own largest weight."""
-    rows = []
-    for name, parameter in model.named_parameters():
-        if parameter.grad is not None:
-            largest = parameter.grad.detach().abs().max().item()
-            rows.append((math.inf if math.isnan(largest) else largest, name, largest, parameter))
-    rows.sort(key=lambda row: row[0], reverse=True)
+    rows = [
+        (p.grad.detach().abs().max().item(), name, p.detach().abs().max().item())  # waits for the device
+        for name, p in model.named_parameters()
+        if p.grad is not None
+    ]
+    rows.sort(key=lambda row: math.inf if math.isnan(row[0]) else row[0], reverse=True)
     return ", ".join(
-        f"{name} (gradient up to {largest:.3g}, weights up to {parameter.detach().abs().max().item():.3g})"
-        for _, name, largest, parameter in rows[:NUM_NAMED_LAYERS]
+        f"{name} (gradient up to {gradient:.3g}, weights up to {weight:.3g})"
+        for gradient, name, weight in rows[:NUM_NAMED_LAYERS]
     )
 
 
@@ -107,23 +91,16 @@ def after_out_of_memory(
 ) -> int:
     """Return in how many pieces to try again after a step ran out of memory.
 
-    Any other ``error`` is raised again as it is. ``image_size_keys`` are the configuration's keys that make images
-    smaller, for the message.
-
-    Raises:
-        TrainingError: If memory ran out and smaller pieces are not allowed or not possible; names what to lower.
+    Any other ``error`` is raised again as it is. If smaller pieces are not allowed or not possible, a TrainingError
+    names what to lower (``image_size_keys``: the configuration's keys that make images smaller).
     """
     # CPUs have no exception type of their own for it.
     if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
         raise error
     reason = str(error).splitlines()[0]
     if may_retry and num_pieces < micro_batch_size:
-        logger.warning(
-            "out of memory: from here on micro-batches of %d images are computed in %d pieces (%s)",
-            micro_batch_size,
-            2 * num_pieces,
-            reason,
-        )
+        message = "out of memory: from here on micro-batches of %d images are computed in %d pieces (%s)"
+        logger.warning(message, micro_batch_size, 2 * num_pieces, reason)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         return 2 * num_pieces
@@ -138,12 +115,6 @@ def after_out_of_memory(
 @contextmanager
 def deterministic(device: Literal["auto", "cpu", "cuda"]) -> Iterator[None]:
     """Use only algorithms that give the same bits every time. Enter it before anything touches CUDA.
-
-    Args:
-        device: The configuration's ``train.device``.
-
-    Raises:
-        TrainingError: If the process has initialised CUDA before without room for cuBLAS to be deterministic.
 
     Source: torch's notes on reproducibility. Limits: the same GPU model, the same versions of torch, CUDA and cuDNN,
         the same number of processes; some operations have no such algorithm and raise a RuntimeError that names them.

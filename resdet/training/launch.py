@@ -20,12 +20,7 @@ def launched(
 ) -> Iterator[tuple[Processes, StopSignals, Path | None]]:
     """Join the run's processes, claim its folder and take over SIGTERM and SIGINT, until the block ends.
 
-    Yields:
-        The processes, the signals that have come, and the checkpoint to resume from (None: a new run).
-
-    Raises:
-        UserError: If the folder is taken or not writable, or ``train`` does not fit the number of processes.
-        WeightsError: If all checkpoints to resume from are damaged.
+    Yields the processes, the signals that have come, and the checkpoint to resume from (None: a new run).
     """
     with ExitStack() as stack:
         if train.deterministic:

@@ -25,25 +25,19 @@ from resdet.training import guards
 from resdet.training.checkpoint import BEST, LAST, save_checkpoint, save_last
 from resdet.training.guards import Moment
 from resdet.training.interrupt import StopSignals
-from resdet.training.optim import set_lr
 from resdet.training.runlog import RunLog, memory_in_use
 from resdet.training.settings import RunSettings
 from resdet.training.state import Learner, RunState, set_up, training_state
-from resdet.training.step import BatchT, accumulate_gradients
+from resdet.training.step import BatchT, accumulate_gradients, add_up
 
 logger = logging.getLogger(__name__)
 
 
 class Task(Protocol[BatchT]):
-    """What is trained, on what, and how it is evaluated.
+    """What is trained, on what, and how it is evaluated."""
 
-    Attributes:
-        image_size_keys: The configuration's keys that make images smaller, for the message when memory runs out.
-        shown_metrics: The metrics that the terminal shows.
-    """
-
-    image_size_keys: str
-    shown_metrics: Sequence[str]
+    image_size_keys: str  # the configuration's keys that make images smaller, for the message when memory runs out
+    shown_metrics: Sequence[str]  # those that the terminal shows
 
     @property
     def model(self) -> nn.Module:
@@ -76,21 +70,13 @@ class Task(Protocol[BatchT]):
 
 @dataclass(frozen=True)
 class TrainResult:
-    """The outcome of a run.
-
-    Attributes:
-        output_dir: Folder of the run.
-        steps: Optimizer steps done in total; fewer than asked for if it stopped early.
-        metrics: The metrics of the last evaluation (``AP``, ``AP50``, ...; ``top1``, ``top5``, ``val_loss``).
-        best: The best value of ``eval.best_metric`` in all evaluations; ``best.pt`` is that model.
-        seconds: Wall-clock time of this call, evaluations included.
-    """
+    """The outcome of a run."""
 
     output_dir: Path
-    steps: int
-    metrics: dict[str, float]
-    best: float
-    seconds: float
+    steps: int  # optimizer steps done in total; fewer than asked for if it stopped early
+    metrics: dict[str, float]  # of the last evaluation: AP, AP50, ...; or top1, top5, val_loss
+    best: float  # value of eval.best_metric in all evaluations; best.pt is that model
+    seconds: float  # wall-clock time of this call, evaluations included
 
 
 def run(
@@ -108,23 +94,16 @@ def run(
     selections by masks): a step is not one queue of kernels.
 
     Every process of ``team`` calls this. ``stop`` holds the signals that have come, ``begun`` is when the run began
-    (``time.perf_counter``), ``saved`` the training state to resume from, empty for a new run.
-
-    Raises:
-        TrainingError: If a loss or gradient is not finite, memory does not suffice, or a checkpoint cannot be written.
-        Interrupted: After SIGTERM or SIGINT, when everything is on the disk.
+    (``time.perf_counter``), ``saved`` the training state to resume from, empty for a new run. Errors are as
+    ``resdet.train`` documents them.
     """
     train, num_steps = settings.train, settings.num_steps
     learner, state = set_up(task.model, settings, team, saved)
     batches = task.batches(state.step)
-    log = RunLog(
-        settings.output_dir,
-        num_steps=num_steps,
-        start_step=state.step,
-        evaluated=state.evaluated,
-        enabled=team.is_main,
-    )
-    with log:
+    start, evaluated = state.step, state.evaluated
+    with RunLog(
+        settings.output_dir, num_steps=num_steps, start_step=start, evaluated=evaluated, enabled=team.is_main
+    ) as log:
         if team.is_main:
             write_plan(task, learner)
         learner.model.train()
@@ -146,7 +125,8 @@ def run(
             random_seed = team.step_seed(settings.seed, state.step)
             torch.manual_seed(random_seed)
             lr = learner.rate.at(state.step, state.schedule)
-            set_lr(learner.optimizer, lr)
+            for group in learner.optimizer.param_groups:
+                group["lr"] = lr
 
             # Draw this process's share of the step: `accumulate` micro-batches of uint8 images in host memory.
             waiting = time.perf_counter()
@@ -176,8 +156,7 @@ def run(
             state.step += 1
             log.advance()
             state.log_steps += 1
-            for name, value in values.items():
-                state.log_sums[name] = state.log_sums[name] + value if name in state.log_sums else value
+            add_up(state.log_sums, values)
             if state.step % train.log_every == 0 or state.step == num_steps:
                 log_interval(task, learner, state, log, lr)
 
@@ -261,18 +240,14 @@ def log_interval(task: Task[BatchT], learner: Learner, state: RunState, log: Run
     sums = torch.stack(list(state.log_sums.values()))  # one number for each name
     means = learner.team.mean(sums / state.log_steps).tolist()  # waits for the device
     values = task.logged(dict(zip(state.log_sums, means, strict=True)))
-    log.losses(
-        state.step,
-        {
-            **values,
-            "lr": lr,
-            "epoch": state.step * batch_size / learner.settings.num_images,
-            "images_per_s": state.log_steps * batch_size / elapsed,
-            "data_s": state.data_s / state.log_steps,
-            "step_s": elapsed / state.log_steps,
-            **memory_in_use(learner.team.device),
-        },
-    )
+    measured = {
+        "lr": lr,
+        "epoch": state.step * batch_size / learner.settings.num_images,
+        "images_per_s": state.log_steps * batch_size / elapsed,
+        "data_s": state.data_s / state.log_steps,
+        "step_s": elapsed / state.log_steps,
+    }
+    log.losses(state.step, values | measured | memory_in_use(learner.team.device))
     state.log_sums, state.log_steps, state.logged_at, state.data_s = {}, 0, time.perf_counter(), 0.0
     learner.rate.after_interval(state.step, values, state.schedule)
 
@@ -295,16 +270,9 @@ def write_plan(task: Task[BatchT], learner: Learner) -> None:
     for line in task.describe():
         logger.info("%s", line)
     train, optim, num_steps = settings.train, settings.optim, settings.num_steps
-    logger.info(
-        "%d steps of %d images (%d at a time in each process), %.1f epochs; %s on %d x %s",
-        num_steps,
-        train.batch_size,
-        learner.micro_batch_size,
-        num_steps * train.batch_size / settings.num_images,
-        train.precision,
-        team.world_size,
-        team.device.type,
-    )
+    at_a_time, epochs = learner.micro_batch_size, num_steps * train.batch_size / settings.num_images
+    length = f"{num_steps} steps of {train.batch_size} images ({at_a_time} at a time in each process)"
+    logger.info("%s, %.1f epochs; %s on %d x %s", length, epochs, train.precision, team.world_size, team.device.type)
     scaled = f": {optim.lr:g} for {optim.lr_batch_size} images, scaled linearly (optim.lr_batch_size)"
     is_scaled = optim.lr_batch_size not in (None, train.batch_size)
     logger.info("learning rate %g%s", learner.rate.base, scaled if is_scaled else "")

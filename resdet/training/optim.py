@@ -69,8 +69,8 @@ def lr_factor(
 ) -> float:
     """Return the factor of the rate at a step (0 for the first); arguments are the keys of the section ``optim``.
 
-    ``multistep`` multiplies by ``gamma`` at each milestone, a fraction of the run; ``cosine`` falls from 1 to 0 over
-    the whole run (Loshchilov & Hutter 2017, without restarts). The linear warmup multiplies the schedule.
+    ``cosine`` falls from 1 to 0 over the whole run (Loshchilov & Hutter 2017, without restarts). The linear warmup
+    multiplies the schedule.
     """
     factor = 1.0
     if schedule == "multistep":
@@ -80,12 +80,6 @@ def lr_factor(
     if step < warmup_steps:
         factor *= warmup_factor + (1 - warmup_factor) * step / warmup_steps
     return factor
-
-
-def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Use ``lr`` for all parameters from the next step on."""
-    for group in optimizer.param_groups:
-        group["lr"] = lr
 
 
 class LearningRate:

@@ -9,7 +9,6 @@ import math
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -28,15 +27,10 @@ logger = logging.getLogger(__name__)
 
 
 class RunLog:
-    """Writes a run's log files and shows its progress; on ranks other than 0 it does nothing.
+    """Writes a run's log files and shows its progress; does nothing unless ``enabled``, as in ranks other than 0.
 
-    Args:
-        output_dir: Folder of the run.
-        num_steps: Length of the run.
-        start_step: Steps done before this process began. Lines that an interrupted run logged after them are dropped
-            from metrics.jsonl (and hidden in TensorBoard), since these steps are about to happen again.
-        evaluated: Step of the last evaluation that is not about to be repeated; None if there was none.
-        enabled: Whether this process is the one that writes.
+    Lines that an interrupted run logged after ``start_step``, or evaluations after the step ``evaluated``, are dropped
+    from metrics.jsonl (and hidden in TensorBoard), since they are about to happen again.
     """
 
     def __init__(
@@ -51,12 +45,13 @@ class RunLog:
         from torch.utils.tensorboard import SummaryWriter
 
         output_dir.mkdir(parents=True, exist_ok=True)
-        kept = []
-        for line in self._lines():
-            values = json.loads(line)
-            is_training = "lr" in values  # the other lines are evaluations
-            if values["step"] <= (start_step if is_training else evaluated or 0):
-                kept.append(line)
+        text, kept = self._path.read_text(encoding="utf-8") if self._path.exists() else "", []
+        for line in text.splitlines(keepends=True):
+            if line.endswith("}\n"):  # a process killed while writing leaves half a line at the end
+                values = json.loads(line)
+                is_training = "lr" in values  # the other lines are evaluations
+                if values["step"] <= (start_step if is_training else evaluated or 0):
+                    kept.append(line)
         with written_whole(self._path) as temporary:
             temporary.write_text("".join(kept), encoding="utf-8")
         purge_step = start_step + 1 if start_step else None
@@ -68,15 +63,13 @@ class RunLog:
         self._redirect.__enter__()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """Close the files."""
         if self._bar is not None:
             self._bar.close()
         if self._board is not None:
             self._board.close()
-        self._redirect.__exit__(kind, error, trace)
+        self._redirect.__exit__(None, None, None)
 
     def advance(self) -> None:
         """Count one step on the progress bar."""
@@ -99,11 +92,10 @@ class RunLog:
         if self._board is not None:
             logger.info("step %d: %s", step, "  ".join(f"{name} {metrics[name]:.3f}" for name in shown))
 
-    def pictures(self, step: int, names: Sequence[str], images: Sequence[npt.NDArray[np.uint8]]) -> None:
-        """Show drawn images (uint8 ``[H, W, 3]``) in TensorBoard."""
+    def picture(self, step: int, name: str, image: npt.NDArray[np.uint8]) -> None:
+        """Show a drawn image (uint8 ``[H, W, 3]``) in TensorBoard."""
         if self._board is not None:
-            for name, image in zip(names, images, strict=True):
-                self._board.add_image(f"detections/{name}", image, step, dataformats="HWC")
+            self._board.add_image(f"detections/{name}", image, step, dataformats="HWC")
 
     def _write(self, step: int, values: Mapping[str, float], group: str) -> None:
         if self._board is None:
@@ -114,13 +106,6 @@ class RunLog:
             file.write(json.dumps({"step": step, **plain}) + "\n")
         for name, value in values.items():
             self._board.add_scalar(f"{group}/{name}", value, step)
-
-    def _lines(self) -> list[str]:
-        if not self._path.exists():
-            return []
-        lines = self._path.read_text(encoding="utf-8").splitlines(keepends=True)
-        # A process killed while writing leaves half a line at the end.
-        return [line for line in lines if line.endswith("}\n")]
 
 
 def memory_in_use(device: torch.device) -> dict[str, float]:

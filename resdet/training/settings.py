@@ -12,30 +12,17 @@ from resdet.config import OptimConfig, TrainConfig
 
 @dataclass(frozen=True)
 class RunSettings:
-    """The part of a run's configuration that is not about its model and data.
+    """The part of a run's configuration that is not about its model and data."""
 
-    Attributes:
-        config: The whole configuration as plain values, for config.yaml and the checkpoints.
-        output_dir: The run's folder.
-        resume_from: The checkpoint to resume from; None starts anew.
-        seed: Where all random numbers start.
-        train: Length, batch, precision, intervals.
-        optim: Optimizer and learning rate.
-        best_metric: The metric whose highest value makes an evaluation the best.
-        num_images: Training images: an epoch.
-        plateau_patience: See ``LearningRate``; so is the next.
-        warmup_until_error: See there.
-    """
-
-    config: dict[str, Any]
+    config: dict[str, Any]  # all of it as plain values, for config.yaml and the checkpoints
     output_dir: Path
-    resume_from: Path | None
+    resume_from: Path | None  # None starts anew
     seed: int
     train: TrainConfig
     optim: OptimConfig
-    best_metric: str
-    num_images: int
-    plateau_patience: int | None = None
+    best_metric: str  # its highest value makes an evaluation the best
+    num_images: int  # an epoch
+    plateau_patience: int | None = None  # for LearningRate, as is the next
     warmup_until_error: float | None = None
 
     @property

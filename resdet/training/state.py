@@ -29,60 +29,35 @@ class RunState:
     """How far a run has come.
 
     There is no random state in it: every random number of a run follows from its seed and the step.
-
-    Attributes:
-        step: Optimizer steps done.
-        best: Value of the best evaluation so far (its ``eval.best_metric``); None before the first.
-        num_worse: Evaluations since then.
-        evaluated: Step of the last evaluation; None before the first.
-        metrics: The metrics of that evaluation.
-        log_sums: Sums since the last line of metrics.jsonl, by name, scalars on the device.
-        log_steps: Steps they were summed over.
-        schedule: State of a learning rate that follows the run's own metrics (``LearningRate``); empty if it follows
-            the step alone.
-        saved: Step that last.pt holds; None if it holds none of this run. Neither this nor the next three are saved.
-        num_pieces: Pieces in which each micro-batch is computed; more than one after memory ran out.
-        logged_at: When the current interval of the log began, without the time of evaluations.
-        data_s: Seconds waited for images since then.
     """
 
-    step: int = 0
-    best: float | None = None
-    num_worse: int = 0
-    evaluated: int | None = None
-    metrics: dict[str, float] = field(default_factory=dict)
-    log_sums: dict[str, Tensor] = field(default_factory=dict)
-    log_steps: int = 0
-    schedule: dict[str, int] = field(default_factory=dict)
-    saved: int | None = None
-    num_pieces: int = 1
-    logged_at: float = field(default_factory=time.perf_counter)
-    data_s: float = 0.0
+    step: int = 0  # optimizer steps done
+    best: float | None = None  # eval.best_metric of the best evaluation so far; None before the first
+    num_worse: int = 0  # evaluations since then
+    evaluated: int | None = None  # step of the last evaluation; None before the first
+    metrics: dict[str, float] = field(default_factory=dict)  # of that evaluation
+    log_sums: dict[str, Tensor] = field(default_factory=dict)  # since the last line of the log, scalars on the device
+    log_steps: int = 0  # they were summed over
+    schedule: dict[str, int] = field(default_factory=dict)  # LearningRate's; empty if it follows the step alone
+    # What follows is not saved.
+    saved: int | None = None  # step that last.pt holds; None if it holds none of this run
+    num_pieces: int = 1  # in which each micro-batch is computed; more than one after memory ran out
+    logged_at: float = field(default_factory=time.perf_counter)  # start of the log's interval, without evaluations
+    data_s: float = 0.0  # waited for images since then
 
 
 @dataclass(frozen=True)
 class Learner:
-    """A model and everything that trains it.
-
-    Attributes:
-        settings: The run's settings.
-        team: The processes of the run.
-        model: The model that is trained.
-        parallel: The same, or its wrapper for several processes.
-        optimizer: Its optimizer.
-        scaler: Scales the loss for fp16; switched off for other precisions.
-        rate: The learning rate.
-        average: The moving average of the weights; None without one.
-    """
+    """A model and everything that trains it."""
 
     settings: RunSettings
     team: Processes
     model: nn.Module
-    parallel: nn.Module
+    parallel: nn.Module  # the model, or its wrapper for several processes
     optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
+    scaler: torch.amp.GradScaler  # of the loss for fp16; switched off for other precisions
     rate: LearningRate
-    average: AveragedModel | None
+    average: AveragedModel | None  # of the weights; None without one
 
     @property
     def micro_batch_size(self) -> int:
@@ -108,9 +83,6 @@ def set_up(model: nn.Module, settings: RunSettings, team: Processes, saved: dict
     """Build a run's optimizer and what goes with it; load ``saved``, the training state that it resumes from.
 
     ``saved`` loses its tensors to whatever they are loaded into, so that memory does not hold them twice.
-
-    Raises:
-        WeightsError: If the state is not one of this run.
     """
     optim, rate = settings.optim, LearningRate(settings)
     if settings.resume_from is not None and not _SAVED_BY_ALL <= saved.keys() <= {*_SAVED, *_OF_LEARNER}:

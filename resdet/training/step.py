@@ -46,29 +46,25 @@ def accumulate_gradients(
     num_pieces: int,
     scaler: torch.amp.GradScaler,
 ) -> dict[str, Tensor]:
-    """Add up the gradients of a step.
+    """Add up the gradients of this process's share of a step, each micro-batch in ``num_pieces`` parts.
 
-    Args:
-        losses: The task's losses.
-        parallel: The model, or its wrapper for several processes.
-        micro_batches: This process's share of the step.
-        num_pieces: Parts in which each micro-batch is computed, one after the other.
-        scaler: Scales the loss for fp16.
-
-    Returns:
-        What ``losses`` returns, as means over the images of the step, scalars on the device.
+    Returns what ``losses`` returns, as means over the images of the step, scalars on the device.
     """
     pieces = [piece for batch in micro_batches for piece in cut(batch, num_pieces)]
     num_images = sum(len(piece.indices) for piece in pieces)
     means: dict[str, Tensor] = {}
-    for number, piece in enumerate(pieces):
+    for piece in pieces:
         share = len(piece.indices) / num_images
         # Gradients travel between processes once per step, with the last piece.
-        is_last = number == len(pieces) - 1
+        is_last = piece is pieces[-1]
         with parallel.no_sync() if isinstance(parallel, DistributedDataParallel) and not is_last else nullcontext():
             values = losses(parallel, piece)
             scaler.scale(values["loss"] * share).backward()  # type: ignore[no-untyped-call]
-        for name, value in values.items():
-            part = value.detach() * share
-            means[name] = means[name] + part if name in means else part
+        add_up(means, {name: value.detach() * share for name, value in values.items()})
     return means
+
+
+def add_up(sums: dict[str, Tensor], values: dict[str, Tensor]) -> None:
+    """Add each value to the sum of its name, in place; a name that is new begins a sum."""
+    for name, value in values.items():
+        sums[name] = sums[name] + value if name in sums else value

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from resdet.classification.data import LabelledImages, StoredPictures
-from resdet.classification.loader import _eval_batch
+from resdet.classification.loader import eval_batch
 from resdet.classification.views import ten_crop_views
 from resdet.data import workers
 from resdet.data.dataset import DetectionDataset
@@ -127,7 +127,7 @@ def test_a_dead_pinning_thread_is_no_stall(pinning, monkeypatch):
 def views_of(num_workers, *, team=ON_CPU):
     pixels = np.random.default_rng(0).integers(0, 256, (5, 40, 30, 3), dtype=np.uint8)
     images = LabelledImages("five", ("a", "b"), np.array([0, 1, 1, 0, 1]), StoredPictures(pixels, "five"))
-    make = partial(_eval_batch, images, partial(ten_crop_views, resize=32, size=24))
+    make = partial(eval_batch, images, partial(ten_crop_views, resize=32, size=24))
     keys = eval_keys(5, 2, rank=0, world_size=1)
     return list(load_batches(make, keys, num_workers=num_workers, device=team.device))
 
