@@ -18,22 +18,15 @@ from resdet.models.spec import DetectorSpec
 from resdet.models.tracing import scripted_as
 from resdet.precision import widened
 
-FOUND_IOU = 0.5
-"""IoU from which a proposal has found an object, where training counts that."""
+FOUND_IOU = 0.5  # from which a proposal has found an object, where training counts that
 
 
 class Conv5Head(nn.Module):
-    """Stage 4 of a ResNet on each proposal, averaged over its pixels.
-
-    Args:
-        layer4: The stage; named as in the body it was taken from.
-
-    Source: detectron2's ``Res5ROIHeads``.
-    """
+    """Stage 4 of a ResNet on each proposal, averaged over its pixels. Source: detectron2's ``Res5ROIHeads``."""
 
     def __init__(self, layer4: nn.Sequential) -> None:
         super().__init__()
-        self.layer4 = layer4
+        self.layer4 = layer4  # named as in the body it was taken from
 
     def forward(self, x: Tensor) -> Tensor:
         """Turn C4 features of proposals, ``[N, C, 14, 14]``, into vectors ``[N, 2 * C]``."""
@@ -54,13 +47,8 @@ class BoxPredictor(FastRCNNPredictor):  # type: ignore[misc]
 class InferenceBoxHeads(RoIHeads):  # type: ignore[misc]
     """torchvision's box heads outside training, with a choice of the least side; what TorchScript takes.
 
-    Args:
-        pool: Pools the features of proposals.
-        head: Turns pooled features into vectors.
-        predictor: Turns vectors into class scores and boxes.
-        spec: Its fields ``box_...`` are used, and in training ``class_loss``, ``box_loss`` and ``class_weights``.
-            ``box_min_size=0`` drops boxes without extent at the end, where they have taken the places of others, as in
-            detectron2.
+    ``box_min_size=0`` drops boxes without extent at the end, where they have taken the places of others, as in
+    detectron2.
     """
 
     def __init__(self, pool: nn.Module, head: nn.Module, predictor: nn.Module, spec: DetectorSpec) -> None:
@@ -87,18 +75,7 @@ class InferenceBoxHeads(RoIHeads):  # type: ignore[misc]
         image_shapes: list[tuple[int, int]],
         targets: list[dict[str, Tensor]] | None = None,
     ) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
-        """Detect objects, or in training compute the losses.
-
-        Args:
-            features: Levels of the pyramid by name.
-            proposals: ``[M, 4]`` for each image.
-            image_shapes: ``(height, width)`` of each image.
-            targets: Boxes and labels of each image, in training.
-
-        Returns:
-            For each image ``boxes``, ``labels`` and ``scores``, best first (none in training); and ``loss_classifier``
-            and ``loss_box_reg`` (in training only).
-        """
+        """Detect objects around the proposals ``[M, 4]`` of each image, best first."""
         pooled = self.box_roi_pool(features, proposals, image_shapes)  # [N, C, 7, 7], N proposals of all images
         class_logits, box_regression = self.box_predictor(self.box_head(pooled))
         boxes, scores, labels = self.postprocess_detections(class_logits, box_regression, proposals, image_shapes)
@@ -115,57 +92,38 @@ class InferenceBoxHeads(RoIHeads):  # type: ignore[misc]
         proposals: list[Tensor],
         image_shapes: list[tuple[int, int]],
     ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        """Choose the detections of each image.
-
-        Args:
-            class_logits: ``[N, K + 1]``, proposals of all images.
-            box_regression: ``[N, 4 * (K + 1)]``.
-            proposals: ``[M, 4]`` of each image.
-            image_shapes: ``(height, width)`` of each image, to which its detections are clipped.
-
-        Returns:
-            Boxes ``[D, 4]``, scores ``[D]`` and labels ``[D]``, one of each for each image, best first.
-        """
-        num_classes = class_logits.shape[-1]
+        """Choose the detections of each image: boxes ``[D, 4]``, scores ``[D]`` and labels ``[D]``, best first."""
         counts = [boxes.shape[0] for boxes in proposals]
-        decoded = torch.split(self.box_coder.decode(box_regression, proposals), counts)
-        probabilities = torch.split(torch.softmax(class_logits, -1), counts)
+        decoded = torch.split(self.box_coder.decode(box_regression, proposals), counts)  # [M, K + 1, 4]
+        probabilities = torch.split(torch.softmax(class_logits, -1), counts)  # [M, K + 1]
 
         all_boxes: list[Tensor] = []
         all_scores: list[Tensor] = []
         all_labels: list[Tensor] = []
         for boxes, scores, shape in zip(decoded, probabilities, image_shapes):  # noqa: B905
-            labels = torch.arange(num_classes, device=class_logits.device).view(1, -1).expand_as(scores)
+            labels = torch.arange(scores.shape[1], device=scores.device).view(1, -1).expand_as(scores)
             boxes = clip_boxes_to_image(boxes, shape)[:, 1:].reshape(-1, 4)  # [M, K + 1, 4] -> [M * K, 4]
             scores, labels = scores[:, 1:].reshape(-1), labels[:, 1:].reshape(-1)  # [M * K]
             keep = torch.where(scores > self.score_thresh)[0]  # waits for the device, as the two choices below do
-            boxes, scores, labels = boxes[keep], scores[keep], labels[keep]
-            keep = remove_small_boxes(boxes, self.min_size)
+            keep = keep[remove_small_boxes(boxes[keep], self.min_size)]
             boxes, scores, labels = boxes[keep], scores[keep], labels[keep]
             keep = batched_nms(boxes, scores, labels, self.nms_thresh)[: self.detections_per_img]
-            boxes, scores, labels = boxes[keep], scores[keep], labels[keep]
             if self.min_size == 0:
-                keep = remove_small_boxes(boxes, self.least_side)
-                boxes, scores, labels = boxes[keep], scores[keep], labels[keep]
-            all_boxes.append(boxes)
-            all_scores.append(scores)
-            all_labels.append(labels)
+                keep = keep[remove_small_boxes(boxes[keep], self.least_side)]
+            all_boxes.append(boxes[keep])
+            all_scores.append(scores[keep])
+            all_labels.append(labels[keep])
         return all_boxes, all_scores, all_labels
 
 
 class BoxHeads(InferenceBoxHeads):
-    """The same heads, which are also trained, with a choice of losses and counts of what proposals found.
-
-    Attributes:
-        num_found: For each image of the last training batch the objects that a proposal found, a scalar.
-        num_objects: Objects of that batch.
-    """
+    """The same heads, which are also trained, with a choice of losses and counts of what proposals found."""
 
     def __init__(self, pool: nn.Module, head: nn.Module, predictor: nn.Module, spec: DetectorSpec) -> None:
         super().__init__(pool, head, predictor, spec)
         self.fg_bg_sampler = Sampler(spec.box_batch_size_per_image, spec.box_positive_fraction)
-        self.num_found: list[Tensor] = []
-        self.num_objects = 0
+        self.num_found: list[Tensor] = []  # of each image of the last training batch, the objects found, a scalar
+        self.num_objects = 0  # of that batch
         self.class_loss, self.box_loss = spec.class_loss, spec.box_loss
         self.class_weights = None if spec.class_weights is None else torch.tensor(spec.class_weights)
 
@@ -176,7 +134,7 @@ class BoxHeads(InferenceBoxHeads):
         image_shapes: list[tuple[int, int]],
         targets: list[dict[str, Tensor]] | None = None,
     ) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
-        """Detect objects, or in training compute the losses; see ``InferenceBoxHeads``."""
+        """Detect objects, or in training compute the two losses."""
         if not self.training:
             return super().forward(features, proposals, image_shapes, targets)
         proposals, _, labels, regression_targets = self.select_training_samples(proposals, targets)

@@ -116,11 +116,7 @@ class Detector(FasterRCNN):  # type: ignore[misc]
         return scripted_as(self, type(self))
 
     def whole_body(self) -> nn.Module:
-        """Return the body with all stages that the detector runs, conv5 too where it is run on each proposal.
-
-        Returns:
-            A module of the detector's own parameters that takes images ``[B, 3, H, W]``.
-        """
+        """Return the body with all stages that the detector runs, conv5 too where it is run on each proposal."""
         head = self.roi_heads.box_head
         if isinstance(head, Conv5Head):
             return _WholeBody(self.backbone.body, head.layer4)

@@ -8,8 +8,8 @@ tensor ``x`` is stored as ``q = round(x / scale) + zero``, its scale one number,
 is 0; where values have both signs it is 128. Weights are int8 in -127..127 with a scale for each output channel.
 
 * Frozen norms are folded into the convolutions first. ReLU, the sum with the shortcut (whose scale is its own) and the
-  rounding to the next layer's scale are part of the convolution, so that tensors have 8 bits a value where bfloat16
-  has 16. Only the sums of stages 3 and 4 stay bfloat16, and are rounded for the convolutions that read them.
+  rounding to the next layer's scale are part of the convolution. Only the sums of stages 3 and 4 stay bfloat16, and are
+  rounded for the convolutions that read them.
 * A 1x1 convolution is run as a matrix product. oneDNN's convolution is as fast, but packs weights in a layout that
   depends on the size of the map, and packs them anew in every call where that was another: 45 ms for C5's projection.
 
@@ -40,7 +40,6 @@ from resdet.models.backbone import ResNetFPN, resnet_fpn
 from resdet.models.detector import Detector
 from resdet.models.norm import folded_copy
 from resdet.models.resnet import BasicBlock, Bottleneck, ResNet
-from resdet.models.shortcuts import Projection
 from resdet.models.spec import DetectorSpec
 from resdet.types import Category
 
@@ -76,22 +75,14 @@ _OUTPUTS: dict[Output, _OutputType] = {
 class Int8Layer(nn.Module):
     """A convolution or linear layer with int8 weights, which reads uint8 tensors.
 
-    Args:
-        layer: The layer that it replaces; its shapes are taken here, its weights by ``fill``.
-        output: Type of the output: uint8 after a ReLU (zero 0), uint8 of both signs (zero ``MIDDLE``), float32, or
-            bfloat16 without or with a ReLU.
-        input_zero: The zero of the input, 0 or ``MIDDLE``.
-
-    Attributes:
-        weight: int8, of the layer's shape; ``weight_scale`` float32 ``[O]``, ``bias`` float32 ``[O]``.
-        input_scale: Scale of the input, float64, a scalar; ``output_scale`` likewise, 1 where the output is floats.
+    It takes the shapes of the layer that it replaces when it is made, and its weights by ``fill``.
     """
 
-    weight: Tensor
-    weight_scale: Tensor
-    bias: Tensor
-    input_scale: Tensor
-    output_scale: Tensor
+    weight: Tensor  # int8, of the layer's shape
+    weight_scale: Tensor  # float32 [O]
+    bias: Tensor  # float32 [O]
+    input_scale: Tensor  # float64, a scalar
+    output_scale: Tensor  # float64, a scalar; 1 where the output is floats
 
     def __init__(self, layer: nn.Conv2d | nn.Linear, output: Output, *, input_zero: int = 0) -> None:
         super().__init__()
@@ -114,13 +105,9 @@ class Int8Layer(nn.Module):
         self.register_load_state_dict_post_hook(_drop_packed)  # type: ignore[no-untyped-call]
 
     def fill(self, layer: nn.Conv2d | nn.Linear, mean: Tensor, input_scale: float, output_scale: float | None) -> None:
-        """Take a layer's weights, and the scales of its input and output.
+        """Take the weights of a float layer, given the mean of each channel of its input, ``[I]``.
 
-        Args:
-            layer: Float layer, norms folded into it.
-            mean: Of each channel of its input, ``[I]``.
-            input_scale: Scale of its input.
-            output_scale: Scale of its output, the sum and the ReLU included; None if that is floats.
+        The scale of its output is that after the sum and the ReLU; None if the output is floats.
         """
         weight = layer.weight.detach().double()
         per_channel = (-1,) + (1,) * (weight.dim() - 1)
@@ -138,16 +125,10 @@ class Int8Layer(nn.Module):
         self._packed = None
 
     def forward(self, x: Tensor, shortcut: Tensor | None = None, scale: float = 1.0, zero: int = 0) -> Tensor:
-        """Compute the layer.
+        """Map uint8 ``[B, I, H, W]`` to ``[B, O, H', W']``, both channels-last, or ``[N, I]`` to ``[N, O]``.
 
-        Args:
-            x: uint8 ``[B, I, H, W]`` channels-last, or ``[N, I]``.
-            shortcut: Of the output's shape and type, added before the ReLU; its memory is used up.
-            scale: That of the shortcut; 1 for bfloat16.
-            zero: That of the shortcut; 0 for bfloat16.
-
-        Returns:
-            ``[B, O, H', W']`` channels-last, or ``[N, O]``.
+        The shortcut, of the output's shape and type and of the given scale and zero, is added before the ReLU. Its
+        memory is used up.
         """
         if self._packed is None:
             self._packed = self._pack()
@@ -193,27 +174,18 @@ def _drop_packed(layer: nn.Module, _incompatible: object) -> None:
 
 
 class Int8Block(nn.Module):
-    """A residual block; its sum is taken by its last convolution.
-
-    Args:
-        block: Float block, norms folded.
-        wide: Whether the sum stays bfloat16.
-    """
+    """A residual block; its sum is taken by its last convolution, and is bfloat16 if ``wide``."""
 
     def __init__(self, block: BasicBlock | Bottleneck, *, wide: bool) -> None:
         super().__init__()
-        *first, last = convs_of(block)
-        layers = [Int8Layer(conv, "relu") for conv in first]
-        self.layers = nn.ModuleList([*layers, Int8Layer(last, "bfloat16_relu" if wide else "relu")])
+        self.layers = nn.ModuleList(Int8Layer(conv, "relu") for conv in convs_of(block)[:-1])
+        self.layers.append(Int8Layer(convs_of(block)[-1], "bfloat16_relu" if wide else "relu"))
         self.projection = None
         if block.downsample is not None:
-            self.projection = Int8Layer(projection_of(block), "bfloat16" if wide else "signed")
+            self.projection = Int8Layer(only_conv(block.downsample), "bfloat16" if wide else "signed")
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map ``[B, C, H, W]``, uint8 or a wide block's bfloat16.
-
-        Without a projection the memory of ``x`` is used up.
-        """
+        """Map ``[B, C, H, W]``, uint8 or a wide block's bfloat16; without a projection its memory is used up."""
         *first, last = self.layers
         input_scale = float(self.layers[0].input_scale)  # type: ignore[arg-type]
         start = x if x.dtype == torch.uint8 else to_uint8(x, input_scale)
@@ -232,11 +204,7 @@ class Int8Block(nn.Module):
 
 
 class Int8Backbone(nn.Module):
-    """A body and its pyramid.
-
-    Args:
-        backbone: Float backbone, norms folded.
-    """
+    """A body and its pyramid."""
 
     def __init__(self, backbone: ResNetFPN) -> None:
         super().__init__()
@@ -259,7 +227,7 @@ class Int8Backbone(nn.Module):
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """Compute the pyramid of images ``[B, 3, H, W]``: uint8 levels, all of one scale, with the zero ``MIDDLE``."""
         with torch.autocast("cpu", enabled=False):
-            x = self.stem(images.to(dtype=torch.bfloat16, memory_format=torch.channels_last))
+            x = self.stem(images.to(dtype=torch.bfloat16, memory_format=torch.channels_last))  # [B, C, H / 4, W / 4]
         x = to_uint8(x, float(self.stages[0][0].layers[0].input_scale))  # type: ignore[index]
         maps = []
         for stage, inner in zip(self.stages, self.inner_blocks, strict=True):
@@ -283,11 +251,7 @@ class Int8Backbone(nn.Module):
 
 
 class Int8ProposalHead(nn.Module):
-    """The RPN's head, its two outputs computed as one.
-
-    Args:
-        head: Float head.
-    """
+    """The RPN's head, its two outputs computed as one."""
 
     def __init__(self, head: RPNHead) -> None:
         super().__init__()
@@ -302,11 +266,9 @@ class Int8ProposalHead(nn.Module):
 
 
 class Int8RoIAlign(nn.Module):
-    """RoIAlign of uint8 levels by a module for floats; the result has the levels' scale and zero.
+    """RoIAlign of uint8 levels by a module for bfloat16 ones; the result has the levels' scale and zero.
 
-    Args:
-        pool: Takes bfloat16 levels. It must compute means of the levels' values, because the numbers it is given lack
-            the scale.
+    The module must compute means of the levels' values, because the numbers it is given lack the scale.
     """
 
     def __init__(self, pool: nn.Module) -> None:
@@ -322,11 +284,7 @@ class Int8RoIAlign(nn.Module):
 
 
 class Int8BoxHead(nn.Module):
-    """The two fully connected layers of the box head.
-
-    Args:
-        head: Float head.
-    """
+    """The two fully connected layers of the box head."""
 
     def __init__(self, head: TwoMLPHead) -> None:
         super().__init__()
@@ -344,9 +302,7 @@ class Int8Detector(Detector):
     """A detector in int8; built by ``quantize_detector`` or ``load_detector``.
 
     It is used as any other in evaluation mode, on the CPU alone. Precisions and autocast affect its last layer only.
-
-    Args:
-        folded: Float detector with folded norms; shapes are taken from it, and the weights of what stays float.
+    From a float detector with folded norms it takes shapes, and the weights of what stays float.
     """
 
     def __init__(self, folded: Detector) -> None:
@@ -364,24 +320,14 @@ class Int8Detector(Detector):
 
     @classmethod
     def empty(cls, spec: DetectorSpec, num_classes: int, categories: Sequence[Category] = ()) -> Int8Detector:
-        """Build a detector without weights, for ``load_state_dict``.
-
-        Raises:
-            UserError: If there is no int8 for such detectors, or on this computer.
-        """
+        """Build a detector without weights, for ``load_state_dict``."""
         check_engine()
         check_spec(spec)
-        backbone = resnet_fpn(
-            spec.arch, norm="frozen", out_channels=spec.out_channels, stride_in_1x1=spec.stride_in_1x1
-        )
+        backbone = resnet_fpn(spec.arch, out_channels=spec.out_channels, stride_in_1x1=spec.stride_in_1x1)
         return cls(folded_copy(Detector(spec, backbone, num_classes, categories)))
 
     def train(self, mode: bool = True) -> Int8Detector:
-        """Refuse training mode.
-
-        Raises:
-            UserError: If ``mode`` is true.
-        """
+        """Refuse training mode with a UserError."""
         if mode:
             raise UserError("an int8 detector cannot be trained: train the float one and quantize it again")
         super().train(mode)
@@ -435,16 +381,7 @@ def blocks_of(body: ResNet) -> dict[str, list[BasicBlock | Bottleneck]]:
 
 def convs_of(block: BasicBlock | Bottleneck) -> list[nn.Conv2d]:
     """Return the convolutions of a block's branch, in the order they run in."""
-    convs = [block.conv1, block.conv2]
-    return [*convs, block.conv3] if isinstance(block, Bottleneck) else convs
-
-
-def projection_of(block: BasicBlock | Bottleneck) -> nn.Conv2d:
-    """Return the convolution of a block's projection."""
-    assert isinstance(block.downsample, Projection)
-    conv = block.downsample[0]
-    assert isinstance(conv, nn.Conv2d)
-    return conv
+    return [part for part in block.children() if isinstance(part, nn.Conv2d)]
 
 
 def only_conv(block: nn.Module) -> nn.Conv2d:
@@ -455,10 +392,10 @@ def only_conv(block: nn.Module) -> nn.Conv2d:
 
 def joined_outputs(head: RPNHead) -> nn.Conv2d:
     """Return objectness and deltas as one convolution, objectness first."""
-    parts = [head.cls_logits, head.bbox_pred]
-    joined = nn.Conv2d(parts[0].in_channels, sum(part.out_channels for part in parts), 1)
-    joined.weight = nn.Parameter(torch.cat([part.weight for part in parts]), requires_grad=False)
-    joined.bias = nn.Parameter(torch.cat([part.bias for part in parts]), requires_grad=False)
+    first, second = head.cls_logits, head.bbox_pred
+    joined = nn.Conv2d(first.in_channels, first.out_channels + second.out_channels, 1)
+    joined.weight = nn.Parameter(torch.cat([first.weight, second.weight]), requires_grad=False)
+    joined.bias = nn.Parameter(torch.cat([first.bias, second.bias]), requires_grad=False)
     return joined
 
 

@@ -16,7 +16,7 @@ Legend: ``B`` images, ``C`` channels, ``N`` boxes.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +34,6 @@ from resdet.models.int8 import (
     convs_of,
     joined_outputs,
     only_conv,
-    projection_of,
 )
 from resdet.models.norm import FrozenBatchNorm2d, folded_copy, frozen_copy
 from resdet.models.shortcuts import Projection
@@ -48,16 +47,12 @@ class Range:
     def __init__(self) -> None:
         self.histogram = torch.zeros(self.NUM_BINS, dtype=torch.float64)  # of absolute values in 0..top, without zeros
         self.top = 2.0**-40
-        self.largest = 0.0
-        self.total: Tensor | None = None
-        self.count = 0
+        self.largest = 0.0  # of absolute values
+        self.total: Tensor | None = None  # float64 [C]
+        self.count = 0  # values of each channel
 
     def add(self, x: Tensor) -> None:
-        """Add the values of a tensor ``[B, C, H, W]`` or ``[N, C]``.
-
-        Raises:
-            WeightsError: If there is NaN or infinity in it.
-        """
+        """Add the values of a tensor ``[B, C, H, W]`` or ``[N, C]``; raise WeightsError if one is not finite."""
         if x.numel() == 0:
             return
         values = x.detach().float().abs()
@@ -126,14 +121,19 @@ def quantize_detector(model: Detector, images: Iterable[Tensor]) -> Int8Detector
     int8 = Int8Detector(folded)
 
     def fill(
-        layer: nn.Module, source: nn.Conv2d | nn.Linear, inputs: Range, outputs: Range | None, scaled_by: Range
+        layer: nn.Module,
+        source: nn.Conv2d | nn.Linear,
+        inputs: Range,
+        outputs: Range | None,
+        scaled_as: Range | None = None,
     ) -> None:
         assert isinstance(layer, Int8Layer)
+        input_scale = (scaled_as or inputs).scale(signed=layer.input_zero == MIDDLE)
         output_scale = None
         if layer.output.dtype == torch.uint8:
             assert outputs is not None
             output_scale = outputs.scale(signed=layer.output.zero == MIDDLE)
-        layer.fill(source, inputs.mean, scaled_by.scale(signed=layer.input_zero == MIDDLE), output_scale)
+        layer.fill(source, inputs.mean, input_scale, output_scale)
 
     # A tensor that several layers read has the same range at each of them.
     for level, (stage, blocks) in enumerate(blocks_of(folded.backbone.body).items()):
@@ -145,21 +145,22 @@ def quantize_detector(model: Detector, images: Iterable[Tensor]) -> Int8Detector
             quantized = int8.backbone.get_submodule(f"stages.{level}.{index}")
             assert isinstance(quantized, Int8Block)
             for layer, conv, read, put in zip(quantized.layers, convs_of(block), inputs, outputs, strict=True):
-                fill(layer, conv, read, put, read)
+                fill(layer, conv, read, put)
             if quantized.projection is not None:
-                fill(quantized.projection, projection_of(block), inputs[0], ranges[f"{name}.downsample"], inputs[0])
+                projection = only_conv(block.get_submodule("downsample"))
+                fill(quantized.projection, projection, inputs[0], ranges[f"{name}.downsample"])
     pyramid = ranges["rpn.head.conv.0.0"]
     for level, (inner, layer) in enumerate(zip(int8.backbone.inner_blocks, int8.backbone.layer_blocks, strict=True)):
         read, merged = (ranges[f"backbone.fpn.{kind}_blocks.{level}.0"] for kind in ("inner", "layer"))
-        fill(inner, only_conv(folded.backbone.fpn.inner_blocks[level]), read, merged, read)
-        fill(layer, only_conv(folded.backbone.fpn.layer_blocks[level]), merged, pyramid, merged)
+        fill(inner, only_conv(folded.backbone.fpn.inner_blocks[level]), read, merged)
+        fill(layer, only_conv(folded.backbone.fpn.layer_blocks[level]), merged, pyramid)
     hidden = ranges["rpn.head.cls_logits"]
-    fill(int8.rpn.head.conv, only_conv(folded.rpn.head.conv), pyramid, hidden, pyramid)
-    fill(int8.rpn.head.outputs, joined_outputs(folded.rpn.head), hidden, None, hidden)
+    fill(int8.rpn.head.conv, only_conv(folded.rpn.head.conv), pyramid, hidden)
+    fill(int8.rpn.head.outputs, joined_outputs(folded.rpn.head), hidden, None)
     int8_head, head = int8.roi_heads.box_head, folded.roi_heads.box_head
     pooled, vectors = ranges["roi_heads.box_head.fc6"], ranges["roi_heads.box_head.fc7"]
     fill(int8_head.fc6, head.fc6, pooled, vectors, pyramid)  # pooled values keep the scale of the levels
-    fill(int8_head.fc7, head.fc7, vectors, None, vectors)
+    fill(int8_head.fc7, head.fc7, vectors, None)
     return int8
 
 
@@ -169,9 +170,7 @@ def _with_frozen_norms(model: Detector) -> Detector:
     for name, norm in list(model.named_modules()):
         if isinstance(norm, nn.BatchNorm2d):
             frozen = FrozenBatchNorm2d(norm.num_features, norm.eps)
-            state = norm.state_dict()
-            state.pop("num_batches_tracked")
-            frozen.load_state_dict(state)
+            frozen.load_state_dict(norm.state_dict())  # it drops num_batches_tracked
             model.set_submodule(name, frozen)
     return model
 
@@ -184,19 +183,13 @@ def _observe(folded: Detector, images: Iterable[Tensor]) -> dict[str, Range]:
     ranges: dict[str, Range] = {}
     handles = []
 
-    def watch_input(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        return lambda _module, inputs: ranges[name].add(inputs[0])
-
-    def watch_output(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-        return lambda _module, _inputs, output: ranges[name].add(output)
+    def watch(name: str, module: nn.Module, *, output: bool) -> None:
+        seen = ranges[name] = Range()
+        handles.append(module.register_forward_hook(lambda _, inputs, out: seen.add(out if output else inputs[0])))
 
     for name, module in folded.named_modules():
-        if isinstance(module, nn.Conv2d | nn.Linear):
-            ranges[name] = Range()
-            handles.append(module.register_forward_pre_hook(watch_input(name)))
-        elif isinstance(module, Projection):
-            ranges[name] = Range()
-            handles.append(module.register_forward_hook(watch_output(name)))
+        if isinstance(module, nn.Conv2d | nn.Linear | Projection):
+            watch(name, module, output=isinstance(module, Projection))
     count = 0
     try:
         with torch.autocast("cpu", enabled=False):

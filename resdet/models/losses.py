@@ -16,23 +16,23 @@ from torchvision.ops import generalized_box_iou_loss
 
 from resdet.models.spec import BoxLoss, ClassLoss
 
+# How much focal lowers the weight of what is already right (Lin et al. 2017, section 3.2: best of those tried).
 FOCAL_GAMMA = 2.0
-"""How much focal lowers the weight of what is already right (Lin et al. 2017, section 3.2: best of those tried)."""
 
 
 def box_head_losses(
-    class_logits: Tensor,
-    box_regression: Tensor,
-    labels: list[Tensor],
-    regression_targets: list[Tensor],
-    proposals: list[Tensor],
+    class_logits: Tensor,  # [N, K + 1]
+    box_regression: Tensor,  # [N, 4 * (K + 1)]
+    labels: list[Tensor],  # of each image [M]; 0 is the background
+    regression_targets: list[Tensor],  # of each image [M, 4]
+    proposals: list[Tensor],  # of each image [M, 4]
     box_coder: BoxCoder,
     *,
     class_loss: ClassLoss,
     box_loss: BoxLoss,
-    class_weights: Tensor | None,
+    class_weights: Tensor | None,  # [K + 1]
 ) -> tuple[Tensor, Tensor]:
-    """Compute the two losses of the box head.
+    """Compute the losses of the scores and of the boxes, scalars.
 
     With ``cross_entropy``, ``smooth_l1`` and no weights torchvision's own function runs.
 
@@ -43,20 +43,6 @@ def box_head_losses(
     * ``giou`` is ``1 - GIoU`` of decoded boxes (Rezatofighi et al. 2019, section 3.3), summed over the positives and
       divided by all proposals like smooth L1. Source: detectron2's ``box_reg_loss_type="giou"``.
     * ``class_weights`` weigh cross entropy and focal alike; ``class_balanced_weights`` computes them.
-
-    Args:
-        class_logits: ``[N, K + 1]``.
-        box_regression: ``[N, 4 * (K + 1)]``.
-        labels: For each image ``[M]``; 0 is the background.
-        regression_targets: For each image ``[M, 4]``.
-        proposals: For each image ``[M, 4]``.
-        box_coder: Turns deltas into boxes.
-        class_loss: Loss of the scores.
-        box_loss: Loss of the boxes.
-        class_weights: ``[K + 1]`` or None.
-
-    Returns:
-        The loss of the scores and that of the boxes, scalars.
     """
     if class_loss == "cross_entropy" and box_loss == "smooth_l1" and class_weights is None:
         scores_loss, boxes_loss = fastrcnn_loss(class_logits, box_regression, labels, regression_targets)
@@ -75,11 +61,8 @@ def box_head_losses(
         boxes_loss = F.smooth_l1_loss(deltas, target[positive], beta=1 / 9, reduction="sum")
     else:
         anchors = torch.cat(proposals)[positive]
-        boxes_loss = generalized_box_iou_loss(
-            box_coder.decode_single(deltas, anchors),
-            box_coder.decode_single(target[positive], anchors),
-            reduction="sum",
-        )
+        found, wanted = (box_coder.decode_single(part, anchors) for part in (deltas, target[positive]))  # [P, 4]
+        boxes_loss = generalized_box_iou_loss(found, wanted, reduction="sum")
     return scores_loss, boxes_loss / label.numel()
 
 
@@ -87,11 +70,8 @@ def class_balanced_weights(num_boxes: Sequence[int], beta: float) -> list[float]
     """Weigh each class by its effective number of boxes, ``[K + 1]`` with the background's first.
 
     The foreground's weights are proportional to ``(1 - beta) / (1 - beta ** n)`` with a mean of 1; the background's is
-    1. A class without boxes is weighed as one that has one.
-
-    Args:
-        num_boxes: For each foreground class.
-        beta: In [0, 1): 0 weighs all alike, and towards 1 a class is weighed by the inverse of its boxes.
+    1. With a ``beta`` of 0 all classes weigh alike, towards 1 each by the inverse of its boxes. A class without boxes
+    is weighed as one that has one.
 
     Source: Cui et al. 2019, equation 2. Deviation: the background is left out of the balance, as its share is decided
         by the sampling of proposals.

@@ -8,8 +8,7 @@ Legend: ``B`` images, ``A`` anchors at each pixel of a level, ``N`` anchors of a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -36,26 +35,20 @@ LEAST_SIDE = torch.finfo(torch.float32).tiny
 class Anchors(AnchorGenerator):  # type: ignore[misc]  # torchvision ships no types, here and below
     """torchvision's anchors, with a choice of rounding, of their distances and of their type.
 
-    Args:
-        sizes: For each level the sides of its square anchors, in pixels.
-        aspect_ratios: For each level the ratios of height to width.
-        rounded: Whether corners are rounded to whole pixels.
-        strides: Distance of the anchors of each level, in pixels; empty to measure it as torchvision does: the padded
-            image's size over the level's, rounded down. The two differ where the level's size was rounded up: an image
-            800 pixels high has 13 rows of P6, which are 64 pixels apart, and 800 // 13 is 61.
-        widened: Whether anchors are in float32 at least. torchvision makes them in the features' type. In bfloat16 a
-            coordinate of 800 is then known to 4 pixels, and proposals and ground truth, which are brought to the
-            anchors' type, with it.
+    torchvision measures distances: the padded image's size over the level's, rounded down. Where the level's size was
+    rounded up, that is not its stride: an image 800 pixels high has 13 rows of P6, 64 pixels apart, and 800 // 13 is
+    61. It makes anchors in the features' type. In bfloat16 a coordinate of 800 is then known to 4 pixels, and proposals
+    and ground truth, which are brought to the anchors' type, with it.
     """
 
     def __init__(
         self,
-        sizes: tuple[tuple[int, ...], ...],
-        aspect_ratios: tuple[tuple[float, ...], ...],
+        sizes: tuple[tuple[int, ...], ...],  # of each level, sides of its square anchors in pixels
+        aspect_ratios: tuple[tuple[float, ...], ...],  # of each level, height over width
         *,
-        rounded: bool,
-        strides: Sequence[int],
-        widened: bool,
+        rounded: bool,  # corners to whole pixels
+        strides: Sequence[int],  # distance of the anchors of each level in pixels; empty to measure it
+        widened: bool,  # float32 at least
     ) -> None:
         super().__init__(sizes, aspect_ratios)
         self.strides = list(strides) or [0] * len(sizes)  # TorchScript cannot type an empty list
@@ -63,12 +56,6 @@ class Anchors(AnchorGenerator):  # type: ignore[misc]  # torchvision ships no ty
         if not rounded:
             levels = zip(sizes, aspect_ratios, strict=True)
             self.cell_anchors = [_exact_anchors(level_sizes, ratios) for level_sizes, ratios in levels]
-
-    def set_cell_anchors(self, dtype: torch.dtype, device: torch.device) -> None:
-        """Bring the anchors of one pixel to a device and type."""
-        if self.widened:
-            dtype = widened(dtype)
-        self.cell_anchors = [anchors.to(device, dtype) for anchors in self.cell_anchors]
 
     def forward(self, image_list: ImageList, feature_maps: list[Tensor]) -> list[Tensor]:
         """Lay the anchors of each image, ``[N, 4]``, the finest level's first."""
@@ -82,7 +69,7 @@ class Anchors(AnchorGenerator):  # type: ignore[misc]  # torchvision ships no ty
                 step = torch.empty((), dtype=torch.int64, device=device)
                 steps.append(step.fill_(stride if stride > 0 else image_size[axis] // grid[axis]))
             strides.append(steps)
-        self.set_cell_anchors(dtype, device)
+        self.set_cell_anchors(widened(dtype) if self.widened else dtype, device)
         anchors = torch.cat(self.grid_anchors(grid_sizes, strides))  # [N, 4]
         return [anchors for _ in image_list.image_sizes]
 
@@ -128,13 +115,8 @@ class FastProposalHead(ProposalHead):
         backward is two convolutions over every pixel of every level, the most expensive ones of the detector but for
         the body; through this it is a matrix product of some hundred rows.
 
-        Args:
-            x: Levels ``[B, C, H, W]``.
-            anchors: int64 ``[S]``, counting over images, levels, rows, columns and the anchors of a pixel, in this
-                order.
-
-        Returns:
-            Logits ``[S]`` and deltas ``[S, 4]``.
+        Anchors, int64 ``[S]``, are counted over images, levels, rows, columns and the anchors of a pixel, in this
+        order. Returns logits ``[S]`` and deltas ``[S, 4]``.
         """
         num_at_pixel = self.cls_logits.out_channels  # A
         num_of_image = sum(feature.shape[2] * feature.shape[3] for feature in x) * num_at_pixel  # N
@@ -164,20 +146,6 @@ class FastProposalHead(ProposalHead):
 
     def __prepare_scriptable__(self) -> ProposalHead:
         return scripted_as(self, ProposalHead)
-
-
-@contextmanager
-def _nothing_kept_by_autocast() -> Iterator[None]:
-    """Keep weights that autocast casts without gradients from being taken again, in the same forward pass, for those.
-
-    torch up to 2.6 at least keeps them.
-    """
-    kept = torch.is_autocast_cache_enabled()
-    torch.set_autocast_cache_enabled(False)
-    try:
-        yield
-    finally:
-        torch.set_autocast_cache_enabled(kept)
 
 
 def _patches(feature: Tensor, image: Tensor, y: Tensor, x: Tensor) -> Tensor:
@@ -226,11 +194,8 @@ def sum_by_row(index: Tensor, rows: Tensor, num_rows: int) -> Tensor:
 class ProposalNetwork(RegionProposalNetwork):  # type: ignore[misc]
     """torchvision's region proposal network, with a choice of the least side and of the ranking.
 
-    Args:
-        anchors: The anchors of each level.
-        head: Computes objectness and deltas.
-        spec: Its fields ``rpn_...`` are used. ``rpn_rank_by="logit"`` ranks proposals by their logits. Probabilities,
-            by which torchvision does, tie near 1: in float32 two logits of 10 are the same up to a difference of 0.001.
+    ``rpn_rank_by="logit"`` ranks proposals by their logits. Probabilities, by which torchvision does, tie near 1: in
+    float32 two logits of 10 are the same up to a difference of 0.001.
     """
 
     def __init__(self, anchors: AnchorGenerator, head: nn.Module, spec: DetectorSpec) -> None:
@@ -257,29 +222,14 @@ class ProposalNetwork(RegionProposalNetwork):  # type: ignore[misc]
         image_shapes: list[tuple[int, int]],
         num_anchors_per_level: list[int],
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """Choose the proposals of each image.
-
-        Args:
-            proposals: ``[B, N, 4]``, of all levels.
-            objectness: Their logits, in any shape.
-            image_shapes: ``(height, width)`` of each image, to which its proposals are clipped.
-            num_anchors_per_level: How ``N`` divides.
-
-        Returns:
-            For each image boxes ``[M, 4]`` and probabilities ``[M]``, best first.
-        """
-        num_images = proposals.shape[0]
-        objectness = objectness.detach().reshape(num_images, -1)
-        levels = torch.cat(
-            [
-                torch.full((count,), level, dtype=torch.int64, device=proposals.device)
-                for level, count in enumerate(num_anchors_per_level)
-            ]
-        )
-        levels = levels.reshape(1, -1).expand_as(objectness)  # [B, N]
-        best = self._get_top_n_idx(objectness, num_anchors_per_level)  # [B, best of all levels]
-        image = torch.arange(num_images, device=proposals.device)[:, None]
-        return self._choose(proposals[image, best], objectness[image, best], levels[image, best], image_shapes)
+        """Choose among boxes ``[B, N, 4]`` of all levels; return ``[M, 4]`` and ``[M]`` of each image, best first."""
+        num_images, device, counts = proposals.shape[0], proposals.device, num_anchors_per_level
+        objectness = objectness.detach().reshape(num_images, -1)  # [B, N]
+        levels = [torch.full((n,), level, dtype=torch.int64, device=device) for level, n in enumerate(counts)]
+        level = torch.cat(levels).reshape(1, -1).expand_as(objectness)  # [B, N]
+        best = self._get_top_n_idx(objectness, counts)  # [B, best of all levels]
+        image = torch.arange(num_images, device=device)[:, None]  # [B, 1]
+        return self._choose(proposals[image, best], objectness[image, best], level[image, best], image_shapes)
 
     def _choose(
         self, proposals: Tensor, objectness: Tensor, levels: Tensor, image_shapes: list[tuple[int, int]]
@@ -293,17 +243,13 @@ class ProposalNetwork(RegionProposalNetwork):  # type: ignore[misc]
         final_levels: list[Tensor] = []
         for boxes, scores, rank, level, shape in zip(proposals, probabilities, ranks, levels, image_shapes):  # noqa: B905
             boxes = clip_boxes_to_image(boxes, shape)
-            keep = remove_small_boxes(
-                boxes, self.min_size
-            )  # waits for the device, as do the next choice and suppression
-            boxes, scores, rank, level = boxes[keep], scores[keep], rank[keep], level[keep]
-            keep = torch.where(scores >= self.score_thresh)[0]
+            keep = remove_small_boxes(boxes, self.min_size)  # waits for the device, as the next line and _suppress do
+            keep = keep[torch.where(scores[keep] >= self.score_thresh)[0]]
             final_boxes.append(boxes[keep])
             final_scores.append(scores[keep])
             final_ranks.append(rank[keep])
             final_levels.append(level[keep])
-        kept = self._suppress(final_boxes, final_ranks, final_levels)
-        for image, keep in enumerate(kept):
+        for image, keep in enumerate(self._suppress(final_boxes, final_ranks, final_levels)):
             keep = keep[: self.post_nms_top_n()]
             final_boxes[image], final_scores[image] = final_boxes[image][keep], final_scores[image][keep]
         return final_boxes, final_scores
@@ -330,36 +276,27 @@ class FastProposalNetwork(ProposalNetwork):
     def forward(
         self, images: ImageList, features: dict[str, Tensor], targets: list[dict[str, Tensor]] | None = None
     ) -> tuple[list[Tensor], dict[str, Tensor]]:
-        """Find proposals, and in training compute the losses.
-
-        Args:
-            images: The padded batch.
-            features: Levels of the pyramid by name.
-            targets: Boxes of each image, in training.
-
-        Returns:
-            For each image boxes ``[M, 4]``, best first; and ``loss_objectness`` and ``loss_rpn_box_reg`` (in training
-            only).
-        """
+        """Find proposals ``[M, 4]`` in each image, best first; in training also compute the two losses."""
         if is_captured():
             captured: tuple[list[Tensor], dict[str, Tensor]] = super().forward(images, features, targets)
             return captured
         levels = list(features.values())
-        with torch.no_grad(), _nothing_kept_by_autocast():
+        kind = levels[0].device.type
+        # torch up to 2.6 at least keeps weights that autocast casts without gradients, and would take them again below.
+        uncached = torch.autocast(kind, enabled=torch.is_autocast_enabled(kind), cache_enabled=False)
+        with torch.no_grad(), uncached:
             logits, deltas = self.head(levels)
             anchors = self.anchor_generator(images, levels)
             counts = [logit[0].numel() for logit in logits]
             objectness, rows = concat_box_prediction_layers(logits, deltas)  # [B * N, 1], [B * N, 4]
             best = self._get_top_n_idx(objectness.view(len(anchors), -1), counts)  # [B, best of all levels]
             # Of 200,000 anchors some thousands are looked at again.
-            num_images, num_best = best.shape
-            rows = rows.view(num_images, -1, 4).gather(1, best[..., None].expand(-1, -1, 4)).view(-1, 4)
-            boxes = self.box_coder.decode(
-                rows, [of_image[chosen] for of_image, chosen in zip(anchors, best, strict=True)]
-            )  # [B * best, 1, 4]
+            rows = rows.view(len(anchors), -1, 4).gather(1, best[..., None].expand(-1, -1, 4)).view(-1, 4)
+            best_anchors = [of_image[chosen] for of_image, chosen in zip(anchors, best, strict=True)]
+            boxes = self.box_coder.decode(rows, best_anchors).view(*best.shape, 4)  # [B * best, 1, 4] -> [B, best, 4]
             level = torch.bucketize(best, torch.tensor(counts, device=best.device).cumsum(0), right=True)
-            chosen = objectness.view(num_images, -1).gather(1, best)
-            proposals, _ = self._choose(boxes.view(num_images, num_best, 4), chosen, level, images.image_sizes)
+            chosen = objectness.view(len(anchors), -1).gather(1, best)
+            proposals, _ = self._choose(boxes, chosen, level, images.image_sizes)
         if not self.training:
             return proposals, {}
         if targets is None:
@@ -370,12 +307,9 @@ class FastProposalNetwork(ProposalNetwork):
         sampled = torch.cat([positives, negatives])
         logit, delta = self.head.forward_at(levels, sampled)
         wanted = self.box_coder.encode_single(torch.cat(matched)[positives], torch.cat(anchors)[positives])
-        losses = {
-            "loss_objectness": F.binary_cross_entropy_with_logits(logit, torch.cat(labels)[sampled]),
-            "loss_rpn_box_reg": F.smooth_l1_loss(delta[: len(positives)], wanted, beta=1 / 9, reduction="sum")
-            / sampled.numel(),
-        }
-        return proposals, losses
+        scores_loss = F.binary_cross_entropy_with_logits(logit, torch.cat(labels)[sampled])
+        boxes_loss = F.smooth_l1_loss(delta[: len(positives)], wanted, beta=1 / 9, reduction="sum")
+        return proposals, {"loss_objectness": scores_loss, "loss_rpn_box_reg": boxes_loss / sampled.numel()}
 
     def _suppress(self, boxes: list[Tensor], ranks: list[Tensor], levels: list[Tensor]) -> list[Tensor]:
         return suppress(boxes, ranks, levels, self.nms_thresh)

@@ -20,33 +20,16 @@ _RESIZE, _RPN, _BOX_HEAD = 1, 2, 3
 
 
 class Sampler(BalancedPositiveNegativeSampler):  # type: ignore[misc]  # torchvision ships no types, here and below
-    """torchvision's sampler, which may draw from the seeds of images; without seeds it draws what torchvision's does.
-
-    Args:
-        batch_size_per_image: Boxes drawn of each image.
-        positive_fraction: Share of positives among them, at most.
-
-    Attributes:
-        seeds: One for each image of the next call; empty to draw from torch's own generator.
-        num_positives: Positives drawn of each image by the last call.
-    """
+    """torchvision's sampler, which may draw from the seeds of images; without seeds it draws what that does."""
 
     def __init__(self, batch_size_per_image: int, positive_fraction: float) -> None:
         super().__init__(batch_size_per_image, positive_fraction)
-        self.seeds: list[int] = []
-        self.num_positives: list[int] = []
+        self.seeds: list[int] = []  # of each image of the next call; empty to draw from torch's own generator
+        self.num_positives: list[int] = []  # drawn of each image by the last call
 
     def __call__(self, matched_idxs: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """Draw positives and negatives.
-
-        Args:
-            matched_idxs: For each image ``[N]``: positives above 0, negatives 0, others below 0.
-
-        Returns:
-            Masks of the positives and of the negatives drawn, uint8 ``[N]`` for each image.
-        """
-        positives: list[Tensor] = []
-        negatives: list[Tensor] = []
+        """Draw from ``[N]`` of each image, positives above 0 and negatives 0; return uint8 masks of both, ``[N]``."""
+        positives, negatives = [], []
         self.num_positives = []
         for image, matched in enumerate(matched_idxs):
             generator = torch.Generator(matched.device).manual_seed(self.seeds[image]) if self.seeds else None
@@ -99,12 +82,7 @@ def size_generator(seed: int) -> torch.Generator:
 
 @contextmanager
 def image_seeds(model: GeneralizedRCNN, seeds: Sequence[int]) -> Iterator[None]:
-    """Let a detector draw from seeds in the next forward pass, and in no other.
-
-    Args:
-        model: A ``Detector``.
-        seeds: One for each image, >= 0.
-    """
+    """Let a ``Detector`` draw from the seeds of its images, each >= 0, in the next forward pass, and in no other."""
     transform, samplers = model.transform, (model.rpn.fg_bg_sampler, model.roi_heads.fg_bg_sampler)
     assert isinstance(transform, SeededTransform)
     try:

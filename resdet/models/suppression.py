@@ -25,27 +25,15 @@ def suppress(boxes: list[Tensor], scores: list[Tensor], groups: list[Tensor], io
     of all images are shared out to as many threads as torch has. Measured on 2 cores, the proposals of two images in
     training, 2,000 of each level: 28 ms, clipping and sorting out included, where the operator alone had taken 48.
 
-    Args:
-        boxes: ``[N, 4]`` of each image.
-        scores: ``[N]`` of each image.
-        groups: int64 ``[N]`` of each image.
-        iou_threshold: Boxes with a higher IoU with a better one are dropped.
-
-    Returns:
-        For each image the indices of what is left, int64, by falling score.
+    Boxes are ``[N, 4]`` of each image. Returns the indices of what is left in each, int64, by falling score.
     """
-    many = [not is_captured() and _has_many(part) for part in boxes]
-    tasks = [
-        (image, torch.where(groups[image] == group)[0])  # [members of the group]
-        for image in range(len(boxes))
-        if many[image]
-        for group in torch.unique(groups[image])
-    ]
+    many = [not is_captured() and part.device.type == "cpu" and part.numel() > _MANY for part in boxes]
+    tasks = [(image, group) for image in range(len(boxes)) if many[image] for group in torch.unique(groups[image])]
 
     def run(task: tuple[int, Tensor]) -> Tensor:
-        image, members = task
-        kept: Tensor = nms(boxes[image][members], scores[image][members], iou_threshold)
-        return members[kept]
+        image, group = task
+        members = torch.where(groups[image] == group)[0]  # [members of the group]
+        return members[nms(boxes[image][members], scores[image][members], iou_threshold)]
 
     kept: list[Tensor] = []
     if tasks:  # the operator releases Python's lock
@@ -62,40 +50,22 @@ def suppress(boxes: list[Tensor], scores: list[Tensor], groups: list[Tensor], io
     return results
 
 
-def _has_many(boxes: Tensor) -> bool:
-    return boxes.device.type == "cpu" and boxes.numel() > _MANY
-
-
 def soft_nms(
-    boxes: Tensor,
-    scores: Tensor,
-    groups: Tensor,
+    boxes: Tensor,  # [N, 4]
+    scores: Tensor,  # [N], in [0, 1]
+    groups: Tensor,  # int64 [N]: only boxes of one group lower each other's scores
     *,
-    decay: Literal["linear", "gaussian"],
-    iou_threshold: float,
-    sigma: float,
-    score_threshold: float,
-    limit: int,
+    decay: Literal["linear", "gaussian"],  # times 1 - IoU from the threshold on; times exp(-IoU ** 2 / sigma) always
+    iou_threshold: float,  # of the linear decay, in [0, 1]
+    sigma: float,  # of the Gaussian decay
+    score_threshold: float,  # boxes whose score falls below it are dropped; above 0
+    limit: int,  # boxes to keep, over all groups
 ) -> tuple[Tensor, Tensor]:
     """Lower the scores of boxes that overlap better ones, where non-maximum suppression would drop them.
 
     The best box of a group is taken, the scores of the others decay by their IoU with it, and so on. The groups are
     independent and are gone through side by side, so that the cost is that of the largest: at most ``limit`` steps on
-    ``[G, S]``.
-
-    Args:
-        boxes: ``[N, 4]``.
-        scores: ``[N]``, in [0, 1].
-        groups: int64 ``[N]``: only boxes of one group lower each other's scores.
-        decay: ``"linear"`` multiplies by ``1 - IoU`` from ``iou_threshold`` on, ``"gaussian"`` by
-            ``exp(-IoU ** 2 / sigma)`` always.
-        iou_threshold: Of the linear decay, in [0, 1].
-        sigma: Of the Gaussian decay.
-        score_threshold: Boxes whose score falls below it are dropped; above 0.
-        limit: Boxes to keep, over all groups.
-
-    Returns:
-        Which candidates are kept, int64 ``[M]``, and their scores ``[M]``, falling.
+    ``[G, S]``. Returns which candidates are kept, int64 ``[M]``, and their scores ``[M]``, falling.
 
     Source: Bodla et al., "Soft-NMS - Improving Object Detection With One Line of Code" (arXiv:1704.04503), equations 1
     and 3 and figure 2.
@@ -103,7 +73,7 @@ def soft_nms(
     rows, valid = _by_group(groups)  # [G, S]
     left = torch.where(valid, scores[rows], -1)  # [G, S]
     candidates = boxes[rows]  # [G, S, 4]
-    areas = _area(candidates)  # [G, S]
+    areas = (candidates[..., 2:] - candidates[..., :2]).prod(dim=2)  # [G, S]
     group = torch.arange(len(rows), device=rows.device)
     kept: list[Tensor] = []
     kept_scores: list[Tensor] = []
@@ -132,26 +102,17 @@ def soft_nms(
 
 
 def vote(
-    kept_boxes: Tensor,
-    kept_labels: Tensor,
-    boxes: Tensor,
-    scores: Tensor,
-    labels: Tensor,
+    kept_boxes: Tensor,  # [M, 4]
+    kept_labels: Tensor,  # [M]
+    boxes: Tensor,  # [N, 4]: the candidates, kept ones among them
+    scores: Tensor,  # [N], in [0, 1]
+    labels: Tensor,  # [N]
     *,
-    iou_threshold: float,
+    iou_threshold: float,  # from which a candidate votes
 ) -> Tensor:
     """Replace each kept box by the mean of the candidates of its class around it, weighted by their scores.
 
-    Args:
-        kept_boxes: ``[M, 4]``.
-        kept_labels: int64 ``[M]``.
-        boxes: ``[N, 4]``: the candidates, kept ones among them.
-        scores: ``[N]``, in [0, 1].
-        labels: int64 ``[N]``.
-        iou_threshold: A candidate votes if its IoU with the kept box is at least this.
-
-    Returns:
-        ``[M, 4]``; a box for which nothing votes stays what it is.
+    A box for which nothing votes stays what it is.
 
     Source: Gidaris and Komodakis, "Object detection via a multi-region & semantic segmentation-aware CNN model"
         (arXiv:1505.01749), section 4. As there, scores stay what they are.
@@ -174,7 +135,3 @@ def _by_group(groups: Tensor) -> tuple[Tensor, Tensor]:
     rows = groups.new_zeros(len(counts), size)
     rows[valid] = order
     return rows, valid
-
-
-def _area(boxes: Tensor) -> Tensor:
-    return (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])

@@ -1,8 +1,7 @@
 """Test-time tricks: more computation for each image, for better detections from the same weights.
 
-They act on the parts of any of torchvision's two-stage detectors. Each view of the images (a size, mirrored or not)
-passes through the network, its boxes pass through the box head as often as is asked for, and the detections of all
-views are merged before non-maximum suppression, in pixels of the original image.
+Each view of the images (a size, mirrored or not) passes through the network, its boxes pass through the box head as
+often as is asked for, and the detections of all views are merged before non-maximum suppression.
 
 Measured on BCCD (blood cells, 640x480; 87 images of val, 72 of test) with a ResNet-101 trained at 416 pixels alone. AP
 is COCO's, in percent; a difference of half a point is within chance. Time is the processor's, in float32 on two cores;
@@ -42,7 +41,6 @@ import torch
 from torch import Tensor, nn
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.models.detection.roi_heads import RoIHeads
-from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import batched_nms, clip_boxes_to_image
 
 from resdet.errors import UserError
@@ -56,21 +54,11 @@ _SOFT_SCORE_THRESHOLD = 0.001
 
 
 def detect_with_tricks(model: nn.Module, images: Sequence[Tensor], tricks: Tricks) -> list[Prediction]:
-    """Detect objects as ``model(images)`` does, with tricks.
+    """Detect objects as ``model(images)`` does, with tricks; without any the model itself is called.
 
-    Without any the model itself is called. The model's thresholds of score and size, and its limit of detections for an
-    image, hold here too.
-
-    Args:
-        model: A ``Detector`` or any torchvision ``FasterRCNN``, in evaluation mode.
-        images: ``[3, H, W]``, each of its own size, as the model takes them (``model_images``).
-        tricks: The tricks.
-
-    Returns:
-        Detections of each image by falling score, on the model's device; with tricks, boxes and scores are float32.
-
-    Raises:
-        UserError: If the model is not of this kind, or scales all images to one fixed size and ``tricks`` to others.
+    The model is a ``Detector`` or any torchvision ``FasterRCNN`` in evaluation mode, images are as it takes them
+    (``model_images``). Its thresholds of score and size, and its limit of detections for an image, hold here too. With
+    tricks, boxes and scores are float32.
 
     Source: He et al., "Deep Residual Learning for Image Recognition" (arXiv:1512.03385), appendix B, for box refinement
         and multi-scale testing. Deviations: there features of two adjacent scales are merged by maxout for each box,
@@ -86,11 +74,16 @@ def detect_with_tricks(model: nn.Module, images: Sequence[Tensor], tricks: Trick
             "test-time tricks need the parts of a two-stage detector of torchvision's (FasterRCNN or a subclass), got "
             f"{type(model).__name__}"
         )
+    if tricks.scales and model.transform.fixed_size is not None:
+        raise UserError(
+            "tricks.scales has no meaning for a model that scales every image to one size, "
+            f"{model.transform.fixed_size}"
+        )
     found: list[list[Prediction]] = [[] for _ in images]
     for scale in tricks.scales or (None,):
         for mirrored in (False, True) if tricks.flip else (False,):
             view = [image.flip(-1) for image in images] if mirrored else list(images)
-            with _scaled(model.transform, scale), _unsuppressed(model.roi_heads):
+            with _unsuppressed(model, scale):
                 rounds = _candidates(model, view, tricks.refine)
             for predictions in rounds:
                 for image, candidates, prediction in zip(images, found, predictions, strict=True):
@@ -103,16 +96,7 @@ def detect_with_tricks(model: nn.Module, images: Sequence[Tensor], tricks: Trick
 
 
 def merge(candidates: Sequence[Prediction], tricks: Tricks, *, nms_threshold: float, limit: int) -> Prediction:
-    """Choose the detections of one image among candidates of all views and rounds.
-
-    Args:
-        candidates: In any order, in pixels of one image.
-        tricks: Of these how boxes are suppressed and whether they vote.
-        nms_threshold: IoU above which boxes are suppressed.
-        limit: Detections to keep.
-
-    Returns:
-        By falling score.
+    """Choose the detections of one image, by falling score, among candidates of all views and rounds.
 
     Source: the order of steps is that of He et al. (arXiv:1512.03385), appendix B: suppression, then box voting.
     """
@@ -185,30 +169,15 @@ def _best_boxes(
 
 
 @contextmanager
-def _scaled(transform: GeneralizedRCNNTransform, scale: int | None) -> Iterator[None]:
-    """Let a model's transform scale the shorter side to another length."""
-    if scale is None:
-        yield
-        return
-    if transform.fixed_size is not None:
-        raise UserError(
-            f"tricks.scales has no meaning for a model that scales every image to one size, {transform.fixed_size}"
-        )
-    own = transform.min_size, transform.max_size
-    transform.max_size = transform.max_size * scale / transform.min_size[-1]
-    transform.min_size = (scale,)
-    try:
-        yield
-    finally:
-        transform.min_size, transform.max_size = own
-
-
-@contextmanager
-def _unsuppressed(heads: RoIHeads) -> Iterator[None]:
-    """Let a model's box heads return everything that passes their thresholds, without suppression."""
-    own = heads.nms_thresh, heads.detections_per_img
+def _unsuppressed(model: GeneralizedRCNN, scale: int | None) -> Iterator[None]:
+    """Let a model return everything that passes its thresholds, and scale the shorter side to another length."""
+    transform, heads = model.transform, model.roi_heads
+    own = transform.min_size, transform.max_size, heads.nms_thresh, heads.detections_per_img
+    if scale is not None:
+        transform.max_size = transform.max_size * scale / transform.min_size[-1]
+        transform.min_size = (scale,)
     heads.nms_thresh, heads.detections_per_img = float("inf"), sys.maxsize
     try:
         yield
     finally:
-        heads.nms_thresh, heads.detections_per_img = own
+        transform.min_size, transform.max_size, heads.nms_thresh, heads.detections_per_img = own
