@@ -5,7 +5,6 @@ Legend: ``B`` images, ``N`` boxes, ``K`` foreground classes, ``C, H, W`` channel
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 
 import torch
@@ -30,8 +29,6 @@ from resdet.models.tracing import scripted_as
 from resdet.models.transform import PilTransform
 from resdet.types import Category
 from resdet.weights.source import WeightsSource
-
-logger = logging.getLogger(__name__)
 
 
 class Detector(FasterRCNN):  # type: ignore[misc]

@@ -64,11 +64,8 @@ class Anchors(AnchorGenerator):  # type: ignore[misc]  # torchvision ships no ty
         dtype, device = feature_maps[0].dtype, feature_maps[0].device
         strides: list[list[Tensor]] = []
         for grid, stride in zip(grid_sizes, self.strides):  # noqa: B905 - TorchScript knows no strict
-            steps: list[Tensor] = []
-            for axis in range(2):
-                step = torch.empty((), dtype=torch.int64, device=device)
-                steps.append(step.fill_(stride if stride > 0 else image_size[axis] // grid[axis]))
-            strides.append(steps)
+            steps = [stride if stride > 0 else image_size[axis] // grid[axis] for axis in range(2)]
+            strides.append([torch.empty((), dtype=torch.int64, device=device).fill_(step) for step in steps])
         self.set_cell_anchors(widened(dtype) if self.widened else dtype, device)
         anchors = torch.cat(self.grid_anchors(grid_sizes, strides))  # [N, 4]
         return [anchors for _ in image_list.image_sizes]

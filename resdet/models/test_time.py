@@ -74,11 +74,9 @@ def detect_with_tricks(model: nn.Module, images: Sequence[Tensor], tricks: Trick
             "test-time tricks need the parts of a two-stage detector of torchvision's (FasterRCNN or a subclass), got "
             f"{type(model).__name__}"
         )
-    if tricks.scales and model.transform.fixed_size is not None:
-        raise UserError(
-            "tricks.scales has no meaning for a model that scales every image to one size, "
-            f"{model.transform.fixed_size}"
-        )
+    fixed = model.transform.fixed_size
+    if tricks.scales and fixed is not None:
+        raise UserError(f"tricks.scales has no meaning for a model that scales every image to one size, {fixed}")
     found: list[list[Prediction]] = [[] for _ in images]
     for scale in tricks.scales or (None,):
         for mirrored in (False, True) if tricks.flip else (False,):
