@@ -279,7 +279,7 @@ class FastProposalNetwork(ProposalNetwork):
             return captured
         levels = list(features.values())
         kind = levels[0].device.type
-        # torch up to 2.6 at least keeps weights that autocast casts without gradients, and would take them again below.
+        # torch (up to 2.6 at least) would keep weights cast by autocast here, without gradients, for forward_at below.
         uncached = torch.autocast(kind, enabled=torch.is_autocast_enabled(kind), cache_enabled=False)
         with torch.no_grad(), uncached:
             logits, deltas = self.head(levels)
