@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import inspect
 import subprocess
 import sys
@@ -13,25 +14,26 @@ import pytest
 import resdet
 
 
-def names_for_type_checkers() -> dict[str, str]:
-    """Read which name comes from which module from the block that only type checkers read."""
-    tree = ast.parse(Path(inspect.getfile(resdet)).read_text())
-    (block,) = (node for node in tree.body if isinstance(node, ast.If))
-    imports = [node for node in block.body if isinstance(node, ast.ImportFrom)]
-    assert all(alias.name == alias.asname for node in imports for alias in node.names)
-    return {alias.name: str(node.module) for node in imports for alias in node.names}
-
-
-def test_type_checkers_see_what_python_does() -> None:
-    assert names_for_type_checkers() == resdet._HOMES
-    assert set(resdet.__all__) == {"__version__", *resdet._HOMES}
+def test_public_names_are_those_of_the_stub() -> None:
+    """Type checkers read the stub, and so does Python when a name is used."""
+    stub = ast.parse(Path(inspect.getfile(resdet)).with_suffix(".pyi").read_text())
+    homes = {
+        alias.name: f"resdet.{node.module}"
+        for node in stub.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+        if alias.name == alias.asname
+    }
+    assert set(resdet.__all__) == set(homes)
+    for name, module in homes.items():
+        assert getattr(resdet, name) is getattr(importlib.import_module(module), name)
 
 
 def test_every_public_name_exists() -> None:
     for name in resdet.__all__:
         assert getattr(resdet, name) is not None
         assert name in dir(resdet)
-    with pytest.raises(AttributeError, match="module 'resdet' has no attribute 'detect'"):
+    with pytest.raises(AttributeError, match="No resdet attribute detect"):
         resdet.detect  # noqa: B018
 
 
