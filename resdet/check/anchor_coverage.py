@@ -26,9 +26,7 @@ class AnchorLayout:
     nominal: bool  # whether a level's stride is 4, 8, 16, 32 or 64, not the padded image's size over the level's
     min_sizes: tuple[int, ...]  # pixels of the scaled shorter side; of several, one is drawn for each training image
     max_size: int  # maximum of the longer side after that, in pixels
-    sides_rounded: (
-        bool  # whether scaled sides are rounded to the nearest pixel, as by Pillow's resize, rather than down
-    )
+    sides_rounded: bool  # whether scaled sides are rounded to the nearest pixel, as by Pillow's resize, or down
 
 
 @dataclass(frozen=True)
@@ -66,11 +64,8 @@ def best_iou(boxes: Floats, sizes: Floats, layout: AnchorLayout, min_size: int) 
     share along each axis: the best one is the nearest along both. So one anchor of each shape and level stands for the
     whole grid.
 
-    Args:
-        boxes: ``[N, 4]``, xyxy, pixels of the stored image, within it.
-        sizes: ``[N, 2]``, ``(height, width)`` of the stored image of each box.
-        layout: The detector's anchors and resize.
-        min_size: One of ``layout.min_sizes``.
+    ``boxes``, ``[N, 4]``, are xyxy in pixels of the stored image and within it; ``sizes``, ``[N, 2]``, are the
+    ``(height, width)`` of each box's image; ``min_size`` is one of ``layout.min_sizes``.
     """
     limits = min_size / sizes.min(axis=1), layout.max_size / sizes.max(axis=1)
     scaled = sizes * np.minimum(*limits)[:, None]  # [N, 2], like all that follows

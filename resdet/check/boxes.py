@@ -46,8 +46,7 @@ def box_problems(table: AnnotationTable, *, one_based: bool) -> Iterator[Problem
             yield boxes.problem(kind, [row], describe(row))
     yield from _repeated_boxes(boxes, sound & ~table.crowd)
     if table.num_boxes >= _MIN_EVIDENCE:
-        wrong = None if one_based else _other_units(boxes)
-        if wrong is not None:
+        if not one_based and (wrong := _other_units(boxes)) is not None:
             yield wrong
         else:
             yield from _off_by_one(boxes, sound & ~table.crowd)
@@ -80,9 +79,8 @@ class _Boxes:
         table, image = self.table, self.image[rows[0]]
         ids = tuple(number for number in table.annotation_ids[rows].tolist() if number >= 0)
         name = f"annotation{'s' if len(rows) > 1 else ''} {', '.join(map(str, ids)) or 'without id'}"
-        message = (
-            f"{name} of image {table.image_ids[image]} ({table.file_names[image]}): {what}: {self.numbers(rows[0])}"
-        )
+        where = f"image {table.image_ids[image]} ({table.file_names[image]})"
+        message = f"{name} of {where}: {what}: {self.numbers(rows[0])}"
         return Problem(kind, message, (int(table.image_ids[image]),), ids, count=max(len(rows) - 1, 1))
 
 

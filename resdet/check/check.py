@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -60,7 +61,12 @@ def check_dataset(
             sharing = [other for other in splits if other.root == split.root]
             if sharing[0] is split:
                 problems.extend(unlisted_files(split.root, sharing))
-    shared = [*_different_classes(tables), *shared_files(tables, paths)]
+    shared = list(shared_files(tables, paths))
+    names = {name: {category.name for category in table.categories} for name, table in tables.items()}
+    for name, other_name in itertools.permutations(names, 2):
+        only = sorted(names[name] - names[other_name])
+        if only and names[other_name]:
+            shared.append(Problem("different_classes", f"only {name} has {name_some(only, 8)}", count=len(only)))
     facts: dict[str, ImageFacts] = {}
     if decode:
         every = list(dict.fromkeys(path for of_split in paths.values() for path in of_split.values()))
@@ -117,11 +123,3 @@ def _class_problems(table: AnnotationTable, split: str) -> Iterator[Problem]:
         most, least = int(counts.argmax()), int(used[counts[used].argmin()])
         message = f"{counts[most]} boxes of {names[most]!r}, {counts[least]} of {names[least]!r}"
         yield Problem("class_imbalance", message)
-
-
-def _different_classes(tables: Mapping[str, AnnotationTable]) -> Iterator[Problem]:
-    names = {split: {category.name for category in table.categories} for split, table in tables.items()}
-    for split, other in ((a, b) for a in names for b in names if a != b):
-        only = sorted(names[split] - names[other])
-        if only and names[other]:
-            yield Problem("different_classes", f"only {split} has {name_some(only, 8)}", count=len(only))

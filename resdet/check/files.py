@@ -122,8 +122,7 @@ def decoded_problems(
         elif header.size == size[::-1] and header.orientation >= 5:
             yield image_problem("exif_turned", table, index, orientation, path)
         else:
-            got = f"{header.size[1]}x{header.size[0]}"
-            what = f"the file has {got} pixels, the annotations say {width}x{height}"
+            what = f"the file has {header.size[1]}x{header.size[0]} pixels, the annotations say {width}x{height}"
             yield image_problem("size_mismatch", table, index, what, path)
     for mode, ids in modes.items():
         yield Problem("not_rgb", f"{len(ids)} images of mode {mode}", tuple(ids), count=len(ids))

@@ -76,12 +76,8 @@ KINDS = {
     "boxes_are_corners": Kind("error", "COCO's boxes are [x, y, width, height]; these look like [x1, y1, x2, y2]"),
     "boxes_are_fractions": Kind("error", "boxes must be in pixels; these look like fractions of the image"),
     "box_partly_outside": Kind("warning", f"exceeds the image by more than {OVERHANG:g} px; clipped in training"),
-    "one_based_corners": Kind(
-        "warning", "boxes pile up at 1 and none begins at 0: converted from VOC without subtracting 1?"
-    ),
-    "zero_based_corners": Kind(
-        "warning", "VOC counts pixels from 1; corners at 0 suggest that all boxes are off by one pixel"
-    ),
+    "one_based_corners": Kind("warning", "boxes pile up at 1, none begins at 0: converted from VOC without the - 1?"),
+    "zero_based_corners": Kind("warning", "VOC counts pixels from 1; corners at 0 suggest that all are off by one"),
     "short_boxes": Kind(
         "warning", "boxes pile up one pixel before the far border and none reaches it: xmax - xmin without the + 1?"
     ),

@@ -79,14 +79,11 @@ def load_records(path: Path) -> CocoRecords:
 
 
 def _sections_of(data: object, path: Path) -> CocoRecords:
-    if isinstance(data, list):
-        if data and isinstance(data[0], dict) and "score" in data[0]:
-            what = "these are detection results; the ground truth they were scored against is needed"
-        else:
-            what = "got a json list"
-        raise DataError(f"{path}: not a COCO annotation file: {what}")
     if not isinstance(data, dict):
-        raise DataError(f"{path}: not a COCO annotation file: got a json {type(data).__name__}")
+        what = f"got a json {type(data).__name__}"
+        if isinstance(data, list) and data and isinstance(data[0], dict) and "score" in data[0]:
+            what = "these are detection results; the ground truth they were scored against is needed"
+        raise DataError(f"{path}: not a COCO annotation file: {what}")
     for key in SECTIONS:
         if key not in data:
             hint = {

@@ -237,8 +237,7 @@ def _planes(sample: Sample) -> Tensor:
     image = sample.image
     # For any other, OpenCV would allocate its own output.
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-        got = f"{image.dtype} {list(image.shape)}"
-        raise DataError(f"image {sample.image_id}: must be uint8 [H, W, 3], got {got}")
+        raise DataError(f"image {sample.image_id}: must be uint8 [H, W, 3], got {image.dtype} {list(image.shape)}")
     planes = np.empty((3, *image.shape[:2]), dtype=np.uint8)
     cv2.split(np.ascontiguousarray(image), list(planes))
     return torch.from_numpy(planes)
@@ -256,11 +255,7 @@ def _chosen_image(images: Images, rows: npt.NDArray[np.int64], index: int) -> np
 
 
 def without_subset(dataset: DetectionDataset | Subset[tuple[Tensor, Target]]) -> DetectionDataset:
-    """Return a ``torch.utils.data.Subset`` (of a ``Subset``, ...) as the dataset of its images, any other as it is.
-
-    Raises:
-        DataError: If it is no ``DetectionDataset``, has no images, or an index is out of range.
-    """
+    """Return a ``torch.utils.data.Subset`` (of a ``Subset``, ...) as the dataset of its images, any other as it is."""
     if isinstance(dataset, Subset):
         return without_subset(dataset.dataset).select_images(dataset.indices)  # type: ignore[arg-type]
     if not isinstance(dataset, DetectionDataset):

@@ -207,12 +207,8 @@ class FolderImages:
     detectron2 and mmdetection turn every image, and refuse or misread annotations of the stored one.
     ``tools/check_data.py`` lists the images that carry an orientation.
 
-    Args:
-        root: Folder that the table's file names are relative to.
-        table: The table.
-
-    Raises:
-        DataError: If a file name leads out of ``root`` or cannot be a file's name.
+    File names of the table are relative to ``root``; one that leads out of it, or cannot be a file's name, raises a
+    DataError.
     """
 
     def __init__(self, root: Path, table: AnnotationTable) -> None:
@@ -223,9 +219,7 @@ class FolderImages:
     def __call__(self, index: int) -> npt.NDArray[np.uint8]:
         """Read image ``index``: uint8 RGB ``[H, W, 3]``.
 
-        Raises:
-            UnreadableImageError: If it cannot be read.
-            DataError: If its size is not the one in the table.
+        An UnreadableImageError is raised if it cannot be read, a DataError if its size is not the one in the table.
         """
         image_id = self._table.image_ids[index]
         path = self._root / self._table.file_names[index]

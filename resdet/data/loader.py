@@ -53,12 +53,8 @@ def train_loader(
 
     ``sampling`` and ``repeat_threshold`` are as for ``image_order``, ``num_workers`` and ``stall_seconds`` as for
     ``load_batches``, the rest as for ``TrainBatches``. Batches do not depend on the number of workers.
-    ``resize`` is applied to each image after augmentation; it must pickle where workers are spawned.
-
-    Raises:
-        UserError: As from ``TrainBatches``.
-        DataError: While iterating, if an image cannot be read or augmented.
-        WorkerError: As from ``load_batches``.
+    ``resize`` is applied to each image after augmentation; it must pickle where workers are spawned. An image that
+    cannot be read or augmented raises a DataError while iterating.
     """
     keys = TrainBatches(
         dataset.table.sizes,
@@ -80,11 +76,8 @@ def eval_loader(
 ) -> Iterator[Batch]:
     """Yield this process's share of the images, as ``eval_keys`` divides them.
 
-    ``batch_size`` is that of this process, ``num_workers`` is as for ``load_batches``.
-
-    Raises:
-        DataError: While iterating, if an image cannot be read.
-        WorkerError: As from ``load_batches``.
+    ``batch_size`` is that of this process, ``num_workers`` is as for ``load_batches``. An image that cannot be read
+    raises a DataError while iterating.
     """
     keys = eval_keys(len(dataset), batch_size, rank=team.rank, world_size=team.world_size)
     packed = load_batches(partial(_pack, dataset, None), keys, num_workers=num_workers, device=team.device)

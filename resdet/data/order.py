@@ -19,11 +19,11 @@ import numpy.typing as npt
 
 from resdet.data.annotations import AnnotationTable
 from resdet.errors import UserError
+from resdet.types import Bools, Floats, Ints
 
 logger = logging.getLogger(__name__)
 
 Sampling = Literal["uniform", "repeat_factor", "class_balanced"]
-Ints = npt.NDArray[np.int64]
 Hashes = npt.NDArray[np.uint64]
 
 REPEAT_THRESHOLD = 0.001
@@ -40,7 +40,7 @@ _ORDER, _AUGMENTATION, _ROUNDING, _FIRST_CLASS = range(4)
 class ImageOrder:
     """An endless order of images."""
 
-    drawn: npt.NDArray[np.bool_]  # [I], the images that are drawn at all
+    drawn: Bools  # [I], the images that are drawn at all
     draws: Callable[[int], Iterator[Ints]]  # yields, for a seed, image indices in arrays of any length
 
 
@@ -55,7 +55,7 @@ def uniform_order(num_images: int) -> ImageOrder:
     return ImageOrder(np.ones(num_images, dtype=np.bool_), draws)
 
 
-def repeat_factor_order(factors: npt.NDArray[np.float64]) -> ImageOrder:
+def repeat_factor_order(factors: Floats) -> ImageOrder:
     """Draw image ``i`` ``factors[i]`` times per epoch, ``factors`` float64 ``[I]``, >= 0 (see ``repeat_factors``).
 
     A factor's whole part is drawn in every epoch, and once more in a share of the epochs that is its fraction, so that
@@ -118,7 +118,7 @@ def class_balanced_order(images: Ints, labels: Ints, num_images: int) -> ImageOr
     return ImageOrder(drawn, draws)
 
 
-def repeat_factors(images: Ints, labels: Ints, num_images: int, threshold: float) -> npt.NDArray[np.float64]:
+def repeat_factors(images: Ints, labels: Ints, num_images: int, threshold: float) -> Floats:
     """Return each image's repeat factor, float64 ``[I]``, >= 1.
 
     ``r_c = max(1, sqrt(threshold / f_c))`` with ``f_c`` the share of all images that have class ``c``; an image's
@@ -136,9 +136,7 @@ def repeat_factors(images: Ints, labels: Ints, num_images: int, threshold: float
     return factors
 
 
-def image_order(
-    sampling: Sampling, table: AnnotationTable, trained: npt.NDArray[np.bool_], *, repeat_threshold: float
-) -> ImageOrder:
+def image_order(sampling: Sampling, table: AnnotationTable, trained: Bools, *, repeat_threshold: float) -> ImageOrder:
     """Return and log the order in which the images of a table are drawn.
 
     An image has a class if it has a box of it that is trained on (detectron2 counts crowd regions too): ``trained``,

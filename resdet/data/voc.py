@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 import math
 import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
@@ -36,7 +36,6 @@ HOW_TO_GET_VOC = (
     "http://host.robots.ox.ac.uk/pascal/VOC, unpacked into one folder, which then holds VOCdevkit/VOC2007 and "
     f"VOCdevkit/VOC2012; such a folder, or one of your own, holds {VOC_LAYOUT}"
 )
-
 
 _Report = Callable[[str, str, Path], None]  # takes the kind of a problem, the message, and the file concerned
 
@@ -89,13 +88,11 @@ def read_voc(root: Path, split: str | Sequence[str], *, classes: Sequence[str] |
         raise DataError(f"{name}: none of the annotations holds an object, so there are no classes to learn")
 
     sound = [record for record in records.annotations if min(record["bbox"][2:]) > 0]
+    flat = [record for record in records.annotations if min(record["bbox"][2:]) <= 0]
+    moved = [record for record in sound if min(record["bbox"][:2]) < 0]
     odd = {
-        "without extent (xmax <= xmin or ymax <= ymin) left out": [
-            record for record in records.annotations if min(record["bbox"][2:]) <= 0
-        ],
-        "with a corner at 0, though VOC counts pixels from 1; moved by 1 like the others": [
-            record for record in sound if min(record["bbox"][:2]) < 0
-        ],
+        "without extent (xmax <= xmin or ymax <= ymin) left out": flat,
+        "with a corner at 0, though VOC counts pixels from 1; moved by 1 like the others": moved,
     }
     notes = []
     for what, found in odd.items():
@@ -147,7 +144,9 @@ def _read_files(root: Path, splits: list[str], report: _Report) -> CocoRecords:
         _check_layout(folder, root)
         annotations = {path.stem: path for path in sorted((folder / "Annotations").glob("*.xml"))}
         outside.update(dict.fromkeys(annotations.values()))
-        image_names = _images_by_stem(folder / "JPEGImages")
+        pictures = [path for path in (folder / "JPEGImages").iterdir() if path.suffix.lower() in IMAGE_SUFFIXES]
+        pictures.sort(key=lambda path: (IMAGE_SUFFIXES.index(path.suffix.lower()), path.name), reverse=True)
+        image_names = {path.stem: path.name for path in pictures}  # of several, the suffix that VOC would prefer
         for stem in _read_list(folder, list_name, annotations):
             file_name = (Path(*parents) / "JPEGImages" / image_names.get(stem, f"{stem}.jpg")).as_posix()
             if file_name in listed:
@@ -157,7 +156,9 @@ def _read_files(root: Path, splits: list[str], report: _Report) -> CocoRecords:
             listed[file_name] = one_split
             if stem not in annotations:
                 parent, name = folder / "Annotations", f"{stem}.xml"
-                hint = _hint_at_name(stem, annotations)
+                bare = Path(stem.replace("\\", "/").split()[0])
+                is_path = bare.stem in annotations or bare.name in annotations
+                hint = "; lists give names without folder and suffix, one a line" if is_path else ""
                 message = f"{parent}: no annotation {name[:100]!r}, but {one_split} lists it{hint}"
                 report("bad_annotation_file", message, parent / name)
                 continue
@@ -202,13 +203,6 @@ def _check_layout(folder: Path, root: Path) -> None:
         raise DataError(f"{folder / part}: no such folder. {HOW_TO_GET_VOC}")
 
 
-def _images_by_stem(folder: Path) -> dict[str, str]:
-    """Return the file name of each image by its stem; of several, the one whose suffix VOC would prefer."""
-    images = [path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES]
-    images.sort(key=lambda path: (IMAGE_SUFFIXES.index(path.suffix.lower()), path.name), reverse=True)
-    return {path.stem: path.name for path in images}  # the last one stays
-
-
 def _read_list(folder: Path, list_name: str, annotations: dict[str, Path]) -> list[str]:
     path = folder / "ImageSets" / "Main" / f"{list_name}.txt"
     if not path.is_file():
@@ -225,13 +219,6 @@ def _read_list(folder: Path, list_name: str, annotations: dict[str, Path]) -> li
     if not stems:
         raise DataError(f"{path}: lists no images")
     return stems
-
-
-def _hint_at_name(stem: str, annotations: Collection[str]) -> str:
-    bare = Path(stem.replace("\\", "/").split()[0])
-    if bare.stem in annotations or bare.name in annotations:
-        return "; lists give names without folder and suffix, one a line"
-    return ""
 
 
 def _decode(data: bytes) -> str:
@@ -304,8 +291,7 @@ def _read_object(item: ElementTree.Element) -> Record:
         raise _FileError(f"<difficult> must be 0 or 1, got {difficult[:80]!r}")
     last = 1 if xmax > xmin and ymax > ymin else 0  # the last pixel is inside the object
     box = [xmin - 1, ymin - 1, xmax - xmin + last, ymax - ymin + last]
-    record: Record = {"category_id": name, "bbox": box, "area": box[2] * box[3], "iscrowd": 0}
-    return record | {"difficult": int(difficult)}
+    return {"category_id": name, "bbox": box, "area": box[2] * box[3], "iscrowd": 0, "difficult": int(difficult)}
 
 
 def _size(annotation: ElementTree.Element) -> tuple[int, int] | None:

@@ -45,9 +45,8 @@ Rows = npt.NDArray[np.float64]
 def import_albumentations() -> ModuleType:
     """Import albumentations, without its greeting and without access to the network.
 
-    Raises:
-        UserError: If AlbumentationsX is installed, which is imported by the same name: it is under the AGPL and
-            reports what it is used for. It is found out before it is imported.
+    A UserError is raised for AlbumentationsX before it is imported: it has the same name, is under the AGPL and reports
+    what it is used for.
     """
     os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # else the import asks for a newer version
     os.environ["ALBUMENTATIONS_NO_TELEMETRY"] = "1"
@@ -82,7 +81,7 @@ def with_exact_boxes(albumentations: ModuleType, transform_class: Any) -> Any:
     corrected: dict[type[Any], Callable[..., Rows]] = {
         albumentations.augmentations.dropout.transforms.BaseDropout: _under_holes,
         albumentations.augmentations.geometric.distortion.BaseDistortion: _distorted,
-        albumentations.PixelDropout: _as_they_are,
+        albumentations.PixelDropout: lambda transform, bboxes, **params: bboxes,
         albumentations.GridElasticDeform: _longer_by_a_pixel,
     }
     for base, apply_to_bboxes in corrected.items():
@@ -99,10 +98,6 @@ def knows_strict(transform_class: type[Any]) -> bool:
     """
     owner = next(base for base in transform_class.__mro__ if "__init__" in vars(base))
     return "InitSchema" in vars(owner)
-
-
-def _as_they_are(transform: Any, bboxes: Rows, **params: Any) -> Rows:
-    return bboxes
 
 
 def _under_holes(transform: Any, bboxes: Rows, holes: npt.NDArray[Any], shape: tuple[int, ...], **params: Any) -> Rows:

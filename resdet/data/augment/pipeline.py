@@ -13,16 +13,17 @@ import difflib
 import inspect
 import json
 import logging
-import random
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from random import Random
 from types import ModuleType
 from typing import Any
 
 import cv2
 import numpy as np
+from numpy.random import Generator
 from pydantic import ValidationError
 
 from resdet.data.annotations import MIN_TRAINABLE_SIDE
@@ -80,10 +81,10 @@ class _Builder:
             return place, partial(_transformed, transform) if axis is None else partial(_flipped, transform, axis)
         try:
             # JSON mode is the one in which strict typing takes a list for a tuple, as in the configuration.
-            step = OWN_STEPS[name].model_validate_json(json.dumps(parameters), strict=True)
+            own = OWN_STEPS[name].model_validate_json(json.dumps(parameters), strict=True)
         except (ValidationError, TypeError) as error:
             raise DataError(f"{place}: {_parameter_problem(error)}") from error
-        return place, partial(_stepped, step)
+        return place, lambda sample, rng, _, draw: own.apply(sample, rng, draw) if rng.random() < own.p else sample
 
     def _read(self, step: object, place: str) -> tuple[str, Mapping[str, Any], str]:
         """Check a step's name and parameters; return both, and the place with the name added."""
@@ -207,7 +208,7 @@ class Augment:
     def _apply(self, num_parts: int, sample: Sample, seed: int, partner: Callable[[int], Sample] | None) -> Sample:
         """Apply the first steps; the boxes of the result are float64."""
         # One stream for all steps: albumentations' own set_random_seed would give each step the same numbers.
-        rng, py_rng = np.random.default_rng(seed), random.Random(seed)
+        rng, py_rng = np.random.default_rng(seed), Random(seed)
         sample = replace(sample, boxes=np.clip(sample.boxes.astype(np.float64), 0, extent(sample.image.shape)))
 
         for position, (place, part) in enumerate(self.parts[:num_parts]):
@@ -225,7 +226,7 @@ class Augment:
             sample = after
         return sample
 
-    def _draw(self, position: int, partner: Callable[[int], Sample] | None, rng: np.random.Generator) -> Sample:
+    def _draw(self, position: int, partner: Callable[[int], Sample] | None, rng: Generator) -> Sample:
         """Return another image as the steps before ``position`` leave it."""
         if partner is None:
             raise ValueError("mixes several images, and only one is given")
@@ -233,17 +234,11 @@ class Augment:
         return self._apply(position, partner(number), number, partner)
 
 
-_Part = Callable[[Sample, np.random.Generator, random.Random, Partner], Sample]
+_Part = Callable[[Sample, Generator, Random, Partner], Sample]
 """Applies a step at random; returns the given boxes themselves if it moved no pixels."""
 
 
-def _stepped(step: Step, sample: Sample, rng: np.random.Generator, py_rng: random.Random, draw: Partner) -> Sample:
-    return step.apply(sample, rng, draw) if rng.random() < step.p else sample
-
-
-def _transformed(
-    transform: Any, sample: Sample, rng: np.random.Generator, py_rng: random.Random, draw: Partner
-) -> Sample:
+def _transformed(transform: Any, sample: Sample, rng: Generator, py_rng: Random, draw: Partner) -> Sample:
     """Apply a transform of albumentations."""
     transform.set_random_state(rng, py_rng)
     rows = np.arange(len(sample), dtype=np.float64)
@@ -262,9 +257,7 @@ def _transformed(
     return left.moved(image, after[:, :4] * extent(image.shape))
 
 
-def _flipped(
-    transform: Any, axis: int, sample: Sample, rng: np.random.Generator, py_rng: random.Random, draw: Partner
-) -> Sample:
+def _flipped(transform: Any, axis: int, sample: Sample, rng: Generator, py_rng: Random, draw: Partner) -> Sample:
     """Flip x (``axis`` 0) or y (1) where albumentations' ``transform`` says so: its fractions of the image are inexact.
 
     OpenCV turns 640x480 pixels in 0.05 ms. A view of reversed columns costs nothing here and 0.4 ms where channels are

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from resdet.types import Floats
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -45,7 +47,6 @@ class Sample:
 
 
 _NO_THICKNESS = 1e-6  # pixels
-
 _COLUMNS = [field.name for field in fields(Sample) if field.name not in ("image", "image_id")]
 
 
@@ -60,9 +61,7 @@ def joined(samples: Sequence[Sample]) -> Sample:
     return replace(samples[0], **columns)
 
 
-def uncovered(
-    boxes: npt.NDArray[np.float64], covers: npt.NDArray[np.float64]
-) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+def uncovered(boxes: Floats, covers: Floats) -> tuple[Floats, Floats]:
     """Subtract rectangles ``[R, 4]`` from boxes ``[N, 4]``, each with an area.
 
     Returns:
