@@ -15,6 +15,7 @@ from torch import Tensor
 from resdet.check.anchor_coverage import AnchorLayout
 from resdet.check.browse import write_browse_page
 from resdet.check.splits import DataSplit, coco_split, table_split, voc_split
+from resdet.classification.config import PretrainConfig
 from resdet.config import CocoSource, Config, ModelConfig, ShapesSource, Source, config_from_plain
 from resdet.data.augment.pipeline import MIN_VISIBILITY, build_augment
 from resdet.data.coco import read_coco
@@ -23,6 +24,7 @@ from resdet.data.images import FolderImages, check_files
 from resdet.data.shapes import ShapesImages, shapes_table
 from resdet.data.voc import read_voc
 from resdet.errors import DataError, UserError, WeightsError
+from resdet.evaluation.settings import InferenceSettings
 from resdet.models.checkpoint import load_detector_weights
 from resdet.models.detector import Detector, build_detector
 from resdet.models.losses import class_balanced_weights
@@ -67,6 +69,20 @@ def build_dataset(
             raise
         logger.warning("%s; other images will replace them (unreadable: skip)", error)
     return DetectionDataset(table, images, steps, training=training, use_difficult=use_difficult, skip_unreadable=skip)
+
+
+def inference_settings(
+    config: Config | PretrainConfig, *, device: torch.device | None = None, progress: bool = False
+) -> InferenceSettings:
+    """Return how evaluations run that the configuration asks for, of detectors and of classifiers."""
+    return InferenceSettings(
+        batch_size=config.eval.batch_size,
+        num_workers=config.loader.num_workers,
+        device=device,
+        precision=config.eval.precision or config.train.precision,
+        tricks=config.eval.tricks if isinstance(config, Config) else None,
+        progress=progress,
+    )
 
 
 def build_browse_page(config: Config, path: Path, *, num_images: int) -> None:

@@ -85,10 +85,7 @@ def predict_files(
     The folder is created if it does not exist. The JSON holds every detection of the model, in COCO's result format
     (``to_coco_json``). The pictures show those of at least ``score_threshold``, small images enlarged; they are named
     after their files, with a number where two would have the same name. If an image cannot be read, the pictures
-    written before it stay.
-
-    Returns:
-        The number of detections in the JSON file.
+    written before it stay. Returns the number of detections in the JSON file.
     """
     output_dir.mkdir(parents=True, exist_ok=True)
     categories = model_categories(model)

@@ -44,11 +44,7 @@ def default_image_size(arch: str) -> tuple[int, int]:
 
 
 def summarise(
-    arch: str,
-    image_size: tuple[int, int] | None = None,
-    *,
-    num_classes: int | None = None,
-    stride_in_1x1: bool = False,
+    arch: str, image_size: tuple[int, int] | None = None, *, num_classes: int | None = None, stride_in_1x1: bool = False
 ) -> list[StageSummary]:
     """Summarise a classification network stage by stage, without computing anything: it runs on the meta device.
 

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
+from resdet.build import inference_settings
 from resdet.classification.build import build_images, build_pretrained, build_train_view
 from resdet.classification.config import ClassifierEvalConfig, ClassifierTrainConfig, PretrainConfig
 from resdet.classification.data import LabelledImages
@@ -78,8 +79,9 @@ def pretrain(config: PretrainConfig) -> TrainResult:
         )
         view = build_train_view(config.augment, classifier)
         mix = _mixing(config.train, len(classifier.classes))
+        train, loader, inference = config.train, config.loader, inference_settings(config)
         task = ClassificationTask(
-            classifier, train_set, val_set, view, mix, settings, config.train, config.loader, config.eval, team
+            classifier, train_set, val_set, view, mix, settings, train, loader, config.eval, inference, team
         )
         return run(task, settings, team, stop, begun=begun, saved=saved)
 
@@ -97,6 +99,7 @@ class ClassificationTask:
     train: ClassifierTrainConfig
     loader: LoaderConfig
     eval: ClassifierEvalConfig
+    inference: InferenceSettings  # for evaluations
     team: Processes
     image_size_keys: str = "model.image_size"
     shown_metrics: Sequence[str] = ("top1", "top5", "val_loss")
@@ -160,17 +163,10 @@ class ClassificationTask:
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         """Compute ``top1``, ``top5`` and ``val_loss``."""
-        section, classifier = self.eval, self._with_network(model)
-        precision = section.precision or self.train.precision
-        inference = InferenceSettings(section.batch_size, self.loader.num_workers, precision=precision)
+        classifier, section = self._with_network(model), self.eval
+        views, resize, scales = section.views, section.resize, section.scales
         metrics = evaluate_classifier(
-            classifier,
-            self.val_set,
-            inference,
-            self.team,
-            views=section.views,
-            resize=section.resize,
-            scales=section.scales,
+            classifier, self.val_set, self.inference, self.team, views=views, resize=resize, scales=scales
         )
         return metrics.as_dict()
 

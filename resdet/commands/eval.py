@@ -41,13 +41,12 @@ def main(arguments: Sequence[str]) -> None:
     checkpoints = [path / "best.pt" if path.is_dir() else path for path in paths]
     names = name_runs(checkpoints)
 
-    from resdet.build import build_dataset, config_of_checkpoint
+    from resdet.build import build_dataset, config_of_checkpoint, inference_settings
     from resdet.config_reading import config_to_plain
     from resdet.evaluation.detect import evaluate
     from resdet.evaluation.inference import device_for
     from resdet.evaluation.report import write_report
     from resdet.evaluation.report_runs import ReportedRun, check_same_ground_truth, read_log
-    from resdet.evaluation.settings import InferenceSettings
     from resdet.evaluation.write import metrics_table, write_evaluation
     from resdet.models.checkpoint import load_detector
     from resdet.weights.files import read_weights
@@ -61,14 +60,7 @@ def main(arguments: Sequence[str]) -> None:
     runs = []
     for name, file, config in zip(names, files, configs, strict=True):
         model = load_detector(file)
-        settings = InferenceSettings(
-            batch_size=config.eval.batch_size,
-            num_workers=config.loader.num_workers,
-            device=device_for(model, config.train.device),
-            precision=config.eval.precision or config.train.precision,
-            tricks=config.eval.tricks,
-            progress=True,
-        )
+        settings = inference_settings(config, device=device_for(model, config.train.device), progress=True)
         evaluation = evaluate(model, dataset, settings)
         folder = output if len(paths) == 1 else output / name
         write_evaluation(folder, evaluation, dataset.table)

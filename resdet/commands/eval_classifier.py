@@ -23,10 +23,10 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--images", type=Path, metavar="FOLDER", help="a folder with one subfolder of images per class")
     options = parser.parse_intermixed_args(arguments)  # overrides may stand after options
 
+    from resdet.build import inference_settings
     from resdet.classification.build import build_images, eval_config
     from resdet.classification.evaluate import evaluate_classifier
     from resdet.classification.model import load_classifier
-    from resdet.evaluation.settings import InferenceSettings
     from resdet.processes import choose_device
 
     config = eval_config(options.weights, arch=options.arch, images=options.images, overrides=options.overrides)
@@ -35,13 +35,7 @@ def main(arguments: Sequence[str]) -> None:
     metrics = evaluate_classifier(
         classifier,
         images,
-        InferenceSettings(
-            batch_size=config.eval.batch_size,
-            num_workers=config.loader.num_workers,
-            device=choose_device(config.train.device),
-            precision=config.eval.precision or config.train.precision,
-            progress=True,
-        ),
+        inference_settings(config, device=choose_device(config.train.device), progress=True),
         views=config.eval.views,
         resize=config.eval.resize,
         scales=config.eval.scales,

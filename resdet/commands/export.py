@@ -55,11 +55,7 @@ def main(arguments: Sequence[str]) -> None:
     model = load_detector(options.checkpoint)
     if options.what == "backbone":
         report = export_backbone(
-            model,
-            options.output,
-            include_fpn=options.fpn,
-            format=options.format or "safetensors",
-            names=options.names,
+            model, options.output, include_fpn=options.fpn, format=options.format or "safetensors", names=options.names
         )
     else:
         images = [read_image(file) for file in find_images(options.images)[:8]] if options.images else None

@@ -20,11 +20,8 @@ _SCRIPTS = {"check": "check_data"}  # tools/NAME.py where NAME is not the comman
 def command_parser(name: str, description: str, arguments: str | None = None) -> argparse.ArgumentParser:
     """Return the parser of ``resdet NAME``.
 
-    Args:
-        name: The command.
-        description: Help text. Its examples read ``resdet NAME ...``; they are shown as ``python tools/NAME.py ...``
-            if that is how the command was started.
-        arguments: What the usage line shows after the command, where argparse would not put it well.
+    Examples in ``description`` read ``resdet NAME ...``; they are shown as ``python tools/NAME.py ...`` if that is how
+    the command was started. ``arguments`` is what the usage line shows where argparse would not put it well.
     """
     prog = f"resdet {name}"
     if sys.argv[0].endswith(".py"):
@@ -37,11 +34,7 @@ def command_parser(name: str, description: str, arguments: str | None = None) ->
 
 
 def run_tool(main: Callable[[Sequence[str]], int | None]) -> None:
-    """Run a command's ``main`` on the command line and exit with its code.
-
-    Args:
-        main: Takes the arguments without the program's name; returns an exit code, or None for 0.
-    """
+    """Run a command's ``main`` on the arguments after the program's name and exit with its code (None: 0)."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("resdet").setLevel(logging.INFO)
     program = os.path.basename(sys.argv[0])

@@ -69,15 +69,16 @@ def export_backbone(
     """
     exported = _part_to_export(model, include_fpn)
     _check_arguments(format, names, include_fpn)
-    description = _describe(exported)
-    about = description.copy()
+    about = _describe(exported)
     if isinstance(model, Detector):
         about |= {"image_mean": model.spec.image_mean, "image_std": model.spec.image_std}
     if format == "onnx":
         about["outputs"] = output_names(exported)
     with written_whole(Path(path)) as temporary:
         if format == "safetensors":
-            _write_safetensors(exported, temporary, about)
+            metadata = {"format": BACKBONE_FORMAT, "backbone": json.dumps(about), "resdet_version": VERSION}
+            tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in exported.state_dict().items()}
+            temporary.write_bytes(save(tensors, metadata))
             run = _rebuilt(temporary, exported)
         else:
             _write_program(folded_copy(exported), temporary, format, output_names(exported))
@@ -122,9 +123,8 @@ def load_backbone(path: str | os.PathLike[str], *, trainable_layers: int = 3, fa
             fast=fast,
         )
         if "out_channels" in description:
-            backbone = ResNetFPN(
-                body, out_channels=description["out_channels"], extra_blocks=description["extra_blocks"]
-            )
+            channels, blocks = description["out_channels"], description["extra_blocks"]
+            backbone = ResNetFPN(body, out_channels=channels, extra_blocks=blocks)
         else:
             backbone = body
     except (KeyError, TypeError, ValueError) as error:
@@ -152,12 +152,6 @@ def _check_arguments(format: str, names: str, include_fpn: bool) -> None:
         raise UserError(f"names must be torchvision or timm, got {names!r}")
     if names == "timm" and (include_fpn or format != "safetensors"):
         raise UserError("timm's names are for the body as safetensors: timm has no pyramid, and other formats no names")
-
-
-def _write_safetensors(exported: Body | ResNetFPN, path: Path, description: dict[str, Any]) -> None:
-    metadata = {"format": BACKBONE_FORMAT, "backbone": json.dumps(description), "resdet_version": VERSION}
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in exported.state_dict().items()}
-    path.write_bytes(save(tensors, metadata))
 
 
 def _write_program(folded: Body | ResNetFPN, path: Path, format: BackboneGraph, map_names: list[str]) -> None:

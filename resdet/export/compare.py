@@ -39,28 +39,18 @@ class ExportError(UserError):
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What was exported, and how the file compared with the model when it was loaded again.
-
-    Attributes:
-        path: The file.
-        what: ``"body"``, ``"backbone"`` (body and pyramid) or ``"detector"``.
-        format: Its format.
-        sizes: ``(height, width)`` of the images it was compared on.
-        differences: For features ``"features"``, relative to the largest absolute value of each map. For a detector
-            ``"boxes"`` in pixels, ``"scores"``, and ``"unmatched"``: the share of detections without a counterpart.
-        tolerances: The largest values allowed, by the same names.
-        num_detections: How many detections were compared; None for features.
-        speed_ratio: The model's time on these images over the file's, so above 1 the file is faster; None for
-            safetensors, which are run by the same code.
-    """
+    """What was exported, and how the file compared with the model when it was loaded again."""
 
     path: Path
-    what: str
+    what: str  # "body", "backbone" (body and pyramid) or "detector"
     format: str
-    sizes: tuple[tuple[int, int], ...]
+    sizes: tuple[tuple[int, int], ...]  # (height, width) of the images it was compared on
+    # For features "features", relative to the largest absolute value of each map. For a detector "boxes" in pixels,
+    # "scores", and "unmatched": the share of detections without a counterpart.
     differences: dict[str, float]
-    tolerances: dict[str, float]
-    num_detections: int | None
+    tolerances: dict[str, float]  # the largest values allowed, by the same names
+    num_detections: int | None  # how many were compared; None for features
+    # The model's time on these images over the file's; None for safetensors, which are run by the same code.
     speed_ratio: float | None
 
     def __str__(self) -> str:
@@ -107,17 +97,11 @@ def compare_detections(
 
     Every expected detection is paired with the nearest unpaired one of its label whose box and score are within
     tolerance. Up to four unpaired detections, of both sides together, are forgiven if their scores are within tolerance
-    of the threshold, or of the lowest score where the list is full: rounding decides on which side of it they fall.
+    of ``score_thresh``, or of the lowest score where a list is full (``most``): rounding decides on which side of it
+    they fall.
 
-    Args:
-        found: Detections of the exported file.
-        expected: Those of the model.
-        score_thresh: The score below which detections are dropped.
-        most: How many are kept at most.
-
-    Returns:
-        The largest difference of a coordinate in pixels and of a score among the pairs, and how many detections of
-        either side are neither paired nor forgiven.
+    Returns the largest difference of a coordinate in pixels and of a score among the pairs, and how many detections of
+    either side are neither paired nor forgiven.
     """
     boxes = scores = 0.0
     free = torch.ones(len(found["scores"]), dtype=torch.bool)  # [M]

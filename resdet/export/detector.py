@@ -63,7 +63,10 @@ def export_detector(
         ExportError: If the file detects something else than the model.
     """
     _check_arguments(model, format)
-    tensors = _as_tensors(_pictures() if images is None else images)
+    if images is None:  # two pictures with something in them
+        draw = ShapesImages(max(max(size) for size in CHECK_SIZES), seed=0)
+        images = [draw(index)[:height, :width] for index, (height, width) in enumerate(CHECK_SIZES)]
+    tensors = _as_tensors(images)
     reference = frozen_copy(model)
     runner = OneImage(folded_copy(model)).eval()
     with written_whole(Path(path)) as temporary:
@@ -97,12 +100,6 @@ def _check_arguments(model: Detector, format: str) -> None:
             "this detector scales images with Pillow (spec.resize), which no exported file can hold: build it with "
             "resize='torch' to export it whole, or export its backbone"
         )
-
-
-def _pictures() -> list[npt.NDArray[np.uint8]]:
-    """Draw two pictures with something in them, of the default sizes."""
-    draw = ShapesImages(max(max(size) for size in CHECK_SIZES), seed=0)
-    return [draw(index)[:height, :width].copy() for index, (height, width) in enumerate(CHECK_SIZES)]
 
 
 def _as_tensors(pictures: Sequence[npt.NDArray[np.uint8]]) -> list[Tensor]:

@@ -52,13 +52,7 @@ def _traced_sizes(height_width: Tensor) -> tuple[int, int]:
 def graph_scaled_size(image_hw: Tensor, min_size: float, max_size: float) -> Tensor:
     """Return the size that ``GeneralizedRCNNTransform`` scales an image to, equal to Python's to the last pixel.
 
-    Args:
-        image_hw: int64 ``[2]``.
-        min_size: Length of the shorter side.
-        max_size: The longer side is at most this.
-
-    Returns:
-        int64 ``[2]``.
+    Both sizes are int64 ``[2]``, height and width.
     """
     sides = image_hw.to(torch.float64)
     # TorchScript computes number / tensor as number * reciprocal, which rounds twice; tensor / tensor rounds once.
@@ -150,11 +144,7 @@ def write_exported_program(module: Body | ResNetFPN, path: Path) -> None:
 
 
 def backbone_to_onnx(module: Body | ResNetFPN, path: Path, output_names: Sequence[str]) -> None:
-    """Write a backbone as ONNX for any batch, height and width.
-
-    Raises:
-        UserError: If a package is missing.
-    """
+    """Write a backbone as ONNX for any batch, height and width."""
     _require("onnx", "onnxscript", "onnxruntime")
     images, dynamic_shapes = _example(module)
     with _quiet():
@@ -172,16 +162,7 @@ def backbone_to_onnx(module: Body | ResNetFPN, path: Path, output_names: Sequenc
 
 
 def detector_to_onnx(module: nn.Module, path: Path, image: Tensor) -> None:
-    """Write a detector (``OneImage``) as ONNX for images of any height and width.
-
-    Args:
-        module: The module to write.
-        path: The file.
-        image: uint8 ``[3, H, W]`` to trace it on.
-
-    Raises:
-        UserError: If a package is missing.
-    """
+    """Write a detector (``OneImage``) as ONNX for images of any size; ``image``, uint8 ``[3, H, W]``, is traced."""
     _require("onnx", "onnxruntime")
     with _quiet(), torch.no_grad():
         # torch.export, and the exporter built on it, fail at suppression: the number of boxes depends on the data.
@@ -203,6 +184,7 @@ def detector_to_onnx(module: nn.Module, path: Path, image: Tensor) -> None:
 
 
 def _require(*packages: str) -> None:
+    """Raise a UserError if one of the packages is missing."""
     for package in packages:
         try:
             importlib.import_module(package)

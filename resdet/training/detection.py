@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from resdet.build import build_dataset, build_model
+from resdet.build import build_dataset, build_model, inference_settings
 from resdet.config import Config, EvalConfig, LoaderConfig
 from resdet.config_reading import config_to_plain
 from resdet.data.annotations import AnnotationTable
@@ -77,12 +77,7 @@ def train(config: Config) -> TrainResult:
             best_metric=config.eval.best_metric,
             num_images=train_set.table.num_images,
         )
-        inference = InferenceSettings(
-            batch_size=config.eval.batch_size,
-            num_workers=config.loader.num_workers,
-            precision=config.eval.precision or config.train.precision,
-            tricks=config.eval.tricks,
-        )
+        inference = inference_settings(config)
         task = DetectionTask(model, train_set, val_set, settings, config.loader, config.eval, inference, team)
         return run(task, settings, team, stop, begun=begun, saved=saved)
 

@@ -620,7 +620,8 @@ def test_a_run_resizes_in_its_workers(resized_in: list[int], tmp_path: Path) -> 
         num_images=8,
     )
     team = Processes(0, 1, torch.device("cpu"))
-    task = DetectionTask(model, dataset, dataset, settings, LoaderConfig(num_workers=1), EvalConfig(), team)
+    loader, inference_settings = LoaderConfig(num_workers=1), InferenceSettings()
+    task = DetectionTask(model, dataset, dataset, settings, loader, EvalConfig(), inference_settings, team)
     batch = next(task.batches(0))
     assert {min(image.shape[1:]) for image in batch.images} <= {40, 48, 56, 64}
     assert task.losses(model, batch)["loss"].isfinite()
