@@ -301,11 +301,7 @@ def config_from_plain(plain: Mapping[str, Any], overrides: Sequence[str] = (), *
 
 
 def parse_tricks(settings: Sequence[str]) -> Tricks:
-    """Read test-time tricks from ``key=value``, as in ``refine=1``; each value is read as YAML, later ones win.
-
-    Raises:
-        ConfigError: With every problem found.
-    """
+    """Read test-time tricks from ``key=value``, as in ``refine=1``; each value is read as YAML, later ones win."""
     return parse_settings(Tricks, "{}", settings, source="tricks")
 
 

@@ -84,9 +84,7 @@ class RunLog:
                 loss=f"{values['loss']:.3f}", lr=f"{values['lr']:.2g}", images_per_s=f"{values['images_per_s']:.1f}"
             )
 
-    def evaluation(
-        self, step: int, metrics: Mapping[str, float], *, shown: Sequence[str] = ("AP", "AP50", "AP75")
-    ) -> None:
+    def evaluation(self, step: int, metrics: Mapping[str, float], *, shown: Sequence[str]) -> None:
         """Log one evaluation; the terminal shows some of its metrics."""
         self._write(step, metrics, "val")
         if self._board is not None:

@@ -32,9 +32,9 @@ def test_an_evaluation_that_will_happen_again_is_dropped(tmp_path: Path) -> None
     with RunLog(tmp_path, num_steps=4, start_step=0, enabled=True) as log:
         for step in (2, 4):
             log.losses(step, VALUES)
-            log.evaluation(step, metrics)
+            log.evaluation(step, metrics, shown=("AP", "AP50", "AP75"))
     with RunLog(tmp_path, num_steps=4, start_step=4, evaluated=2, enabled=True) as log:
-        log.evaluation(4, metrics)
+        log.evaluation(4, metrics, shown=("AP", "AP50", "AP75"))
     assert [(line["step"], "AP" in line) for line in lines(tmp_path)] == [(2, False), (2, True), (4, False), (4, True)]
 
 
@@ -50,7 +50,7 @@ def test_tensorboard_holds_the_curves(tmp_path: Path) -> None:
 
     with RunLog(tmp_path, num_steps=2, start_step=0, enabled=True) as log:
         log.losses(1, VALUES)
-        log.evaluation(2, {"AP": 0.25, "AP50": 0.5, "AP75": 0.2})
+        log.evaluation(2, {"AP": 0.25, "AP50": 0.5, "AP75": 0.2}, shown=("AP", "AP50", "AP75"))
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert [(event.step, event.value) for event in events.Scalars("val/AP")] == [(2, 0.25)]
