@@ -28,7 +28,7 @@ from resdet.export.programs import DetectorFormat, OneImage, detection_runner, d
 from resdet.files import written_whole
 from resdet.models.detector import Detector
 from resdet.models.norm import folded_copy, frozen_copy
-from resdet.models.transform import PilTransform
+from resdet.models.transform import NOT_EXPORTABLE, PilTransform
 from resdet.types import Prediction, categories_to_plain
 
 logger = logging.getLogger(__name__)
@@ -96,10 +96,7 @@ def _check_arguments(model: Detector, format: str) -> None:
             f"its backbone can be any of {', '.join(BACKBONE_FORMATS)}"
         )
     if isinstance(model.transform, PilTransform):
-        raise UserError(
-            "this detector scales images with Pillow (spec.resize), which no exported file can hold: build it with "
-            "resize='torch' to export it whole, or export its backbone"
-        )
+        raise UserError(NOT_EXPORTABLE)
 
 
 def _as_tensors(pictures: Sequence[npt.NDArray[np.uint8]]) -> list[Tensor]:

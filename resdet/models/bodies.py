@@ -37,21 +37,11 @@ def make_body(
 
     With ``zero_init_residual`` the last norm of each block starts with scale 0, so that blocks start as the identity
     (Goyal et al., arXiv:1706.02677, section 5.1), as in torchvision.
-
-    Raises:
-        UserError: If there is no such architecture, or an argument is out of its range or not for this one.
     """
-    if not isinstance(find_arch(arch), VGGArch):
-        return (FastResNet if fast else ResNet)(
-            arch,
-            norm=norm,
-            norm_eps=norm_eps,
-            returned_layers=returned_layers,
-            stride_in_1x1=stride_in_1x1,
-            dilate_c5=dilate_c5,
-            zero_init_residual=zero_init_residual,
-        )
     options = {"stride_in_1x1": stride_in_1x1, "dilate_c5": dilate_c5, "zero_init_residual": zero_init_residual}
+    if not isinstance(find_arch(arch), VGGArch):
+        resnet = FastResNet if fast else ResNet
+        return resnet(arch, norm=norm, norm_eps=norm_eps, returned_layers=returned_layers, **options)
     if wanted := ", ".join(name for name, on in options.items() if on):
         raise UserError(f"{wanted}: is for ResNets, {arch} is a VGG")
     return (FastVGG if fast else VGG)(arch, norm=norm, norm_eps=norm_eps, returned_layers=returned_layers)

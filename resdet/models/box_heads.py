@@ -86,11 +86,7 @@ class InferenceBoxHeads(RoIHeads):  # type: ignore[misc]
         return detections, losses
 
     def postprocess_detections(
-        self,
-        class_logits: Tensor,
-        box_regression: Tensor,
-        proposals: list[Tensor],
-        image_shapes: list[tuple[int, int]],
+        self, class_logits: Tensor, box_regression: Tensor, proposals: list[Tensor], image_shapes: list[tuple[int, int]]
     ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         """Choose the detections of each image: boxes ``[D, 4]``, scores ``[D]`` and labels ``[D]``, best first."""
         counts = [boxes.shape[0] for boxes in proposals]

@@ -72,10 +72,8 @@ def convolve(
 
     On a CPU with oneDNN it is one operation; elsewhere, and under tracing and compilation, the usual ones. It is
     differentiable once, with respect to ``x``, ``weight``, ``bias`` and ``residual``, but not ``scale``. ``packed`` is
-    the weight in oneDNN's orders, which is used where oneDNN runs and nothing goes backward.
-
-    Returns:
-        ``[B, O, H', W']`` in ``compute_dtype(x, weight)``, channels-last where ``x`` is.
+    the weight in oneDNN's orders, which is used where oneDNN runs and nothing goes backward. The result,
+    ``[B, O, H', W']``, has the type ``compute_dtype(x, weight)`` and is channels-last where ``x`` is.
     """
     dtype = compute_dtype(x, weight)
     # Asked first, so that programs do not hold conversions that do nothing.

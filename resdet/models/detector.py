@@ -16,7 +16,7 @@ from torchvision.models.detection.rpn import RPNHead
 
 from resdet.errors import UserError, name_some
 from resdet.models.archs import VGGArch, find_arch
-from resdet.models.backbone import ResNetFPN, SingleLevel, check_anchors, freeze_stages, resnet_fpn
+from resdet.models.backbone import ResNetFPN, SingleLevel, check_anchors, freeze_stages
 from resdet.models.bodies import Body, make_body
 from resdet.models.box_heads import BoxHeads, BoxPredictor, Conv5Head
 from resdet.models.loading import load_backbone_weights
@@ -40,12 +40,8 @@ class Detector(FasterRCNN):  # type: ignore[misc]
     With ``spec.fast`` it deviates from torchvision's where the forward runs in reduced precision: anchors and the
     heads' outputs are float32, and so are the boxes made of them. In float32 both compute the same.
 
-    Args:
-        spec: What the detector is.
-        backbone: A backbone as the spec describes it.
-        num_classes: ``K + 1``: the background counts.
-        categories: The ``K`` classes by rising label, or none if their names are not known.
-        conv5: Stage 4 of the body, run on each proposal, where the layout is "c4".
+    Its arguments are those of ``build_detector``, a backbone as the spec describes it, and ``conv5`` where the layout
+    is "c4": stage 4 of the body, which is run on each proposal.
 
     Attributes:
         score_threshold: The score from which its detections are worth showing, by the last evaluation (its best F1);
@@ -123,10 +119,9 @@ class Detector(FasterRCNN):  # type: ignore[misc]
     def training_counts(self) -> dict[str, Tensor]:
         """Return what the last forward pass in training counted, means over its images, scalars on their device.
 
-        Returns:
-            ``rpn_positives`` and ``box_positives``: anchors and proposals that the losses took for objects.
-            ``num_objects``: objects in the targets. ``num_found``: those of them that a proposal overlaps with an IoU
-            of 0.5 or more; ``num_found / num_objects`` is the proposals' recall.
+        ``rpn_positives`` and ``box_positives``: anchors and proposals that the losses took for objects.
+        ``num_objects``: objects in the targets. ``num_found``: those of them that a proposal overlaps with an IoU of
+        0.5 or more; ``num_found / num_objects`` is the proposals' recall.
         """
         found = torch.stack(self.roi_heads.num_found).float()
         rpn, box = self.rpn.fg_bg_sampler.num_positives, self.roi_heads.fg_bg_sampler.num_positives
@@ -171,30 +166,21 @@ def build_detector(
         WeightsError: If the weights cannot be read or are not those of this body.
     """
     _check_categories(categories, num_classes)
-    if spec.layout == "fpn":
-        backbone = resnet_fpn(
-            spec.arch,
-            weights=weights_backbone,
-            norm=spec.norm,
-            norm_eps=spec.norm_eps,
-            trainable_layers=trainable_layers,
-            out_channels=spec.out_channels,
-            fast=spec.fast,
-            stride_in_1x1=spec.stride_in_1x1,
-        )
-        return Detector(spec, backbone, num_classes, categories)
     is_vgg = isinstance(find_arch(spec.arch), VGGArch)
+    stages: dict[str, tuple[int, ...] | None] = {"fpn": None, "c4": (3, 4), "dc5": (5,) if is_vgg else (4,)}
     body = make_body(
         spec.arch,
         norm=spec.norm,
         norm_eps=spec.norm_eps,
-        returned_layers=(3, 4) if spec.layout == "c4" else (5,) if is_vgg else (4,),
+        returned_layers=stages[spec.layout],
         fast=spec.fast,
         stride_in_1x1=spec.stride_in_1x1,
         dilate_c5=spec.layout == "dc5" and not is_vgg,
     )
     freeze_stages(body, trainable_layers)
     load_backbone_weights(body, weights_backbone, spec.arch)
+    if spec.layout == "fpn":
+        return Detector(spec, ResNetFPN(body, out_channels=spec.out_channels), num_classes, categories)
     conv5 = None
     if spec.layout == "c4":
         assert isinstance(body, ResNet)

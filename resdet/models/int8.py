@@ -239,10 +239,8 @@ class Int8Backbone(nn.Module):
         merged: Tensor | None = None  # [B, out_channels, H, W] of the level above
         scale = 1.0
         for x, inner, layer in reversed(list(zip(maps, self.inner_blocks, self.layer_blocks, strict=True))):
-            if merged is None:
-                merged = inner(x)
-            else:
-                merged = inner(x, F.interpolate(merged, size=x.shape[-2:], mode="nearest"), scale, MIDDLE)
+            above = None if merged is None else F.interpolate(merged, size=x.shape[-2:], mode="nearest")
+            merged = inner(x) if above is None else inner(x, above, scale, MIDDLE)
             scale = float(inner.output_scale)
             levels.append(layer(merged))
         levels.reverse()

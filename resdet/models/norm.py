@@ -63,8 +63,7 @@ class FrozenBatchNorm2d(torchvision.ops.FrozenBatchNorm2d):  # type: ignore[misc
     def fold(self, weight: Tensor, dtype: torch.dtype, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Fold this norm into the weight and bias (VGG's have one) of the convolution before it, in float32 at least.
 
-        Returns:
-            The weight, channels-last, and the bias, both of ``dtype``.
+        Returns the weight, channels-last, and the bias, both of ``dtype``.
         """
         scale, shift = self._affine(weight, bias)  # [O] each
         folded = weight * scale.reshape(-1, 1, 1, 1)  # [O, I / groups, kh, kw]

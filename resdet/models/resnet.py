@@ -134,12 +134,6 @@ class ResNet(nn.Module):
     ``IntermediateLayerGetter`` around the network of the same name, for any choice of stages.
 
     Its arguments are those of ``make_body``, whose ``fast`` picks ``FastResNet``.
-
-    Attributes:
-        channels: Channels of each returned feature map.
-        strides: Stride of each returned feature map, in input pixels.
-        stage_modules: The stages of this architecture from the input on, and the names of their modules; stages that
-            are not built are there too.
     """
 
     fast: ClassVar[bool] = False
@@ -173,14 +167,12 @@ class ResNet(nn.Module):
             )
         make_norm = norm_layer(norm, norm_eps)
         stages = check_stages(returned_layers, shape)
-        self.arch = arch
-        self.norm = norm
-        self.norm_eps = norm_eps
+        self.arch, self.norm, self.norm_eps = arch, norm, norm_eps
+        self.stride_in_1x1, self.dilate_c5 = stride_in_1x1, dilate_c5
         self.returned_layers = stages
-        self.stride_in_1x1 = stride_in_1x1
-        self.dilate_c5 = dilate_c5
         self.return_layers = {f"layer{stage}": str(level) for level, stage in enumerate(stages)}
         of_stage = {f"layer{stage}": [f"layer{stage}"] for stage in range(1, len(shape.depths) + 1)}
+        # The names of each stage's modules, from the input on; stages that are not built are there too.
         self.stage_modules = {"stem": ["conv1", "bn1", "maxpool"], **of_stage}
 
         self.conv1 = _make_stem(shape, make_norm)
@@ -189,7 +181,7 @@ class ResNet(nn.Module):
         self.maxpool = nn.Identity() if shape.stem == "3x3" else nn.MaxPool2d(3, stride=2, padding=1)
         for stage in range(1, stages[-1] + 1):
             self.add_module(f"layer{stage}", self._make_stage(shape, stage, make_norm))
-        self.channels = [shape.stage_channels(stage) for stage in stages]
+        self.channels = [shape.stage_channels(stage) for stage in stages]  # of each returned feature map, as strides
         self.strides = [16 if dilate_c5 and stage == 4 else shape.strides[stage - 1] for stage in stages]
         for module in self.modules():
             if isinstance(module, nn.Conv2d):

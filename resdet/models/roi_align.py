@@ -44,13 +44,7 @@ from torch.jit.annotations import BroadcastingList2
 from torch.nn import functional as F
 from torchvision import ops
 from torchvision.ops._utils import check_roi_boxes_shape, convert_boxes_to_roi_format
-from torchvision.ops.poolers import (
-    LevelMapper,
-    _filter_input,
-    _multiscale_roi_align,
-    _onnx_merge_levels,
-    _setup_scales,
-)
+from torchvision.ops.poolers import LevelMapper, _filter_input, _multiscale_roi_align, _onnx_merge_levels, _setup_scales
 
 from resdet.errors import UserError
 from resdet.models.tracing import is_captured, is_scripting, scripted_as
@@ -74,13 +68,9 @@ def roi_align(
 
     On a CPU this is the sparse product described at the top of this module; on other devices and under scripting,
     tracing, ``torch.compile`` and ``torch.export`` it is torchvision's own operator. Differentiable once, with
-    respect to ``input``. The arguments are torchvision's.
-
-    Returns:
-        ``[K, C, P, Q]``, contiguous, in the type of ``input`` (also under ``torch.autocast``, as torchvision's).
-
-    Raises:
-        UserError: If a box names an image that ``input`` does not have (torchvision's kernel reads beyond the end).
+    respect to ``input``. The arguments are torchvision's, and so is the result ``[K, C, P, Q]``, contiguous, in the
+    type of ``input`` also under ``torch.autocast``. A box that names an image that ``input`` does not have raises a
+    UserError (torchvision's kernel reads beyond the end).
 
     Source: Mask R-CNN, section 3; torchvision's ``csrc/ops/cpu/roi_align_kernel.cpp``. Deviation: boxes may have
     another floating type than ``input``, so bfloat16 features go with float32 boxes.
@@ -272,15 +262,11 @@ def _gather_rows(grad: Tensor, boxes: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def multiply_transposed(pixels: Tensor, weights: Tensor, grad_rows: Tensor, num_rows: int) -> Tensor:
-    """Multiply a sparse matrix, transposed, with rows: the adjoint of reading weighted rows.
+    """Multiply a sparse matrix, transposed, with rows ``[N, C]``: the adjoint of reading weighted rows.
 
-    Each sum is taken in float32 at least and rounded once, by one thread, in an order that the entries alone decide.
-
-    Args:
-        pixels: Columns of the matrix's entries, ``[N, S]``: ``S`` entries in each of its ``N`` rows.
-        weights: Values of the entries, ``[N, S]``.
-        grad_rows: ``[N, C]``.
-        num_rows: Columns of the matrix, and rows of the result ``[num_rows, C]``.
+    The matrix has ``S`` entries in each of its ``N`` rows: their columns are ``pixels``, their values ``weights``, both
+    ``[N, S]``. Each sum of the result ``[num_rows, C]`` is taken in float32 at least and rounded once, by one thread,
+    in an order that the entries alone decide.
     """
     # About 4 in 10 weights are zero. Dropping them pays here, ahead of the sort.
     used = weights.view(-1).nonzero().view(-1)
@@ -385,10 +371,8 @@ def _entries(grids: _Grids, boxes: Tensor) -> tuple[Tensor, Tensor]:
 def _axis_entries(axis: _Axis, boxes: Tensor) -> tuple[Tensor, Tensor]:
     """Interpolate along one axis: which pixels each bin reads, and their share in the mean of its samples.
 
-    Pixels that several samples of a bin read are merged into one slot. Unused slots have weight 0.
-
-    Returns:
-        Pixels int64 and weights, each ``[len(boxes), num_bins, S]``.
+    Pixels that several samples of a bin read are merged into one slot. Unused slots have weight 0. Returns pixels,
+    int64, and weights, each ``[len(boxes), num_bins, S]``.
     """
     start, bin_size, num_samples = (tensor[boxes, None, None] for tensor in axis[:3])  # [k, 1, 1] each
     most = max(int(num_samples.amax()), 1)

@@ -55,14 +55,9 @@ class PilTransform(SeededTransform):
         return image
 
     def resize(self, image: Tensor, target: dict[str, Tensor] | None = None) -> tuple[Tensor, dict[str, Tensor] | None]:
-        """Scale an image and its boxes, then normalise it.
-
-        Args:
-            image: ``[3, H, W]``, uint8 or floats in [0, 1].
-            target: Its ``boxes`` are replaced by scaled ones.
-        """
+        """Scale ``[3, H, W]``, uint8 or floats in [0, 1], and the boxes of its target, then normalise it."""
         if is_captured():
-            raise UserError(_NOT_EXPORTABLE)
+            raise UserError(NOT_EXPORTABLE)
         height, width = image.shape[-2:]
         shorter = self.torch_choice(self.min_size) if self.training else self.min_size[-1]
         size = scaled_size(height, width, shorter, self.max_size)
@@ -77,7 +72,7 @@ class PilTransform(SeededTransform):
         return super().normalize(image.to(device, non_blocking=True).to(dtype) / 255), target
 
     def __prepare_scriptable__(self) -> PilTransform:
-        raise UserError(_NOT_EXPORTABLE)
+        raise UserError(NOT_EXPORTABLE)
 
 
 def host_resize(model: nn.Module) -> HostResize | None:
@@ -133,7 +128,7 @@ def scaled_size(height: int, width: int, min_size: int, max_size: int) -> tuple[
     return int(new_height + 0.5), int(new_width + 0.5)
 
 
-_NOT_EXPORTABLE = (
+NOT_EXPORTABLE = (
     "this detector resizes images with Pillow (spec.resize='pil', as detectron2 does), which no exported program can "
     "hold: build it with resize='torch' to export it whole (scores move a little), or export its backbone"
 )

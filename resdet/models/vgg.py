@@ -44,9 +44,7 @@ class VGG(nn.Module):
             raise UserError(f"arch: {arch} is not a VGG")
         make_norm = norm_layer(norm, norm_eps)
         stages = check_stages(returned_layers, shape)
-        self.arch = arch
-        self.norm = norm
-        self.norm_eps = norm_eps
+        self.arch, self.norm, self.norm_eps = arch, norm, norm_eps
         self.returned_layers = stages
         self.with_norm = shape.norm
 

@@ -69,9 +69,8 @@ class Written:
 def to_torchvision(content: Mapping[str, Any], source_format: str | None = None) -> Converted:
     """Convert a state dict to torchvision's names and layout.
 
-    Args:
-        content: A file's content (``read_checkpoint``), whose other entries are used too, or a state dict.
-        source_format: A key of ``FORMATS``; by default the one that its names show.
+    ``content`` may also be all of a file (``read_checkpoint``), whose other entries are then used too. The format is a
+    key of ``FORMATS``; by default the one that its names show.
     """
     source_format = detect_format(content) if source_format is None else source_format
     source = find_format(source_format)

@@ -70,9 +70,8 @@ WeightsPath: TypeAlias = str | os.PathLike[str] | WeightsFile  # by its path, or
 def read_weights(path: WeightsPath) -> WeightsFile:
     """Read a weights file of ours, torchvision's or another library's; one that has been read is returned as it is.
 
-    Raises:
-        WeightsError: If the file is missing or damaged, holds anything but tensors and plain values, no network that is
-            known here, or a description that contradicts itself.
+    A WeightsError says if the file is missing or damaged, holds anything but tensors and plain values, no network that
+    is known here, or a description that contradicts itself.
     """
     if isinstance(path, WeightsFile):
         return path
