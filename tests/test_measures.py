@@ -65,3 +65,7 @@ def test_the_command_prints_every_measure() -> None:
     taken = measures()
     assert run.returncode == (0 if all(measure.is_kept for measure in taken) else 1)
     assert all(measure.what in run.stdout for measure in taken)
+
+
+def test_every_measure_is_kept() -> None:
+    assert [str(measure) for measure in measures() if not measure.is_kept] == []
