@@ -29,8 +29,8 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument(
         "--output",
         type=Path,
-        help="folder for the results (default: eval/ beside the checkpoint; for several runs, eval/ in the current "
-        "folder, with one subfolder per run)",
+        help="folder for the results (default: eval/ in the checkpoint's folder; for several runs, eval/ in the "
+        "current folder, with one subfolder per run)",
     )
     options = parser.parse_intermixed_args(arguments)
     # A folder may be called lr=0.01.

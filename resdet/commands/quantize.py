@@ -21,7 +21,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("run", type=Path, metavar="RUN", help="a run's folder, or a checkpoint (best.pt, last.pt)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted keys, as in data.train.root=/voc")
     parser.add_argument("--images", type=int, default=32, metavar="N", help="images to calibrate on (default 32)")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="default: int8.pt beside the checkpoint")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="default: int8.pt in the folder of the checkpoint")
     options = parser.parse_intermixed_args(arguments)
     checkpoint = options.run / "best.pt" if options.run.is_dir() else options.run
 

@@ -49,7 +49,7 @@ def broken_step(
     """Save a step whose loss or gradient is not finite (``broken_step_N.pt``) and return the error that reports it.
 
     It must be called before the step is taken, with the gradients still there. ``values`` are the loss, its parts and
-    the gradient's norm, ``content`` is what the file holds beside ``moment``, ``images`` names the images, and ``use``
+    the gradient's norm, ``content`` is what the file holds besides ``moment``, ``images`` names the images, and ``use``
     says after "holds the step" what can be done with the file.
     """
     # The text before the file: failing to write it must not hide what happened. This waits for the device.

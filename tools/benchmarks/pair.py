@@ -34,7 +34,7 @@ NUM_CLASSES = 91
 """Classes of random heads, background included: as many as torchvision's COCO models have."""
 
 _CALIBRATION_BATCHES = 2
-# What torchvision's constructor takes under the names of a DetectorSpec's fields, and what it is told below.
+# What torchvision's constructor takes under the names of a DetectorSpec's fields, and what is passed to it below.
 _SHARED = [name for name in inspect.signature(FasterRCNN.__init__).parameters if name in DetectorSpec.model_fields]
 _TOLD = ("arch", "norm_eps", "anchor_sizes", "aspect_ratios", "box_head_channels", "roi_sampling_ratio", "fast")
 
