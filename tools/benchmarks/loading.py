@@ -35,6 +35,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import cv2
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -155,8 +156,6 @@ def measure_loading(
     Raises:
         UserError: If there are fewer images with boxes than a batch takes.
     """
-    import cv2
-
     torch.set_num_threads(1)
     cv2.setNumThreads(0)
     torch.manual_seed(seed)
@@ -331,16 +330,12 @@ def write_photos(folder: Path, annotations: Path, *, num_images: int, seed: int 
 
 
 def _squeezed(picture: npt.NDArray[np.uint8], size: tuple[int, int]) -> npt.NDArray[np.float32]:
-    import cv2
-
     resized = cv2.resize(picture, (size[1], size[0]), interpolation=cv2.INTER_AREA)
     return np.asarray(resized, dtype=np.float32)
 
 
 def _noise(rng: np.random.Generator, size: tuple[int, int]) -> npt.NDArray[np.float32]:
     """Return noise ``[H, W, 3]`` of octaves from 2 pixels to 64, each 1.5 times as strong as the one before."""
-    import cv2
-
     total = np.zeros((*size, 3), dtype=np.float32)
     for octave in range(1, 7):
         cells = rng.normal(0, 3.2 * 1.5**octave / 1.5, size=(size[0] >> octave, size[1] >> octave, 3))
