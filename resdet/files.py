@@ -1,12 +1,13 @@
-"""Write files that appear whole or not at all."""
+"""Check where output may go, and write files that appear whole or not at all."""
 
 from __future__ import annotations
 
 import errno
 import os
 import re
+import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,19 +16,24 @@ import torch
 
 from resdet.errors import UserError
 
+_TEMPORARY = re.compile(r"\.[0-9a-f]{32}\..+")  # written_whole's names, those of earlier versions too
+
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
     """Yield a temporary path in the same folder; rename it to ``path`` at the end, or remove it if anything fails.
 
-    Contents reach the disk before the name does: after a crash the path holds the old file or the whole new one.
+    Contents reach the disk before the name does: after a crash the path holds the old file or the whole new one. A
+    process that is killed leaves the temporary file behind; ``remove_temporary`` clears a folder of them.
 
     Raises:
         UserError: If the directory does not exist.
+        OSError: If the file cannot be written; it names ``path``.
     """
     if not path.parent.is_dir():
         raise UserError(f"{path}: its directory does not exist")
-    temporary = path.with_name(f".{uuid.uuid4().hex}.{path.name}")  # keeps the suffix: torch.export looks at it
+    # Not the whole name, which may fill the 255 bytes that a file system allows; torch.export looks at the suffix.
+    temporary = path.with_name(f".{uuid.uuid4().hex}.tmp{path.suffix}")
     try:
         yield temporary
         with temporary.open("rb+") as file:
@@ -40,8 +46,69 @@ def written_whole(path: Path) -> Iterator[Path]:
                 os.fsync(directory)
             finally:
                 os.close(directory)
+    except OSError as error:
+        if error.errno is None or error.filename not in (None, temporary, str(temporary)):
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a UTF-8 text so that the path holds the old file or the whole new one; raises as ``written_whole`` does."""
+    with written_whole(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def remove_temporary(folder: Path) -> None:
+    """Remove what killed processes left half-written in a folder; only for one who alone writes there."""
+    for path in folder.iterdir():
+        if _TEMPORARY.fullmatch(path.name) and path.is_file():
+            path.unlink(missing_ok=True)
+
+
+def check_output(path: Path, inputs: Iterable[Path] = ()) -> None:
+    """Check, before the work starts, that a file can be written to ``path`` without overwriting an input.
+
+    Raises:
+        UserError: If ``path`` is a folder or one of ``inputs``, its directory does not exist or cannot be written to,
+            or its name is too long.
+    """
+    try:
+        os.lstat(path)
+        if any(source.exists() and path.samefile(source) for source in inputs):
+            raise UserError(f"{path}: the output would overwrite an input of this command; give another name")
+        if path.is_dir():
+            raise UserError(f"{path}: the output must be a file, but a folder has this name")
+    except FileNotFoundError:
+        if not path.parent.is_dir():
+            raise UserError(f"{path}: its directory does not exist") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror}") from None
+    _check_writable(path.parent)
+
+
+def make_output_folder(folder: Path) -> None:
+    """Create a folder, and its parents, for output, before the work starts.
+
+    Raises:
+        UserError: If a file has its name or that of a parent, or it cannot be created or written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise UserError(f"{folder}: the output must be a folder, but a file has this name or a parent's") from None
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be created: {error.strerror}") from None
+    _check_writable(folder)
+
+
+def _check_writable(folder: Path) -> None:
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"{folder}: this folder cannot be written to: {error.strerror}") from None
 
 
 def save_tensors(content: Any, path: Path) -> None:

@@ -5,6 +5,7 @@ a signal stopped a run in good order.
 """
 
 import argparse
+import io
 import logging
 import os
 import re
@@ -12,7 +13,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from resdet.errors import Interrupted, UserError
+from resdet.errors import Interrupted, UserError, printable
 
 _SCRIPTS = {"check": "check_data"}  # tools/NAME.py where NAME is not the command's
 
@@ -35,14 +36,20 @@ def command_parser(name: str, description: str, arguments: str | None = None) ->
 
 def run_tool(main: Callable[[Sequence[str]], int | None]) -> None:
     """Run a command's ``main`` on the arguments after the program's name and exit with its code (None: 0)."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    for stream in (sys.stdout, sys.stderr):
+        # A class name that the terminal's encoding lacks must not cost the work that was done before it is printed.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_PrintableFormatter("%(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.getLogger("resdet").setLevel(logging.INFO)
     program = os.path.basename(sys.argv[0])
     try:
         code = main(sys.argv[1:]) or 0
         sys.stdout.flush()
     except UserError as error:
-        print(f"{program}: {error}", file=sys.stderr)
+        print(printable(f"{program}: {error}"), file=sys.stderr)
         code = 2
     except Interrupted as interruption:
         if os.environ.get("RANK", "0") == "0":  # one process of a run is enough
@@ -54,7 +61,21 @@ def run_tool(main: Callable[[Sequence[str]], int | None]) -> None:
         # The reader of stdout has gone (`| head`); closing stdout would raise again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
+    except OSError as error:  # a full disk, a folder without permission, a name that is too long
+        where = f"{error.filename}: " if error.filename else ""
+        print(printable(f"{program}: {where}{error.strerror or error}"), file=sys.stderr)
+        code = 2
     sys.exit(code)
+
+
+def show(text: str) -> None:
+    """Print a text that may hold names from files; use it in place of ``print`` in every command."""
+    print(printable(text))
+
+
+class _PrintableFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
 
 
 def _script(name: str) -> str:
