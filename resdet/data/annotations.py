@@ -123,6 +123,15 @@ class AnnotationTable:
         """Return the image index of each box, int64 ``[N]``."""
         return np.repeat(np.arange(self.num_images, dtype=np.int64), np.diff(self.offsets))
 
+    def objects_per_image(self) -> Ints:
+        """Return how many boxes of each image are single objects and not crowd regions, int64 ``[I]``.
+
+        A detector that returns fewer detections than that (``eval.max_detections``) cannot find all of them.
+        """
+        before = np.concatenate([[0], np.cumsum(~self.crowd)])  # [N + 1]
+        counts: Ints = np.diff(before[self.offsets])
+        return counts
+
     def boxes_in_image(self) -> Floats:
         """Return all boxes as ``(x1, y1, x2, y2)`` clipped to their images, float64 ``[N, 4]``."""
         height, width = self.sizes[self.image_of_box()].T  # [N] each

@@ -64,6 +64,13 @@ def test_crowd_is_never_and_difficult_only_on_demand_trained_on():
     assert boxes.trainable(use_difficult=True).tolist() == [False, True, True]
 
 
+def test_objects_of_an_image_are_counted_without_crowds():
+    boxes = (0, 0, 5, 5)
+    counts = table([[], [boxes] * 3, [boxes]], crowd=[False, True, False, True]).objects_per_image()
+    assert counts.tolist() == [0, 2, 0] and counts.dtype == np.int64
+    assert table([]).objects_per_image().tolist() == []
+
+
 def test_selected_images_bring_their_own_boxes():
     whole = table([[(0, 0, 1, 1)], [], [(0, 0, 2, 2), (0, 0, 3, 3)]], labels=[1, 2, 3])
     part = whole.select_images(np.array([2, 1]))
