@@ -91,8 +91,8 @@ def find_images(paths: Iterable[Path | str]) -> list[Path]:
     return list(dict.fromkeys(found))
 
 
-def read_image(path: Path) -> npt.NDArray[np.uint8]:
-    """Read an image file as 8-bit RGB.
+def read_image(path: Path, *, upright: bool = False) -> npt.NDArray[np.uint8]:
+    """Read an image file as 8-bit RGB, with its stored pixels or ``upright``, as EXIF's orientation says.
 
     * Formats are ``IMAGE_FORMATS``, recognised by content. Of an animation, the first frame is read.
     * Grayscale and 1-bit pixels are repeated into three channels, a palette is looked up, and an alpha channel is
@@ -101,7 +101,7 @@ def read_image(path: Path) -> npt.NDArray[np.uint8]:
       OpenCV reads it.
     * 16-bit samples keep their high byte (Pillow alone would clip 16-bit grayscale to white), those of a 12-bit TIFF
       their high eight bits. Signed, 32-bit and floating-point pixels, whose range is unknown, are refused.
-    * EXIF orientation is left to ``FolderImages``; but Pillow turns TIFF files by itself.
+    * Pillow turns TIFF files by itself, whether they are to be ``upright`` or not.
     * Pillow's warnings (of odd EXIF, say) are not passed on: a file is read, or it is an error. Only libtiff may write
       to stderr.
 
@@ -117,10 +117,12 @@ def read_image(path: Path) -> npt.NDArray[np.uint8]:
     """
     with _opened(path) as image:
         if image.mode.startswith("I"):
-            return _from_deep_gray(image, path)
-        if image.mode in ("F", "LAB"):
+            pixels = _from_deep_gray(image, path)
+        elif image.mode in ("F", "LAB"):
             raise UnreadableImageError(f"{path}: {_PIXELS}, got mode {image.mode}")
-        return np.array(image.convert("RGB"))
+        else:
+            pixels = np.array(image.convert("RGB"))
+        return _turned(pixels, _orientation(image)) if upright else pixels
 
 
 def _from_deep_gray(image: Image.Image, path: Path) -> npt.NDArray[np.uint8]:
@@ -140,16 +142,28 @@ def read_header(path: Path) -> ImageHeader:
     Pixels are decoded only in a PNG without EXIF before them, where it may follow them.
     """
     with _opened(path) as image:
-        # Pillow applies a TIFF's own orientation.
-        value = 1 if image.format == "TIFF" else image.getexif().get(_EXIF_ORIENTATION, 1)
-        orientation = value if isinstance(value, int) and 1 <= value <= 8 else 1
-        return ImageHeader((image.height, image.width), str(image.format), image.mode, orientation)
+        return ImageHeader((image.height, image.width), str(image.format), image.mode, _orientation(image))
 
 
 def read_size(path: Path) -> tuple[int, int]:
     """Return an image file's ``(height, width)``; raises as ``read_header`` does."""
     with _opened(path) as image:
         return image.height, image.width
+
+
+def _orientation(image: Image.Image) -> int:
+    # Pillow applies a TIFF's own orientation.
+    value = 1 if image.format == "TIFF" else image.getexif().get(_EXIF_ORIENTATION, 1)
+    return value if isinstance(value, int) and 1 <= value <= 8 else 1
+
+
+def _turned(pixels: npt.NDArray[np.uint8], orientation: int) -> npt.NDArray[np.uint8]:
+    """Return stored pixels ``[H, W, 3]`` as EXIF's orientation shows them: ``[W, H, 3]`` for 5 to 8."""
+    if orientation >= 5:
+        pixels = pixels.swapaxes(0, 1)
+    rows = slice(None, None, -1 if orientation in (3, 4, 7, 8) else 1)
+    columns = slice(None, None, -1 if orientation in (2, 3, 6, 7) else 1)
+    return np.ascontiguousarray(pixels[rows, columns])
 
 
 @contextmanager
@@ -231,9 +245,7 @@ class FolderImages:
         if image.shape[:2] == (height, width):
             return image
         if image.shape[:2] == (width, height) and (orientation := read_header(path).orientation) >= 5:
-            transposed = image.swapaxes(0, 1)  # [W, H, 3]
-            upright = {5: transposed, 6: transposed[:, ::-1], 7: transposed[::-1, ::-1], 8: transposed[::-1]}
-            return np.ascontiguousarray(upright[orientation])
+            return _turned(image, orientation)
         raise DataError(
             f"image {image_id}: {path} is {image.shape[1]}x{image.shape[0]} pixels (width x height), "
             f"but {self._table.name} says {width}x{height}"

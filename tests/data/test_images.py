@@ -181,6 +181,25 @@ def test_an_image_is_turned_where_only_then_its_size_is_the_tables(tmp_path, ori
             upright(0)
 
 
+@pytest.mark.parametrize("orientation", [*range(1, 9), 0, 9])
+def test_an_image_read_upright_is_what_a_browser_shows(tmp_path, orientation):
+    path = tmp_path / "a.png"
+    write_turned(path, RGB, orientation)
+    with Image.open(path) as image:
+        reference = np.array(ImageOps.exif_transpose(image))
+    upright = read_image(path, upright=True)
+    assert np.array_equal(upright, reference)
+    assert upright.flags.writeable
+    assert upright.flags.c_contiguous
+    if orientation in range(2, 9):
+        assert not np.array_equal(upright, read_image(path))
+
+
+def test_a_tiff_is_turned_upright_once(tmp_path):
+    write_turned(tmp_path / "a.tiff", RGB, 6)
+    assert np.array_equal(read_image(tmp_path / "a.tiff", upright=True), np.rot90(RGB, -1))
+
+
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_square_images_are_taken_as_stored(tmp_path, orientation):
     write_turned(tmp_path / "a.png", RGB[:, :6], orientation)
