@@ -67,7 +67,7 @@ def test_crowd_is_never_and_difficult_only_on_demand_trained_on():
 def test_objects_of_an_image_are_counted_without_crowds():
     boxes = (0, 0, 5, 5)
     counts = table([[], [boxes] * 3, [boxes]], crowd=[False, True, False, True]).objects_per_image()
-    assert counts.tolist() == [0, 2, 0] and counts.dtype == np.int64
+    assert counts.tolist() == [0, 2, 0]
     assert table([]).objects_per_image().tolist() == []
 
 
