@@ -33,7 +33,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--no-images", action="store_true", help="do not decode images, only check that they exist")
     parser.add_argument("--workers", type=int, metavar="N", help="processes that decode images (default: one per CPU)")
     parser.add_argument("--examples", type=int, default=3, metavar="N", help="examples of each kind (default: 3)")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     if min(options.examples, options.workers or 0) < 0:
         parser.error("--examples and --workers must be at least 0")
     if options.browse_images < 1:

@@ -28,7 +28,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument(
         "--output", type=Path, required=True, metavar="OUT", help=".pth, .safetensors, or .pkl for detectron2"
     )
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
 
     from resdet.weights.convert_file import convert_file
 

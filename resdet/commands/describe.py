@@ -24,7 +24,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--weights", nargs="+", metavar="FILE", help="one for each ARCH: torchvision name, file or URL")
     parser.add_argument("--responses", nargs="+", metavar="IMAGES", help="image files, folders, or glob patterns")
     parser.add_argument("--output", metavar="PLOT", help="plot of the responses: .png, .pdf, .svg, ...")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     if options.image_size and min(options.image_size) < 1:
         parser.error("--image-size: height and width must be at least 1")
     if bool(options.responses) != bool(options.weights):

@@ -21,7 +21,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted keys, as in eval.views=dense")
     parser.add_argument("--arch", help="the architecture, for weights without a configuration, e.g. resnet50")
     parser.add_argument("--images", type=Path, metavar="FOLDER", help="a folder with one subfolder of images per class")
-    options = parser.parse_intermixed_args(arguments)  # overrides may stand after options
+    options = parser.parse_intermixed_args(arguments)
 
     from resdet.build import inference_settings
     from resdet.classification.build import build_images, eval_config

@@ -41,7 +41,7 @@ def main(arguments: Sequence[str]) -> None:
         help="images on which a detector is compared, at most 8 (default: two generated ones)",
     )
     parser.add_argument("--output", type=Path, required=True, metavar="FILE")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
 
     from resdet.data.images import find_images, read_image
     from resdet.export.backbone import export_backbone

@@ -17,7 +17,7 @@ def main(arguments: Sequence[str]) -> None:
         "config", metavar="CONFIG", help="a YAML file; resdet/classification/config.py documents every key"
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted keys, as in optim.lr=0.01")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
 
     from resdet.classification.config import load_pretrain_config
     from resdet.classification.task import pretrain

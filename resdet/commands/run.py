@@ -23,6 +23,9 @@ def command_parser(name: str, description: str, arguments: str | None = None) ->
 
     Examples in ``description`` read ``resdet NAME ...``; they are shown as ``python tools/NAME.py ...`` if that is how
     the command was started. ``arguments`` is what the usage line shows where argparse would not put it well.
+
+    Parse with ``parse_intermixed_args``: ``parse_args`` refuses positional arguments after an option
+    (``CONFIG --json out.json key=value``), though the usage line shows them there.
     """
     prog = f"resdet {name}"
     if sys.argv[0].endswith(".py"):

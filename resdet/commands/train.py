@@ -15,7 +15,7 @@ def main(arguments: Sequence[str]) -> None:
     parser = command_parser("train", __doc__)
     parser.add_argument("config", metavar="CONFIG", help="a YAML file; resdet/config.py documents every key")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted keys, as in optim.lr=0.01")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
 
     from resdet.config import load_config
     from resdet.training.detection import train

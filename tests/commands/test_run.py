@@ -1,13 +1,16 @@
 """What all commands share: one line and exit code 2 for what a user can change, and nothing raw on the terminal."""
 
+import importlib
 import io
 import logging
+import pkgutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
+import resdet.commands
 from resdet.commands.run import run_tool, show
 from resdet.errors import UserError, printable
 
@@ -57,3 +60,31 @@ def test_an_encoding_that_lacks_a_letter_costs_nothing(monkeypatch: pytest.Monke
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
     assert code_of(lambda _: show("猫")) == 0
     assert written.getvalue() == b"\\u732b\n"
+
+
+COMMANDS = [module.name for module in pkgutil.iter_modules(resdet.commands.__path__) if module.name != "run"]
+AFTER_OPTIONS = {
+    "check": ["{config}", "--examples", "0", "nothing.known=1"],
+    "describe": ["resnet18", "--image-size", "32", "32", "unheard_of"],
+    "eval": ["{folder}/run", "--output", "{folder}", "{folder}/run"],
+    "eval_classifier": ["{folder}/best.pt", "--arch", "resnet18", "nothing.known=1"],
+    "predict": ["{folder}/best.pt", "{config}", "--output", "{folder}", "{folder}/photo.jpg"],
+    "quantize": ["{folder}/best.pt", "--images", "2", "nothing.known=1"],
+}
+"""Arguments that end after the options' values, in which something else is wrong."""
+
+
+@pytest.mark.parametrize("name", AFTER_OPTIONS)
+def test_arguments_may_stand_after_options(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main = importlib.import_module(f"resdet.commands.{name}").main
+    (tmp_path / "recipe.yaml").write_text("{}")
+    words = [word.format(config=tmp_path / "recipe.yaml", folder=tmp_path) for word in AFTER_OPTIONS[name]]
+    assert code_of(lambda _: main(words)) == 2
+    assert "unrecognized arguments" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_parses_in_one_way(name: str) -> None:
+    source = Path(importlib.import_module(f"resdet.commands.{name}").__file__ or "").read_text(encoding="utf-8")
+    assert "parser.parse_intermixed_args(arguments)" in source
+    assert ".parse_args(" not in source
