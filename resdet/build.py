@@ -20,7 +20,8 @@ from resdet.config import CocoSource, Config, ModelConfig, ShapesSource, Source,
 from resdet.data.augment.pipeline import MIN_VISIBILITY, build_augment
 from resdet.data.coco import read_coco
 from resdet.data.dataset import DetectionDataset
-from resdet.data.images import FolderImages, check_files
+from resdet.data.image_files import check_files
+from resdet.data.images import FolderImages
 from resdet.data.shapes import ShapesImages, shapes_table
 from resdet.data.voc import read_voc
 from resdet.errors import DataError, UserError, WeightsError

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from resdet.data.images import find_images
+from resdet.data.image_files import find_images
 from resdet.data.shapes import ShapesImages, shapes_table
 from resdet.drawing import above, class_color, draw, legible_scale, shown_from
 from resdet.errors import DataError

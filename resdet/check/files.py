@@ -11,22 +11,14 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
 from resdet.check.splits import DataSplit
 from resdet.data.annotations import AnnotationTable
 from resdet.data.coco_rules import Problem, is_file_name
-from resdet.data.images import (
-    IMAGE_SUFFIXES,
-    ImageHeader,
-    list_folder,
-    missing_files,
-    name_fault,
-    read_header,
-    read_image,
-)
+from resdet.data.image_files import IMAGE_SUFFIXES, ImageFolder, list_folder, name_fault, same_form
+from resdet.data.images import ImageHeader, read_header, read_image
 from resdet.errors import DataError
 
 THUMBNAIL_SIZE = (16, 17)
@@ -55,17 +47,20 @@ def name_problems(table: AnnotationTable) -> Iterator[Problem]:
 
 def find_files(table: AnnotationTable, root: Path) -> tuple[dict[int, str], list[Problem]]:
     """Return the paths of a table's files that exist, by image index, and a problem for each of the others."""
-    problems, paths = [], {}
+    problems, paths, folder = [], {}, ImageFolder(root)
     for index, name in enumerate(table.file_names):
         if fault := name_fault(name):
             image_id = int(table.image_ids[index])
             problems.append(Problem("bad_file_name", f"image {image_id}: {fault}", (image_id,)))
+            continue
+        try:
+            found, what = folder.find(name), "no such file in the image folder"
+        except DataError as error:
+            found, what = None, str(error)
+        if found is None:
+            problems.append(image_problem("missing_file", table, index, what, os.path.join(root, name)))
         else:
-            paths[index] = os.path.join(root, name)
-    rows = np.array(list(paths), dtype=np.int64)
-    for index in rows[missing_files(root, table.file_names[rows])].tolist():
-        path = paths.pop(index)
-        problems.append(image_problem("missing_file", table, index, "no such file in the image folder", path))
+            paths[index] = os.path.join(root, found)
     return paths, problems
 
 
@@ -76,15 +71,16 @@ def unlisted_files(root: Path, sharing: Sequence[DataSplit]) -> Iterator[Problem
     """
     entries = (record.get("file_name") for one in sharing for record in one.records.images if isinstance(record, dict))
     names = [name for name in entries if is_file_name(name) and not os.path.normpath(name).startswith(("..", "/"))]
-    listed = {os.path.normpath(name) for name in names}
+    listed = {same_form(os.path.normpath(name)) for name in names}
     for folder in sorted({os.path.dirname(name) for name in names}):
         annotated: set[str] = set()
         if sharing[0].one_based:
-            annotated = {Path(name).stem for name in list_folder(root / Path(folder).parent / "Annotations")}
+            annotated = {same_form(Path(name).stem) for name in list_folder(root / Path(folder).parent / "Annotations")}
         for name in sorted(list_folder(root / folder)):
             path = os.path.join(folder, name)
-            stem, suffix = os.path.splitext(name)
-            if suffix.lower() in IMAGE_SUFFIXES and os.path.normpath(path) not in listed and stem not in annotated:
+            stem, suffix = os.path.splitext(same_form(name))
+            known = same_form(os.path.normpath(path)) in listed or stem in annotated
+            if suffix.lower() in IMAGE_SUFFIXES and not known:
                 yield Problem("unlisted_file", f"{path}: in no annotation", file=str(root / path))
 
 

@@ -14,7 +14,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from resdet.data.images import IMAGE_SUFFIXES, read_image
+from resdet.data.image_files import IMAGE_SUFFIXES
+from resdet.data.images import read_image
 from resdet.errors import DataError, UserError, name_some
 from resdet.weights.pickles import read_pickle
 

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from resdet.classification.summary import default_image_size, response_deviations
-from resdet.data.images import find_images, read_image
+from resdet.data.image_files import find_images
+from resdet.data.images import read_image
 from resdet.models.archs import find_arch
 from resdet.models.bodies import make_body
 from resdet.models.loading import load_backbone_weights

@@ -43,7 +43,8 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--output", type=Path, required=True, metavar="FILE")
     options = parser.parse_intermixed_args(arguments)
 
-    from resdet.data.images import find_images, read_image
+    from resdet.data.image_files import find_images
+    from resdet.data.images import read_image
     from resdet.export.backbone import export_backbone
     from resdet.export.detector import export_detector
     from resdet.models.checkpoint import load_detector

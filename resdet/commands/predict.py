@@ -30,7 +30,7 @@ def main(arguments: Sequence[str]) -> None:
     options = parser.parse_intermixed_args(arguments)
 
     from resdet.config import parse_tricks
-    from resdet.data.images import find_images
+    from resdet.data.image_files import find_images
     from resdet.drawing import shown_from
     from resdet.evaluation.inference import device_for
     from resdet.evaluation.settings import InferenceSettings

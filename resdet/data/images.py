@@ -1,16 +1,14 @@
-"""Find image files and read them as uint8 RGB arrays, with errors that name the file."""
+"""Read image files as uint8 RGB arrays, with errors that name the file."""
 
 from __future__ import annotations
 
-import functools
-import glob
 import os
 import re
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -18,10 +16,8 @@ import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 
 from resdet.data.annotations import AnnotationTable
+from resdet.data.image_files import ImageFolder, check_names, is_file
 from resdet.errors import DataError, UnreadableImageError
-
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif")
-"""What folders are searched for; the decoder goes by a file's content, not its name."""
 
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
 """Pillow's names of the formats that are read. Its other forty decoders stay off: one of them runs Ghostscript."""
@@ -38,10 +34,6 @@ _EXIF_ORIENTATION = 0x0112
 _TIFF_BITS = 258
 _TIFF_PHOTOMETRIC = 262
 _PIXELS = "pixels must be 8- or 16-bit gray, RGB or CMYK"
-_MAX_NAME = 1024
-# Unicode's line breaks too: a name with one would break messages and lists of names. Of the halves of surrogate pairs,
-# those are allowed that stand for bytes that are not UTF-8.
-_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udc7f\udd00-\udfff]")
 
 
 class Images(Protocol):
@@ -60,35 +52,6 @@ class ImageHeader:
     format: str  # one of IMAGE_FORMATS, or Pillow's name of a variant ("MPO", the JPEG of some telephones)
     mode: str  # Pillow's name of the pixel type: "RGB", "L" (gray), "P" (palette), "CMYK", "I;16" and so on
     orientation: int  # EXIF's 1..8; 1, upright, where none is given
-
-
-def find_images(paths: Iterable[Path | str]) -> list[Path]:
-    """List image files, each once, in the order of ``paths``.
-
-    Files may have any suffix; a folder stands for its image files by name, without subfolders, and a pattern such as
-    ``photos/**/*.jpg`` for its matches, for shells that do not expand it. A DataError is raised for a path that does
-    not exist, matches nothing or holds no image.
-    """
-    found: list[Path] = []
-    for path in map(Path, paths):
-        if path.is_file():
-            found.append(path)
-            continue
-        if path.is_dir():
-            matches = list(path.iterdir())
-            missing = f"no images in this folder (looked for {', '.join(IMAGE_SUFFIXES)})"
-        elif glob.has_magic(str(path)):
-            matches = [Path(match) for match in glob.glob(str(path), recursive=True)]
-            missing = "no image matches this pattern"
-        else:
-            raise DataError(f"{path}: no such file or folder")
-        files = [file for file in matches if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file()]
-        if not files:
-            raise DataError(f"{path}: {missing}")
-        found += sorted(files, key=str)
-    if not found:
-        raise DataError("no images given: expected files, folders or patterns")
-    return list(dict.fromkeys(found))
 
 
 def read_image(path: Path, *, upright: bool = False) -> npt.NDArray[np.uint8]:
@@ -221,13 +184,13 @@ class FolderImages:
     detectron2 and mmdetection turn every image, and refuse or misread annotations of the stored one.
     ``tools/check_data.py`` lists the images that carry an orientation.
 
-    File names of the table are relative to ``root``; one that leads out of it, or cannot be a file's name, raises a
-    DataError.
+    File names of the table are relative to ``root`` and may differ from the disk's in Unicode's form
+    (``ImageFolder.find``); one that leads out of ``root``, or cannot be a file's name, raises a DataError.
     """
 
     def __init__(self, root: Path, table: AnnotationTable) -> None:
-        _check_names(table)
-        self._root = Path(root)
+        check_names(root, table)
+        self._folder = ImageFolder(root)
         self._table = table
 
     def __call__(self, index: int) -> npt.NDArray[np.uint8]:
@@ -236,7 +199,7 @@ class FolderImages:
         An UnreadableImageError is raised if it cannot be read, a DataError if its size is not the one in the table.
         """
         image_id = self._table.image_ids[index]
-        path = self._root / self._table.file_names[index]
+        path = self._path(self._table.file_names[index])
         try:
             image = read_image(path)
         except UnreadableImageError as error:
@@ -251,70 +214,6 @@ class FolderImages:
             f"but {self._table.name} says {width}x{height}"
         )
 
-
-def _check_names(table: AnnotationTable) -> None:
-    for image_id, name in zip(table.image_ids.tolist(), table.file_names, strict=True):
-        if fault := name_fault(name):
-            raise DataError(f"{table.name}: image {image_id}: {fault}")
-
-
-def name_fault(name: str) -> str | None:
-    """Return why a name cannot be that of a file below a folder, or None; nothing is opened."""
-    if _leaves_folder(name):
-        rule = "lie in the image folder"
-    elif _CONTROL.search(name):
-        rule = "hold no control characters and no half surrogates"
-    elif len(name) > _MAX_NAME:
-        rule = f"have at most {_MAX_NAME} characters"
-    elif name.strip("./") == "":
-        rule = "name a file"
-    else:
-        return None
-    shown = repr(name) if len(name) <= 80 else f"{name[:77]!r}... ({len(name)} characters)"
-    return f"file_name must {rule}, got {shown}"
-
-
-def _leaves_folder(name: str) -> bool:
-    if ".." not in name and ":" not in name and not name.startswith(("/", "\\")):
-        return False
-    windows = PureWindowsPath(name)
-    return ".." in windows.parts or bool(windows.drive or windows.root) or PurePosixPath(name).is_absolute()
-
-
-def list_folder(folder: Path) -> set[str]:
-    """Return the names in a folder, none where it cannot be read."""
-    try:
-        return set(os.listdir(folder))
-    except (OSError, ValueError):
-        return set()
-
-
-def missing_files(root: Path, names: Iterable[str]) -> list[int]:
-    """Return the positions of the names that are no files below a folder.
-
-    Each folder is listed once: 118 000 names in a fraction of a second, where ``stat`` over a network takes minutes.
-    """
-    names_in = functools.cache(lambda folder: list_folder(root / folder))
-    missing = []
-    for position, (folder, name) in enumerate(map(os.path.split, names)):
-        # A file system that ignores case lists one spelling and opens all, hence the second check.
-        if name not in names_in(folder) and not os.path.isfile(root / folder / name):
-            missing.append(position)
-    return missing
-
-
-def check_files(root: Path, table: AnnotationTable) -> None:
-    """Raise a DataError if an image of a table does not exist, or as ``FolderImages`` does; none is opened."""
-    root = Path(root)
-    if not root.is_dir():
-        raise DataError(f"{root}: no such image folder (the images of {table.name})")
-    _check_names(table)
-    if missing := missing_files(root, table.file_names):
-        names = table.file_names[np.array(missing[:3])].tolist()
-        shown = ", ".join(f"{name} (image {table.image_ids[i]})" for name, i in zip(names, missing, strict=False))
-        more = ", ..." if len(missing) > 3 else ""
-        slashes = os.sep == "/" and any("\\" in name for name in names)
-        why = "; folders in a file_name must be separated by /, not by \\" if slashes else ""
-        raise DataError(
-            f"{root}: {len(missing)} of the {table.num_images} images of {table.name} are missing: {shown}{more}{why}"
-        )
+    def _path(self, name: str) -> Path:
+        path = self._folder.root / name
+        return path if name.isascii() or is_file(path) else self._folder.root / (self._folder.find(name) or name)

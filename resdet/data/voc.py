@@ -13,7 +13,8 @@ from xml.etree import ElementTree
 from resdet.data.annotations import AnnotationTable
 from resdet.data.coco import usable_table
 from resdet.data.coco_rules import CocoRecords, Problem, Record
-from resdet.data.images import IMAGE_SUFFIXES, read_size
+from resdet.data.image_files import IMAGE_SUFFIXES
+from resdet.data.images import read_size
 from resdet.errors import DataError
 
 VOC_CLASSES = (

@@ -22,7 +22,8 @@ from resdet.config import load_config
 from resdet.data.annotations import FileNames
 from resdet.data.coco import read_coco
 from resdet.data.dataset import DetectionDataset
-from resdet.data.images import FolderImages, check_files, read_image
+from resdet.data.image_files import check_files
+from resdet.data.images import FolderImages, read_image
 from resdet.data.shapes import shapes_table
 from resdet.data.voc import MAX_XML_BYTES, read_voc
 from resdet.errors import ConfigError, DataError, UnreadableImageError
@@ -230,7 +231,7 @@ FILES = [
     (
         "Windows' separator",
         "sub\\a.png",
-        MISSING + r"sub\a.png (image 1); folders in a file_name must be separated by /, not by \ ".rstrip(),
+        MISSING + r"sub\a.png (image 1); did you mean a.png (without sub/ before it)?",
         "image 1: {folder}/sub\\a.png: no such image file",
     ),
     ("a file as a folder", "a.png/b.png", MISSING + "a.png/b.png (image 1)", "image 1: {folder}/a.png/b.png: no such image file"),

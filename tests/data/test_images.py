@@ -8,7 +8,8 @@ import pytest
 from PIL import Image, ImageOps
 
 from resdet.data.annotations import FileNames
-from resdet.data.images import FolderImages, ImageHeader, check_files, read_header, read_image, read_size
+from resdet.data.image_files import check_files
+from resdet.data.images import FolderImages, ImageHeader, read_header, read_image, read_size
 from resdet.data.shapes import shapes_table
 from resdet.errors import DataError
 

@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from resdet.data.images import FolderImages, check_files
+from resdet.data.image_files import check_files
+from resdet.data.images import FolderImages
 from resdet.data.voc import VOC_CLASSES, read_voc
 from resdet.errors import DataError
 

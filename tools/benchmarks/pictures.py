@@ -12,7 +12,8 @@ from PIL import Image
 
 from resdet.data.coco import read_coco
 from resdet.data.dataset import DetectionDataset
-from resdet.data.images import FolderImages, check_files, find_images, read_image
+from resdet.data.image_files import check_files, find_images
+from resdet.data.images import FolderImages, read_image
 from resdet.data.loader import Batch
 from resdet.data.shapes import ShapesImages, shapes_table
 from resdet.errors import DataError, UserError

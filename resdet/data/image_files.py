@@ -1,0 +1,266 @@
+"""Find image files: those in folders, and those that annotations and lists name."""
+
+from __future__ import annotations
+
+import functools
+import glob
+import itertools
+import os
+import re
+import unicodedata
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any, NamedTuple
+from urllib.parse import unquote
+
+import numpy as np
+
+from resdet.data.annotations import AnnotationTable
+from resdet.errors import DataError
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif")
+"""What folders are searched for; the decoder goes by a file's content, not its name."""
+
+_CLUTTER = ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found")
+_MAX_FOLDERS = 2000
+"""Subfolders that are searched for a file that was perhaps meant."""
+_MAX_NAME = 1024
+# Unicode's line breaks too: a name with one would break messages and lists of names. Of the halves of surrogate pairs,
+# those are allowed that stand for bytes that are not UTF-8.
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udc7f\udd00-\udfff]")
+
+
+def is_hidden(name: str) -> bool:
+    """Check whether a name in a folder is an operating system's and no part of a dataset.
+
+    It begins with a dot (``._a.jpg`` holds a Mac's attributes of ``a.jpg``, not pixels) or is a folder such as
+    ``__MACOSX``.
+    """
+    return name.startswith(".") or name in _CLUTTER
+
+
+def is_file(path: Path | str) -> bool:
+    """Check that a file exists; a name that no file can have (too long, with a NUL) is that of none."""
+    try:
+        return os.path.isfile(path)
+    except (OSError, ValueError):
+        return False
+
+
+def find_images(paths: Iterable[Path | str]) -> list[Path]:
+    """List image files, each once, in the order of ``paths``.
+
+    Files may have any name; a folder stands for its image files by name, without hidden ones and subfolders, and a
+    pattern such as ``photos/**/*.jpg`` for its matches, for shells that do not expand it. A DataError is raised for a
+    path that does not exist, matches nothing or holds no image.
+    """
+    found: list[Path] = []
+    for path in map(Path, paths):
+        if is_file(path):
+            found.append(path)
+            continue
+        if os.path.isdir(path):
+            matches = [entry for entry in path.iterdir() if not is_hidden(entry.name)]
+            missing = f"no images in this folder (looked for {', '.join(IMAGE_SUFFIXES)})"
+        elif glob.has_magic(str(path)):
+            matches = [Path(match) for match in glob.glob(str(path), recursive=True)]
+            missing = "no image matches this pattern"
+        else:
+            raise DataError(f"{path}: no such file or folder")
+        files = [file for file in matches if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file()]
+        if not files:
+            raise DataError(f"{path}: {missing}")
+        found += sorted(files, key=str)
+    if not found:
+        raise DataError("no images given: expected files, folders or patterns")
+    return list(dict.fromkeys(found))
+
+
+def name_fault(name: str) -> str | None:
+    """Return why a name cannot be that of a file below a folder, or None; nothing is opened."""
+    if _leaves_folder(name):
+        rule = "lie in the image folder"
+    elif _CONTROL.search(name):
+        rule = "hold no control characters and no half surrogates"
+    elif len(name) > _MAX_NAME:
+        rule = f"have at most {_MAX_NAME} characters"
+    elif name.strip("./") == "":
+        rule = "name a file"
+    else:
+        return None
+    shown = repr(name) if len(name) <= 80 else f"{name[:77]!r}... ({len(name)} characters)"
+    return f"file_name must {rule}, got {shown}"
+
+
+def _leaves_folder(name: str) -> bool:
+    if ".." not in name and ":" not in name and not name.startswith(("/", "\\")):
+        return False
+    windows = PureWindowsPath(name)
+    return ".." in windows.parts or bool(windows.drive or windows.root) or PurePosixPath(name).is_absolute()
+
+
+def list_folder(folder: Path) -> set[str]:
+    """Return the names in a folder without hidden ones, none where it cannot be read."""
+    try:
+        return {name for name in os.listdir(folder) if not is_hidden(name)}
+    except (OSError, ValueError):
+        return set()
+
+
+def same_form(name: str) -> str:
+    """Return a name in Unicode's composed form (NFC), in which names that look identical are equal.
+
+    Macs write the letters of file names decomposed (NFD), and most other programs composed.
+    """
+    return name if name.isascii() else unicodedata.normalize("NFC", name)
+
+
+class Meant(NamedTuple):
+    """The existing file that a missing name was perhaps meant for."""
+
+    path: Path
+    name: str  # relative to the image folder; outside it, the whole path
+    difference: str  # what to change, in a few words for a message
+
+    def __str__(self) -> str:
+        return f"did you mean {self.name} ({self.difference})?"
+
+
+class ImageFolder:
+    """The files below a folder, by the names that annotations have for them.
+
+    Each subfolder is listed once, when it is first needed: 118 000 names in a fraction of a second, where ``stat`` over
+    a network takes minutes.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = Path(root)
+        self._names = functools.cache(lambda folder: list_folder(self.root / folder))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ImageFolder, (self.root,)  # a worker lists for itself what it needs
+
+    def find(self, name: str) -> str | None:
+        """Return the name by which the disk has a file, None where it has none.
+
+        That is ``name`` itself, or else the one name that differs from it in Unicode's form alone.
+
+        Raises:
+            DataError: If several differ from it in form alone.
+        """
+        folder, base = os.path.split(name)
+        # A file system that ignores case or form lists one spelling and opens all, hence the second check.
+        if base in self._names(folder) or is_file(self.root / name):
+            return name
+        real = "" if not name.isascii() else None
+        for part in name.split("/"):
+            if real is None:
+                return None
+            real = self._in_other_form(real, part)
+        return real
+
+    def _in_other_form(self, folder: str, name: str) -> str | None:
+        names = self._names(folder)
+        same = [name] if name in names else [other for other in names if same_form(other) == same_form(name)]
+        if len(same) > 1:
+            found = ", ".join(sorted(map(ascii, same)))
+            raise DataError(f"{self.root / folder}: several names look like {name}: {found}; rename all but one")
+        return os.path.join(folder, same[0]) if same else None
+
+    def meant(self, name: str) -> Meant | None:
+        r"""Return the existing file that a missing name was perhaps meant for, or None.
+
+        Its name differs in upper and lower case, in its suffix, in separators (``\``) or in its first folders; or it
+        lies where another image folder would fit. At most ``_MAX_FOLDERS`` subfolders are searched, once.
+        """
+        asked = re.sub("^[A-Za-z]:", "", same_form(unquote(name)).replace("\\", "/"))
+        parts = [part for part in asked.split("/") if part not in ("", ".", "..")]
+        if not parts:
+            return None
+        asked = "/".join(parts)
+        root = self.root if self.root.name not in ("", "..") else Path(os.path.abspath(self.root))
+        if is_file(root.parent / asked) and not is_file(root / asked):
+            path = root.parent / asked
+            return Meant(path, str(path), f"then the image folder is {root.parent}")
+
+        def unlike(row: list[str]) -> tuple[bool, bool, int]:
+            differs_in_case = row[-1].casefold() != parts[-1].casefold()
+            return row[-1] != parts[-1], differs_in_case, -min(len(row), len(parts))
+
+        rows = [row for row in self._by_stem.get(_stem(parts[-1]), []) if _is_among(row[:-1], parts[:-1])]
+        least = min(map(unlike, rows), default=None)
+        best = ["/".join(row) for row in rows if unlike(row) == least]
+        if len(best) != 1:
+            return None
+        return Meant(self.root / best[0], best[0], self._difference(name, asked, best[0]))
+
+    def _difference(self, name: str, asked: str, found: str) -> str:
+        if asked == (found := same_form(found)):
+            return "folders must be separated by /, not by \\" if "\\" in name else "without escapes as in a URL"
+        if asked.casefold() == found.casefold():
+            return "upper and lower case differ"
+        if found.endswith(f"/{asked}"):
+            return f"then the image folder is {self.root / found.removesuffix(f'/{asked}')}"
+        if asked.endswith(f"/{found}"):
+            return f"without {asked.removesuffix(f'/{found}')}/ before it"
+        return "another suffix" if os.path.dirname(asked) == os.path.dirname(found) else "another folder"
+
+    @functools.cached_property
+    def _by_stem(self) -> dict[str, list[list[str]]]:
+        """The parts of each file's path below the folder, by its stem."""
+        found: dict[str, list[list[str]]] = defaultdict(list)
+        for folder, folders, names in itertools.islice(os.walk(self.root), _MAX_FOLDERS):
+            folders[:] = sorted(one for one in folders if not is_hidden(one))
+            above = list(Path(folder).relative_to(self.root).parts)
+            for name in sorted(names):
+                if not is_hidden(name):
+                    found[_stem(name)].append([*above, name])
+        return found
+
+
+def _stem(name: str) -> str:
+    """Return a name for comparison: without case, Unicode's form and suffixes of images, repeated ones too."""
+    stem, suffix = os.path.splitext(same_form(name).casefold().strip())
+    return _stem(stem) if suffix in IMAGE_SUFFIXES else stem + suffix
+
+
+def _is_among(first: list[str], second: list[str]) -> bool:
+    """Check that one of two lists of folders has all those of the other, in order, but for upper and lower case."""
+    short, long = sorted(([same_form(part).casefold() for part in parts] for parts in (first, second)), key=len)
+    rest = iter(long)
+    return all(part in rest for part in short)
+
+
+def missing_files(root: Path, names: Iterable[str]) -> list[int]:
+    """Return the positions of the names that are no files below a folder (``ImageFolder.find``)."""
+    folder = ImageFolder(root)
+    return [position for position, name in enumerate(names) if folder.find(name) is None]
+
+
+def check_names(root: Path, table: AnnotationTable) -> None:
+    """Raise a DataError for the first file name of a table that no file below ``root`` can have."""
+    for image_id, name in zip(table.image_ids.tolist(), table.file_names, strict=True):
+        if fault := name_fault(name):
+            meant = ImageFolder(root).meant(name) if len(name) <= _MAX_NAME else None
+            raise DataError(f"{table.name}: image {image_id}: {fault}{f'; {meant}' if meant else ''}")
+
+
+def check_files(root: Path, table: AnnotationTable) -> None:
+    """Raise a DataError if an image of a table does not exist, or as ``FolderImages`` does; none is opened."""
+    root = Path(root)
+    if not os.path.isdir(root):
+        raise DataError(f"{root}: no such image folder (the images of {table.name})")
+    check_names(root, table)
+    if missing := missing_files(root, table.file_names):
+        names = table.file_names[np.array(missing[:3])].tolist()
+        shown = ", ".join(f"{name} (image {table.image_ids[i]})" for name, i in zip(names, missing, strict=False))
+        more = ", ..." if len(missing) > 3 else ""
+        folder = ImageFolder(root)
+        meant = next((found for name in names if (found := folder.meant(name))), None)
+        slashes = os.sep == "/" and any("\\" in name for name in names)
+        why = "; folders in a file_name must be separated by /, not by \\" if slashes else ""
+        raise DataError(
+            f"{root}: {len(missing)} of the {table.num_images} images of {table.name} are missing: {shown}{more}"
+            f"{f'; {meant}' if meant else why}"
+        )
