@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import stat
 import tempfile
 import uuid
 from collections.abc import Iterable, Iterator
@@ -27,11 +28,10 @@ def written_whole(path: Path) -> Iterator[Path]:
     process that is killed leaves the temporary file behind; ``remove_temporary`` clears a folder of them.
 
     Raises:
-        UserError: If the directory does not exist.
+        UserError: If the directory does not exist, or ``path`` is a folder or a device.
         OSError: If the file cannot be written; it names ``path``.
     """
-    if not path.parent.is_dir():
-        raise UserError(f"{path}: its directory does not exist")
+    _check_file(path)
     # Not the whole name, which may fill the 255 bytes that a file system allows; torch.export looks at the suffix.
     temporary = path.with_name(f".{uuid.uuid4().hex}.tmp{path.suffix}")
     try:
@@ -55,9 +55,12 @@ def written_whole(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a UTF-8 text so that the path holds the old file or the whole new one; raises as ``written_whole`` does."""
+    """Write a UTF-8 text so that the path holds the old file or the whole new one; raises as ``written_whole`` does.
+
+    Bytes of a file name that are no UTF-8, which Python holds as halves of surrogate pairs, are written as escapes.
+    """
     with written_whole(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def remove_temporary(folder: Path) -> None:
@@ -68,24 +71,53 @@ def remove_temporary(folder: Path) -> None:
 
 
 def check_output(path: Path, inputs: Iterable[Path] = ()) -> None:
-    """Check, before the work starts, that a file can be written to ``path`` without overwriting an input.
+    """Check, before the work starts, that a file can be written to ``path``; as ``check_outputs``."""
+    check_outputs([path], inputs)
+
+
+def check_outputs(paths: Iterable[Path], inputs: Iterable[Path] = ()) -> None:
+    """Check, before the work starts, that files can be written without overwriting an input.
+
+    An input is recognised under any name: through links, and where a file system ignores case.
 
     Raises:
-        UserError: If ``path`` is a folder or one of ``inputs``, its directory does not exist or cannot be written to,
-            or its name is too long.
+        UserError: If a path is a folder, a device, or one of ``inputs``, its directory does not exist or cannot be
+            written to, or its name is too long.
     """
-    try:
-        os.lstat(path)
-        if any(source.exists() and path.samefile(source) for source in inputs):
+    sources = {identity for source in inputs if (identity := _identity(source))}
+    folders = set()
+    for path in paths:
+        if _identity(path) in sources:
             raise UserError(f"{path}: the output would overwrite an input of this command; give another name")
-        if path.is_dir():
-            raise UserError(f"{path}: the output must be a file, but a folder has this name")
-    except FileNotFoundError:
+        _check_file(path)
+        folders.add(path.parent)
+    for folder in folders:
+        _check_writable(folder)
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """Return what two names of one file have in common, or None where there is no such file."""
+    try:
+        found = os.stat(path)
+    except (OSError, ValueError):
+        return None
+    return found.st_dev, found.st_ino
+
+
+def _check_file(path: Path) -> None:
+    """Raise a UserError if ``path`` cannot be the name of a file: a new one, or one that may be replaced."""
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError:  # a link that leads nowhere too
         if not path.parent.is_dir():
             raise UserError(f"{path}: its directory does not exist") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be written: {error.strerror}") from None
-    _check_writable(path.parent)
+    else:
+        if stat.S_ISDIR(mode):
+            raise UserError(f"{path}: the output must be a file, but a folder has this name")
+        if not stat.S_ISREG(mode):
+            raise UserError(f"{path}: the output must be a file, but a device or a pipe has this name")
 
 
 def make_output_folder(folder: Path) -> None:

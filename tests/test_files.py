@@ -7,7 +7,14 @@ from pathlib import Path
 import pytest
 
 from resdet.errors import UserError
-from resdet.files import check_output, make_output_folder, remove_temporary, write_text, written_whole
+from resdet.files import (
+    check_output,
+    check_outputs,
+    make_output_folder,
+    remove_temporary,
+    write_text,
+    written_whole,
+)
 
 
 def fail_half_way(path: Path) -> None:
@@ -67,6 +74,7 @@ def test_output_is_refused_before_the_work_where_it_cannot_be_written(tmp_path: 
         (source, "would overwrite an input"),
         (tmp_path / "link.json", "would overwrite an input"),
         (folder, "must be a file, but a folder has this name"),
+        (Path(os.devnull), "must be a file, but a device or a pipe has this name"),
         (tmp_path / "no" / "file", "its directory does not exist"),
         (source / "file", "Not a directory"),
         (tmp_path / ("n" * 300), "File name too long"),
@@ -74,6 +82,34 @@ def test_output_is_refused_before_the_work_where_it_cannot_be_written(tmp_path: 
         with pytest.raises(UserError, match=message):
             check_output(path, [source])
     assert source.read_text() == "input"
+
+
+def test_several_outputs_are_checked_against_all_inputs(tmp_path: Path) -> None:
+    source = tmp_path / "input.png"
+    source.write_text("input")
+    os.link(source, tmp_path / "hard.png")
+    (tmp_path / "folder").symlink_to(tmp_path, target_is_directory=True)
+    check_outputs([tmp_path / "a.png", tmp_path / "b.png"], [source])
+    for name in ("input.png", "hard.png", "folder/input.png", "folder/./input.png"):
+        with pytest.raises(UserError, match=f"{name}: the output would overwrite an input of this command"):
+            check_outputs([tmp_path / "a.png", Path(f"{tmp_path}/{name}")], [tmp_path / "other.png", source])
+
+
+@pytest.mark.parametrize("kind", ["device", "pipe", "folder"])
+def test_what_is_no_file_is_never_replaced_by_one(kind: str, tmp_path: Path) -> None:
+    path = Path(os.devnull) if kind == "device" else tmp_path / kind
+    if kind != "device":
+        os.mkfifo(path) if kind == "pipe" else path.mkdir()
+    before = path.stat().st_mode
+    with pytest.raises(UserError, match="the output must be a file, but a"):
+        write_text(path, "text")
+    assert path.stat().st_mode == before
+    assert not [child for child in tmp_path.iterdir() if child != path]
+
+
+def test_a_name_that_is_no_utf8_is_written_as_an_escape(tmp_path: Path) -> None:
+    write_text(tmp_path / "page.html", os.fsdecode(b"caf\xe9.jpg"))
+    assert (tmp_path / "page.html").read_text(encoding="utf-8") == "caf\\udce9.jpg"
 
 
 def test_a_folder_for_output_is_made_or_refused(tmp_path: Path) -> None:
