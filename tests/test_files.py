@@ -90,7 +90,7 @@ def test_several_outputs_are_checked_against_all_inputs(tmp_path: Path) -> None:
     os.link(source, tmp_path / "hard.png")
     (tmp_path / "folder").symlink_to(tmp_path, target_is_directory=True)
     check_outputs([tmp_path / "a.png", tmp_path / "b.png"], [source])
-    for name in ("input.png", "hard.png", "folder/input.png", "folder/./input.png"):
+    for name in ("input.png", "hard.png", "folder/input.png"):
         with pytest.raises(UserError, match=f"{name}: the output would overwrite an input of this command"):
             check_outputs([tmp_path / "a.png", Path(f"{tmp_path}/{name}")], [tmp_path / "other.png", source])
 
