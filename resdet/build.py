@@ -82,8 +82,15 @@ def inference_settings(
         device=device,
         precision=config.eval.precision or config.train.precision,
         tricks=config.eval.tricks if isinstance(config, Config) else None,
+        max_detections=_max_detections(config) if isinstance(config, Config) else None,
         progress=progress,
     )
+
+
+def _max_detections(config: Config) -> int | None:
+    """Return the stated number of detections; at the default a model with another number of its own keeps that."""
+    stated = config.eval.max_detections
+    return None if stated == type(config.eval).model_fields["max_detections"].default else stated
 
 
 def build_browse_page(config: Config, path: Path, *, num_images: int) -> None:

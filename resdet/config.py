@@ -234,14 +234,26 @@ class EvalConfig(Section):
     """Precision of evaluation; null uses ``train.precision``."""
     loss: bool = False
     """Also compute the losses on ``data.val``, logged as ``val_loss``. Costs one more pass over its images."""
+    max_detections: int = Field(100, ge=1)
+    """Detections that count of each class in an image, best first; 100 makes numbers comparable with published ones.
+    Any other number is also how many the model returns for an image, of all classes together (by itself
+    ``model.box_detections_per_img``), and at least how many proposals it looks at. Images with more objects need it."""
     tricks: Tricks = Tricks()
     """Test-time tricks: more computation for each image, for better detections from the same weights."""
     num_pictures: int = Field(8, ge=0)
     """Pictures of detections on the first images of ``data.val``, written to output_dir/pictures and TensorBoard."""
     picture_score: float | None = Field(None, ge=0, le=1)
     """Detections below this score are not drawn; null takes the threshold of the best F1 of this evaluation."""
-    best_metric: Literal["AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large", "AR_100", "voc_AP50"] = "AP"
-    """Metric whose highest value makes an evaluation the best: it decides best.pt and ``train.patience``."""
+    best_metric: str = "AP"
+    """Metric whose highest value makes an evaluation the best: it decides best.pt and ``train.patience``. One of AP,
+    AP50, AP75, AP_small, AP_medium, AP_large, voc_AP50, and AR_100, which bears the number of ``max_detections``."""
+
+    @model_validator(mode="after")
+    def _best_metric_is_computed(self) -> Self:
+        names = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large", f"AR_{self.max_detections}", "voc_AP50")
+        if self.best_metric not in names:
+            raise ValueError(f"best_metric must be one of {', '.join(names)}, got {self.best_metric!r}")
+        return self
 
 
 class Config(Section):

@@ -9,6 +9,7 @@ import jsonschema
 import pytest
 import yaml
 
+from resdet.build import inference_settings
 from resdet.config import Config, config_from_plain, load_config, parse_config
 from resdet.config_reading import config_to_plain, config_to_yaml, json_schema
 from resdet.errors import ConfigError
@@ -151,6 +152,19 @@ def test_all_mistakes_are_told_at_once_with_their_lines() -> None:
         ["x.yaml:6", "train.batchsize"],
         ["x.yaml:9", "optim.lr"],
     ]
+
+
+def test_the_recall_that_decides_bears_the_number_of_detections() -> None:
+    assert parse_config(SMALL, ["eval.best_metric=AR_100"]).eval.max_detections == 100
+    assert parse_config(SMALL, ["eval.best_metric=AR_300", "eval.max_detections=300"]).eval.best_metric == "AR_300"
+    (problem,) = problems(SMALL, "eval.best_metric=AR_100", "eval.max_detections=300")
+    names = "AP, AP50, AP75, AP_small, AP_medium, AP_large, AR_300, voc_AP50"
+    assert problem.endswith(f"eval: best_metric must be one of {names}, got 'AR_100'")
+
+
+def test_an_evaluation_raises_the_models_number_of_detections_only_where_another_is_stated() -> None:
+    assert inference_settings(parse_config(SMALL, ["eval.max_detections=100"])).max_detections is None
+    assert inference_settings(parse_config(SMALL, ["eval.max_detections=101"])).max_detections == 101
 
 
 def test_override_replaces_a_section() -> None:

@@ -26,6 +26,9 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--batch-size", type=int, default=1, help="images per forward pass (default 1)")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--precision", choices=["fp32", "bf16", "fp16"], default="fp32")
+    parser.add_argument(
+        "--max-detections", type=int, metavar="N", help="detections per image (default: the model's, usually 100)"
+    )
     parser.add_argument("--tricks", nargs="+", default=[], metavar="key=value", help="more computation for each image")
     options = parser.parse_intermixed_args(arguments)
 
@@ -46,6 +49,7 @@ def main(arguments: Sequence[str]) -> None:
         device=device_for(model, options.device),
         precision=options.precision,
         tricks=tricks,
+        max_detections=options.max_detections,
         progress=True,
     )
     num_detections = predict_files(model, files, options.output, settings, score_threshold=score)

@@ -16,6 +16,9 @@ from resdet.evaluation.curves import RECALLS, UNDEFINED, interpolated_precision,
 from resdet.evaluation.matching import AREA_RANGES, COCO_IOU_THRESHOLDS, Matches, match_areas, to_xywh
 from resdet.types import Bools, Detections, Floats
 
+MAX_DETECTIONS = 100
+"""Detections of a class in an image that count in published numbers."""
+
 
 @dataclass(frozen=True)
 class CocoNumbers:
@@ -48,7 +51,7 @@ class CocoMetrics(CocoNumbers):
     """COCO's twelve numbers of a dataset, each the mean over the classes that have such objects."""
 
     per_class: tuple[ClassMetrics, ...]  # in label order
-    max_detections: int = 100  # that count per class and image
+    max_detections: int = MAX_DETECTIONS  # that count per class and image
 
     def as_dict(self) -> dict[str, float]:
         """Return the twelve numbers in pycocotools' order, ``AR_max`` by its usual name, ``AR_100``."""
@@ -56,7 +59,9 @@ class CocoMetrics(CocoNumbers):
         return {name if name != "AR_max" else f"AR_{self.max_detections}": getattr(self, name) for name in names}
 
 
-def coco_metrics(table: AnnotationTable, detections: Detections, *, max_detections: int = 100) -> CocoMetrics:
+def coco_metrics(
+    table: AnnotationTable, detections: Detections, *, max_detections: int = MAX_DETECTIONS
+) -> CocoMetrics:
     """Compute COCO's detection metrics over every image of ``table``.
 
     An image without detections counts as such. An object's size is the table's ``area`` (COCO's segment area where

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from resdet.data.dataset import DetectionDataset, without_subset
 from resdet.data.loader import eval_loader
-from resdet.evaluation.coco import ClassMetrics, CocoMetrics, coco_metrics
+from resdet.evaluation.coco import MAX_DETECTIONS, ClassMetrics, CocoMetrics, coco_metrics
 from resdet.evaluation.curves import best_score_threshold
 from resdet.evaluation.inference import inference
 from resdet.evaluation.labels import match_labels
@@ -36,7 +36,10 @@ class Evaluation:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """COCO's ``AP``, ``AP50``, ... and VOC's ``voc_AP50``, ``voc_AP50_11point`` by name; -1 is undefined."""
+        """COCO's ``AP``, ``AP50``, ... and VOC's ``voc_AP50``, ``voc_AP50_11point`` by name; -1 is undefined.
+
+        ``AR_100`` bears the number of ``max_detections``, where that is another.
+        """
         return self.coco.as_dict() | self.voc.as_dict()
 
     @property
@@ -75,7 +78,9 @@ def evaluate(
     found = detect(model, dataset, settings, team)
     if labels is not None:
         found = replace(found, labels=labels[found.labels])
-    return Evaluation(coco_metrics(table, found), voc_metrics(table, found), found, best_score_threshold(table, found))
+    limit = MAX_DETECTIONS if settings.max_detections is None else settings.max_detections
+    coco = coco_metrics(table, found, max_detections=limit)
+    return Evaluation(coco, voc_metrics(table, found), found, best_score_threshold(table, found))
 
 
 def detect(

@@ -15,7 +15,7 @@ from resdet.evaluation.settings import InferenceSettings
 from resdet.evaluation.state import evaluation_mode, placed
 from resdet.malloc import keep_freed_memory
 from resdet.models.int8 import Int8Detector
-from resdet.models.test_time import detect_with_tricks
+from resdet.models.test_time import detect_with_tricks, detections_limited
 from resdet.models.transform import model_images
 from resdet.precision import Precision, autocast
 from resdet.processes import choose_device
@@ -69,7 +69,7 @@ def inference(model: nn.Module, settings: InferenceSettings = InferenceSettings(
     watched = [name for name, _ in model.named_modules() if name in ("rpn.head", "roi_heads.box_predictor")]
     handles = [model.get_submodule(name).register_forward_hook(watch) for name in watched]
     try:
-        with evaluation_mode(model):
+        with evaluation_mode(model), detections_limited(model, settings.max_detections):
             yield run
     finally:
         for handle in handles:

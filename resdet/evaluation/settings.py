@@ -21,6 +21,9 @@ class InferenceSettings:
         device: Where to compute; the model is moved there and stays. None: where it is.
         precision: fp32, or autocast to bf16 or fp16.
         tricks: What to do at test time beyond running the model once; None does nothing.
+        max_detections: Detections, at least 1, that COCO's metrics count per class and image, and that a FasterRCNN
+            returns for an image. Its number of proposals (1,000 unless built otherwise) is raised to it. None: COCO's
+            100, and as many as the model was built for.
         progress: Show a progress bar on standard error (in rank 0 only).
     """
 
@@ -29,4 +32,5 @@ class InferenceSettings:
     device: torch.device | None = None
     precision: Precision = "fp32"
     tricks: Tricks | None = None
+    max_detections: int | None = None
     progress: bool = False

@@ -167,6 +167,29 @@ def _best_boxes(
 
 
 @contextmanager
+def detections_limited(model: nn.Module, limit: int | None) -> Iterator[None]:
+    """Let a ``FasterRCNN`` return up to ``limit`` detections of an image, from no fewer proposals.
+
+    None leaves it as it was built, and other models return what they return.
+    """
+    if limit is not None and limit < 1:
+        raise UserError(f"max_detections must be at least 1, got {limit}")
+    if limit is None or not isinstance(model, GeneralizedRCNN) or not isinstance(model.roi_heads, RoIHeads):
+        yield
+        return
+    rpn, heads = model.rpn, model.roi_heads
+    own = heads.detections_per_img, rpn._pre_nms_top_n, rpn._post_nms_top_n
+    heads.detections_per_img = limit
+    rpn._pre_nms_top_n, rpn._post_nms_top_n = (
+        {**numbers, "testing": max(numbers["testing"], limit)} for numbers in own[1:]
+    )
+    try:
+        yield
+    finally:
+        heads.detections_per_img, rpn._pre_nms_top_n, rpn._post_nms_top_n = own
+
+
+@contextmanager
 def _unsuppressed(model: GeneralizedRCNN, scale: int | None) -> Iterator[None]:
     """Let a model return everything that passes its thresholds, and scale the shorter side to another length."""
     transform, heads = model.transform, model.roi_heads

@@ -15,7 +15,7 @@ from resdet.data.annotations import AnnotationTable
 from resdet.data.coco import read_coco
 from resdet.errors import DataError
 from resdet.evaluation.coco import coco_metrics, detections_to_coco, read_coco_detections
-from resdet.types import Detections
+from resdet.types import Category, Detections
 
 # COCO's own record of what these detections score (val2014_fake_eval_res.txt of cocodataset/cocoapi).
 PUBLISHED = (0.505, 0.697, 0.573, 0.586, 0.519, 0.501, 0.387, 0.594, 0.595, 0.640, 0.566, 0.564)
@@ -120,6 +120,42 @@ def test_any_limit_of_detections_equals_pycocotools(case, seed, max_detections):
     other = coco_metrics(table, detections, max_detections=1).as_dict().values()
     with pytest.raises(AssertionError):
         np.testing.assert_allclose(list(other)[:8], expected[:8], rtol=0, atol=EXACT)
+
+
+@pytest.mark.parametrize("max_detections", [100, 700, 2000])
+def test_dense_images_equal_pycocotools_at_any_limit(max_detections):
+    """Two images of 900 objects that overlap, found twice over: more detections than any limit but the last."""
+    rng = np.random.default_rng(5)
+    num_boxes = 1800
+    xy = rng.uniform(0, 600, (num_boxes, 2))
+    boxes_xywh = np.concatenate([xy, rng.uniform(5, 40, (num_boxes, 2))], axis=1)
+    table = AnnotationTable(
+        name="dense",
+        categories=(Category(1, 5, "grain"), Category(2, 4, "stone")),
+        image_ids=np.array([4, 9]),
+        file_names=["a.png", "b.png"],
+        sizes=np.full((2, 2), 640, dtype=np.int32),
+        offsets=np.array([0, 900, 1800]),
+        boxes_xywh=boxes_xywh,
+        labels=np.where(np.arange(num_boxes) % 9, 1, 2),
+        area=boxes_xywh[:, 2] * boxes_xywh[:, 3],
+        crowd=rng.random(num_boxes) < 0.01,
+        difficult=np.zeros(num_boxes, dtype=np.bool_),
+        annotation_ids=np.arange(1, num_boxes + 1),
+    )
+    twice = np.concatenate([np.arange(num_boxes)] * 2)
+    moved = boxes_xywh[twice] + rng.normal(0, 1.5, (len(twice), 4)) * [1, 1, 0, 0]
+    detections = Detections(
+        image_index=table.image_of_box()[twice],
+        boxes=np.concatenate([moved[:, :2], moved[:, :2] + moved[:, 2:]], axis=1),
+        labels=table.labels[twice],
+        scores=rng.random(len(twice)),
+    )
+    evaluator = pycocotools_evaluator(as_coco(table), detections_to_coco(table, detections), max_detections)
+    metrics = coco_metrics(table, detections, max_detections=max_detections).as_dict()
+    expected = twelve_of(evaluator, max_detections=max_detections)
+    np.testing.assert_allclose(list(metrics.values()), expected, rtol=0, atol=EXACT)
+    assert metrics["AP"] > coco_metrics(table, detections, max_detections=50).AP
 
 
 def test_cases_cover_what_they_claim(case):

@@ -1,4 +1,5 @@
 import copy
+import math
 import random
 import sys
 from dataclasses import replace
@@ -16,10 +17,11 @@ from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 
 from resdet.data.dataset import DetectionDataset
 from resdet.data.shapes import ShapesImages, shapes_table
-from resdet.errors import DataError, WeightsError
+from resdet.errors import DataError, UserError, WeightsError
 from resdet.evaluation import best_score_threshold, coco_metrics, detect, evaluate
 from resdet.evaluation.inference import inference
 from resdet.evaluation.settings import InferenceSettings
+from resdet.models.spec import Tricks
 from resdet.processes import Processes
 from resdet.types import Category, Detections, Prediction
 
@@ -310,3 +312,51 @@ def test_progress_is_shown_only_when_asked(capsys):
     captured = capsys.readouterr()
     assert "7/7" in captured.err
     assert captured.out == ""
+
+
+def dense(num_boxes: int) -> DetectionDataset:
+    """One picture with many objects, as of cells or grains."""
+    side = 4 * math.ceil(num_boxes**0.5)
+    places = np.stack(np.divmod(np.arange(num_boxes), side // 4), axis=1) * 4.0
+    table = shapes_table(1, side, SEED)
+    table = replace(
+        table,
+        offsets=np.array([0, num_boxes]),
+        boxes_xywh=np.concatenate([places, np.full((num_boxes, 2), 3.0)], axis=1),
+        labels=np.ones(num_boxes, dtype=np.int64),
+        area=np.full(num_boxes, 9.0),
+        crowd=np.zeros(num_boxes, dtype=np.bool_),
+        difficult=np.zeros(num_boxes, dtype=np.bool_),
+        annotation_ids=np.arange(num_boxes),
+    )
+    return DetectionDataset(table, ShapesImages(image_size=side, seed=SEED), training=False)
+
+
+def test_all_objects_of_a_dense_image_count_where_the_limit_is_raised():
+    dataset = dense(2000)
+    model = Oracle(dataset, dataset.categories)
+    metrics = evaluate(model, dataset, InferenceSettings(max_detections=2000)).metrics
+    assert metrics["AP"] == metrics["AP50"] == metrics["AP_small"] == metrics["AR_2000"] == pytest.approx(1, abs=1e-9)
+    assert "AR_100" not in metrics
+    usual = evaluate(model, dataset).metrics
+    assert usual["AR_100"] == pytest.approx(100 / 2000)
+    assert usual["AP"] < 0.06
+
+
+@pytest.mark.parametrize("tricks", [None, Tricks(flip=True)])
+def test_the_model_returns_as_many_detections_as_are_asked_for(tricks):
+    model = small_rcnn().eval()
+    model.rpn._pre_nms_top_n["testing"] = 30  # of each of the five levels
+    model.roi_heads.score_thresh = 0.0
+    images = [torch.randint(256, (3, 64, 96), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))]
+
+    def count(limit: int | None) -> int:
+        with inference(model, InferenceSettings(max_detections=limit, tricks=tricks)) as run:
+            return len(run(images, "one image")[0]["scores"])
+
+    built = model.roi_heads.detections_per_img, dict(model.rpn._pre_nms_top_n), dict(model.rpn._post_nms_top_n)
+    assert count(7) == 7
+    assert count(400) > count(None)  # more than 20 proposals of three classes give
+    assert built == (model.roi_heads.detections_per_img, model.rpn._pre_nms_top_n, model.rpn._post_nms_top_n)
+    with pytest.raises(UserError, match=r"^max_detections must be at least 1, got 0$"):
+        count(0)

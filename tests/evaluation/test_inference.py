@@ -1,5 +1,6 @@
 """The device that a detector runs on, and how its detections leave it."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from torch import nn
 from resdet.commands import predict
 from resdet.errors import UserError
 from resdet.evaluation.inference import device_for, inference
-from resdet.models.checkpoint import save_int8_detector
+from resdet.models.checkpoint import checkpoint_payload, save_int8_detector
 from resdet.models.detector import build_detector
 from resdet.models.int8 import Int8Detector
 from resdet.models.int8_calibration import quantize_detector
@@ -95,3 +96,28 @@ def test_the_tool_runs_an_int8_file_on_a_host_with_a_gpu(tmp_path: Path) -> None
     Image.fromarray(np.zeros((64, 64, 3), dtype=np.uint8)).save(tmp_path / "black.png")
     predict.main([str(tmp_path / "int8.pt"), str(tmp_path / "black.png"), "--output", str(tmp_path / "out")])
     assert (tmp_path / "out" / "detections.json").is_file()
+
+
+def test_the_tool_returns_as_many_detections_as_are_asked_for(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    spec = DetectorSpec(
+        arch="resnet18",
+        norm="group",
+        min_size=64,
+        max_size=96,
+        out_channels=32,
+        box_detections_per_img=5,
+        box_score_thresh=0.0,
+    )
+    detector = build_detector(spec, num_classes=2).eval()
+    torch.save(checkpoint_payload(detector), tmp_path / "model.pt")
+    Image.fromarray(np.zeros((64, 64, 3), dtype=np.uint8)).save(tmp_path / "black.png")
+
+    def count(*options: str) -> int:
+        predict.main(
+            [str(tmp_path / "model.pt"), str(tmp_path / "black.png"), "--output", str(tmp_path / "out"), *options]
+        )
+        return len(json.loads((tmp_path / "out" / "detections.json").read_text()))
+
+    assert count() == 5
+    assert count("--max-detections", "9") == 9
