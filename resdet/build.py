@@ -14,6 +14,7 @@ from torch import Tensor
 
 from resdet.check.anchor_coverage import AnchorLayout
 from resdet.check.browse import write_browse_page
+from resdet.check.limits import DetectorLimits
 from resdet.check.splits import DataSplit, coco_split, table_split, voc_split
 from resdet.classification.config import PretrainConfig
 from resdet.config import CocoSource, Config, ModelConfig, ShapesSource, Source, config_from_plain
@@ -123,7 +124,7 @@ def build_split(source: Source, name: str) -> DataSplit:
         return table_split(name, shapes_table(source.num_images, source.image_size, source.seed), source.classes)
     if isinstance(source, CocoSource):
         return coco_split(name, source.images, source.annotations, source.classes)
-    return voc_split(name, source.root, source.split, source.classes)
+    return voc_split(name, source.root, source.split, source.classes, use_difficult=source.use_difficult)
 
 
 def anchor_layout(config: ModelConfig) -> AnchorLayout:
@@ -137,6 +138,17 @@ def anchor_layout(config: ModelConfig) -> AnchorLayout:
         min_sizes=(config.min_size,) if isinstance(config.min_size, int) else config.min_size,
         max_size=config.max_size,
         sides_rounded=config.resize == "pil",
+    )
+
+
+def detector_limits(config: Config) -> DetectorLimits:
+    """Return how many objects of one image the detector of a configuration can find."""
+    stated, own = _max_detections(config), min(config.eval.max_detections, config.model.box_detections_per_img)
+    return DetectorLimits(
+        num_detections=stated or own,
+        detections_key="eval.max_detections",
+        num_proposals=max(config.model.rpn_post_nms_top_n_test, stated or 0),
+        proposals_key="model.rpn_post_nms_top_n_test",
     )
 
 

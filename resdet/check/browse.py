@@ -23,6 +23,7 @@ NUM_IMAGES = 48
 """Default number of images on a page."""
 
 _MIN_SIDE, _MAX_SIDE = 160, 480  # of a picture, in pixels
+_MIN_BOXES, _MAX_BOXES = 50, 12_000  # drawn on a picture, and on the pictures of one kind together
 
 Values = dict[str, Any]  # what the page's template shows, by the names that it uses
 
@@ -43,7 +44,8 @@ def write_browse_page(
     It shows each image as the model gets it, after augmentation, and as it is stored, both with their boxes; crowd
     regions and difficult objects that are not trained on are dashed and dotted. Pictures are reduced to 480 pixels, and
     further on pages of more than 48 images, so that a page stays below about 8 MB; the browser draws the boxes, which
-    stay sharp. An image that cannot be read is shown as its error.
+    stay sharp. Of crowded images only the largest boxes are drawn (250 on a page of 48 images), and a note says so. An
+    image that cannot be read is shown as its error.
 
     Which images come first depends on the batch size and on the next three arguments, which are those of
     ``train_loader``. ``facts`` are names and values to show at the top of the page, such as the augmentation.
@@ -53,12 +55,13 @@ def write_browse_page(
     batches = TrainBatches(dataset.table.sizes, batch_size, order=order, seed=seed)
     keys = list(itertools.islice(itertools.chain.from_iterable(batches), num_images))
     max_side = int(np.clip(round(_MAX_SIDE * (NUM_IMAGES / num_images) ** 0.5), _MIN_SIDE, _MAX_SIDE))
-    cards = [_card(dataset, number, key, max_side) for number, key in enumerate(keys, start=1)]
+    max_boxes = max(_MAX_BOXES // num_images, _MIN_BOXES)
+    cards = [_card(dataset, number, key, max_side, max_boxes) for number, key in enumerate(keys, start=1)]
     with written_whole(path) as temporary:
         temporary.write_text(_render(dataset, cards, facts), encoding="utf-8")
 
 
-def _card(dataset: DetectionDataset, number: int, key: tuple[int, int], max_side: int) -> Values:
+def _card(dataset: DetectionDataset, number: int, key: tuple[int, int], max_side: int, max_boxes: int) -> Values:
     """Return one draw; without pictures where the image cannot be read."""
     table, (index, _) = dataset.table, key
     image_id, file_name = int(table.image_ids[index]), str(table.file_names[index])
@@ -77,18 +80,21 @@ def _card(dataset: DetectionDataset, number: int, key: tuple[int, int], max_side
     if unsound:
         some = ", ".join(map(str, unsound[:5])) + (", ..." if len(unsound) > 5 else "")
         notes.append(f"{len(unsound)} of its boxes left out, not finite or too thin: annotation {some}")
-    pictures = {"trained": _picture(dataset, trained, max_side), "stored": _picture(dataset, stored, max_side)}
+    if (most := max(len(stored.boxes), len(trained.boxes))) > max_boxes:
+        notes.append(f"of {most} boxes the {max_boxes} largest are shown")
+    samples = {"trained": trained, "stored": stored}
+    pictures = {name: _picture(dataset, sample, max_side, max_boxes) for name, sample in samples.items()}
     return card | {"image_id": image_id, "file_name": file_name, "note": "; ".join(notes)} | pictures
 
 
-def _picture(dataset: DetectionDataset, sample: Sample, max_side: int) -> Values:
+def _picture(dataset: DetectionDataset, sample: Sample, max_side: int, max_boxes: int) -> Values:
     height, width = sample.image.shape[:2]
     names = {category.label: category.name for category in dataset.categories}
     sides = sample.boxes[:, 2:] - sample.boxes[:, :2]
     learned = dataset.is_target(sample)
     boxes: list[Values] = []
     # The largest first: smaller boxes lie on top, where the mouse finds them.
-    for row in np.argsort(-sides.prod(axis=1), kind="stable").tolist():
+    for row in np.argsort(-sides.prod(axis=1), kind="stable")[:max_boxes].tolist():
         x1, y1, x2, y2 = sample.boxes[row].tolist()
         label = int(sample.labels[row])
         boxes.append(
@@ -107,15 +113,23 @@ def _picture(dataset: DetectionDataset, sample: Sample, max_side: int) -> Values
                 "tag_right": x1 > 0.7 * width,
             }
         )
-    return {"source": jpeg_url(sample.image, max_side), "width": width, "height": height, "boxes": boxes}
+    return {
+        "source": jpeg_url(sample.image, max_side),
+        "width": width,
+        "height": height,
+        "boxes": boxes,
+        "labels": sample.labels.tolist(),
+        "labels_trained": sample.labels[learned].tolist(),
+    }
 
 
 def _render(dataset: DetectionDataset, cards: Sequence[Values], facts: Sequence[tuple[str, str]]) -> str:
     readable = [card for card in cards if card["trained"]]
     boxes = [box for card in readable for when in ("trained", "stored") for box in card[when]["boxes"]]
-    counts = Counter(box["label"] for card in readable for box in card["trained"]["boxes"] if box["trained"])
+    counts = Counter(label for card in readable for label in card["trained"]["labels_trained"])
+    present = {label for card in readable for when in ("trained", "stored") for label in card[when]["labels"]}
     classes: list[Values] = []
-    for label in sorted({box["label"] for box in boxes}):
+    for label in sorted(present):
         red, green, blue = class_color(label)
         ink = "#000" if 299 * red + 587 * green + 114 * blue > 128_000 else "#fff"  # of letters on the colour
         css = {"color": f"rgb({red} {green} {blue})", "ink": ink}

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from resdet.check.anchor_coverage import AnchorLayout, anchor_coverage
-from resdet.check.boxes import box_problems
+from resdet.check.boxes import area_problems, box_problems
+from resdet.check.classes import box_counts, class_problems, differing_classes
 from resdet.check.duplicates import duplicate_problems
 from resdet.check.files import (
     ImageFacts,
@@ -20,20 +21,21 @@ from resdet.check.files import (
     shared_files,
     unlisted_files,
 )
-from resdet.check.kinds import IMBALANCE, SEVERITIES, UNREACHED
+from resdet.check.kinds import SEVERITIES, UNREACHED
+from resdet.check.limits import DetectorLimits, dense_images, strips
 from resdet.check.report import Report, SplitSummary, grouped
 from resdet.check.splits import DataSplit
 from resdet.data.annotations import AnnotationTable
 from resdet.data.coco import usable_table
 from resdet.data.coco_rules import Problem
-from resdet.errors import DataError, name_some
-from resdet.types import Ints
+from resdet.errors import DataError
 
 
 def check_dataset(
     splits: Sequence[DataSplit],
     *,
     anchors: AnchorLayout | None = None,
+    limits: DetectorLimits | None = None,
     decode: bool = True,
     num_workers: int = 0,
     progress: bool = False,
@@ -41,8 +43,8 @@ def check_dataset(
     """Look for everything that would make training or evaluation wrong, refused, or worse than it could be.
 
     ``splits`` are the data named ``"train"`` and ``"val"``, or one of them. Without ``anchors``, the boxes that they
-    reach are not counted. With ``decode``, every image file is decoded, in ``num_workers`` processes (0: in this one);
-    otherwise only its existence is checked.
+    reach are not counted; without ``limits``, images with too many objects are not found. With ``decode``, every image
+    file is decoded, in ``num_workers`` processes (0: in this one); otherwise only its existence is checked.
     """
     found = {split.name: list(split.problems) for split in splits}
     tables = {split.name: _usable_table(split, found[split.name]) for split in splits}
@@ -50,7 +52,12 @@ def check_dataset(
     for split in splits:
         table, problems = tables[split.name], found[split.name]
         problems.extend(box_problems(table, one_based=split.one_based))
-        problems.extend(_class_problems(table, split.name))
+        problems.extend(area_problems(table, split.records))
+        problems.extend(class_problems(table, split.name, use_difficult=split.use_difficult))
+        if limits is not None:
+            problems.extend(dense_images(table, limits))
+        if anchors is not None:
+            problems.extend(strips(table, anchors))
         problems.extend(name_problems(table))
         without_boxes = np.flatnonzero(np.diff(table.offsets) == 0).tolist() if table.num_boxes else []
         problems.extend(image_problem("image_without_boxes", table, index, "no boxes") for index in without_boxes)
@@ -62,11 +69,7 @@ def check_dataset(
             if sharing[0] is split:
                 problems.extend(unlisted_files(split.root, sharing))
     shared = list(shared_files(tables, paths))
-    names = {name: {category.name for category in table.categories} for name, table in tables.items()}
-    for name, other_name in itertools.permutations(names, 2):
-        only = sorted(names[name] - names[other_name])
-        if only and names[other_name]:
-            shared.append(Problem("different_classes", f"only {name} has {name_some(only, 8)}", count=len(only)))
+    shared.extend(differing_classes(tables))
     facts: dict[str, ImageFacts] = {}
     if decode:
         every = list(dict.fromkeys(path for of_split in paths.values() for path in of_split.values()))
@@ -79,14 +82,18 @@ def check_dataset(
     for split in splits:
         table, files = tables[split.name], paths.get(split.name, {}).values()
         coverage = None if anchors is None else anchor_coverage(table, anchors)
-        boxes_of = dict(zip((c.name for c in table.categories), _box_counts(table).tolist(), strict=True))
+        boxes_of = dict(zip((c.name for c in table.categories), box_counts(table).tolist(), strict=True))
         num_files = sum(path in facts for path in files)
         summaries.append(SplitSummary(split.name, split.source, table.num_images, boxes_of, coverage, num_files))
         if split.name == "train" and coverage is not None and coverage.unreached["all"] > UNREACHED:
             unreached = coverage.unreached.items()
             shares = ", ".join(f"{size} {share:.1%}" for size, share in unreached if share == share)  # NaN: none
             found[split.name].append(Problem("unfit_anchors", f"boxes that no anchor reaches: {shares}"))
-    findings = [finding for name, problems in found.items() for finding in grouped(name, problems)]
+    findings = []
+    for split in splits:
+        file = str(split.records.path)
+        named = (problem if problem.file else replace(problem, file=file) for problem in found[split.name])
+        findings.extend(grouped(split.name, named))
     findings.extend(grouped(" and ".join(found), shared))
     return Report(tuple(summaries), tuple(sorted(findings, key=lambda finding: SEVERITIES.index(finding.severity))))
 
@@ -101,25 +108,3 @@ def _usable_table(split: DataSplit, problems: list[Problem]) -> AnnotationTable:
     except DataError as error:
         problems.append(Problem("unknown_class", str(error).removeprefix(f"{table.name}: "), file=table.name))
         return table
-
-
-def _box_counts(table: AnnotationTable) -> Ints:
-    """Return the number of boxes of each class that training can use, difficult ones included, ``[K]``."""
-    return np.bincount(table.labels[table.trainable(use_difficult=True)], minlength=table.num_classes)[1:]
-
-
-def _class_problems(table: AnnotationTable, split: str) -> Iterator[Problem]:
-    counts = _box_counts(table)
-    if split == "train" and not counts.any():
-        yield Problem("nothing_to_train_on", f"none of its {table.num_boxes} boxes can be trained on")
-        return
-    names = [category.name for category in table.categories]
-    unused = [name for name, count in zip(names, counts, strict=True) if count == 0]
-    if unused:
-        message = f"{len(unused)} of {len(names)} classes have no box: {name_some(unused, 8)}"
-        yield Problem("unused_category", message, count=len(unused))
-    used = np.flatnonzero(counts)
-    if len(used) > 1 and counts[used].max() >= IMBALANCE * counts[used].min():
-        most, least = int(counts.argmax()), int(used[counts[used].argmin()])
-        message = f"{counts[most]} boxes of {names[most]!r}, {counts[least]} of {names[least]!r}"
-        yield Problem("class_imbalance", message)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import re
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -24,27 +26,27 @@ from resdet.data.coco_rules import (
     is_file_name,
     load_records,
     record_problems,
+    show_value,
 )
 from resdet.data.images import read_image
 from resdet.errors import DataError, UserError
-from resdet.files import written_whole
+from resdet.files import check_output, write_text
 
 _REFUSED_FILES = ("missing_file", "unreadable_file", "size_mismatch", "bad_file_name")
 _NOT_REPAIRABLE = ("unreadable_annotations", "boxes_are_corners", "boxes_are_fractions")
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.ASCII)
+_TRUTH = {"true": 1, "false": 0}
 
 
 def write_fixed(split: DataSplit, report: Report, path: Path) -> list[str]:
     """Write a repaired copy of a split as a COCO json; return one line for every change.
 
-    ``path`` must not be the source, which is not changed. Its file names are relative to the split's image folder (VOC:
-    its root).
+    ``path`` must not be one of the split's own files, which are not changed. The copy's file names are relative to the
+    split's image folder (VOC: its root).
     """
-    source = split.records.path
-    if path.exists() and source.exists() and os.path.samefile(path, source):
-        raise UserError(f"{path}: is the annotation file itself; the copy needs another name")
+    check_output(path, split.input_files())
     document, changes = repaired(split, report)
-    with written_whole(path) as temporary:
-        temporary.write_text(json.dumps(document), encoding="utf-8")
+    write_text(path, json.dumps(document))
     left = next(record_problems(load_records(path)), None)
     assert left is None, f"the copy is damaged too: {left}"
     return changes
@@ -55,7 +57,7 @@ def repaired(split: DataSplit, report: Report) -> tuple[Record, list[str]]:
 
     What is right is kept: the order of records, keys that COCO does not define, segmentations, info, licenses.
 
-    * Entries that are no objects are dropped; integers written as strings become numbers.
+    * Entries that are no objects are dropped; numbers written as strings become numbers, boxes included.
     * Categories: of several with the same id the first is kept; those with the same name are merged; a missing name is
       made up.
     * Images without an id are dropped, since no annotation can name them. Of several with the same id and file name the
@@ -66,6 +68,7 @@ def repaired(split: DataSplit, report: Report) -> tuple[Record, list[str]]:
       extent or lie outside their image, and exact repetitions. Boxes that exceed their image by more than ``OVERHANG``
       are clipped; an area that was width times height follows. A missing or repeated id is replaced, a crowd flag that
       is neither 0 nor 1 becomes 0, an area that is not a number is removed.
+    * Areas that contradict the boxes everywhere are removed.
     * VOC's difficult objects get ``iscrowd`` 1, COCO's only way to leave them out of training and scores.
     """
     if split.root is None:
@@ -90,6 +93,9 @@ def repaired(split: DataSplit, report: Report) -> tuple[Record, list[str]]:
         record["iscrowd"] = 1
     if difficult:
         changes.append(f"{len(difficult)} difficult objects: iscrowd set to 1")
+    if any((finding.split, finding.kind) == (split.name, "areas_contradict_boxes") for finding in report.findings):
+        num_areas = sum(record.pop("area", None) is not None for record in annotations)
+        changes.append(f"areas of {num_areas} annotations removed: width * height counts")
     sections = {"images": images, "annotations": annotations, "categories": categories}
     return {**split.records.document, **sections}, changes
 
@@ -112,19 +118,23 @@ class _Repair:
         for record in self._objects("categories", ("id",)):
             category_id, name = _integer(record.get("id")), record.get("name")
             if category_id is None:
-                self._changes.append(f"category {name!r}: dropped: its id {record.get('id')!r} is not an integer")
+                self._changes.append(
+                    f"category {show_value(name)}: dropped: its id {show_value(record.get('id'))} is not an integer"
+                )
                 continue
             if category_id in self._category_of:
-                self._changes.append(f"category {category_id} ({name!r}): dropped: an earlier one has the same id")
+                self._changes.append(
+                    f"category {category_id} ({show_value(name)}): dropped: an earlier one has the same id"
+                )
                 continue
             if not isinstance(name, str) or not name:
-                self._changes.append(f"category {category_id}: name {name!r} -> 'category {category_id}'")
+                self._changes.append(f"category {category_id}: name {show_value(name)} -> 'category {category_id}'")
                 record["name"] = name = f"category {category_id}"
             first = self._category_of[category_id] = id_of_name.setdefault(name, category_id)
             if first == category_id:
                 kept[category_id] = record
             else:
-                self._changes.append(f"category {category_id} ({name!r}): merged with category {first}")
+                self._changes.append(f"category {category_id} ({show_value(name)}): merged with category {first}")
         return list(kept.values())
 
     def images(self) -> list[Record]:
@@ -138,7 +148,9 @@ class _Repair:
             image_id, name = _integer(record.get("id")), record.get("file_name")
             subject = f"image {image_id} ({name})"
             if image_id is None:
-                self._changes.append(f"image {name!r}: dropped: its id {record.get('id')!r} is not an integer")
+                self._changes.append(
+                    f"image {show_value(name)}: dropped: its id {show_value(record.get('id'))} is not an integer"
+                )
             elif len(names_of_id[image_id]) > 1:
                 self._drop_image(subject, "other files have the same id")
             elif image_id in self._image_of:
@@ -163,14 +175,14 @@ class _Repair:
         self._changes.append(f"{subject}: dropped with its annotations: {why}")
 
     def annotations(self) -> list[Record]:
-        records = self._objects("annotations", ("id", "image_id", "category_id"))
+        records = self._objects("annotations", ("id", "image_id", "category_id", "area", "iscrowd", "bbox"))
         taken: set[int] = set()
         next_id = max((_integer(record.get("id")) or 0 for record in records), default=0) + 1
         boxes_seen: set[tuple[Any, ...]] = set()
         kept = []
         for record in records:
             own_id = _integer(record.get("id"))
-            subject = f"annotation {own_id if own_id is not None else record.get('id')!r}"
+            subject = f"annotation {show_value(own_id if own_id is not None else record.get('id'))}"
             why = self._unusable(record)
             if why is None:
                 self._clip(record, subject)
@@ -191,19 +203,20 @@ class _Repair:
             kept.append(record)
         return kept
 
-    def _objects(self, key: str, integers: tuple[str, ...]) -> list[Record]:
-        """Return copies of a section's objects, with integers that were strings made numbers."""
+    def _objects(self, key: str, numbers: tuple[str, ...]) -> list[Record]:
+        """Return copies of a section's objects, with numbers that were strings made numbers."""
         objects = []
         for position, entry in enumerate(getattr(self._records, key)):
             if not isinstance(entry, dict):
                 self._changes.append(f"{key}[{position}]: dropped: not an object")
                 continue
             record = dict(entry)
-            for name in integers:
+            for name in numbers:
                 value = record.get(name)
-                if isinstance(value, str) and value.strip().isascii() and value.strip().isdigit() and len(value) < 19:
-                    record[name] = int(value)
-                    self._changes.append(f"{key}[{position}]: {name} {value!r} -> {record[name]}")
+                changed = _box_of_texts(value) if name == "bbox" else _number_of_text(value)
+                if changed is not value:
+                    record[name] = changed
+                    self._changes.append(f"{key}[{position}]: {name} {show_value(value)} -> {changed}")
             objects.append(record)
         return objects
 
@@ -212,7 +225,7 @@ class _Repair:
         name = record.get("file_name")
         # Images without a size are not in the report's table, so their names are checked here.
         if not is_file_name(name) or os.path.isabs(str(name)) or os.path.normpath(str(name)).startswith(".."):
-            self._drop_image(subject, f"file_name {name!r} is not a file in the folder")
+            self._drop_image(subject, f"file_name {show_value(name)} is not a file in the folder")
             return None
         height, width = (_integer(record.get(key)) for key in ("height", "width"))
         if height is not None and width is not None and 0 < height <= MAX_SIDE and 0 < width <= MAX_SIDE:
@@ -232,12 +245,12 @@ class _Repair:
             key = f"{what}_id"
             value = _integer(record.get(key))
             if value is None or value not in known:
-                return f"its {what} {record.get(key)!r} does not exist"
+                return f"its {what} {show_value(record.get(key))} does not exist"
             if known[value] != value:  # 3.0 stays as it is
                 record[key] = known[value]
         x, y, w, h = as_boxes([record.get("bbox")])[0].tolist()
         if x != x:  # NaN
-            return f"its bbox {record.get('bbox')!r} is not four finite numbers"
+            return f"its bbox {show_value(record.get('bbox'))} is not four finite numbers"
         height, width = self._sizes[record["image_id"]]
         sides = (min(x + w, width) - max(x, 0), min(y + h, height) - max(y, 0))
         if w < MIN_TRAINABLE_SIDE or h < MIN_TRAINABLE_SIDE:
@@ -262,13 +275,34 @@ class _Repair:
     def _repair_values(self, record: Record, subject: str) -> None:
         crowd = record.get("iscrowd")
         if (crowd or 0) not in (0, 1):
-            self._changes.append(f"{subject}: iscrowd {crowd!r} -> 0")
+            self._changes.append(f"{subject}: iscrowd {show_value(crowd)} -> 0")
             record["iscrowd"] = 0
         area = record.get("area")
         if area is not None and np.isnan(as_numbers([area])[0]):
-            self._changes.append(f"{subject}: area {area!r} removed")
+            self._changes.append(f"{subject}: area {show_value(area)} removed")
             del record["area"]
 
 
 def _integer(value: object) -> int | None:
     return next(iter(as_integers([value]).at(0)), None)
+
+
+def _number_of_text(value: object) -> object:
+    """Return the number that a string holds (``" 3 "``, ``"12.5"``, ``"true"``), or the value as it is."""
+    if not isinstance(value, str) or len(value) > 40:
+        return value
+    text = value.strip().lower()
+    if text in _TRUTH:
+        return _TRUTH[text]
+    if not _NUMBER.fullmatch(text) or not math.isfinite(float(text)):
+        return value
+    return int(text) if "." not in text and "e" not in text else float(text)
+
+
+def _box_of_texts(value: object) -> object:
+    """Return a box whose numbers are strings, or which is one string, with numbers; any other value as it is."""
+    parts = re.split(r"[\s,;]+", value.strip(" \t\n[]()")) if isinstance(value, str) else value
+    if not isinstance(parts, list) or len(parts) != 4 or not any(isinstance(part, str) for part in parts):
+        return value
+    box = [_number_of_text(part) for part in parts]
+    return value if np.isnan(as_boxes([box])).any() else box

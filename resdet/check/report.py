@@ -119,10 +119,7 @@ def report_text(report: Report, *, num_examples: int = 3) -> str:
         severity = finding.severity.upper() if finding.severity == "error" else finding.severity
         head = f"{severity:<8}{finding.split}: {finding.kind}, {finding.count:,}: {KINDS[finding.kind].meaning}"
         lines += ["", head]
-        # The file is part of the message of all other kinds that concern a file of their own.
-        named = finding.kind == "bad_annotation_file"
-        examples = finding.problems[:num_examples]
-        lines.extend(f"          {problem if named else problem.message}" for problem in examples)
+        lines.extend(f"          {_named(problem, report)}" for problem in finding.problems[:num_examples])
         if len(finding.problems) > num_examples:
             lines.append(f"          ... and {len(finding.problems) - num_examples:,} more")
     worst: Severity = "error" if report.wrong else "warning"
@@ -133,3 +130,9 @@ def report_text(report: Report, *, num_examples: int = 3) -> str:
     else:
         verdict = f"nothing is wrong; {counted}" if total else "nothing is wrong"
     return "\n".join([*lines, "", verdict])
+
+
+def _named(problem: Problem, report: Report) -> str:
+    """Return a problem's message with its file, unless that is named in the message or the report's first lines."""
+    known = problem.file in problem.message or any(problem.file in split.source for split in report.splits)
+    return problem.message if known else str(problem)

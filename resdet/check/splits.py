@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from resdet.data.annotations import AnnotationTable
-from resdet.data.coco_rules import CocoRecords, Problem, load_records, record_problems
+from resdet.data.coco_rules import CocoRecords, Problem, is_file_name, load_records, record_problems
+from resdet.data.image_files import name_fault
 from resdet.data.voc import voc_records
 from resdet.errors import DataError
 
@@ -23,7 +24,19 @@ class DataSplit:
     root: Path | None  # folder of its images; None for pictures that are drawn
     classes: Sequence[str] | None = None  # names of the classes that are used; all if None
     one_based: bool = False  # whether its files count pixels from 1, as VOC does
+    use_difficult: bool = False  # whether VOC's difficult objects are trained on
     problems: tuple[Problem, ...] = ()  # what is wrong with the files themselves
+
+    def input_files(self) -> Iterator[Path]:
+        """Yield the files that the split is read from, images included."""
+        yield self.records.path
+        if self.root is None:
+            return
+        names = (record.get("file_name") for record in self.records.images if isinstance(record, dict))
+        yield from (self.root / name for name in names if is_file_name(name) and name_fault(name) is None)
+        if self.one_based:
+            texts = (path for path in self.root.rglob("*") if path.suffix in (".xml", ".txt"))
+            yield from (path for path in texts if {"Annotations", "ImageSets"} & set(path.parts))
 
 
 def coco_split(name: str, images: Path, annotations: Path, classes: Sequence[str] | None = None) -> DataSplit:
@@ -44,11 +57,27 @@ def coco_split(name: str, images: Path, annotations: Path, classes: Sequence[str
     return DataSplit(name, str(annotations), records, images, classes, problems=tuple(problems))
 
 
-def voc_split(name: str, root: Path, split: str | Sequence[str], classes: Sequence[str] | None = None) -> DataSplit:
+def voc_split(
+    name: str,
+    root: Path,
+    split: str | Sequence[str],
+    classes: Sequence[str] | None = None,
+    *,
+    use_difficult: bool = False,
+) -> DataSplit:
     """Read a split of Pascal VOC and everything that is wrong with its files; refuse only a missing path."""
     records, problems = voc_records(root, split)
     source = f"{root} ({split if isinstance(split, str) else ', '.join(split)})"
-    return DataSplit(name, source, records, Path(root), classes, one_based=True, problems=tuple(problems))
+    return DataSplit(
+        name,
+        source,
+        records,
+        Path(root),
+        classes,
+        one_based=True,
+        use_difficult=use_difficult,
+        problems=tuple(problems),
+    )
 
 
 def table_split(name: str, table: AnnotationTable, classes: Sequence[str] | None = None) -> DataSplit:

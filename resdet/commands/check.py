@@ -13,11 +13,13 @@ folder or file that it names does not exist.
 writes a page of training images with their boxes, as stored and as training sees them after augmentation.
 """
 
+import itertools
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from resdet.commands.run import command_parser
+from resdet.commands.run import command_parser, show
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -39,39 +41,48 @@ def main(arguments: Sequence[str]) -> int:
     if options.browse_images < 1:
         parser.error(f"--browse-images must be at least 1, got {options.browse_images}")
 
-    from resdet.build import anchor_layout, build_browse_page, build_split
+    from resdet.build import anchor_layout, build_browse_page, build_split, detector_limits
     from resdet.check.check import check_dataset
     from resdet.check.files import default_num_workers
     from resdet.check.repair import write_fixed
     from resdet.check.report import report_text
     from resdet.config import load_config
     from resdet.errors import DataError
-    from resdet.files import written_whole
+    from resdet.files import check_outputs, write_text
 
     config = load_config(options.config, options.overrides)
     splits = [build_split(config.data.train, "train"), build_split(config.data.val, "val")]
+    outputs = [path for path in (options.json, options.fix, options.browse) if path is not None]
+    for path in outputs:
+        if sum(os.path.realpath(path) == os.path.realpath(other) for other in outputs) > 1:
+            parser.error(f"--json, --fix and --browse must name different files, got {path} twice")
+    check_outputs(outputs, itertools.chain([options.config], *(split.input_files() for split in splits)))
     report = check_dataset(
         splits,
         anchors=anchor_layout(config.model),
+        limits=detector_limits(config),
         decode=not options.no_images,
         num_workers=default_num_workers() if options.workers is None else options.workers,
         progress=True,
     )
-    print(report_text(report, num_examples=options.examples))
-    if options.json is not None:
-        with written_whole(options.json) as temporary:
-            temporary.write_text(json.dumps(report.to_plain(), indent=1), encoding="utf-8")
-        print(f"\nwritten: {options.json}")
-    if options.fix is not None:
-        changes = write_fixed(next(split for split in splits if split.name == options.split), report, options.fix)
-        print(f"\nchanged in {options.split}:")
-        print("\n".join(f"  {change}" for change in changes or ["nothing"]))
-        print(f"written: {options.fix}")
-    if options.browse is not None:
-        try:
-            build_browse_page(config, options.browse, num_images=options.browse_images)
-            print(f"written: {options.browse}")
-        except DataError as error:
-            print(f"not written: {options.browse}: {error}")
-            return 1
-    return 1 if report.wrong else 0
+    told = [report_text(report, num_examples=options.examples), ""]
+    code = 1 if report.wrong else 0
+    # Files first: what reads the report may stop reading (`| head`), and that ends the command.
+    try:
+        if options.json is not None:
+            write_text(options.json, json.dumps(report.to_plain(), indent=1))
+            told.append(f"written: {options.json}")
+        if options.fix is not None:
+            changes = write_fixed(next(split for split in splits if split.name == options.split), report, options.fix)
+            told += [f"changed in {options.split}:", *(f"  {change}" for change in changes or ["nothing"])]
+            told.append(f"written: {options.fix}")
+        if options.browse is not None:
+            try:
+                build_browse_page(config, options.browse, num_images=options.browse_images)
+                told.append(f"written: {options.browse}")
+            except DataError as error:
+                told.append(f"not written: {options.browse}: {error}")
+                code = 1
+    finally:
+        show("\n".join(told).rstrip("\n"))
+    return code

@@ -16,6 +16,7 @@ import numpy as np
 from resdet.data.annotations import AnnotationTable, FileNames
 from resdet.data.cache import cached_table
 from resdet.data.coco_rules import (
+    HOW_TO_FIX,
     MAX_SIDE,
     CocoRecords,
     Integers,
@@ -122,7 +123,9 @@ def _read_any(path: Path) -> _Columns:
     problems = list(record_problems(records))
     if problems:
         more = f" (and {len(problems) - 1} more: tools/check_data.py lists them)" if len(problems) > 1 else ""
-        raise DataError(f"{problems[0]}{more}")
+        # A copy without images or classes would be refused too.
+        fix = "" if problems[0].kind in ("no_images", "no_categories") else f"; {HOW_TO_FIX}"
+        raise DataError(f"{problems[0]}{more}{fix}")
     return _usable_columns(records)
 
 

@@ -23,6 +23,8 @@ HOW_TO_GET_COCO = (
     "annotations/instances_{train,val}2017.json"
 )
 
+HOW_TO_FIX = "tools/check_data.py CONFIG --fix OUT.json writes a mended copy, and lists every change"
+
 Record = dict[str, Any]
 SECTIONS = ("images", "annotations", "categories")
 MAX_SIDE = 2**31 - 1
@@ -92,7 +94,7 @@ def _sections_of(data: object, path: Path) -> CocoRecords:
             }.get(key, "")
             raise DataError(f"{path}: not a COCO annotation file: no {key!r}{hint}; its keys are {sorted(data)[:8]}")
         if not isinstance(data[key], list):
-            raise DataError(f"{path}: {key!r} must be a list, got {_show(data[key])}")
+            raise DataError(f"{path}: {key!r} must be a list, got {show_value(data[key])}")
     return CocoRecords(path, data, *(data[key] for key in SECTIONS))
 
 
@@ -107,7 +109,7 @@ def record_problems(records: CocoRecords) -> Iterator[Problem]:
     for section in (images, objects, categories):
         for position, entry in enumerate(section.entries):
             if not isinstance(entry, dict):
-                message = f"{section.key!r}[{position}] must be an object, got {_show(entry)}"
+                message = f"{section.key!r}[{position}] must be an object, got {show_value(entry)}"
                 yield section.problem("not_an_object", message)
     for section in (images, categories):
         if not section.entries:
@@ -118,12 +120,12 @@ def record_problems(records: CocoRecords) -> Iterator[Problem]:
     for row, name in enumerate(images.column("file_name")):
         if not is_file_name(name):
             what = "a string" if not isinstance(name, str) or not name else "a name that files can have"
-            yield images.problem_at(row, "bad_file_name", f"file_name must be {what}, got {_show(name)}")
+            yield images.problem_at(row, "bad_file_name", f"file_name must be {what}, got {show_value(name)}")
     for key in ("height", "width"):
         values = images.column(key)
         sides, whole = as_integers(values)
         for row in np.flatnonzero(~whole | (sides < 1) | (sides > MAX_SIDE)).tolist():
-            what = f"{key} must be a whole number of pixels > 0, got {_show(values[row])}"
+            what = f"{key} must be a whole number of pixels > 0, got {show_value(values[row])}"
             yield images.problem_at(row, "bad_image_size", what)
     yield from _id_problems(objects)
     yield from _reference_problems(objects, objects.image_ids, images)
@@ -179,7 +181,7 @@ class _Section:
 def _id_problems(section: _Section) -> Iterator[Problem]:
     kind, ids = section.kind, section.ids
     for row in np.flatnonzero(~ids.valid).tolist():
-        got = _show(section.records[row].get("id"))
+        got = show_value(section.records[row].get("id"))
         yield section.problem(f"bad_{kind}_id", f"{section.name(row)}: id must be an integer, got {got}")
     unique, first, counts = np.unique(ids.values[ids.valid], return_index=True, return_counts=True)
     repeated = np.flatnonzero(counts > 1)
@@ -197,7 +199,7 @@ def _category_name_problems(categories: _Section) -> Iterator[Problem]:
     for row in np.flatnonzero(valid)[first].tolist():
         name = categories.records[row].get("name")
         if not isinstance(name, str) or not name:
-            message = f"category {ids[row]}: name must be a string, got {_show(name)}"
+            message = f"category {ids[row]}: name must be a string, got {show_value(name)}"
             yield categories.problem("bad_category_name", message)
         elif id_of.setdefault(name, ids[row]) != ids[row]:
             message = f"categories {id_of[name]} and {ids[row]} have the same name {name!r}"
@@ -219,7 +221,7 @@ def is_file_name(name: object) -> TypeGuard[str]:
 def _reference_problems(objects: _Section, wanted: Integers, known: _Section) -> Iterator[Problem]:
     key = f"{known.kind}_id"
     for row in np.flatnonzero(~wanted.valid).tolist():
-        what = f"{key} must be an integer, got {_show(objects.records[row].get(key))}"
+        what = f"{key} must be an integer, got {show_value(objects.records[row].get(key))}"
         yield objects.problem_at(row, f"bad_{known.kind}_reference", what)
     unknown = np.flatnonzero(wanted.valid & ~np.isin(wanted.values, known.ids.values[known.ids.valid]))
     if len(unknown):
@@ -233,16 +235,16 @@ def _reference_problems(objects: _Section, wanted: Integers, known: _Section) ->
 def _value_problems(objects: _Section) -> Iterator[Problem]:
     boxes = objects.column("bbox")
     for row in np.flatnonzero(np.isnan(as_boxes(boxes)[:, 0])).tolist():
-        image_id = _show(objects.records[row].get("image_id"))
-        what = f"bbox must be 4 finite numbers [x, y, width, height], got {_show(boxes[row])}"
+        image_id = show_value(objects.records[row].get("image_id"))
+        what = f"bbox must be 4 finite numbers [x, y, width, height], got {show_value(boxes[row])}"
         message = f"{objects.name(row)} of image {image_id}: {what}"
         yield objects.problem("bad_box", message, objects.image_ids.at(row), objects.ids.at(row))
     for row, value in enumerate(objects.column("iscrowd")):
         if (value or 0) not in (0, 1):
-            yield objects.problem_at(row, "bad_iscrowd", f"iscrowd must be 0 or 1, got {_show(value)}")
+            yield objects.problem_at(row, "bad_iscrowd", f"iscrowd must be 0 or 1, got {show_value(value)}")
     for row, value in enumerate(objects.column("area")):
         if value is not None and not _is_finite(value):
-            yield objects.problem_at(row, "bad_area", f"area must be a finite number, got {_show(value)}")
+            yield objects.problem_at(row, "bad_area", f"area must be a finite number, got {show_value(value)}")
 
 
 def _is_finite(value: object) -> TypeGuard[float]:
@@ -299,7 +301,7 @@ def as_numbers(values: Sequence[Any]) -> Floats:
     return np.array([float(value) if _is_finite(value) else np.nan for value in values], dtype=np.float64)
 
 
-def _show(value: object) -> str:
+def show_value(value: object) -> str:
     """Format a value for a message, short and on one line."""
     try:
         text = "nothing" if value is None else repr(value)

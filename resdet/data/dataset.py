@@ -85,7 +85,7 @@ class DetectionDataset(Dataset[tuple[Tensor, Target]]):
     def _log_left_out(self) -> None:
         table, trained = self.table, self.trained
         if not trained.any():
-            raise DataError(f"{table.name}: none of its {table.num_boxes} boxes can be trained on")
+            raise DataError(f"{table.name}: {nothing_to_train_on(table)}")
         difficult = table.difficult & ~table.crowd & (not self._use_difficult)
         rest = ~(trained | table.crowd | difficult)
         reasons = {
@@ -226,6 +226,18 @@ class DetectionDataset(Dataset[tuple[Tensor, Target]]):
             visible=np.ones(len(boxes)),
         )
         return sample if sound.all() else sample.select(sound)
+
+
+def nothing_to_train_on(table: AnnotationTable) -> str:
+    """Return why no box of a table can be trained on, and what can be done about it."""
+    if table.num_boxes and table.crowd.all():
+        return (
+            f"all of its {table.num_boxes} objects are crowd regions (iscrowd 1), which are not trained on; if they "
+            "are single objects (some labelling tools write 1 for every mask), set iscrowd to 0, or export polygons"
+        )
+    if table.trainable(use_difficult=True).any():
+        return f"all boxes that can be trained on, of {table.num_boxes}, are difficult; use_difficult: true uses them"
+    return f"none of its {table.num_boxes} boxes can be trained on"
 
 
 def _planes(sample: Sample) -> Tensor:

@@ -296,7 +296,7 @@ def test_two_files_of_one_id_lose_their_annotations(dataset):
 
 def test_a_copy_never_overwrites_its_source(dataset):
     splits = dataset.splits()
-    with pytest.raises(UserError, match="is the annotation file itself"):
+    with pytest.raises(UserError, match="would overwrite an input of this command"):
         write_fixed(splits[0], check_dataset(splits, decode=False), dataset.folder / "train.json")
 
 

@@ -21,6 +21,7 @@ from PIL import Image
 from resdet.config import load_config
 from resdet.data.annotations import FileNames
 from resdet.data.coco import read_coco
+from resdet.data.coco_rules import HOW_TO_FIX
 from resdet.data.dataset import DetectionDataset
 from resdet.data.image_files import check_files
 from resdet.data.images import FolderImages, read_image
@@ -359,6 +360,8 @@ COCO = [
     ("images by id", section(images={"7": {}}), "{file}: 'images' must be a list, got {'7': {}}"),
     ("images empty", section(images=[], annotations=[]), "{file}: 'images' is empty"),
     ("categories empty", section(categories=[], annotations=[]), "{file}: 'categories' is empty"),
+]  # fmt: skip
+COCO_RECORDS = [
     ("an annotation that is a number", section(annotations=[3]), "{file}: 'annotations'[0] must be an object, got 3"),
     ("an image twice", at("images", 1, id=7), "{file}: image id 7 is given 2 times" + MORE),
     ("an image id of letters", at("images", 1, id="x"), "{file}: image number 2: id must be an integer, got 'x'" + MORE),
@@ -391,6 +394,13 @@ COCO = [
     ("an area as text", at("annotations", 1, area="big"), "{file}: annotation 2: area must be a finite number, got 'big'"),
     ("an area of NaN", at("annotations", 1, area=float("nan")), "{file}: annotation 2: area must be a finite number, got nan"),
 ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("damage", "message"), cases(COCO_RECORDS))
+def test_damaged_coco_records_are_told_with_what_mends_them(tmp_path, damage, message):
+    path = tmp_path / "instances.json"
+    path.write_bytes(damage())
+    assert message_of(lambda: read_coco(path)) == f"{message.replace('{file}', str(path))}; {HOW_TO_FIX}"
 
 
 @pytest.mark.parametrize(("damage", "message"), cases(COCO))
@@ -611,5 +621,5 @@ def test_configurations_that_are_read_on_after_a_mistake(tmp_path, data, message
 
 
 def test_there_are_enough_of_them():
-    tables = (IMAGES, FILE_NAMES, FILES, COCO, VOC, SPLITS, YAML, PROBLEMS)
+    tables = (IMAGES, FILE_NAMES, FILES, COCO, COCO_RECORDS, VOC, SPLITS, YAML, PROBLEMS)
     assert sum(map(len, tables)) >= 160

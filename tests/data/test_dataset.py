@@ -112,7 +112,15 @@ def test_what_is_left_out_is_said(caplog):
 
 def test_nothing_to_train_on_is_refused():
     with pytest.raises(DataError, match="none of its 1 boxes can be trained on"):
+        DetectionDataset(table_with([(1, 1, 5, 0)]), blank, training=True)
+    crowds = (
+        r"all of its 1 objects are crowd regions \(iscrowd 1\), which are not trained on; if they are single objects"
+    )
+    with pytest.raises(DataError, match=crowds):
         DetectionDataset(table_with([(1, 1, 5, 5)], crowd=[True]), blank, training=True)
+    difficult = "all boxes that can be trained on, of 2, are difficult; use_difficult: true uses them"
+    with pytest.raises(DataError, match=difficult):
+        DetectionDataset(table_with([(1, 1, 5, 5), (1, 1, 0, 5)], difficult=[True, False]), blank, training=True)
     DetectionDataset(table_with([(1, 1, 5, 5)], crowd=[True]), blank, training=False)
 
 
