@@ -85,11 +85,11 @@ def check_outputs(paths: Iterable[Path], inputs: Iterable[Path] = ()) -> None:
             written to, or its name is too long.
     """
     paths = list(paths)
-    existing = {identity: path for path in paths if (identity := _identity(path))}
+    existing: dict[tuple[int, int] | None, Path] = {identity: path for path in paths if (identity := _identity(path))}
     # Looked at only if needed: the inputs may be 118 000 images in a network.
     for source in inputs if existing else ():
-        if (found := _identity(source)) in existing:
-            raise UserError(f"{existing[found]}: the output would overwrite an input of this command; give another name")
+        if path := existing.get(_identity(source)):
+            raise UserError(f"{path}: the output would overwrite an input of this command; give another name")
     folders = set()
     for path in paths:
         _check_file(path)

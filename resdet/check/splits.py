@@ -29,9 +29,10 @@ class DataSplit:
 
     def input_files(self) -> Iterator[Path]:
         """Yield the files that the split is read from, images included."""
-        yield self.records.path
         if self.root is None:
             return
+        if not self.one_based:
+            yield self.records.path
         names = (record.get("file_name") for record in self.records.images if isinstance(record, dict))
         yield from (self.root / name for name in names if is_file_name(name) and name_fault(name) is None)
         if self.one_based:
