@@ -51,14 +51,20 @@ def class_problems(table: AnnotationTable, split: str, *, use_difficult: bool) -
 
 
 def differing_classes(tables: Mapping[str, AnnotationTable]) -> Iterator[Problem]:
-    """Yield the classes that only one of two splits has, and those whose names suggest that one is the other."""
+    """Yield the classes that only one of two splits has, and those whose names suggest that one is the other.
+
+    A class of val that has no box there is none that an evaluation asks a model for.
+    """
     names = {split: {category.name for category in table.categories} for split, table in tables.items()}
+    boxes_of = {split: {table.categories[k - 1].name for k in np.unique(table.labels)} for split, table in tables.items()}
     single: dict[str, str] = {}
     for split, other in itertools.permutations(names, 2):
         only = sorted(names[split] - names[other])
         single |= {f"{name!r} of {split}": name for name in only}
-        if only and names[other]:
-            yield Problem("different_classes", f"only {split} has {name_some(only, 8)}", count=len(only))
+        kind = "different_classes" if split == "val" else "absent_classes"
+        counted = [name for name in only if split != "val" or name in boxes_of[split]]
+        if counted and names[other]:
+            yield Problem(kind, f"only {split} has {name_some(counted, 8)}", count=len(counted))
     yield from _similar_names(single)
 
 
@@ -66,9 +72,7 @@ def _similar_names(names: Mapping[str, str]) -> Iterator[Problem]:
     """Yield the names that are one but for case, blanks, hyphens and underscores; keys are how messages call them."""
     same: dict[str, list[str]] = defaultdict(list)
     for shown, name in names.items():
-        # Between two digits a separator has a meaning: 1-1 is not 11.
-        bare = re.sub(r"(?<!\d)[\s_-]+|[\s_-]+(?!\d)", "", unicodedata.normalize("NFKC", name)).casefold()
-        same[bare or name].append(shown)
+        same[bare_name(name) or name].append(shown)
     for shown_names in same.values():
         if len(shown_names) > 1:
             yield Problem("similar_class_names", " and ".join(shown_names), count=len(shown_names) - 1)

@@ -15,9 +15,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from resdet.check.splits import DataSplit
-from resdet.data.annotations import AnnotationTable
+from resdet.data.annotations import AnnotationTable, same_form
 from resdet.data.coco_rules import Problem, is_file_name
-from resdet.data.image_files import IMAGE_SUFFIXES, ImageFolder, list_folder, name_fault, same_form
+from resdet.data.image_files import IMAGE_SUFFIXES, ImageFolder, list_folder, name_fault
 from resdet.data.images import ImageHeader, read_header, read_image
 from resdet.errors import DataError
 

@@ -70,7 +70,7 @@ KINDS = {
     "bad_annotation_file": Kind("error", f"{_REFUSED}; --fix leaves the image out"),
     "listed_twice": Kind("error", f"{_REFUSED}; --fix keeps the first"),
     "unknown_class": Kind("error", f"{_REFUSED}: the configuration names a class that does not exist"),
-    "different_classes": Kind("error", "train and val must have the same classes, or evaluation is refused"),
+    "different_classes": Kind("error", "val has classes that train lacks, so evaluation is refused"),
     "nothing_to_train_on": Kind("error", "training is refused"),
     "missing_file": Kind("error", "training is refused; --fix leaves the image out"),
     "unreadable_file": Kind(
@@ -121,6 +121,8 @@ KINDS = {
     ),
     "tiny_box": Kind("info", f"a side below {TINY_SIDE:g} px"),
     "extreme_aspect": Kind("info", f"one side is {EXTREME_ASPECT:g} times the other or more"),
+    "absent_classes": Kind("info", "val lacks classes of train: their AP is undefined and stays out of the means"),
+    "unclear_difficult": Kind("info", "a <difficult> that is neither yes nor no, taken as not difficult"),
     "class_imbalance": Kind("info", "rare classes are learned late, or not at all"),
     "image_without_boxes": Kind("info", "trained on as background; right if nothing is on it"),
     "unlisted_file": Kind("info", "in the image folder, but in no annotation"),

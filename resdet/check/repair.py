@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from resdet.check.kinds import OVERHANG
+from resdet.check.kinds import KINDS, OVERHANG
 from resdet.check.report import Report
 from resdet.check.splits import DataSplit
 from resdet.data.annotations import MIN_TRAINABLE_SIDE
@@ -81,7 +81,8 @@ def repaired(split: DataSplit, report: Report) -> tuple[Record, list[str]]:
             raise UserError(f"{split.source}: {finding.problems[0].message}: correct what writes the file")
         if finding.kind in _REFUSED_FILES:
             refused.update((image, problem.message) for problem in finding.problems for image in problem.image_ids)
-    changes = [f"{problem.file}: left out: {problem.message}" for problem in split.problems if split.one_based]
+    damaged = [problem for problem in split.problems if split.one_based and KINDS[problem.kind].severity == "error"]
+    changes = [f"{problem.file}: left out: {problem.message}" for problem in damaged]
     repair = _Repair(split.records, split.root, refused, changes)
     categories = repair.categories()
     images = repair.images()

@@ -45,6 +45,7 @@ def main(arguments: Sequence[str]) -> None:
     from resdet.config_reading import config_to_plain
     from resdet.evaluation.detect import evaluate
     from resdet.evaluation.inference import device_for
+    from resdet.evaluation.labels import with_model_classes
     from resdet.evaluation.report import write_report
     from resdet.evaluation.report_runs import ReportedRun, check_same_ground_truth, read_log
     from resdet.evaluation.write import metrics_table, write_evaluation
@@ -57,10 +58,14 @@ def main(arguments: Sequence[str]) -> None:
     check_same_ground_truth([(name, dataset.table) for name, dataset in zip(names, datasets, strict=True)])
     dataset = datasets[0]
     output = options.output or (checkpoints[0].parent / "eval" if len(paths) == 1 else Path("eval"))
-    runs = []
+    runs: list[ReportedRun] = []
     for name, file, config in zip(names, files, configs, strict=True):
         model = load_detector(file)
         settings = inference_settings(config, device=device_for(model, config.train.device), progress=True)
+        judged = with_model_classes(model, dataset)
+        if runs and judged.categories != dataset.categories:
+            raise UserError(f"{name}: its classes are not those of {names[0]}; one report cannot show both")
+        dataset = judged
         evaluation = evaluate(model, dataset, settings)
         folder = output if len(paths) == 1 else output / name
         write_evaluation(folder, evaluation, dataset.table)

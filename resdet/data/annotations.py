@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from multiprocessing.reduction import ForkingPickler
@@ -19,6 +21,20 @@ Arrays = dict[str, npt.NDArray[Any]]
 MIN_TRAINABLE_SIDE = 0.1
 """Pixels. A box thinner than this inside its image teaches nothing and can vanish when the image is resized in
 float32, where torchvision refuses it ("positive height and width"). Training leaves it out and logs it."""
+
+
+def same_form(name: str) -> str:
+    """Return a name in Unicode's composed form (NFC), in which names that look identical are equal.
+
+    Macs write the letters of file names decomposed (NFD), most other programs composed.
+    """
+    return name if name.isascii() else unicodedata.normalize("NFC", name)
+
+
+def bare_name(name: str) -> str:
+    """Return a class name without what spellings of one name differ in: case, blanks, hyphens and underscores."""
+    # Between two digits a separator has a meaning: 1-1 is not 11.
+    return re.sub(r"(?<!\d)[\s_-]+|[\s_-]+(?!\d)", "", unicodedata.normalize("NFKC", name)).casefold()
 
 
 class FileNames(Sequence[str]):
@@ -184,19 +200,56 @@ class AnnotationTable:
             **{name: getattr(self, name)[rows] for name in _BOX_COLUMNS},
         )
 
-    def select_classes(self, names: list[str]) -> AnnotationTable:
+    def add_classes(self, categories: Sequence[Category]) -> AnnotationTable:
+        """Return the same table with those classes appended that it lacks by name; they have no boxes.
+
+        They keep their ``category_id`` where it is free, and get the next above all others where it is not.
+        """
+        every = list(self.categories)
+        for category in categories:
+            if same_form(category.name) in {known.name for known in every}:
+                continue
+            taken = {known.category_id for known in every}
+            category_id = max(taken) + 1 if category.category_id in taken else category.category_id
+            every.append(Category(len(every) + 1, category_id, same_form(category.name)))
+        return self if len(every) == len(self.categories) else replace(self, categories=tuple(every))
+
+    def with_classes_of(self, categories: Sequence[Category]) -> AnnotationTable:
+        """Return the table as a model with these classes is judged on it.
+
+        Classes that it lacks are appended (``add_classes``), as a validation set need not hold every class that was
+        trained on. Those of its own that are not among them go if they have no boxes; otherwise all of them stay.
+        """
+        known = {same_form(category.name) for category in categories}
+        kept = [own.name for own in self.categories if own.name in known]
+        unknown = [own.label for own in self.categories if own.name not in known]
+        if np.isin(unknown, self.labels).any():
+            return self
+        return (self.select_classes(kept) if unknown else self).add_classes(categories)
+
+    def select_classes(self, names: Sequence[str]) -> AnnotationTable:
         """Return a table of the named classes only, labelled 1..len(names) in that order, with every image.
 
-        It shares this table's images, and its boxes too if every class is named; otherwise the kept boxes are copied.
+        Named classes that the table lacks have no boxes, and a note says so. It shares this table's images, and its
+        boxes too if every class is named; otherwise the kept boxes are copied.
 
         Raises:
-            DataError: If a name is not a class of this table or is named twice.
+            DataError: If a name is given twice, differs from a class that is not named in case or blanks alone, or none
+                of the names is a class of this table.
         """
+        names = [same_form(name) for name in names]
+        own = sorted(category.name for category in self.categories)
+        absent = [name for name in names if name not in own]
+        plain = {bare_name(name) for name in own if name not in names}
+        misspelt = absent if len(absent) == len(names) else [name for name in absent if bare_name(name) in plain]
+        if misspelt or len(set(names)) != len(names):
+            what = f"unknown classes {misspelt}" if misspelt else "the same class twice"
+            raise DataError(f"{self.name}: classes must name each class once, out of {own}; got {what}")
+        if absent:
+            note = f"the named classes {absent} are not in it; its classes are {own}"
+            table = replace(self, notes=(*self.notes, note))
+            return table.add_classes([Category(0, 0, name) for name in absent]).select_classes(names)
         known = {category.name: category for category in self.categories}
-        unknown = [name for name in names if name not in known]
-        if unknown or len(set(names)) != len(names):
-            what = f"unknown classes {unknown}" if unknown else "the same class twice"
-            raise DataError(f"{self.name}: classes must name each class once, out of {sorted(known)}; got {what}")
         new_label = np.zeros(len(self.categories) + 1, dtype=np.int64)  # [K + 1], 0 for classes left out
         for label, name in enumerate(names, start=1):
             new_label[known[name].label] = label

@@ -23,7 +23,7 @@ from resdet.data.annotations import MIN_TRAINABLE_SIDE, AnnotationTable
 from resdet.data.augment.pipeline import Augment
 from resdet.data.augment.sample import Sample
 from resdet.data.images import Images
-from resdet.errors import DataError, UnreadableImageError
+from resdet.errors import DataError, UnreadableImageError, name_some
 from resdet.types import Category, Target
 
 logger = logging.getLogger(__name__)
@@ -96,6 +96,10 @@ class DetectionDataset(Dataset[tuple[Tensor, Target]]):
         left_out = ", ".join(f"{mask.sum()} {reason}" for reason, mask in reasons.items() if mask.any())
         what = f"{table.num_images} images, training on {trained.sum()} of {table.num_boxes} boxes"
         logger.info("%s: %s%s", table.name, what, f" (left out: {left_out})" if left_out else "")
+        counts = np.bincount(table.labels[trained], minlength=table.num_classes)[1:]  # [K]
+        if not counts.all():
+            never = name_some((repr(table.categories[row].name) for row in np.flatnonzero(counts == 0)), 8)
+            logger.warning("%s: no box to train on for %s: never learned", table.name, never)
 
     @property
     def categories(self) -> tuple[Category, ...]:
@@ -131,6 +135,12 @@ class DetectionDataset(Dataset[tuple[Tensor, Target]]):
         chosen.table = self.table.select_images(rows)
         chosen._images = functools.partial(_chosen_image, self._images, rows)
         chosen._unreadable = None if self._unreadable is None else _shared_flags(len(rows))
+        return chosen
+
+    def with_classes_of(self, categories: Sequence[Category]) -> DetectionDataset:
+        """Return this dataset as a model with these classes is judged on it (``AnnotationTable.with_classes_of``)."""
+        chosen = copy.copy(self)
+        chosen.table = self.table.with_classes_of(categories)
         return chosen
 
     def image(self, index: int) -> npt.NDArray[np.uint8]:

@@ -7,7 +7,6 @@ import glob
 import itertools
 import os
 import re
-import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -16,7 +15,7 @@ from urllib.parse import unquote
 
 import numpy as np
 
-from resdet.data.annotations import AnnotationTable
+from resdet.data.annotations import AnnotationTable, same_form
 from resdet.errors import DataError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif")
@@ -108,14 +107,6 @@ def list_folder(folder: Path) -> set[str]:
         return set()
 
 
-def same_form(name: str) -> str:
-    """Return a name in Unicode's composed form (NFC), in which names that look identical are equal.
-
-    Macs write the letters of file names decomposed (NFD), and most other programs composed.
-    """
-    return name if name.isascii() else unicodedata.normalize("NFC", name)
-
-
 class Meant(NamedTuple):
     """The existing file that a missing name was perhaps meant for."""
 
@@ -128,45 +119,70 @@ class Meant(NamedTuple):
 
 
 class ImageFolder:
-    """The files below a folder, by the names that annotations have for them.
+    """The files below a folder, by the names that annotations and lists have for them.
 
     Each subfolder is listed once, when it is first needed: 118 000 names in a fraction of a second, where ``stat`` over
     a network takes minutes.
+
+    Args:
+        root: The folder.
+        suffixes: If given, names are without suffix, as in VOC's lists, and stand for the file with one of these, in
+            upper or lower case; of several files, for that whose suffix comes first.
     """
 
-    def __init__(self, root: Path) -> None:
-        self.root = Path(root)
-        self._names = functools.cache(lambda folder: list_folder(self.root / folder))
+    def __init__(self, root: Path, suffixes: tuple[str, ...] = ()) -> None:
+        self.root, self._suffixes = Path(root), suffixes
+        self._listed = functools.cache(lambda folder: list_folder(self.root / folder))
+        self._by_name = functools.cache(self._files_by_name)
+        self._by_form = functools.cache(lambda folder: _grouped(self._by_name(folder)))
+        self._real_folder = functools.cache(self._folder_in_any_form)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return ImageFolder, (self.root,)  # a worker lists for itself what it needs
+        return ImageFolder, (self.root, self._suffixes)  # a worker lists for itself what it needs
+
+    def files(self, folder: str = "") -> list[str]:
+        """Return the files in a subfolder (with ``suffixes``: one for each name), sorted."""
+        return sorted(self._by_name(folder).values())
 
     def find(self, name: str) -> str | None:
-        """Return the name by which the disk has a file, None where it has none.
+        """Return the path below the folder by which the disk has a file, None where it has none.
 
-        That is ``name`` itself, or else the one name that differs from it in Unicode's form alone.
+        That is ``name`` itself (with its suffix), or else the one that differs from it in Unicode's form alone.
 
         Raises:
             DataError: If several differ from it in form alone.
         """
         folder, base = os.path.split(name)
-        # A file system that ignores case or form lists one spelling and opens all, hence the second check.
-        if base in self._names(folder) or is_file(self.root / name):
+        if base in self._by_name(folder):
+            return os.path.join(folder, self._by_name(folder)[base])
+        # A file system that ignores case or form lists one spelling and opens all.
+        if not self._suffixes and is_file(self.root / name):
             return name
-        real = "" if not name.isascii() else None
-        for part in name.split("/"):
-            if real is None:
-                return None
-            real = self._in_other_form(real, part)
-        return real
+        real = None if name.isascii() else self._real_folder(folder)
+        return None if real is None else self._only(real, base, self._by_form(real).get(same_form(base), []))
 
-    def _in_other_form(self, folder: str, name: str) -> str | None:
-        names = self._names(folder)
-        same = [name] if name in names else [other for other in names if same_form(other) == same_form(name)]
-        if len(same) > 1:
-            found = ", ".join(sorted(map(ascii, same)))
-            raise DataError(f"{self.root / folder}: several names look like {name}: {found}; rename all but one")
-        return os.path.join(folder, same[0]) if same else None
+    def _files_by_name(self, folder: str) -> dict[str, str]:
+        names = self._listed(folder)
+        if not self._suffixes:
+            return {name: name for name in names}
+        split = [(*os.path.splitext(name), name) for name in names]
+        known = [one for one in split if one[1].lower() in self._suffixes]
+        known.sort(key=lambda one: (self._suffixes.index(one[1].lower()), one[2]), reverse=True)
+        return {stem: name for stem, _, name in known}
+
+    def _folder_in_any_form(self, folder: str) -> str | None:
+        if os.path.isdir(self.root / folder):
+            return folder
+        above, name = os.path.split(folder)
+        real = self._real_folder(above)
+        same = [] if real is None else [one for one in self._listed(real) if same_form(one) == same_form(name)]
+        return self._only(real or "", name, same)
+
+    def _only(self, folder: str, name: str, found: list[str]) -> str | None:
+        if len(found) > 1:
+            several = ", ".join(sorted(map(ascii, found)))
+            raise DataError(f"{self.root / folder}: several names look like {name}: {several}; rename all but one")
+        return os.path.join(folder, found[0]) if found else None
 
     def meant(self, name: str) -> Meant | None:
         r"""Return the existing file that a missing name was perhaps meant for, or None.
@@ -217,6 +233,13 @@ class ImageFolder:
                 if not is_hidden(name):
                     found[_stem(name)].append([*above, name])
         return found
+
+
+def _grouped(names: dict[str, str]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = defaultdict(list)
+    for name, file in names.items():
+        found[same_form(name)].append(file)
+    return found
 
 
 def _stem(name: str) -> str:

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
-import codecs
-import math
+import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from xml.etree import ElementTree
 
 from resdet.data.annotations import AnnotationTable
 from resdet.data.coco import usable_table
 from resdet.data.coco_rules import CocoRecords, Problem, Record
-from resdet.data.image_files import IMAGE_SUFFIXES
+from resdet.data.image_files import IMAGE_SUFFIXES, ImageFolder, list_folder, name_fault
 from resdet.data.images import read_size
+from resdet.data.voc_xml import (
+    AnnotationFileError,
+    class_name,
+    decode_text,
+    objects_of,
+    parse_annotation,
+    read_object,
+    stated_size,
+    unclear_difficult,
+)
 from resdet.errors import DataError
 
 VOC_CLASSES = (
@@ -23,15 +31,11 @@ VOC_CLASSES = (
 )  # fmt: skip
 """The 20 classes of VOC 2007 to 2012 in the order of the development kit."""
 
-MAX_XML_BYTES = 8 * 2**20
-"""Annotation files larger than this are refused; 8 MiB hold 25 000 objects."""
+UNCLEAR_DIFFICULT = "unclear_difficult"
+"""The kind of problem of an object whose ``<difficult>`` is neither yes nor no; unlike the others, it is no error."""
 
-# What XML writers declare, by the names of Python's codecs. Others are left out because decoding them can be costly.
-_ENCODINGS = ("utf-8", "ascii", "iso8859", "cp", "mac-", "koi8", "gb", "big5", "shift_jis", "euc_")
-_MAX_CORNER = 2.0**31
-"""Pixels. Far outside any image, and far too small for differences and products of corners to overflow."""
-
-VOC_LAYOUT = "Annotations/*.xml, ImageSets/Main/<split>.txt and JPEGImages/*"
+_LISTS = "ImageSets/Main"
+VOC_LAYOUT = f"Annotations/*.xml, {_LISTS}/<split>.txt and JPEGImages/*"
 HOW_TO_GET_VOC = (
     "VOC is VOCtrainval_06-Nov-2007.tar, VOCtest_06-Nov-2007.tar and VOCtrainval_11-May-2012.tar from "
     "http://host.robots.ox.ac.uk/pascal/VOC, unpacked into one folder, which then holds VOCdevkit/VOC2007 and "
@@ -39,10 +43,6 @@ HOW_TO_GET_VOC = (
 )
 
 _Report = Callable[[str, str, Path], None]  # takes the kind of a problem, the message, and the file concerned
-
-
-class _FileError(Exception):
-    """Tells what is wrong with an annotation file, without its name."""
 
 
 def read_voc(root: Path, split: str | Sequence[str], *, classes: Sequence[str] | None = None) -> AnnotationTable:
@@ -53,7 +53,11 @@ def read_voc(root: Path, split: str | Sequence[str], *, classes: Sequence[str] |
 
     Classes are VOC's 20 in their usual order if every name in the annotations is one of them, otherwise the names in
     alphabetical order. Names are taken from all annotations of a folder, not only from the split's, so that ``train``
-    and ``val``, read separately, agree on their labels.
+    and ``val``, read separately, agree on their labels; of its subfolders, from those that the split's images lie in.
+
+    Hidden files are skipped. Names in lists may differ from the disk's in Unicode's form (``ImageFolder.find``). An
+    object is difficult if ``<difficult>`` is 1, 1.0, true or yes; the table's notes count texts that are neither yes
+    nor no, such as converters' ``Unspecified``, which are taken for no.
 
     Boxes without extent (``xmax <= xmin`` or ``ymax <= ymin``) are left out, and the table's notes count them and name
     their images. Every other ``<object>`` is in the table, or the file is refused.
@@ -65,9 +69,10 @@ def read_voc(root: Path, split: str | Sequence[str], *, classes: Sequence[str] |
     Args:
         root: The folder with Annotations, ImageSets and JPEGImages, or a folder above several such (VOCdevkit). The
             table's file names are relative to it.
-        split: A list in ImageSets/Main (``"train"``); below a VOCdevkit with the folder before it
-            (``"VOC2007/trainval"``). Several are joined: ``["VOC2007/trainval", "VOC2012/trainval"]`` is "07+12". Lists
-            of one class (``"aeroplane_train"``) give all images that they name, including those without the class.
+        split: A list in ImageSets/Main (``"train"``) of names without suffix (``000012``, ``sub/000012``); below a
+            VOCdevkit with the folder before it (``"VOC2007/trainval"``). Several are joined: ``["VOC2007/trainval",
+            "VOC2012/trainval"]`` is "07+12". Lists of one class (``"aeroplane_train"``) give all images that they name,
+            including those without the class.
         classes: Names of the classes to keep, labelled 1..len(classes) in this order; all of them if ``None``.
 
     Raises:
@@ -78,9 +83,12 @@ def read_voc(root: Path, split: str | Sequence[str], *, classes: Sequence[str] |
     are not used. Deviation: the kit's own overlap adds 1 to both sides of inclusive corners, which is the same width;
     detectron2 subtracts 1 from xmin and ymin only, as here; torchvision's VOC datasets subtract nothing.
     """
+    unclear: list[Path] = []
 
-    def refuse(_kind: str, message: str, _file: Path) -> None:
-        raise DataError(message)
+    def refuse(kind: str, message: str, file: Path) -> None:
+        if kind != UNCLEAR_DIFFICULT:
+            raise DataError(message)
+        unclear.append(file)
 
     root, splits = Path(root), _as_list(split)
     records = _read_files(root, splits, refuse)
@@ -97,14 +105,19 @@ def read_voc(root: Path, split: str | Sequence[str], *, classes: Sequence[str] |
     }
     notes = []
     for what, found in odd.items():
-        stems = [Path(records.images[record["image_id"] - 1]["file_name"]).stem for record in found]
-        listed = ", ".join(stems[:5]) + (", ..." if len(stems) > 5 else "")
-        if found:
-            notes.append(f"{len(found)} {'box' if len(found) == 1 else 'boxes'} {what}: {listed}")
+        notes += _note(what, [Path(records.images[record["image_id"] - 1]["file_name"]).stem for record in found])
+    what = "whose <difficult> is neither yes nor no, taken as not difficult"
+    notes += _note(what, [file.stem for file in unclear])
     for number, record in enumerate(sound, start=1):
         record["id"] = number
     table = replace(usable_table(replace(records, annotations=sound), name, difficult=True), notes=tuple(notes))
     return table if classes is None else table.select_classes(list(classes))
+
+
+def _note(what: str, stems: list[str]) -> list[str]:
+    """Return a line on boxes, with the names of their images, or none where there are none."""
+    listed = ", ".join(stems[:5]) + (", ..." if len(stems) > 5 else "")
+    return [f"{len(stems)} {'box' if len(stems) == 1 else 'boxes'} {what}: {listed}"] if stems else []
 
 
 def voc_records(root: Path, split: str | Sequence[str]) -> tuple[CocoRecords, list[Problem]]:
@@ -143,44 +156,45 @@ def _read_files(root: Path, splits: list[str], report: _Report) -> CocoRecords:
         *parents, list_name = one_split.split("/")
         folder = root.joinpath(*parents)
         _check_layout(folder, root)
-        annotations = {path.stem: path for path in sorted((folder / "Annotations").glob("*.xml"))}
-        outside.update(dict.fromkeys(annotations.values()))
-        pictures = [path for path in (folder / "JPEGImages").iterdir() if path.suffix.lower() in IMAGE_SUFFIXES]
-        pictures.sort(key=lambda path: (IMAGE_SUFFIXES.index(path.suffix.lower()), path.name), reverse=True)
-        image_names = {path.stem: path.name for path in pictures}  # of several, the suffix that VOC would prefer
-        for stem in _read_list(folder, list_name, annotations):
-            file_name = (Path(*parents) / "JPEGImages" / image_names.get(stem, f"{stem}.jpg")).as_posix()
+        annotations = ImageFolder(folder / "Annotations", (".xml",))
+        pictures = ImageFolder(folder / "JPEGImages", IMAGE_SUFFIXES)
+        stems = _read_list(folder, list_name, annotations)
+        for subfolder in ("", *sorted({os.path.dirname(stem) for stem in stems if not name_fault(stem)} - {""})):
+            outside.update((annotations.root / subfolder / name, None) for name in annotations.files(subfolder))
+        for stem in stems:
+            xml_name = None if name_fault(stem) else annotations.find(stem)
+            image_name = f"{stem}.jpg" if xml_name is None else pictures.find(stem) or f"{stem}.jpg"
+            file_name = (Path(*parents) / "JPEGImages" / image_name).as_posix()
             if file_name in listed:
                 where = f"in {listed[file_name]} and {one_split}"
                 report("listed_twice", f"{root}: image {file_name} is listed twice, {where}", root)
                 continue
             listed[file_name] = one_split
-            if stem not in annotations:
-                parent, name = folder / "Annotations", f"{stem}.xml"
-                bare = Path(stem.replace("\\", "/").split()[0])
-                is_path = bare.stem in annotations or bare.name in annotations
-                hint = "; lists give names without folder and suffix, one a line" if is_path else ""
-                message = f"{parent}: no annotation {name[:100]!r}, but {one_split} lists it{hint}"
-                report("bad_annotation_file", message, parent / name)
+            if xml_name is None:
+                report(*_no_annotation(annotations, stem, one_split))
                 continue
-            path = annotations[stem]
+            path = annotations.root / xml_name
             inside.add(path)
             try:
-                annotation = _parse(path)
-                height, width = _size(annotation) or read_size(root / file_name)
-                of_image = [_read_object(item) for item in _objects(annotation)]
-            except (_FileError, DataError) as error:
+                annotation = parse_annotation(path)
+                height, width = stated_size(annotation) or read_size(root / file_name)
+                items = objects_of(annotation)
+                of_image = [read_object(item) for item in items]
+            except (AnnotationFileError, DataError) as error:
                 message = str(error) if isinstance(error, DataError) else f"{path}: {error}"
                 report("bad_annotation_file", message, path)
                 continue
             images.append({"id": len(images) + 1, "file_name": file_name, "height": height, "width": width})
-            for record in of_image:
+            for item, record in zip(items, of_image, strict=True):
                 objects.append({"id": len(objects) + 1, "image_id": len(images)} | record)
+                if text := unclear_difficult(item):
+                    what = f"object {objects[-1]['id']}: <difficult> {text!r} is taken as 0"
+                    report(UNCLEAR_DIFFICULT, f"{path}: {what}", path)
     names = {record["category_id"] for record in objects}
     for path in (path for path in outside if path not in inside):
         try:
-            names.update(_class_name(item) for item in _objects(_parse(path)))
-        except _FileError as error:
+            names.update(class_name(item) for item in objects_of(parse_annotation(path)))
+        except AnnotationFileError as error:
             report("bad_annotation_file", f"{path}: {error}", path)
     # A class of which a split has only boxes without extent is a class all the same: the other splits have it.
     class_names = VOC_CLASSES if names and names <= set(VOC_CLASSES) else sorted(names)
@@ -192,156 +206,54 @@ def _read_files(root: Path, splits: list[str], report: _Report) -> CocoRecords:
     return CocoRecords(root, document, images, objects, categories)
 
 
+def _no_annotation(annotations: ImageFolder, stem: str, split: str) -> tuple[str, str, Path]:
+    """Report an image that a split lists and that has no annotation, with what was perhaps meant."""
+    parent, name = annotations.root, f"{stem}.xml"
+    bare = Path(stem.replace("\\", "/").split()[0])
+    meant = annotations.meant(name)
+    if annotations.find(bare.stem) or annotations.find(bare.name):
+        hint = "; lists give names without folder and suffix, one a line"
+    else:
+        hint = f"; {meant}" if meant else ""
+    message = f"{parent}: no annotation {name[:100]!r}, but {_short(split)} lists it{hint}"
+    return "bad_annotation_file", message, parent / name[:100]
+
+
 def _check_layout(folder: Path, root: Path) -> None:
-    for part in ("Annotations", "ImageSets/Main", "JPEGImages"):
-        if (folder / part).is_dir():
+    for part in ("Annotations", _LISTS, "JPEGImages"):
+        if os.path.isdir(folder / part):
             continue
-        children = sorted(root.glob("*")) + sorted(root.glob("VOCdevkit/*"))
-        below = [path for path in children if (path / "Annotations").is_dir() and (path / "ImageSets/Main").is_dir()]
+        children = [above / name for above in (root, root / "VOCdevkit") for name in sorted(list_folder(above))]
+        below = [path for path in children if os.path.isdir(path / "Annotations") and os.path.isdir(path / _LISTS)]
         if below and folder == root:
             found = ", ".join(path.relative_to(root).as_posix() for path in below)
             raise DataError(f"{folder}: has no {part}; below it lie {found}: name the split as <folder>/<split>")
-        raise DataError(f"{folder / part}: no such folder. {HOW_TO_GET_VOC}")
+        alike = [name for name in sorted(list_folder(folder)) if name.casefold() == part.split("/")[0].casefold()]
+        hint = f"did you mean {alike[0]} (upper and lower case differ)?" if alike else HOW_TO_GET_VOC
+        raise DataError(f"{_short(str(folder / part))}: no such folder. {hint}")
 
 
-def _read_list(folder: Path, list_name: str, annotations: dict[str, Path]) -> list[str]:
-    path = folder / "ImageSets" / "Main" / f"{list_name}.txt"
-    if not path.is_file():
-        found = sorted(other.stem for other in path.parent.glob("*.txt"))
+def _read_list(folder: Path, list_name: str, annotations: ImageFolder) -> list[str]:
+    lists = ImageFolder(folder / _LISTS, (".txt",))
+    name = lists.find(list_name)
+    if name is None:
+        found = [os.path.splitext(other)[0] for other in lists.files()]
         whole = [name for name in found if "_" not in name or name.rsplit("_", 1)[0] not in VOC_CLASSES]
+        path = lists.root / f"{_short(list_name)}.txt"
         raise DataError(f"{path}: no such split; {path.parent} has {', '.join(whole) or 'none'}")
+    path = lists.root / name
     try:
-        text = _decode(path.read_bytes())
+        text = decode_text(path.read_bytes())
     except (OSError, ValueError, LookupError) as error:
         raise DataError(f"{path}: cannot be read as text: {error}") from error
     lines = [line.strip() for line in text.splitlines()]
     # "000012  1" in the lists of one class; a name may itself end in " 1", so the whole line is tried first.
-    stems = [line if line in annotations else re.sub(r"\s+(-1|0|1)$", "", line) for line in lines if line]
+    flag = re.compile(r"\s+(-1|0|1)$")
+    stems = [flag.sub("", line) if flag.search(line) and not annotations.find(line) else line for line in lines if line]
     if not stems:
         raise DataError(f"{path}: lists no images")
     return stems
 
 
-def _decode(data: bytes) -> str:
-    """Decode by the byte order mark, else by XML's declaration, else as UTF-8.
-
-    The text that is checked for entities is thus the one that the parser sees.
-    """
-    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        return data.decode("utf-16")
-    declared = re.match(rb"""\s*<\?xml[^>]{,200}?encoding\s*=\s*["']([A-Za-z0-9._-]{1,40})["']""", data)
-    encoding = "utf-8-sig"
-    # A declaration that can be read byte by byte is not UTF-16: some writers declare that and save as UTF-8.
-    if declared and not declared[1].lower().startswith((b"utf-16", b"utf16")):
-        encoding = declared[1].decode()
-        name = codecs.lookup(encoding).name
-        if not name.startswith(_ENCODINGS):
-            raise LookupError(f"encoding {encoding} is not among those read; save it as UTF-8")
-    return data.decode(encoding)
-
-
-def _parse(path: Path) -> ElementTree.Element:
-    try:
-        if not path.is_file():
-            raise _FileError("not a file")
-        size = path.stat().st_size
-        if size > MAX_XML_BYTES:
-            raise _FileError(f"refused: an annotation may have at most {MAX_XML_BYTES} bytes, got {size}")
-        text = _decode(path.read_bytes())
-    except OSError as error:
-        raise _FileError(f"cannot be read: {error.strerror}") from error
-    except (UnicodeError, LookupError) as error:
-        raise _FileError(f"cannot be read as text: {error}") from error
-    if not text.strip():
-        raise _FileError("the file is empty")
-    # Entities can grow without bound and name other files; an annotation needs none.
-    for declaration in ("<!DOCTYPE", "<!ENTITY"):
-        if declaration in text:
-            raise _FileError(f"refused: an annotation must be plain XML without {declaration}")
-    try:
-        element = ElementTree.fromstring(text)
-    except (ElementTree.ParseError, ValueError) as error:
-        raise _FileError(f"not well-formed XML: {error}") from error
-    if element.tag != "annotation":
-        raise _FileError(f"the outermost element must be <annotation>, got <{element.tag[:80]}>")
-    return element
-
-
-def _objects(annotation: ElementTree.Element) -> list[ElementTree.Element]:
-    objects = annotation.findall("object")
-    num_inside = sum(1 for _ in annotation.iter("object"))
-    if num_inside != len(objects):
-        nested = f"{num_inside - len(objects)} of {num_inside}"
-        raise _FileError(f"every <object> must stand directly in <annotation>, but {nested} do not")
-    return objects
-
-
-def _read_object(item: ElementTree.Element) -> Record:
-    """Read an object as a COCO annotation without ids, with its class name for the category.
-
-    This is the one place where VOC's corners become this package's boxes. A box without extent gets the sides
-    ``xmax - xmin`` and ``ymax - ymin``, of which one is zero or negative.
-    """
-    name = _class_name(item)
-    corners = _child(item, "bndbox")
-    if corners is None:
-        raise _FileError(f"the object {name!r} has no <bndbox>")
-    xmin, ymin, xmax, ymax = (_number(corners, tag) for tag in ("xmin", "ymin", "xmax", "ymax"))
-    difficult = _text(item, "difficult") or "0"
-    if difficult not in ("0", "1"):
-        raise _FileError(f"<difficult> must be 0 or 1, got {difficult[:80]!r}")
-    last = 1 if xmax > xmin and ymax > ymin else 0  # the last pixel is inside the object
-    box = [xmin - 1, ymin - 1, xmax - xmin + last, ymax - ymin + last]
-    return {"category_id": name, "bbox": box, "area": box[2] * box[3], "iscrowd": 0, "difficult": int(difficult)}
-
-
-def _size(annotation: ElementTree.Element) -> tuple[int, int] | None:
-    """Return ``(height, width)``, or None where a side is missing or 0."""
-    size = _child(annotation, "size")
-    if size is None or not _text(size, "width") or not _text(size, "height"):
-        return None
-    height, width = (_number(size, tag) for tag in ("height", "width"))
-    for tag, side in (("height", height), ("width", width)):
-        if side != int(side) or not 0 <= side < 2**31:
-            raise _FileError(f"<{tag}> must be a whole number of pixels, got {_text(size, tag)[:80]!r}")
-    # Some tools write zeros where they did not open the image.
-    return (int(height), int(width)) if height and width else None
-
-
-def _child(item: ElementTree.Element, tag: str) -> ElementTree.Element | None:
-    found = item.findall(tag)
-    if len(found) > 1:
-        raise _FileError(f"<{item.tag}> must have one <{tag}>, got {len(found)}")
-    return found[0] if found else None
-
-
-def _text(item: ElementTree.Element, tag: str) -> str:
-    """Return the text of an item's element ``tag``, "" where either is missing."""
-    child = _child(item, tag)
-    if child is not None and len(child):
-        raise _FileError(f"<{tag}> must hold text alone, got <{child[0].tag[:80]}> in it")
-    return ((child.text if child is not None else None) or "").strip()
-
-
-def _class_name(item: ElementTree.Element) -> str:
-    name = _text(item, "name")
-    if not name:
-        raise _FileError("<object> has no <name>")
-    if len(name.splitlines()) > 1 or len(name) > 200:
-        shown = repr(name) if len(name) <= 80 else f"{name[:77]!r}... ({len(name)} characters)"
-        raise _FileError(f"<name> must be one line of at most 200 characters, got {shown}")
-    return name
-
-
-def _number(item: ElementTree.Element, tag: str) -> float:
-    text = _text(item, tag)
-    if not text:
-        raise _FileError(f"<{item.tag}> has no <{tag}>")
-    try:
-        # float() alone would read "1_0" too.
-        number = math.nan if "_" in text else float(text)
-    except ValueError:
-        number = math.nan
-    if not abs(number) <= _MAX_CORNER:
-        raise _FileError(f"<{tag}> must be a number of pixels up to 2**31, got {text[:80]!r}")
-    return number
+def _short(text: str) -> str:
+    return text if len(text) <= 500 else f"{text[:100]}... ({len(text)} characters)"

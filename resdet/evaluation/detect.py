@@ -16,7 +16,7 @@ from resdet.data.loader import eval_loader
 from resdet.evaluation.coco import MAX_DETECTIONS, ClassMetrics, CocoMetrics, coco_metrics
 from resdet.evaluation.curves import best_score_threshold
 from resdet.evaluation.inference import inference
-from resdet.evaluation.labels import match_labels
+from resdet.evaluation.labels import match_labels, with_model_classes
 from resdet.evaluation.settings import InferenceSettings
 from resdet.evaluation.state import placed, random_states_kept
 from resdet.evaluation.voc import VocMetrics, voc_metrics
@@ -56,7 +56,9 @@ def evaluate(
 ) -> Evaluation:
     """Run a model over a dataset and measure it.
 
-    A dataset may list the model's classes in another order: they are matched by name.
+    A dataset may list the model's classes in another order, with other ids, or only some of them: they are matched by
+    name. Classes of the model that the dataset lacks have labels above the dataset's own (``with_model_classes``);
+    their metrics are -1 and stay out of the means.
 
     Args:
         model: A ``Detector``, or any of torchvision's ``FasterRCNN`` (which has no class names: its number of classes
@@ -69,11 +71,11 @@ def evaluate(
             process alone. Where it computes is up to ``settings``.
 
     Raises:
-        DataError: If model and dataset do not have the same classes, or there is no image.
+        DataError: If the dataset has a class that the model does not have, or there is no image.
         WeightsError: If the model computes NaN or infinity.
         UserError: If this model does not support ``settings.tricks``.
     """
-    dataset = without_subset(dataset)
+    dataset = with_model_classes(model, without_subset(dataset))
     table, labels = dataset.table, match_labels(model, dataset.table)
     found = detect(model, dataset, settings, team)
     if labels is not None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 from torch import nn
 
-from resdet.data.annotations import AnnotationTable
+from resdet.data.annotations import AnnotationTable, same_form
+from resdet.data.dataset import DetectionDataset
 from resdet.errors import DataError, name_some
 from resdet.types import Category, Ints
 
@@ -15,11 +16,20 @@ def model_categories(model: nn.Module) -> tuple[Category, ...]:
     return tuple(getattr(model, "categories", ()))
 
 
+def with_model_classes(model: nn.Module, dataset: DetectionDataset) -> DetectionDataset:
+    """Return a dataset with all classes of a model that knows them; the AP of those without boxes is undefined.
+
+    A dataset with a class that the model does not have is returned as it is, for ``match_labels`` to report.
+    """
+    categories = model_categories(model)
+    return dataset.with_classes_of(categories) if categories else dataset
+
+
 def match_labels(model: nn.Module, table: AnnotationTable) -> Ints | None:
     """Return the dataset's label for each of the model's, int64 ``[K + 1]``, or None where they are the same.
 
     Classes are matched by name; if the model has no names (torchvision's own), their numbers are compared. A DataError
-    is raised unless model and dataset have the same classes.
+    is raised unless model and dataset have the same classes; ``with_model_classes`` adds those that a dataset lacks.
     """
     ours, theirs = model_categories(model), table.categories
     if not ours:
@@ -31,7 +41,7 @@ def match_labels(model: nn.Module, table: AnnotationTable) -> Ints | None:
                 "they must agree (a torchvision model of 91 classes is trained on COCO's category ids, not on labels)"
             )
         return None
-    own_label, label = ({category.name: category.label for category in categories} for categories in (ours, theirs))
+    own_label, label = ({same_form(one.name): one.label for one in categories} for categories in (ours, theirs))
     missing = [name for name in label if name not in own_label]
     unknown = [name for name in own_label if name not in label]
     if missing or unknown:

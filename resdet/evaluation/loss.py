@@ -15,7 +15,7 @@ from resdet.data.dataset import DetectionDataset, without_subset
 from resdet.data.loader import eval_loader
 from resdet.errors import UserError, WeightsError
 from resdet.evaluation.inference import suspect
-from resdet.evaluation.labels import match_labels
+from resdet.evaluation.labels import match_labels, with_model_classes
 from resdet.evaluation.settings import InferenceSettings
 from resdet.evaluation.state import evaluation_mode, placed, random_states_kept, seed_torch
 from resdet.models.transform import model_images
@@ -52,7 +52,7 @@ def validation_loss(
     """
     if not isinstance(model, FasterRCNN):
         raise UserError(f"the validation loss needs torchvision's FasterRCNN or a subclass, got {type(model).__name__}")
-    dataset, device = without_subset(dataset), placed(model, settings.device)
+    dataset, device = with_model_classes(model, without_subset(dataset)), placed(model, settings.device)
     team = team or Processes(0, 1, device)
     own = _losses_of_images(model, dataset, settings, team, device)
     losses = dict(pair for share in team.gather(own) for pair in share)

@@ -21,7 +21,7 @@ from resdet.data.loader import Batch, train_loader
 from resdet.drawing import draw, legible_scale, shown_from
 from resdet.errors import TrainingError, WeightsError
 from resdet.evaluation.detect import Evaluation, evaluate
-from resdet.evaluation.labels import match_labels
+from resdet.evaluation.labels import match_labels, with_model_classes
 from resdet.evaluation.loss import validation_loss
 from resdet.evaluation.report import write_run_report
 from resdet.evaluation.settings import InferenceSettings
@@ -64,6 +64,7 @@ def train(config: Config) -> TrainResult:
         torch.manual_seed(config.seed)
         resumed = None if resume_from is None else read_weights(resume_from)  # once: it can be large
         model = build_model(config.model, train_set, resume_from=resumed).to(team.device)
+        val_set = with_model_classes(model, val_set)
         match_labels(model, val_set.table)  # other classes in data.val are reported now, not at the first evaluation
         saved = {} if resumed is None else load_training_state(resumed, model)
         del resumed  # the model has copies of its tensors

@@ -196,7 +196,7 @@ PLANTED = {
     "unlisted_file": (save_as("z.png", 50), "train", "info", 1, set(), set()),
     "image_without_boxes": (repeat("images", 1, id=50, file_name="z.png"), "train", "info", 1, {50}, set()),
     "unused_category": (add_class, "train", "warning", 1, set(), set()),
-    "different_classes": (set_key("categories", 1, "name", "cow"), "train and val", "error", 2, set(), set()),
+    "different_classes": (set_key("categories", 1, "name", "cow"), "train and val", "error", 1, set(), set()),
     "nothing_to_train_on": (lambda d: d.annotations.clear(), "train", "error", 1, set(), set()),
 }  # fmt: skip
 
@@ -333,8 +333,13 @@ def test_classes_that_are_not_used_do_not_count(dataset):
     dataset.annotations[1]["bbox"] = [40, 4, 0, 15]
     splits = [replace(split, classes=("cat",)) for split in dataset.splits()]
     assert kinds(check_dataset(splits)) == set()
+    splits = [replace(split, classes=("cat", "DOG")) for split in splits]
+    assert the(check_dataset(splits[:1]), "unknown_class").problems[0].message.endswith("got unknown classes ['DOG']")
     splits = [replace(split, classes=("cat", "cow")) for split in splits]
-    assert the(check_dataset(splits[:1]), "unknown_class").problems[0].message.endswith("got unknown classes ['cow']")
+    assert kinds(check_dataset(splits)) == {
+        ("train", "unused_category", "warning", 1),
+        ("val", "unused_category", "info", 1),
+    }
 
 
 def test_imbalance(dataset):

@@ -14,14 +14,16 @@ from resdet.data.sharing import memory_of
 from resdet.errors import DataError
 from resdet.types import Category
 
+CLASSES = (Category(1, 10, "cat"), Category(2, 20, "dog"), Category(3, 30, "bird"))
 
-def table(boxes_per_image, *, labels=None, crowd=None, difficult=None, size=(40, 60)):
+
+def table(boxes_per_image, *, labels=None, crowd=None, difficult=None, size=(40, 60), categories=CLASSES):
     """A table of images of one size, each with the given xywh boxes."""
     boxes = np.array([box for image in boxes_per_image for box in image], dtype=np.float64).reshape(-1, 4)
     num_images, num_boxes = len(boxes_per_image), len(boxes)
     return AnnotationTable(
         name="test",
-        categories=(Category(1, 10, "cat"), Category(2, 20, "dog"), Category(3, 30, "bird")),
+        categories=categories,
         image_ids=np.arange(100, 100 + num_images),
         file_names=np.array([f"{i}.png" for i in range(num_images)]),
         sizes=np.tile(np.array([size], dtype=np.int32), (num_images, 1)),
@@ -90,10 +92,42 @@ def test_selected_classes_are_relabelled_in_the_given_order():
     assert part.offsets.tolist() == [0, 1, 2]
 
 
-@pytest.mark.parametrize("names", [["cow"], ["cat", "cat"]])
-def test_unknown_or_repeated_classes_are_refused(names):
+@pytest.mark.parametrize("names", [["cow"], ["cat", "cat"], ["cat", "Dog"], ["cat", "d og"], ["cow", "bull"]])
+def test_unknown_misspelt_or_repeated_classes_are_refused(names):
+    whole = table([[(0, 0, 1, 1)]], categories=(Category(1, 10, "cat"), Category(2, 20, "dog")))
     with pytest.raises(DataError, match="classes must name each class once"):
-        table([[(0, 0, 1, 1)]]).select_classes(names)
+        whole.select_classes(names)
+
+
+def test_a_named_class_may_be_empty():
+    whole = table(
+        [[(0, 0, 1, 1), (0, 0, 2, 2)]], labels=[1, 2], categories=(Category(1, 9, "cat"), Category(2, 7, "dog"))
+    )
+    part = whole.select_classes(["dog", "cow", "cat", "bull"])
+    assert [(one.label, one.name) for one in part.categories] == [(1, "dog"), (2, "cow"), (3, "cat"), (4, "bull")]
+    assert len({one.category_id for one in part.categories}) == 4
+    assert (part.categories[0].category_id, part.categories[2].category_id) == (7, 9)
+    assert part.labels.tolist() == [3, 1]
+    assert part.notes == ("the named classes ['cow', 'bull'] are not in it; its classes are ['cat', 'dog']",)
+
+
+def test_added_classes_come_last_and_known_ones_stay():
+    whole = table([[(0, 0, 1, 1)]], categories=(Category(1, 9, "cat"), Category(2, 7, "dog")))
+    assert whole.add_classes([Category(5, 1, "dog"), Category(2, 2, "cat")]) is whole
+    more = whole.add_classes([Category(1, 7, "owl"), Category(2, 9, "cat"), Category(3, 3, "cow")])
+    assert more.categories == (*whole.categories, Category(3, 10, "owl"), Category(4, 3, "cow"))
+    assert more.labels is whole.labels
+
+
+def test_a_table_gets_the_classes_of_a_model():
+    whole = table([[(0, 0, 1, 1)]], labels=[3])
+    cat, dog, bird = whole.categories
+    cow = Category(1, 20, "cow")
+    assert whole.with_classes_of(whole.categories[::-1]) is whole
+    # Classes without boxes go where the model does not have them, those with boxes never.
+    assert [one.name for one in whole.with_classes_of([bird, cow]).categories] == ["bird", "cow"]
+    assert whole.with_classes_of([bird, cow]).labels.tolist() == [1]
+    assert whole.with_classes_of([cat, dog, cow]) is whole
 
 
 def random_table(num_images, seed=0):

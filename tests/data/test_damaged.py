@@ -26,7 +26,8 @@ from resdet.data.dataset import DetectionDataset
 from resdet.data.image_files import check_files
 from resdet.data.images import FolderImages, read_image
 from resdet.data.shapes import shapes_table
-from resdet.data.voc import MAX_XML_BYTES, read_voc
+from resdet.data.voc import read_voc
+from resdet.data.voc_xml import MAX_XML_BYTES
 from resdet.errors import ConfigError, DataError, UnreadableImageError
 
 MAX_SECONDS = 10
@@ -480,7 +481,7 @@ VOC = [
     ("a corner very far out", with_box(xmax="1e300"), "{file}: <xmax> must be a number of pixels up to 2**31, got '1e300'"),
     ("a decimal comma", with_box(xmax="9,5"), "{file}: <xmax> must be a number of pixels up to 2**31, got '9,5'"),
     ("a corner as Python writes it", with_box(xmax="1_0"), "{file}: <xmax> must be a number of pixels up to 2**31, got '1_0'"),
-    ("difficult of maybe", xml(OBJECT.replace("<bndbox>", "<difficult>maybe</difficult><bndbox>")), "{file}: <difficult> must be 0 or 1, got 'maybe'"),
+    ("markup in difficult", xml(OBJECT.replace("<bndbox>", "<difficult><b/></difficult><bndbox>")), "{file}: <difficult> must hold text alone, got <b> in it"),
     ("a negative width", sized(-60, 40), "{file}: <width> must be a whole number of pixels, got '-60'"),
     ("half a pixel", sized(60, 40.5), "{file}: <height> must be a whole number of pixels, got '40.5'"),
     ("a height of 2^31", sized(60, 2**31), "{file}: <height> must be a whole number of pixels, got '2147483648'"),

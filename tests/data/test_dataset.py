@@ -107,6 +107,7 @@ def test_what_is_left_out_is_said(caplog):
         "shapes(seed=0): a note",
         "shapes(seed=0): 2 images, training on 1 of 4 boxes (left out: 1 crowd regions, 1 difficult, "
         "1 not finite or thinner than 0.1 px inside the image)",
+        "shapes(seed=0): no box to train on for 'square', 'triangle': never learned",
     ]
 
 

@@ -19,7 +19,9 @@ from resdet.data.dataset import DetectionDataset
 from resdet.data.shapes import ShapesImages, shapes_table
 from resdet.errors import DataError, UserError, WeightsError
 from resdet.evaluation import best_score_threshold, coco_metrics, detect, evaluate
+from resdet.evaluation.coco import detections_to_coco
 from resdet.evaluation.inference import inference
+from resdet.evaluation.labels import with_model_classes
 from resdet.evaluation.settings import InferenceSettings
 from resdet.models.spec import Tricks
 from resdet.processes import Processes
@@ -165,6 +167,54 @@ def test_other_classes_are_an_error_that_names_them():
         evaluate(Oracle(dataset, tuple(others)), dataset)
     with pytest.raises(DataError, match=r"the model has 91 classes, background included, and .* has 4"):
         evaluate(small_rcnn(num_classes=91), dataset)
+
+
+def lacking(dataset, name, **ids):
+    """A dataset in which one class does not occur, nor is known, and the others have other ids."""
+    kept = [category.name for category in dataset.categories if category.name != name]
+    table = dataset.table.select_classes(kept[::-1])
+    categories = tuple(replace(own, category_id=ids.get(own.name, own.category_id)) for own in table.categories)
+    images = ShapesImages(image_size=IMAGE_SIZE, seed=SEED)
+    return DetectionDataset(replace(table, categories=categories), images, training=False)
+
+
+@pytest.mark.parametrize("position", range(3))
+def test_a_dataset_without_one_of_the_models_classes_is_judged_on_the_others(position):
+    dataset = shapes()
+    absent = dataset.categories[position]
+    others = [category.name for category in dataset.categories if category is not absent]
+    part = lacking(dataset, absent.name, **{name: 50 - number for number, name in enumerate(others)})
+    model = Oracle(dataset, dataset.categories)
+    found = evaluate(model, part)
+    assert [row.name for row in found.per_class] == [*others[::-1], absent.name]
+    assert [row.AP for row in found.per_class] == pytest.approx([1, 1, -1], abs=1e-9)
+    assert [row.AP for row in found.voc.per_class] == pytest.approx([1, 1, -1], abs=1e-9)
+    assert found.metrics["AP"] == pytest.approx(1, abs=1e-9)
+    judged = with_model_classes(model, part)
+    assert found.coco == coco_metrics(judged.table, found.detections)
+    # What it finds of the absent class keeps the model's id, and its own label above the others.
+    wanted = dataset.table.labels == absent.label
+    assert (found.detections.labels == 3).sum() == wanted.sum() > 0
+    entries = detections_to_coco(judged.table, found.detections)
+    assert {entry["category_id"] for entry in entries} == {49, 50, absent.category_id}
+
+
+def test_the_id_of_an_absent_class_is_not_another_classs():
+    dataset = shapes()
+    absent, other, _ = dataset.categories
+    part = lacking(dataset, absent.name, **{other.name: absent.category_id})
+    table = with_model_classes(Oracle(dataset, dataset.categories), part).table
+    assert len({category.category_id for category in table.categories}) == 3
+    assert table.categories[:2] == part.categories
+
+
+def test_the_classes_of_a_model_in_another_unicode_form_are_the_same():
+    dataset = shapes()
+    first, *others = dataset.categories
+    named = replace(dataset.table, categories=(replace(first, name="B\xe4r"), *others))
+    own = DetectionDataset(named, ShapesImages(image_size=IMAGE_SIZE, seed=SEED), training=False)
+    model = Oracle(dataset, (replace(first, name="Ba\u0308r"), *others))
+    assert len(evaluate(model, own).per_class) == 3
 
 
 def test_training_flags_and_random_states_are_restored():

@@ -7,6 +7,7 @@ import json
 import random
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -195,8 +196,9 @@ def test_classes_are_matched_by_name() -> None:
     unnamed = detector()
     assert validation_loss(unnamed, turned)["val_loss_classifier"] != expected["val_loss_classifier"]
     fewer = DetectionDataset(dataset.table.select_classes(names[:2]), images, training=False)
+    assert validation_loss(model, fewer)["val_loss"] > 0
     with pytest.raises(DataError, match="must have the same classes"):
-        validation_loss(model, fewer)
+        validation_loss(detector((replace(dataset.categories[0], name="pentagon"), *dataset.categories[1:])), dataset)
 
 
 def test_other_models_are_refused() -> None:
