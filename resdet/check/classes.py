@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import itertools
-import re
-import unicodedata
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 
 import numpy as np
 
 from resdet.check.kinds import CROWD_SHARE, IMBALANCE
-from resdet.data.annotations import AnnotationTable
+from resdet.data.annotations import AnnotationTable, bare_name
 from resdet.data.coco_rules import Problem
 from resdet.data.dataset import nothing_to_train_on
 from resdet.errors import name_some
@@ -56,13 +54,13 @@ def differing_classes(tables: Mapping[str, AnnotationTable]) -> Iterator[Problem
     A class of val that has no box there is none that an evaluation asks a model for.
     """
     names = {split: {category.name for category in table.categories} for split, table in tables.items()}
-    boxes_of = {split: {table.categories[k - 1].name for k in np.unique(table.labels)} for split, table in tables.items()}
+    used = {split: {table.categories[k - 1].name for k in np.unique(table.labels)} for split, table in tables.items()}
     single: dict[str, str] = {}
     for split, other in itertools.permutations(names, 2):
         only = sorted(names[split] - names[other])
         single |= {f"{name!r} of {split}": name for name in only}
         kind = "different_classes" if split == "val" else "absent_classes"
-        counted = [name for name in only if split != "val" or name in boxes_of[split]]
+        counted = [name for name in only if split != "val" or name in used[split]]
         if counted and names[other]:
             yield Problem(kind, f"only {split} has {name_some(counted, 8)}", count=len(counted))
     yield from _similar_names(single)
