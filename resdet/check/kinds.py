@@ -72,7 +72,9 @@ KINDS = {
     "unknown_class": Kind("error", f"{_REFUSED}: the configuration names a class that does not exist"),
     "different_classes": Kind("error", "val has classes that train lacks, so evaluation is refused"),
     "nothing_to_train_on": Kind("error", "training is refused"),
-    "missing_file": Kind("error", "training is refused; --fix leaves the image out"),
+    "missing_file": Kind(
+        "error", "training is refused; --fix takes the file that was meant, if its size fits, or leaves the image out"
+    ),
     "unreadable_file": Kind(
         "error", "refused when the image is read, or skipped if the configuration says so; --fix leaves it out"
     ),
@@ -125,6 +127,9 @@ KINDS = {
     "unclear_difficult": Kind("info", "a <difficult> that is neither yes nor no, taken as not difficult"),
     "class_imbalance": Kind("info", "rare classes are learned late, or not at all"),
     "image_without_boxes": Kind("info", "trained on as background; right if nothing is on it"),
+    "other_unicode_form": Kind(
+        "info", "the same name in another form (NFC, or NFD as Macs write it): the file is taken"
+    ),
     "unlisted_file": Kind("info", "in the image folder, but in no annotation"),
     "not_rgb": Kind("info", "converted to 8-bit RGB when read"),
     "exif_turned": Kind("info", "rotated upright when read, as the size in the annotations requires"),

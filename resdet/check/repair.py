@@ -28,7 +28,8 @@ from resdet.data.coco_rules import (
     record_problems,
     show_value,
 )
-from resdet.data.images import read_image
+from resdet.data.image_files import MAX_NAME, ImageFolder, is_file
+from resdet.data.images import read_image, read_size
 from resdet.errors import DataError, UserError
 from resdet.files import check_output, write_text
 
@@ -63,7 +64,7 @@ def repaired(split: DataSplit, report: Report) -> tuple[Record, list[str]]:
     * Images without an id are dropped, since no annotation can name them. Of several with the same id and file name the
       first is kept; if the names differ, their annotations are ambiguous, and all are dropped. Several ids of one file
       are merged. A missing size is read from the file. Images whose file is missing, unreadable or of another size are
-      dropped with their annotations.
+      dropped with their annotations; but a missing file that has the image's size under a similar name is taken.
     * Annotations of unknown images or categories are dropped, and so are boxes that are not four numbers, have no
       extent or lie outside their image, and exact repetitions. Boxes that exceed their image by more than ``OVERHANG``
       are clipped; an area that was width times height follows. A missing or repeated id is replaced, a crowd flag that
@@ -107,6 +108,7 @@ class _Repair:
     def __init__(self, records: CocoRecords, root: Path, refused: dict[int, str], changes: list[str]) -> None:
         self._records = records
         self._root = root
+        self._folder = ImageFolder(root)
         self._refused = refused
         self._changes = changes
         self._category_of: dict[int, int] = {}
@@ -156,11 +158,11 @@ class _Repair:
                 self._drop_image(subject, "other files have the same id")
             elif image_id in self._image_of:
                 self._changes.append(f"{subject}: dropped: an earlier entry has the same id")
-            elif image_id in self._refused:
+            elif image_id in self._refused and not self._rename(record, subject):
                 why = self._refused[image_id].removeprefix(f"{subject}: ").removeprefix(f"image {image_id}: ")
                 self._drop_image(subject, why)
             elif (size := self._size(record, subject)) is not None:
-                first = id_of_file.setdefault(os.path.normpath(str(name)), image_id)
+                first = id_of_file.setdefault(os.path.normpath(str(record["file_name"])), image_id)
                 if first == image_id:
                     self._image_of[image_id] = image_id
                     self._sizes[image_id] = size
@@ -171,6 +173,24 @@ class _Repair:
                 else:
                     self._drop_image(subject, f"image {first} is the same file, of another size")
         return list(kept.values())
+
+    def _rename(self, record: Record, subject: str) -> bool:
+        """Name the file that a missing one was perhaps meant for, if its size is that of the record."""
+        name = record.get("file_name")
+        if not is_file_name(name) or len(name) > MAX_NAME or is_file(self._root / name):
+            return False
+        meant = self._folder.meant(name)
+        if meant is None or meant.path != self._root / meant.name:
+            return False
+        try:
+            fits = read_size(meant.path) == (_integer(record.get("height")), _integer(record.get("width")))
+        except DataError:
+            return False
+        if not fits:
+            return False
+        record["file_name"] = meant.name
+        self._changes.append(f"{subject}: file_name -> {meant.name} ({meant.difference})")
+        return True
 
     def _drop_image(self, subject: str, why: str) -> None:
         self._changes.append(f"{subject}: dropped with its annotations: {why}")

@@ -24,7 +24,8 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".g
 _CLUTTER = ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found")
 _MAX_FOLDERS = 2000
 """Subfolders that are searched for a file that was perhaps meant."""
-_MAX_NAME = 1024
+MAX_NAME = 1024
+"""Characters of a file name with its folders; systems allow no more."""
 # Unicode's line breaks too: a name with one would break messages and lists of names. Of the halves of surrogate pairs,
 # those are allowed that stand for bytes that are not UTF-8.
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udc7f\udd00-\udfff]")
@@ -82,8 +83,8 @@ def name_fault(name: str) -> str | None:
         rule = "lie in the image folder"
     elif _CONTROL.search(name):
         rule = "hold no control characters and no half surrogates"
-    elif len(name) > _MAX_NAME:
-        rule = f"have at most {_MAX_NAME} characters"
+    elif len(name) > MAX_NAME:
+        rule = f"have at most {MAX_NAME} characters"
     elif name.strip("./") == "":
         rule = "name a file"
     else:
@@ -265,7 +266,7 @@ def check_names(root: Path, table: AnnotationTable) -> None:
     """Raise a DataError for the first file name of a table that no file below ``root`` can have."""
     for image_id, name in zip(table.image_ids.tolist(), table.file_names, strict=True):
         if fault := name_fault(name):
-            meant = ImageFolder(root).meant(name) if len(name) <= _MAX_NAME else None
+            meant = ImageFolder(root).meant(name) if len(name) <= MAX_NAME else None
             raise DataError(f"{table.name}: image {image_id}: {fault}{f'; {meant}' if meant else ''}")
 
 

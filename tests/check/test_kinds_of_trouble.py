@@ -235,6 +235,63 @@ def test_texts_that_are_no_finite_numbers_are_dropped_and_listed(tmp_path, text)
     assert len(change) < 200
 
 
+# ---- names of files ----
+
+
+@pytest.mark.parametrize(
+    ("name", "on_disk", "meant"),
+    [
+        ("a.JPG", "a.jpg", "a.jpg (upper and lower case differ)"),
+        ("Sub/a.jpg", "sub/a.jpg", "sub/a.jpg (upper and lower case differ)"),
+        ("a.jpeg", "a.jpg", "a.jpg (another suffix)"),
+        ("a.jpg.jpg", "a.jpg", "a.jpg (another suffix)"),
+        ("a.jpg", "a.jpg.jpg", "a.jpg.jpg (another suffix)"),
+        ("sub\\a.jpg", "sub/a.jpg", "sub/a.jpg (folders must be separated by /, not by \\)"),
+        ("images/a.jpg", "a.jpg", "a.jpg (without images/ before it)"),
+        ("C:\\data\\a.jpg", "a.jpg", "a.jpg (without data/ before it)"),
+        ("/data/a.jpg", "a.jpg", "a.jpg (without data/ before it)"),
+        ("z.jpg", "a.jpg", None),
+    ],
+)
+def test_a_missing_file_comes_with_the_one_that_was_perhaps_meant(tmp_path, name, on_disk, meant):
+    data = coco(num_images=1)
+    write(tmp_path, data)
+    (tmp_path / "train" / on_disk).parent.mkdir(exist_ok=True)
+    (tmp_path / "train" / "1.png").rename(tmp_path / "train" / on_disk)
+    data["images"][0]["file_name"] = name
+    (tmp_path / "train.json").write_text(json.dumps(data))
+    split = coco_split("train", tmp_path / "train", tmp_path / "train.json")
+    findings = found(split)
+    (message,) = findings.get(("train", "missing_file"), []) + findings.get(("train", "bad_file_name"), [])
+    assert message.endswith(f"; did you mean {meant}?") if meant else "did you mean" not in message
+    report = check_dataset([split], decode=False)
+    if meant is None:
+        with pytest.raises(UserError, match="no image would be left"):
+            repaired(split, report)
+        return
+    document, changes = repaired(split, report)
+    assert changes == [f"image 1 ({name}): file_name -> {meant}"]
+    assert document["images"][0]["file_name"] == on_disk
+    # Another size: another picture.
+    picture = Image.new("RGB", (63, 48))
+    picture.save(tmp_path / "train" / on_disk)
+    with pytest.raises(UserError, match="no image would be left"):
+        repaired(split, report)
+
+
+@pytest.mark.parametrize(("name", "on_disk"), [("gr\u00f6\u00dfe.png", "gro\u0308\u00dfe.png")] * 1)
+def test_a_name_in_another_unicode_form_is_an_info(tmp_path, name, on_disk):
+    data = coco(num_images=1)
+    write(tmp_path, data)
+    (tmp_path / "train" / "1.png").rename(tmp_path / "train" / on_disk)
+    data["images"][0]["file_name"] = name
+    (tmp_path / "train.json").write_text(json.dumps(data))
+    split = coco_split("train", tmp_path / "train", tmp_path / "train.json")
+    what = f"image 1 ({name}): the annotations have {name!a}, the disk {on_disk!a}"
+    assert found(split) == {("train", "other_unicode_form"): [what]}
+    assert KINDS["other_unicode_form"].severity == "info"
+
+
 # ---- every finding names its file, and every refusal what mends it ----
 
 
