@@ -95,7 +95,7 @@ def unlisted_files(root: Path, sharing: Sequence[DataSplit]) -> Iterator[Problem
             stem, suffix = os.path.splitext(same_form(name))
             known = same_form(os.path.normpath(path)) in listed or stem in annotated
             if suffix.lower() in IMAGE_SUFFIXES and not known:
-                yield Problem("unlisted_file", f"{path}: in no annotation", file=str(root / path))
+                yield Problem("unlisted_file", "in no annotation", file=str(root / path))
 
 
 def shared_files(tables: Mapping[str, AnnotationTable], paths: Mapping[str, Mapping[int, str]]) -> Iterator[Problem]:

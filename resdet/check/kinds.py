@@ -42,7 +42,7 @@ class Kind(NamedTuple):
 
 _REFUSED = "refused when read"
 _DROPPED = f"{_REFUSED}; --fix leaves the entry out"
-_NUMBER = f"{_REFUSED}; --fix turns a number written as a text into a number, and leaves out what is none"
+_NUMBER = f"{_REFUSED}; --fix reads a number from a text, and leaves out what is none"
 _LEFT_OUT = "left out of training, so its object is taken for background; --fix leaves it out of the file"
 
 KINDS = {
@@ -64,7 +64,7 @@ KINDS = {
     "unknown_image": Kind("error", f"{_DROPPED}: annotations of an image that does not exist"),
     "bad_category_reference": Kind("error", _NUMBER),
     "unknown_category": Kind("error", f"{_DROPPED}: annotations of a class that does not exist"),
-    "bad_box": Kind("error", f"{_NUMBER}: NaN, infinite or missing numbers"),
+    "bad_box": Kind("error", _NUMBER),
     "bad_iscrowd": Kind("error", f"{_REFUSED}; --fix writes 0 where it is neither a number nor true or false"),
     "bad_area": Kind("error", f"{_REFUSED}; --fix removes an area that is no number: width * height counts"),
     "bad_annotation_file": Kind("error", f"{_REFUSED}; --fix leaves the image out"),
@@ -96,8 +96,8 @@ KINDS = {
     ),
     "many_crowds": Kind(
         "warning",
-        "crowd regions are not trained on, nor scored: if these are single objects (some labelling tools write "
-        "iscrowd 1 for every mask), set iscrowd to 0, or export polygons; --fix cannot know, and leaves them",
+        "not trained on, nor scored: if these are single objects (some labelling tools write iscrowd 1 for every "
+        "mask), set iscrowd to 0, or export polygons; --fix leaves them",
     ),
     "similar_class_names": Kind("warning", "one class, written in several ways?"),
     "areas_contradict_boxes": Kind(

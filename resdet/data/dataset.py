@@ -240,7 +240,9 @@ class DetectionDataset(Dataset[tuple[Tensor, Target]]):
 
 def nothing_to_train_on(table: AnnotationTable) -> str:
     """Return why no box of a table can be trained on, and what can be done about it."""
-    if table.num_boxes and table.crowd.all():
+    if table.num_boxes == 0:
+        return "it has no boxes, or none that can be read"
+    if table.crowd.all():
         return (
             f"all of its {table.num_boxes} objects are crowd regions (iscrowd 1), which are not trained on; if they "
             "are single objects (some labelling tools write 1 for every mask), set iscrowd to 0, or export polygons"
