@@ -17,7 +17,7 @@ from torch import Tensor
 from resdet.data.image_files import IMAGE_SUFFIXES
 from resdet.data.images import read_image
 from resdet.errors import DataError, UserError, name_some
-from resdet.weights.pickles import read_pickle
+from resdet.weights.arrays import read_pickle
 
 Split: TypeAlias = Literal["train", "val", "trainval", "test"]
 

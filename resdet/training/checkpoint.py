@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import logging
 import os
-import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from resdet.errors import TrainingError, WeightsError
@@ -23,6 +21,7 @@ from resdet.files import save_tensors, written_whole
 from resdet.models.detector import Detector
 from resdet.models.loading import load_strictly
 from resdet.weights.files import WeightsPath, read_weights
+from resdet.weights.torch_files import damage
 
 logger = logging.getLogger(__name__)
 
@@ -88,24 +87,7 @@ def newest_whole(folder: Path) -> Path | None:
             if damaged:
                 logger.warning("%s; resuming from %s", "; ".join(damaged), path)
             return path
-        damaged.append(f"{path} is damaged ({problem})")
+        damaged.append(f"{path} {problem}")
     if damaged:
         raise WeightsError(f"{'; '.join(damaged)}: nothing to resume from; output_dir=... begins another run")
     return None
-
-
-def damage(path: Path) -> str | None:
-    """Return what is wrong with a checkpoint's bytes, or None if all its checksums match and torch can open it.
-
-    ``torch.save`` writes a zip archive with a CRC-32 of every record. ``torch.load`` does not look at them, and the
-    archive's own directory has none: both are tried.
-    """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            wrong = archive.testzip()
-        if wrong is None:
-            torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # damaged bytes raise whatever the first reader that meets them raises
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-        return f"not a whole file: {lines[:2][-1]}"  # the first of several lines is a heading
-    return None if wrong is None else f"checksum of {wrong} is wrong"

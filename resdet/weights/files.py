@@ -8,25 +8,23 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
-import re
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-import torch
 from pydantic import ValidationError
 from safetensors import safe_open
 
 from resdet.errors import WeightsError, first_line
 from resdet.models.spec import CONVENTIONS, WEIGHTS_FIELDS, DetectorSpec
 from resdet.types import Category, categories_from_plain
+from resdet.weights.arrays import load_pickle
 from resdet.weights.convert import to_torchvision
 from resdet.weights.formats import FACTS_ENTRY, OWN_LAYOUTS, body_prefix, carried_facts, kind_of, tensors_in
 from resdet.weights.layouts import SCORES, Tensors, modern_names
-from resdet.weights.pickles import load_pickle
+from resdet.weights.torch_files import ZIP_START, load_torch_file
 
 # What our own files call themselves: an entry "format", of a safetensors file in its metadata.
 DETECTOR_FORMAT = "resdet-detector-1"
@@ -120,49 +118,32 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     """Return a file's content, and the metadata of a safetensors file."""
     if not path.is_file():
         raise WeightsError(f"{path}: {'is a directory, not a file' if path.is_dir() else 'there is no such file'}")
-    try:
-        if path.suffix == ".safetensors":
-            return _read_safetensors(path)
-        with path.open("rb") as file:
-            head = file.read(9)
-            file.seek(0)
-            is_zip = head.startswith(b"PK\x03\x04")  # PyTorch's format, whatever the suffix; before 1.6, a pickle
-            if not is_zip and path.suffix == ".pkl":
-                content = load_pickle(file, path)
-            elif not is_zip and head[:1] != b"\x80" and head[8:] == b"{":
-                return _read_safetensors(path)  # under another suffix
-            else:
-                content = torch.load(file, map_location="cpu", weights_only=True)
-    except WeightsError:
-        raise
-    except pickle.UnpicklingError as error:
-        refused = re.search(r"GLOBAL (\S+)|unrecognized (?:class|function) (.+)", str(error))
-        if refused is None:
-            raise WeightsError(f"{path}: is damaged or not a PyTorch file ({first_line(error)})") from error
-        name = refused[1] or refused[2]
-        raise WeightsError(
-            f"{path}: loading it would run code of its own ({name}), which is refused; "
-            + (
-                "mmdetection's tools/model_converters/publish_model.py takes it away"
-                if name.startswith(("mmengine.", "mmcv."))
-                else "save its state_dict() alone where the file comes from"
-            )
-        ) from error
-    except Exception as error:  # a damaged file fails in the unzipping, the unpickling or anything they call
-        raise WeightsError(
-            f"{path}: is damaged, cut short or not a {path.suffix or 'PyTorch'} file ({first_line(error)})"
-        ) from error
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path)
+    with path.open("rb") as file:
+        head = file.read(9)
+        file.seek(0)
+        is_zip = head.startswith(ZIP_START)  # PyTorch's format, whatever the suffix; before 1.6, a pickle
+        if not is_zip and head[:1] != b"\x80" and head[8:] == b"{":
+            return _read_safetensors(path)  # under another suffix
+        content = load_pickle(file, path) if path.suffix == ".pkl" and not is_zip else load_torch_file(file, path)
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise WeightsError(f"{path}: must hold a dictionary of named tensors, got {type(content).__name__}")
     return content, {}
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata() or {}
-        tensors = OrderedDict((name, file.get_tensor(name)) for name in file.keys())  # noqa: SIM118  # not a mapping
-    if FACTS_ENTRY in metadata:
-        setattr(tensors, FACTS_ENTRY, json.loads(metadata[FACTS_ENTRY]))
+    # The library bounds the header's size and depth, and tensors may neither overlap nor leave the file.
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = OrderedDict((name, file.get_tensor(name)) for name in file.keys())  # noqa: SIM118  # no mapping
+        if FACTS_ENTRY in metadata:
+            setattr(tensors, FACTS_ENTRY, json.loads(metadata[FACTS_ENTRY]))
+    except OSError:
+        raise
+    except Exception as error:  # SafetensorError, or whatever damaged facts raise
+        raise WeightsError(f"{path}: is damaged, cut short or not a safetensors file ({first_line(error)})") from error
     return tensors, metadata
 
 

@@ -24,11 +24,13 @@ from resdet.errors import TrainingError, UserError, WeightsError
 from resdet.models.detector import Detector, build_detector
 from resdet.models.spec import DetectorSpec
 from resdet.training import guards
-from resdet.training.checkpoint import damage, newest_whole
+from resdet.training.checkpoint import newest_whole
 from resdet.training.detection import detection_losses, not_finite, repeat_step
 from resdet.training.folder import claimed
 from resdet.training.step import accumulate_gradients
 from resdet.types import Target
+from resdet.weights.files import read_checkpoint
+from resdet.weights.torch_files import damage
 
 SHORT = ("train.steps=6", "train.save_every=1", "train.eval_every=3")
 
@@ -83,7 +85,7 @@ def test_a_flipped_bit_is_found_and_the_checkpoint_before_it_used(finished: Path
     (run / "last.pt").write_bytes(content)
     torch.load(run / "last.pt", weights_only=True)  # torch itself does not notice
     done = train(run, *SHORT, "resume=auto")
-    assert f"{run / 'last.pt'} is damaged (checksum of " in done.stderr
+    assert f"{run / 'last.pt'} is damaged: the checksum of data/" in done.stderr
     assert f"resuming from {run / 'previous.pt'}" in done.stderr
     assert differences(finished / "last.pt", run / "last.pt") == []
 
@@ -92,7 +94,7 @@ def test_checkpoints_that_are_all_damaged_are_refused(finished: Path, tmp_path: 
     whole = (finished / "last.pt").read_bytes()
     (tmp_path / "last.pt").write_bytes(whole[:-100])
     (tmp_path / "previous.pt").write_bytes(b"")
-    with pytest.raises(WeightsError, match=r"last\.pt is damaged .*previous\.pt is damaged .*nothing to resume from"):
+    with pytest.raises(WeightsError, match=r"last\.pt is damaged, .*previous\.pt is damaged, .*nothing to resume from"):
         newest_whole(tmp_path)
     assert newest_whole(tmp_path / "nowhere") is None
 
@@ -110,7 +112,7 @@ def test_every_single_bit_counts(tmp_path: Path) -> None:
         if damage(flipped) is not None:
             found += 1
             continue
-        loaded = torch.load(flipped, weights_only=True)
+        loaded = read_checkpoint(flipped)
         assert torch.equal(loaded["weights"], torch.arange(50.0))
         assert loaded["training"] == {"step": 3}
     assert found > len(whole) / 3 / 4, "the records themselves are a good part of the file"

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from resdet.errors import WeightsError
+from resdet.weights.arrays import read_pickle
 from resdet.weights.files import read_checkpoint
-from resdet.weights.pickles import read_pickle
 
 PROTOCOLS = range(pickle.HIGHEST_PROTOCOL + 1)
 
@@ -124,7 +124,6 @@ def test_nothing_runs(tmp_path: Path, protocol: int) -> None:
         "io.open": by_reduce(open, str(victim), "w"),
         "pathlib": victim,
         "numpy.fromfile": by_reduce(np.fromfile, "/etc/passwd"),
-        "bytearray": by_reduce(bytearray, 10**12),
     }
     for name, attack in attacks.items():
         for content in (attack, {"model": {"weight": np.zeros(2), "bias": attack}}):
@@ -179,14 +178,13 @@ def test_an_array_must_be_as_large_as_its_bytes(tmp_path: Path) -> None:
 
 def test_bombs_take_no_memory(tmp_path: Path) -> None:
     many = b"\x80\x04\x95" + struct.pack("<Q", 2**40) + b"."
-    memo = b"\x80\x02Nr\xff\xff\xff\x7f."
     string = b"\x80\x04\x8d" + struct.pack("<Q", 2**40) + b"x."
     raw = b"\x00" * 400_000
     shared = pickle.dumps({f"a{i}": _shares(raw) for i in range(500)}, protocol=4)
     assert len(shared) < 2 * len(raw)
     tracemalloc.start()
     try:
-        for stream in (many, memo, string, shared):
+        for stream in (many, string, shared, pickle.dumps(by_reduce(bytearray, 10**12))):
             assert "is damaged" in (message := refusal(written(tmp_path, stream))) or "more memory" in message
         assert tracemalloc.get_traced_memory()[1] < 20e6  # 500 arrays of 400 kB would be 200 MB
     finally:
