@@ -70,7 +70,7 @@ class Arrays:
         """Build an array."""
         sound = isinstance(shape, tuple) and all(type(size) is int and 0 <= size < 1 << 63 for size in shape)
         if not sound or len(shape) > _MAX_DIMENSIONS:
-            raise WeightsError(f"{self.path}: is damaged: the shape of {where} is no shape of an array")
+            raise WeightsError(f"{self.path}: is damaged: the shape of {where!r} is no shape of an array")
         ordered = self.values(where, dtype, data, math.prod(shape)).reshape(shape, order="F" if fortran else "C")
         return torch.from_numpy(np.ascontiguousarray(ordered).reshape(shape))
 
@@ -78,12 +78,12 @@ class Arrays:
         """Build ``count`` numbers."""
         if not isinstance(dtype, _DType) or dtype.spec not in _DTYPES or dtype.order not in ("<", ">", "=", "|"):
             kind = dtype.spec if isinstance(dtype, _DType) and isinstance(dtype.spec, str) else type(dtype).__name__
-            raise WeightsError(f"{self.path}: {where} is an array of type {kind[:80]!r}; only numbers are read")
+            raise WeightsError(f"{self.path}: {where!r} is an array of type {kind[:80]!r}; only numbers are read")
         stored = np.dtype(dtype.spec).newbyteorder(dtype.order)
         num_bytes = len(data) if isinstance(data, str | bytes | bytearray) else -1
         if num_bytes != count * stored.itemsize:
             raise WeightsError(
-                f"{self.path}: is damaged: {where} has {max(num_bytes, 0)} bytes for "
+                f"{self.path}: is damaged: {where!r} has {max(num_bytes, 0)} bytes for "
                 f"{count if count < 1 << 63 else 'too many'} numbers of {stored.itemsize} bytes"
             )
         self.left -= num_bytes

@@ -171,7 +171,7 @@ def _exported(metadata: Mapping[str, str]) -> dict[str, Any]:
         return {}
     try:
         description = json.loads(metadata.get("backbone", ""))
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return description if isinstance(description, dict) else {}
 

@@ -50,16 +50,18 @@ _STORAGES = {
     "ComplexFloat": torch.complex64,
     "ComplexDouble": torch.complex128,
     "Untyped": torch.uint8,
+    # Of quantized tensors, which are refused by name once they are found.
+    **dict.fromkeys(("QInt8", "QUInt8", "QInt32", "QUInt4x2", "QUInt2x4"), torch.uint8),
 }
 _LAYOUTS = {str(value): value for value in vars(torch).values() if isinstance(value, torch.layout)}
 _OTHER_TENSORS = {
-    "_rebuild_qtensor": "quantized",
-    "_rebuild_sparse_tensor": "sparse",
-    "_rebuild_meta_tensor_no_storage": "without data (on the device meta)",
-    "_rebuild_nested_tensor": "nested",
-    "_rebuild_wrapper_subclass": "of another type",
-    "_rebuild_device_tensor_from_numpy": "of another device",
-    "_rebuild_device_tensor_from_cpu_tensor": "of another device",
+    "_rebuild_qtensor": "quantized tensor",
+    "_rebuild_sparse_tensor": "sparse tensor",
+    "_rebuild_meta_tensor_no_storage": "tensor without data (on the device meta)",
+    "_rebuild_nested_tensor": "nested tensor",
+    "_rebuild_wrapper_subclass": "tensor of another class",
+    "_rebuild_device_tensor_from_numpy": "tensor of another device",
+    "_rebuild_device_tensor_from_cpu_tensor": "tensor of another device",
 }
 
 
@@ -149,19 +151,19 @@ class _Reader(ABC):
         """Return the tensor of some elements of a storage."""
         sound = isinstance(storage, _Storage) and isinstance(shape, tuple) and isinstance(stride, tuple)
         if not sound or len(shape) != len(stride) or not _are_sizes([offset, storage.start, *shape, *stride]):
-            raise WeightsError(f"{self.path}: is damaged: the shape of {where} is no shape of a tensor")
+            raise WeightsError(f"{self.path}: is damaged: the shape of {where!r} is no shape of a tensor")
         dtype = dtype if isinstance(dtype, torch.dtype) else storage.dtype
         whole = self.elements(storage)  # uint8
         offset, count = offset + storage.start, math.prod(shape)
         last = offset + sum((size - 1) * step for size, step in zip(shape, stride, strict=True)) + 1
         if count and last * dtype.itemsize > len(whole):
             raise WeightsError(
-                f"{self.path}: is damaged: {where} of shape {list(shape)} reaches beyond its {len(whole)} bytes"
+                f"{self.path}: is damaged: {where!r} of shape {list(shape)} reaches beyond its {len(whole)} bytes"
             )
         self.left -= count * dtype.itemsize
         if self.left < 0:
             raise WeightsError(
-                f"{self.path}: its tensors claim more memory than the file has, up to {where} of shape {list(shape)} "
+                f"{self.path}: its tensors claim more memory than the file has, up to {where!r} of shape {list(shape)} "
                 f"in {len(whole)} bytes"
             )
         made = torch.empty(0, dtype=dtype, device=self.device)
@@ -321,7 +323,7 @@ class _OtherTensor(StandIn):
         self.path, self.kind = path, kind
 
     def value(self, where: str) -> Tensor:
-        raise WeightsError(f"{self.path}: {where} is a tensor {self.kind}; weights must be dense tensors with data")
+        raise WeightsError(f"{self.path}: {where!r} is a {self.kind}; weights must be dense tensors with data")
 
 
 def _are_sizes(numbers: Sequence[Any]) -> bool:
