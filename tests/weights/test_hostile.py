@@ -128,7 +128,7 @@ def test_a_stream_that_hangs_kills_or_fills(kind: str, container: str, tmp_path:
 @pytest.mark.parametrize("container", CONTAINERS)
 def test_streams_of_the_same_kinds_that_are_sound_are_read(container: str, tmp_path: Path) -> None:
     content = {
-        "a": {1: 2, -5: 3, 2**40: 4, 0.5: 1, None: 0, True: 2},
+        "a": {1: 2, -5: 3, 2**40: 4, 0.5: 1, None: 0},
         "s": {1, 2.5, "x", b"y"},
         "deep": (((((1,),),),),),
     }
