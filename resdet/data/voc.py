@@ -31,7 +31,7 @@ VOC_CLASSES = (
 )  # fmt: skip
 """The 20 classes of VOC 2007 to 2012 in the order of the development kit."""
 
-UNCLEAR_DIFFICULT = "unclear_difficult"
+UNCLEAR_DIFFICULT, OTHER_UNICODE_FORM = "unclear_difficult", "other_unicode_form"
 """The kind of problem of an object whose ``<difficult>`` is neither yes nor no; unlike the others, it is no error."""
 
 _LISTS = "ImageSets/Main"
@@ -86,9 +86,10 @@ def read_voc(root: Path, split: str | Sequence[str], *, classes: Sequence[str] |
     unclear: list[Path] = []
 
     def refuse(kind: str, message: str, file: Path) -> None:
-        if kind != UNCLEAR_DIFFICULT:
+        if kind == UNCLEAR_DIFFICULT:
+            unclear.append(file)
+        elif kind != OTHER_UNICODE_FORM:
             raise DataError(message)
-        unclear.append(file)
 
     root, splits = Path(root), _as_list(split)
     records = _read_files(root, splits, refuse)
@@ -175,6 +176,10 @@ def _read_files(root: Path, splits: list[str], report: _Report) -> CocoRecords:
                 continue
             path = annotations.root / xml_name
             inside.add(path)
+            for found in (path, root / file_name):
+                if found.stem != os.path.basename(stem):
+                    what = f"{one_split} lists {stem!a}, the disk has {found.stem!a}"
+                    report(OTHER_UNICODE_FORM, f"{found}: {what}", found)
             try:
                 annotation = parse_annotation(path)
                 height, width = stated_size(annotation) or read_size(root / file_name)

@@ -18,6 +18,7 @@ from resdet.check.splits import coco_split, voc_split
 from resdet.commands.check import main
 from resdet.config import ModelConfig
 from resdet.data.coco import read_coco
+from resdet.data.voc import read_voc
 from resdet.errors import UserError
 
 LIMITS = DetectorLimits(num_detections=3, detections_key="eval.max_detections", num_proposals=5, proposals_key="rpn.n")
@@ -290,6 +291,18 @@ def test_a_name_in_another_unicode_form_is_an_info(tmp_path, name, on_disk):
     what = f"image 1 ({name}): the annotations have {name!a}, the disk {on_disk!a}"
     assert found(split) == {("train", "other_unicode_form"): [what]}
     assert KINDS["other_unicode_form"].severity == "info"
+
+
+def test_a_voc_file_in_another_unicode_form_is_an_info(tmp_path):
+    folder, composed, decomposed = voc(tmp_path), "gr\u00f6\u00dfe", "gro\u0308\u00dfe"
+    (folder / "Annotations" / "a.xml").rename(folder / "Annotations" / f"{decomposed}.xml")
+    (folder / "JPEGImages" / "a.jpg").rename(folder / "JPEGImages" / f"{composed}.jpg")
+    (folder / "ImageSets" / "Main" / "train.txt").write_text(f"{composed}\n", encoding="utf-8")
+    split = voc_split("train", folder, "train")
+    what = f"train lists {composed!a}, the disk has {decomposed!a}"
+    assert found(split) == {("train", "other_unicode_form"): [what]}
+    assert str(folder / "Annotations" / f"{decomposed}.xml") in report_text(check_dataset([split], decode=False))
+    assert read_voc(folder, "train").num_boxes == 1
 
 
 # ---- every finding names its file, and every refusal what mends it ----
