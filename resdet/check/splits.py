@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,12 +44,12 @@ class DataSplit:
 def coco_split(name: str, images: Path, annotations: Path, classes: Sequence[str] | None = None) -> DataSplit:
     """Read a COCO json and everything that is wrong with its records; refuse only a missing path."""
     images, annotations = Path(images), Path(annotations)
-    if not images.is_dir():
+    if not os.path.isdir(images):
         raise DataError(f"{images}: no such image folder (the images of {annotations})")
     try:
         records = load_records(annotations)
     except DataError as error:
-        if not annotations.is_file():
+        if not os.path.isfile(annotations):
             raise
         message = str(error).removeprefix(f"{annotations}: ")
         problems = [Problem("unreadable_annotations", message, file=str(annotations))]

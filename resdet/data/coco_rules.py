@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -63,9 +64,9 @@ class CocoRecords:
 def load_records(path: Path) -> CocoRecords:
     """Read a COCO json without checking its records; raise a DataError if it does not hold the three lists."""
     path = Path(path)
-    if not path.exists():
+    if not os.path.exists(path):
         raise DataError(f"{path}: no such annotation file. {HOW_TO_GET_COCO}")
-    if path.is_dir():
+    if os.path.isdir(path):
         raise DataError(f"{path}: an annotation file (.json) is needed, got a folder")
     try:
         with path.open("rb") as file:

@@ -218,6 +218,8 @@ def _no_annotation(annotations: ImageFolder, stem: str, split: str) -> tuple[str
     meant = annotations.meant(name)
     if annotations.find(bare.stem) or annotations.find(bare.name):
         hint = "; lists give names without folder and suffix, one a line"
+    elif meant and meant.path == parent / meant.name and meant.name.endswith(f"/{name}"):
+        hint = f"; it lies in a subfolder: list it as {meant.name.removesuffix('.xml')}"
     else:
         hint = f"; {meant}" if meant else ""
     message = f"{parent}: no annotation {name[:100]!r}, but {_short(split)} lists it{hint}"

@@ -19,7 +19,7 @@ from resdet.commands.check import main
 from resdet.config import ModelConfig
 from resdet.data.coco import read_coco
 from resdet.data.voc import read_voc
-from resdet.errors import UserError
+from resdet.errors import DataError, UserError
 
 LIMITS = DetectorLimits(num_detections=3, detections_key="eval.max_detections", num_proposals=5, proposals_key="rpn.n")
 ESCAPES = "\x1b]0;owned\x07"
@@ -458,6 +458,17 @@ def test_overrides_may_stand_after_options(tmp_path):
     out = tmp_path / "out.json"
     main([str(config), "--no-images", "--json", str(out), f"data.train.annotations={other}", "--examples", "1"])
     assert [split["num_images"] for split in json.loads(out.read_text())["splits"]] == [3, 4]
+
+
+@pytest.mark.parametrize("key", ["images", "annotations", "root", "split"])
+def test_a_name_of_thousands_of_letters_is_one_line(tmp_path, key):
+    voc(tmp_path / "voc")
+    write(tmp_path, coco())
+    place = {"format": "voc", "root": str(tmp_path / "voc"), "split": "train"} if key in ("root", "split") else None
+    config = recipe(tmp_path, train=place) if place else recipe(tmp_path)
+    with pytest.raises(DataError, match="no such (image folder|annotation file|folder|split)") as caught:
+        main([str(config), f"data.train.{key}={'x' * 5000}"])
+    assert "\n" not in str(caught.value)
 
 
 def test_a_full_disk_is_an_error_of_the_system(tmp_path):

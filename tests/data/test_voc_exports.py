@@ -216,7 +216,7 @@ def test_suffixes_in_capitals_are_found(tmp_path, suffix, image_suffix):
     ("stem", "line", "hint"),
     [
         ("IMG_1", "img_1", "; did you mean IMG_1.xml (upper and lower case differ)?"),
-        ("sub/a", "a", "; did you mean sub/a.xml (then the image folder is {root}/Annotations/sub)?"),
+        ("sub/a", "a", "; it lies in a subfolder: list it as sub/a"),
         ("a", "a.jpg", "; lists give names without folder and suffix, one a line"),
         ("a", "JPEGImages/a.jpg Annotations/a.xml", "; lists give names without folder and suffix, one a line"),
         ("a", "sub\\a", "; lists give names without folder and suffix, one a line"),
