@@ -466,7 +466,7 @@ def test_a_name_of_thousands_of_letters_is_one_line(tmp_path, key):
     write(tmp_path, coco())
     place = {"format": "voc", "root": str(tmp_path / "voc"), "split": "train"} if key in ("root", "split") else None
     config = recipe(tmp_path, train=place) if place else recipe(tmp_path)
-    with pytest.raises(DataError, match="no such (image folder|annotation file|folder|split)") as caught:
+    with pytest.raises(DataError, match=r"no such (image folder|annotation file|folder|split)") as caught:
         main([str(config), f"data.train.{key}={'x' * 5000}"])
     assert "\n" not in str(caught.value)
 
