@@ -6,7 +6,6 @@ Legend: ``B`` images, ``K`` classes, ``S`` side of the square images it was trai
 from __future__ import annotations
 
 import logging
-import re
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -20,6 +19,7 @@ from pydantic import ValidationError
 from torch import Tensor
 from torchvision.models import ResNet50_Weights
 
+from resdet.classification.imagenet import WORDNET_IDS
 from resdet.classification.spec import ClassifierSpec
 from resdet.errors import DataError, WeightsError, name_some
 from resdet.models.archs import find_arch
@@ -34,7 +34,6 @@ logger = logging.getLogger(__name__)
 CHECKPOINT_FORMAT = "resdet-classifier-1"
 
 _HEADS = ("fc.", "classifier.6.")
-_WORDNET_ID = re.compile(r"n\d{8}")
 
 
 @dataclass(frozen=True)
@@ -159,31 +158,35 @@ def load_first_weights(classifier: ImageClassifier, source: str) -> LoadReport:
 def match_classes(classes: Sequence[str], known: Sequence[str], *, where: str) -> npt.NDArray[np.int64]:
     """Find a dataset's classes among those that a classifier knows, by name.
 
-    A thousand folders named by WordNet ids (``n01440764``) are ImageNet's classes, which are numbered in that order.
-    Otherwise names are compared without regard to case, and underscores are spaces. Returns the classifier's label of
-    each class; a DataError, which calls the dataset ``where``, is raised if one is unknown, or its name is that of two.
+    Names are compared without regard to case, and underscores are spaces. ImageNet's 1,000 classes, under torchvision's
+    names for them or as numbers, are known by their WordNet ids too (``n01440764``), which are never ambiguous. Returns
+    the classifier's label of each class; a DataError, which calls the dataset ``where``, is raised if one is unknown,
+    or its name is that of two.
     """
-
-    def plain(name: str) -> str:
-        return name.replace("_", " ").strip().lower()
-
     if list(classes) == list(known):
         return np.arange(len(classes))
-    if len(classes) == len(known) == 1000 and all(_WORDNET_ID.fullmatch(name) for name in classes):
-        return np.argsort(np.argsort(np.array(classes)))
     labels: dict[str, list[int]] = {}
     for label, name in enumerate(known):
-        labels.setdefault(plain(name), []).append(label)
-    unknown = [name for name in classes if plain(name) not in labels]
+        labels.setdefault(_plain(name), []).append(label)
+    is_imagenet = list(known) in (_imagenet_names(), list(map(str, range(len(WORDNET_IDS)))))
+    if is_imagenet:
+        labels |= {wordnet_id: [label] for label, wordnet_id in enumerate(WORDNET_IDS)}
+    unknown = [name for name in classes if _plain(name) not in labels]
     if unknown:
         raise DataError(
             f"{where}: {len(unknown)} of its {len(classes)} classes are none of the model's {len(known)}: "
             f"{name_some(unknown, 3)}; the model has {name_some(known, 3)}"
         )
-    double = [name for name in classes if len(labels[plain(name)]) > 1]
+    double = [name for name in classes if len(labels[_plain(name)]) > 1]
     if double:
-        raise DataError(f"{where}: the model has two classes called {name_some(double, 3)}; rename the folder's")
-    return np.array([labels[plain(name)][0] for name in classes], dtype=np.int64)
+        ids = " and ".join(WORDNET_IDS[label] for label in labels[_plain(double[0])]) if is_imagenet else ""
+        how = f"; name folders by WordNet ids, which are {ids} for {double[0]}" if ids else "; rename the folder's"
+        raise DataError(f"{where}: the model has two classes called {name_some(double, 3)}{how}")
+    return np.array([labels[_plain(name)][0] for name in classes], dtype=np.int64)
+
+
+def _plain(name: str) -> str:
+    return name.replace("_", " ").strip().lower()
 
 
 def _num_classes(tensors: dict[str, Tensor]) -> int | None:
@@ -192,5 +195,10 @@ def _num_classes(tensors: dict[str, Tensor]) -> int | None:
 
 
 def _class_names(num_classes: int) -> tuple[str, ...]:
-    names: list[str] = ResNet50_Weights.IMAGENET1K_V1.meta["categories"]
+    names = _imagenet_names()
     return tuple(names) if len(names) == num_classes else tuple(map(str, range(num_classes)))
+
+
+def _imagenet_names() -> list[str]:
+    names: list[str] = ResNet50_Weights.IMAGENET1K_V1.meta["categories"]
+    return names

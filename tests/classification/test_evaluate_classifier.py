@@ -8,9 +8,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from timm.data import ImageNetInfo
+from torchvision.models import ResNet50_Weights
 
 from resdet.classification.data import LabelledImages, read_folder
 from resdet.classification.evaluate import evaluate_classifier, probabilities
+from resdet.classification.imagenet import WORDNET_IDS
 from resdet.classification.model import ImageClassifier, make_classifier, match_classes
 from resdet.classification.spec import ClassifierSpec
 from resdet.errors import DataError, WeightsError
@@ -199,6 +202,42 @@ def test_classes_are_matched_by_name() -> None:
         match_classes(["tea", "beer"], ["beer", "water"], where="x")
     with pytest.raises(DataError, match="two classes called crane"):
         match_classes(["crane"], ["crane", "crane"], where="x")
-    ids = [f"n{number:08d}" for number in range(1000)]
-    assert match_classes(ids, list(map(str, range(1000))), where="x").tolist() == list(range(1000))
-    assert match_classes(ids[::-1], list(map(str, range(1000))), where="x").tolist() == list(range(1000))[::-1]
+
+
+NAMES = tuple(ResNet50_Weights.IMAGENET1K_V1.meta["categories"])
+
+
+def test_imagenets_wordnet_ids_are_those_of_timm_in_the_order_of_torchvisions_names() -> None:
+    info = ImageNetInfo()
+    assert list(WORDNET_IDS) == sorted(WORDNET_IDS) == list(info.label_names())
+    for name, described in zip(NAMES, info.label_descriptions(detailed=False), strict=True):
+        # "crane bird" and "maillot tank suit" are torchvision's own, to tell them from their namesakes
+        assert name.lower() in described.lower() or name in ("crane bird", "maillot tank suit")
+
+
+@pytest.mark.parametrize("names", [NAMES, tuple(map(str, range(1000)))], ids=["torchvision's names", "numbers"])
+def test_some_or_all_of_imagenets_folders_are_known_by_their_wordnet_ids(names: tuple[str, ...]) -> None:
+    assert match_classes(["n01514859", "n02113186", "n02963159"], names, where="x").tolist() == [8, 264, 474]
+    assert match_classes(["N15075141"], names, where="x").tolist() == [999]
+    assert match_classes(WORDNET_IDS, names, where="x").tolist() == list(range(1000))
+    assert match_classes(WORDNET_IDS[::-1], names, where="x").tolist() == list(range(1000))[::-1]
+    with pytest.raises(DataError, match="x: 1 of its 2 classes are none of the model's 1000: n00000001; the model has"):
+        match_classes(["n01514859", "n00000001"], names, where="x")
+
+
+def test_ids_and_names_may_stand_side_by_side_and_a_name_of_two_classes_is_refused_with_both_ids() -> None:
+    assert match_classes(["n01514859", "Great_white_shark"], NAMES, where="x").tolist() == [8, 2]
+    with pytest.raises(
+        DataError, match=r"^x: the model has two classes called Cardigan; name folders by WordNet ids, "
+    ):
+        match_classes(["Cardigan"], NAMES, where="x")
+    with pytest.raises(DataError, match=r"which are n02113186 and n02963159 for cardigan$"):
+        match_classes(["hen", "cardigan"], NAMES, where="x")
+
+
+def test_ids_mean_nothing_to_a_classifier_of_other_classes() -> None:
+    others = (*NAMES[1:], "bench")  # a thousand, but not ImageNet's in their order
+    with pytest.raises(DataError, match="1 of its 1 classes are none of the model's 1000: n01514859"):
+        match_classes(["n01514859"], others, where="x")
+    by_ids = tuple(f"n{number:08d}" for number in range(1000))
+    assert match_classes(["n00000007", "n00000003"], by_ids, where="x").tolist() == [7, 3]
