@@ -14,6 +14,7 @@ from resdet.errors import WeightsError
 from resdet.evaluation.settings import InferenceSettings
 from resdet.evaluation.state import evaluation_mode, placed
 from resdet.malloc import keep_freed_memory
+from resdet.models.finite import broken_tensor
 from resdet.models.int8 import Int8Detector
 from resdet.models.test_time import detect_with_tricks, detections_limited
 from resdet.models.transform import model_images
@@ -88,8 +89,7 @@ def _to_cpu(outputs: Sequence[Prediction]) -> list[Prediction]:
 
 def suspect(model: nn.Module, precision: Precision) -> str:
     """Return a guess, in words, at where NaN or infinity comes from."""
-    for name, tensor in model.state_dict().items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():  # waits for the device
-            return f"its {name} is not finite: training diverged"
+    if (name := broken_tensor(model)) is not None:
+        return f"its {name} is not finite: training diverged"
     hint = ": fp16 ends at 65504, try bf16 or fp32" if precision == "fp16" else ""
     return f"its weights are finite{hint}"

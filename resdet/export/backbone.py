@@ -26,6 +26,7 @@ from resdet.files import written_whole
 from resdet.models.backbone import ResNetFPN, SingleLevel, freeze_stages
 from resdet.models.bodies import Body, make_body
 from resdet.models.detector import Detector
+from resdet.models.finite import check_weights
 from resdet.models.loading import load_strictly
 from resdet.models.norm import folded_copy, frozen_copy
 from resdet.version import VERSION
@@ -65,10 +66,12 @@ def export_backbone(
     Raises:
         UserError: If the model has no backbone of this package, or no pyramid though it is asked for; if the directory
             is missing, format or names unknown, or a package that the format needs is not installed.
+        WeightsError: If its weights are not finite.
         ExportError: If the file computes something else than the model.
     """
     exported = _part_to_export(model, include_fpn)
     _check_arguments(format, names, include_fpn)
+    check_weights(exported, "export")
     about = _describe(exported)
     if isinstance(model, Detector):
         about |= {"image_mean": model.spec.image_mean, "image_std": model.spec.image_std}

@@ -27,6 +27,7 @@ from resdet.export.compare import (
 from resdet.export.programs import DetectorFormat, OneImage, detection_runner, detector_to_onnx, write_torchscript
 from resdet.files import written_whole
 from resdet.models.detector import Detector
+from resdet.models.finite import check_weights
 from resdet.models.norm import folded_copy, frozen_copy
 from resdet.models.transform import NOT_EXPORTABLE, PilTransform
 from resdet.types import Prediction, categories_to_plain
@@ -60,12 +61,14 @@ def export_detector(
         UserError: If it is not a Detector, or one that scales images with Pillow; if the directory is missing, the
             format unknown, there are no images or one is not uint8 ``[H, W, 3]``, or a package that the format needs
             is not installed.
+        WeightsError: If the model's weights are not finite.
         ExportError: If the file detects something else than the model.
     """
     _check_arguments(model, format)
     if images is None:  # two pictures with something in them
         draw = ShapesImages(max(max(size) for size in CHECK_SIZES), seed=0)
         images = [draw(index)[:height, :width] for index, (height, width) in enumerate(CHECK_SIZES)]
+    check_weights(model, "export")
     tensors = _as_tensors(images)
     reference = frozen_copy(model)
     runner = OneImage(folded_copy(model)).eval()

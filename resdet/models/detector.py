@@ -35,10 +35,13 @@ class Detector(FasterRCNN):  # type: ignore[misc]
     """torchvision's FasterRCNN with the description that rebuilds it; built by ``build_detector``.
 
     In training mode ``model(images, targets)`` returns a dictionary of four losses, otherwise ``model(images)`` a list
-    of ``resdet.types.Prediction``. Images are ``[3, H, W]`` in [0, 1], each of its own size.
+    of ``resdet.types.Prediction``. Images are ``[3, H, W]`` in [0, 1], each of its own size; those in host memory that
+    hold NaN or infinity are refused with a UserError.
 
     With ``spec.fast`` it deviates from torchvision's where the forward runs in reduced precision: anchors and the
-    heads' outputs are float32, and so are the boxes made of them. In float32 both compute the same.
+    heads' outputs are float32, and so are the boxes made of them. In float32 both compute the same up to rounding, NaN
+    and infinity too, but for an overflow inside a network of finite weights, which may vanish on a CPU (top of
+    ``resdet.models.convolution``).
 
     Its arguments are those of ``build_detector``, a backbone as the spec describes it, and ``conv5`` where the layout
     is "c4": stage 4 of the body, which is run on each proposal.

@@ -24,6 +24,7 @@ ms for the first linear layer, boxes as a batch, where the product takes 14 and 
 from __future__ import annotations
 
 import copy
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
@@ -34,7 +35,7 @@ from torch import Tensor, nn
 from torchvision.models.detection.faster_rcnn import TwoMLPHead
 from torchvision.models.detection.rpn import RPNHead
 
-from resdet.errors import UserError
+from resdet.errors import UserError, WeightsError
 from resdet.models.archs import ResNetArch, find_arch
 from resdet.models.backbone import ResNetFPN, resnet_fpn
 from resdet.models.detector import Detector
@@ -53,6 +54,8 @@ _OPS = ("qconv_prepack", "qconv2d_pointwise", "qlinear_prepack", "qlinear_pointw
 
 # Stages whose sums stay bfloat16, because rounding errors add up over their many blocks and their maps are small.
 _WIDE_STAGES = ("layer3", "layer4")
+
+_NOT_FINITE = "int8: the model computes NaN or infinity (its {} is not finite)"
 
 Output = Literal["relu", "signed", "float32", "bfloat16", "bfloat16_relu"]
 
@@ -130,6 +133,9 @@ class Int8Layer(nn.Module):
         The shortcut, of the output's shape and type and of the given scale and zero, is added before the ReLU. Its
         memory is used up.
         """
+        # Rounded to integers, NaN would vanish.
+        if not math.isfinite((self.bias.sum() + self.weight_scale.sum()).item()):
+            raise WeightsError(_NOT_FINITE.format("bias or weight_scale of a layer"))
         if self._packed is None:
             self._packed = self._pack()
         packed, zeros, input_scale, output_scale = self._packed
@@ -155,6 +161,8 @@ class Int8Layer(nn.Module):
 
     def _pack(self) -> tuple[Tensor, Tensor, float, float]:
         input_scale, output_scale = float(self.input_scale), float(self.output_scale)
+        if not 0 < input_scale < math.inf or not 0 < output_scale < math.inf:
+            raise WeightsError(_NOT_FINITE.format("input_scale or output_scale of a layer"))
         if self.is_product:
             packed = torch.ops.onednn.qlinear_prepack(self.weight.flatten(1), None)
         else:
@@ -228,6 +236,8 @@ class Int8Backbone(nn.Module):
         """Compute the pyramid of images ``[B, 3, H, W]``: uint8 levels, all of one scale, with the zero ``MIDDLE``."""
         with torch.autocast("cpu", enabled=False):
             x = self.stem(images.to(dtype=torch.bfloat16, memory_format=torch.channels_last))  # [B, C, H / 4, W / 4]
+        if not math.isfinite(x[:, :, x.shape[2] // 2, x.shape[3] // 2].sum().item()):  # images are refused before
+            raise WeightsError(_NOT_FINITE.format("stem"))
         x = to_uint8(x, float(self.stages[0][0].layers[0].input_scale))  # type: ignore[index]
         maps = []
         for stage, inner in zip(self.stages, self.inner_blocks, strict=True):

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from resdet.errors import UserError, WeightsError
 from resdet.models.detector import Detector
+from resdet.models.finite import check_weights
 from resdet.models.int8 import (
     MIDDLE,
     Int8Block,
@@ -108,7 +109,7 @@ def quantize_detector(model: Detector, images: Iterable[Tensor]) -> Int8Detector
     Raises:
         UserError: If there is no int8 for such detectors or on this computer, the model is in training mode, or there
             are no images to calibrate on.
-        WeightsError: If the model computes NaN or infinity on one.
+        WeightsError: If the model computes NaN or infinity on one, or its weights are not finite.
     """
     check_engine()
     if isinstance(model, Int8Detector):
@@ -116,6 +117,7 @@ def quantize_detector(model: Detector, images: Iterable[Tensor]) -> Int8Detector
     check_spec(model.spec)
     if model.training:
         raise UserError("quantize: the model is in training mode; call eval() first")
+    check_weights(model, "quantize")
     folded = folded_copy(_with_frozen_norms(model))
     ranges = _observe(folded, images)
     int8 = Int8Detector(folded)

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
-from resdet.errors import UserError
+from resdet.errors import UserError, WeightsError
 from resdet.models.convolution import Geometry, PackedWeight, compute_dtype, convolve, has_hooks
 from resdet.models.spec import NormName
 from resdet.models.tracing import is_captured
@@ -232,6 +232,7 @@ def calibrate_norm(model: nn.Module, batches: Iterable[Tensor]) -> int:
 
     Raises:
         UserError: If the model has no frozen norm or there are no batches.
+        WeightsError: If the model computes NaN or infinity; it is then unchanged.
     """
     norms = _frozen_norms(model)
     if not norms:
@@ -255,6 +256,12 @@ def calibrate_norm(model: nn.Module, batches: Iterable[Tensor]) -> int:
                 model(images)
     if not moments:
         raise UserError("calibrate_norm: got no batch of images")
+    names = {module: name for name, module in model.named_modules()}
+    for norm, (_, total) in moments.items():  # the first in the order they run in is where it begins
+        if not total.isfinite().all():  # waits for the device
+            raise WeightsError(
+                f"calibrate_norm: the model computes NaN or infinity (first in the input of {names[norm]})"
+            )
     for norm, (count, total) in moments.items():
         mean, mean_square = total / count
         norm.running_mean.copy_(mean)  # type: ignore[operator]

@@ -12,6 +12,7 @@ From ``FastBottleneck.forward`` to oneDNN (``Bottleneck``, with ``fast`` off, ru
 4. ``convolution.convolve`` asks whether oneDNN may run: on a CPU, in float32 or bfloat16, not into a program.
 5. If so, ``torch.ops.mkldnn._convolution_pointwise`` adds bias and shortcut and applies the ReLU while a part of the
    output is in the core's cache; ``_Convolution`` is its gradient.
+   oneDNN's ReLU would turn NaN into 0; ``convolution`` says what is done against it.
 6. If not, ``F.conv2d`` runs with the folded weight, and the sum and the ReLU in place on its output.
 
 Legend: ``B`` images, ``C`` channels, ``H, W`` pixels, ``s`` the stride of a block. Stage ``k`` (``layer{k}``, k = 1..4)
@@ -35,6 +36,7 @@ from torch import Tensor, nn
 
 from resdet.errors import UserError
 from resdet.models.archs import Arch, ResNetArch, find_arch
+from resdet.models.convolution import check_finite
 from resdet.models.norm import MakeNorm, conv_norm, norm_layer
 from resdet.models.shortcuts import BlockShape, DeepStem, fast_stem, make_shortcut
 from resdet.models.tracing import scripted_as
@@ -246,6 +248,7 @@ class FastResNet(ResNet):
 
     def stem(self, x: Tensor) -> Tensor:
         """Map images ``[B, 3, H, W]`` as ``ResNet.stem`` does, to channels-last features."""
+        check_finite(x)
         return fast_stem(x.contiguous(memory_format=torch.channels_last), self.conv1, self.bn1, self.relu)
 
     def __prepare_scriptable__(self) -> ResNet:

@@ -5,7 +5,9 @@ when the batch around it is cut in another way. With seeds, a batch of four, two
 processes train on the same samples.
 """
 
-# No "from __future__ import annotations": TorchScript reads those of ``torch_choice``, and not as text.
+from __future__ import annotations
+
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -13,7 +15,11 @@ import torch
 from torch import Tensor
 from torchvision.models.detection._utils import BalancedPositiveNegativeSampler
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
+from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
+
+from resdet.errors import UserError
+from resdet.models.tracing import is_captured, scripted_as
 
 # Streams of random numbers made of one seed, so that the parts of the detector do not repeat each other's choices.
 _RESIZE, _RPN, _BOX_HEAD = 1, 2, 3
@@ -58,13 +64,33 @@ def _draw(candidates: Tensor, most: int, generator: torch.Generator | None) -> t
 
 
 class SeededTransform(GeneralizedRCNNTransform):  # type: ignore[misc]
-    """torchvision's transform, which may draw an image's size from the image's seed."""
+    """torchvision's transform, which may draw an image's size from the image's seed, and refuses NaN and infinity."""
 
     def __init__(self, min_size: int | tuple[int, ...], max_size: int, mean: list[float], std: list[float]) -> None:
         super().__init__(min_size, max_size, mean, std)
         self._generators: Iterator[torch.Generator] | None = None
 
-    @torch.jit.unused
+    def forward(
+        self, images: list[Tensor], targets: list[dict[str, Tensor]] | None = None
+    ) -> tuple[ImageList, list[dict[str, Tensor]] | None]:
+        """Normalise, resize and batch images ``[3, H, W]``, and scale the boxes of their targets.
+
+        Raises:
+            UserError: If pixels of an image in host memory are not finite. On another device that would be waited for.
+        """
+        for index, image in enumerate(images):
+            if not image.is_floating_point() or image.device.type != "cpu" or is_captured():
+                continue
+            if not math.isfinite(image.sum().item()) and (count := int((~image.isfinite()).sum())):
+                raise UserError(
+                    f"images[{index}]: pixels must be finite, got NaN or infinity in {count} of {image.numel()} values"
+                )
+        result: tuple[ImageList, list[dict[str, Tensor]] | None] = super().forward(images, targets)
+        return result
+
+    def __prepare_scriptable__(self) -> GeneralizedRCNNTransform:
+        return scripted_as(self, GeneralizedRCNNTransform)
+
     def torch_choice(self, k: list[int]) -> int:
         """Draw one of the sizes; torchvision calls this once for each image, in their order."""
         return choose_size(k, None if self._generators is None else next(self._generators))

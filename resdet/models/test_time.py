@@ -149,6 +149,9 @@ def _candidates(model: GeneralizedRCNN, images: list[Tensor], num_refinements: i
         rounds.append(model.transform.postprocess(found, batch.image_sizes, sizes))
         if len(rounds) > num_refinements:
             return rounds
+        # RoIAlign would read beyond its maps for boxes that are NaN; whoever runs the model sees the outputs above.
+        if not (logits.isfinite().all() & deltas.isfinite().all()):  # waits for the device
+            return rounds
         proposals = _best_boxes(heads, logits, deltas, proposals, batch.image_sizes)
 
 

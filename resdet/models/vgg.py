@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from resdet.errors import UserError
 from resdet.models.archs import VGGArch, find_arch
-from resdet.models.convolution import conv
+from resdet.models.convolution import check_finite, conv
 from resdet.models.norm import conv_norm, norm_layer
 from resdet.models.resnet import check_stages
 from resdet.models.tracing import scripted_as
@@ -94,6 +94,7 @@ class FastVGG(VGG):
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """Compute the same features."""
+        check_finite(x)
         features: dict[str, Tensor] = OrderedDict()
         x = x.contiguous(memory_format=torch.channels_last)
         layers = list(self.features)

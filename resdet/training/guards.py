@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from resdet.errors import TrainingError
 from resdet.files import save_tensors, written_whole
+from resdet.models.finite import broken_tensor
 from resdet.precision import Precision
 from resdet.training.checkpoint import LAST
 
@@ -65,10 +66,12 @@ def broken_step(
         repeat = f"{path} holds the step{use}"
     except OSError as error:
         repeat = f"the step could not be saved ({error.strerror})"
+    cure = "A lower optim.lr, a longer optim.warmup_steps or optim.clip_grad_norm is the usual cure"
+    if (broken := broken_tensor(model)) is not None:
+        cure = f"{broken} was not finite before the step: start from other weights"
     return TrainingError(
         f"{what} is not finite at step {moment.step + 1}, learning rate {moment.lr:g}: {numbers}; largest layers: "
-        f"{_largest_layers(model)}; {images}. The step was not taken; {kept}; {repeat}. "
-        "A lower optim.lr, a longer optim.warmup_steps or optim.clip_grad_norm is the usual cure"
+        f"{_largest_layers(model)}; {images}. The step was not taken; {kept}; {repeat}. {cure}"
     )
 
 
