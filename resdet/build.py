@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,7 @@ def build_dataset(
     try:
         check_files(root, table)
     except DataError as error:
-        if not skip or not root.is_dir():
+        if not skip or not os.path.isdir(root):
             raise
         logger.warning("%s; other images will replace them (unreadable: skip)", error)
     return DetectionDataset(table, images, steps, training=training, use_difficult=use_difficult, skip_unreadable=skip)

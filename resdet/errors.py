@@ -61,6 +61,12 @@ def name_some(names: Iterable[str], limit: int = 4) -> str:
     return ", ".join(names[:limit]) + rest
 
 
+def shortened(text: object, limit: int = 500) -> str:
+    """Return a text for a message, its beginning and its length where it is longer than ``limit`` characters."""
+    text = str(text)
+    return text if len(text) <= limit else f"{text[: limit // 5]}... ({len(text)} characters)"
+
+
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's text, or its type where it has none."""
     lines = str(error).strip().splitlines()

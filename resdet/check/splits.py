@@ -12,7 +12,7 @@ from resdet.data.annotations import AnnotationTable
 from resdet.data.coco_rules import CocoRecords, Problem, is_file_name, load_records, record_problems
 from resdet.data.image_files import name_fault
 from resdet.data.voc import voc_records
-from resdet.errors import DataError
+from resdet.errors import DataError, shortened
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def coco_split(name: str, images: Path, annotations: Path, classes: Sequence[str
     """Read a COCO json and everything that is wrong with its records; refuse only a missing path."""
     images, annotations = Path(images), Path(annotations)
     if not os.path.isdir(images):
-        raise DataError(f"{images}: no such image folder (the images of {annotations})")
+        raise DataError(f"{shortened(images)}: no such image folder (the images of {annotations})")
     try:
         records = load_records(annotations)
     except DataError as error:

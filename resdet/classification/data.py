@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +15,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from resdet.data.image_files import IMAGE_SUFFIXES
+from resdet.data.annotations import same_form
+from resdet.data.image_files import IMAGE_SUFFIXES, is_hidden
 from resdet.data.images import read_image
-from resdet.errors import DataError, UserError, name_some
+from resdet.errors import DataError, UserError, name_some, shortened
 from resdet.weights.arrays import read_pickle
 
 Split: TypeAlias = Literal["train", "val", "trainval", "test"]
@@ -95,14 +97,17 @@ def read_folder(root: Path, classes: Sequence[str] | None = None) -> LabelledIma
     image are skipped. The classes are the subfolders' names, sorted; if ``classes`` (in label order) are given, some
     may have no subfolder here, as in a small validation set.
     """
-    if not root.is_dir():
-        raise DataError(f"{root}: no such folder of class folders")
-    folders = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
+    if not os.path.isdir(root):
+        raise DataError(f"{shortened(root)}: no such folder of class folders")
+    folders = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not is_hidden(entry.name))
     if not folders:
         raise DataError(f"{root}: must hold one folder of images for each class, named by it; it holds no folders")
-    names = tuple(folders if classes is None else classes)
-    label_of = {name: label for label, name in enumerate(names)}
-    strange = [folder for folder in folders if folder not in label_of]
+    forms = Counter(map(same_form, folders))
+    if alike := [ascii(folder) for folder in folders if forms[same_form(folder)] > 1]:
+        raise DataError(f"{root}: each class must have one folder, but these names look alike: {name_some(alike)}")
+    names = tuple(map(same_form, folders) if classes is None else classes)
+    label_of = {same_form(name): label for label, name in enumerate(names)}
+    strange = [folder for folder in folders if same_form(folder) not in label_of]
     if strange:
         raise DataError(
             f"{root}: {len(strange)} of its {len(folders)} folders are none of the {len(names)} classes: "
@@ -114,7 +119,7 @@ def read_folder(root: Path, classes: Sequence[str] | None = None) -> LabelledIma
         listed = sorted(
             os.fsencode(entry.name)
             for entry in os.scandir(root / folder)
-            if entry.name.lower().endswith(IMAGE_SUFFIXES) and not entry.name.startswith(".")
+            if entry.name.lower().endswith(IMAGE_SUFFIXES) and not is_hidden(entry.name)
         )
         if not listed and classes is None:
             raise DataError(f"{root / folder}: holds no images ({', '.join(IMAGE_SUFFIXES)}); a class needs some")
@@ -123,7 +128,7 @@ def read_folder(root: Path, classes: Sequence[str] | None = None) -> LabelledIma
     if not files:
         raise DataError(f"{root}: holds no images ({', '.join(IMAGE_SUFFIXES)}) in its {len(folders)} folders")
     of_folder = np.repeat(np.arange(len(folders), dtype=np.int64), counts)  # [N]
-    labels = np.array([label_of[folder] for folder in folders], dtype=np.int64)[of_folder]  # [N]
+    labels = np.array([label_of[same_form(folder)] for folder in folders], dtype=np.int64)[of_folder]  # [N]
     pictures = FolderPictures(root, folders, of_folder, np.array(files))
     return LabelledImages(str(root), names, labels, pictures)
 

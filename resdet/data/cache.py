@@ -42,7 +42,7 @@ from resdet.types import categories_from_plain, categories_to_plain
 
 logger = logging.getLogger(__name__)
 
-VERSION = 2
+VERSION = 3
 """Goes up whenever the same annotation file would be read as another table."""
 
 SMALLEST = 4 << 20

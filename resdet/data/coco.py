@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import itertools
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import attrgetter
@@ -13,7 +14,7 @@ from typing import Literal
 import msgspec
 import numpy as np
 
-from resdet.data.annotations import AnnotationTable, FileNames
+from resdet.data.annotations import AnnotationTable, FileNames, same_form
 from resdet.data.cache import cached_table
 from resdet.data.coco_rules import (
     HOW_TO_FIX,
@@ -24,6 +25,7 @@ from resdet.data.coco_rules import (
     as_boxes,
     as_integers,
     as_numbers,
+    file_name_in,
     load_records,
     record_problems,
 )
@@ -37,7 +39,8 @@ def read_coco(annotations: Path, *, classes: Sequence[str] | None = None) -> Ann
     Labels are 1..K in the order of ascending ``category_id``; a missing ``iscrowd`` counts as 0 and a missing ``area``
     as width * height. Images without annotations, crowd regions and degenerate boxes stay in the table, so that
     evaluation sees what pycocotools sees; ``AnnotationTable.trainable`` leaves them out of training. Boxes are the
-    file's numbers, not rounded.
+    file's numbers, not rounded. Names of classes are in Unicode's composed form. Where ``file_name`` is missing, as in
+    LVIS, it is the end of ``coco_url``, such as ``train2017/000000391895.jpg``.
 
     Large files are read once and then taken from a cache, see ``resdet.data.cache``.
 
@@ -53,10 +56,12 @@ def read_coco(annotations: Path, *, classes: Sequence[str] | None = None) -> Ann
     Source: the data format at https://cocodataset.org/#format-data; order of images as in the file.
     """
     path = Path(annotations)
+    if not os.path.exists(path):  # also where no file can have such a name
+        load_records(path)  # raises a DataError that explains it
     try:
         table = cached_table(path, lambda data: _to_table(_read_plain(data) or _read_any(path), path))
     except OSError:
-        load_records(path)  # raises a DataError that explains it
+        load_records(path)
         raise
     return table if classes is None else table.select_classes(list(classes))
 
@@ -176,7 +181,7 @@ def _usable_columns(records: CocoRecords, *, difficult: bool = False) -> _Column
         difficult=(flags("difficult") if difficult else np.zeros(len(objects), dtype=np.bool_))[keep],
         category_ids=category_ids,
         category_names=[
-            name if isinstance(name, str) and name else f"category {category_id}"
+            same_form(name) if isinstance(name, str) and name else f"category {category_id}"
             for name, category_id in zip(names, category_ids.tolist(), strict=True)
         ],
     )
@@ -190,9 +195,10 @@ def _first_of_each(ids: Ints, usable: Bools) -> Ints:
 
 class _Image(msgspec.Struct, gc=False):
     id: int
-    file_name: str
     height: int
     width: int
+    file_name: str | None = None
+    coco_url: str | None = None
 
 
 class _Annotation(msgspec.Struct, gc=False):
@@ -242,7 +248,7 @@ def _to_columns(file: _File) -> _Columns:
     numbers = itertools.chain.from_iterable(record.bbox for record in objects)
     return _Columns(
         image_ids=integers(images, "id"),
-        file_names=[image.file_name for image in images],
+        file_names=[str(file_name_in(image.file_name, image.coco_url) or "") for image in images],
         sizes=np.stack([integers(images, "height"), integers(images, "width")], axis=1),
         annotation_ids=integers(objects, "id"),
         image_id=integers(objects, "image_id"),
@@ -252,7 +258,7 @@ def _to_columns(file: _File) -> _Columns:
         crowd=np.array([bool(record.iscrowd) for record in objects], dtype=np.bool_),
         difficult=np.zeros(len(objects), dtype=np.bool_),
         category_ids=integers(categories, "id"),
-        category_names=[category.name for category in categories],
+        category_names=[same_form(category.name) for category in categories],
     )
 
 

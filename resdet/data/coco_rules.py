@@ -15,7 +15,8 @@ from typing import Any, NamedTuple, TypeGuard
 
 import numpy as np
 
-from resdet.errors import DataError
+from resdet.data.annotations import same_form
+from resdet.errors import DataError, shortened
 from resdet.types import Bools, Floats, Ints
 
 HOW_TO_GET_COCO = (
@@ -65,7 +66,7 @@ def load_records(path: Path) -> CocoRecords:
     """Read a COCO json without checking its records; raise a DataError if it does not hold the three lists."""
     path = Path(path)
     if not os.path.exists(path):
-        raise DataError(f"{path}: no such annotation file. {HOW_TO_GET_COCO}")
+        raise DataError(f"{shortened(path)}: no such annotation file. {HOW_TO_GET_COCO}")
     if os.path.isdir(path):
         raise DataError(f"{path}: an annotation file (.json) is needed, got a folder")
     try:
@@ -96,7 +97,20 @@ def _sections_of(data: object, path: Path) -> CocoRecords:
             raise DataError(f"{path}: not a COCO annotation file: no {key!r}{hint}; its keys are {sorted(data)[:8]}")
         if not isinstance(data[key], list):
             raise DataError(f"{path}: {key!r} must be a list, got {show_value(data[key])}")
+    for record in data["images"]:
+        if isinstance(record, dict) and (name := file_name_in(record.get("file_name"), record.get("coco_url"))):
+            record["file_name"] = name
     return CocoRecords(path, data, *(data[key] for key in SECTIONS))
+
+
+def file_name_in(file_name: object, coco_url: object) -> object:
+    """Return an image's ``file_name``; LVIS gives none, and its ``coco_url`` ends with ``train2017/000000391895.jpg``.
+
+    Source: https://www.lvisdataset.org/dataset: images come from several folders of COCO's.
+    """
+    if file_name is not None or not isinstance(coco_url, str):
+        return file_name
+    return "/".join(coco_url.partition("?")[0].split("/")[-2:]).strip("/")
 
 
 def record_problems(records: CocoRecords) -> Iterator[Problem]:
@@ -202,8 +216,8 @@ def _category_name_problems(categories: _Section) -> Iterator[Problem]:
         if not isinstance(name, str) or not name:
             message = f"category {ids[row]}: name must be a string, got {show_value(name)}"
             yield categories.problem("bad_category_name", message)
-        elif id_of.setdefault(name, ids[row]) != ids[row]:
-            message = f"categories {id_of[name]} and {ids[row]} have the same name {name!r}"
+        elif id_of.setdefault(same_form(name), ids[row]) != ids[row]:
+            message = f"categories {id_of[same_form(name)]} and {ids[row]} have the same name {name!r}"
             yield categories.problem("duplicate_category_name", message)
 
 

@@ -16,7 +16,7 @@ from urllib.parse import unquote
 import numpy as np
 
 from resdet.data.annotations import AnnotationTable, same_form
-from resdet.errors import DataError
+from resdet.errors import DataError, shortened
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif")
 """What folders are searched for; the decoder goes by a file's content, not its name."""
@@ -67,7 +67,7 @@ def find_images(paths: Iterable[Path | str]) -> list[Path]:
             matches = [Path(match) for match in glob.glob(str(path), recursive=True)]
             missing = "no image matches this pattern"
         else:
-            raise DataError(f"{path}: no such file or folder")
+            raise DataError(f"{shortened(path)}: no such file or folder")
         files = [file for file in matches if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file()]
         if not files:
             raise DataError(f"{path}: {missing}")
@@ -274,7 +274,7 @@ def check_files(root: Path, table: AnnotationTable) -> None:
     """Raise a DataError if an image of a table does not exist, or as ``FolderImages`` does; none is opened."""
     root = Path(root)
     if not os.path.isdir(root):
-        raise DataError(f"{root}: no such image folder (the images of {table.name})")
+        raise DataError(f"{shortened(root)}: no such image folder (the images of {table.name})")
     check_names(root, table)
     if missing := missing_files(root, table.file_names):
         names = table.file_names[np.array(missing[:3])].tolist()

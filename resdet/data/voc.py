@@ -23,7 +23,7 @@ from resdet.data.voc_xml import (
     stated_size,
     unclear_difficult,
 )
-from resdet.errors import DataError
+from resdet.errors import DataError, shortened
 
 VOC_CLASSES = (
     "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog",
@@ -222,7 +222,7 @@ def _no_annotation(annotations: ImageFolder, stem: str, split: str) -> tuple[str
         hint = f"; it lies in a subfolder: list it as {meant.name.removesuffix('.xml')}"
     else:
         hint = f"; {meant}" if meant else ""
-    message = f"{parent}: no annotation {name[:100]!r}, but {_short(split)} lists it{hint}"
+    message = f"{parent}: no annotation {name[:100]!r}, but {shortened(split)} lists it{hint}"
     return "bad_annotation_file", message, parent / name[:100]
 
 
@@ -237,7 +237,7 @@ def _check_layout(folder: Path, root: Path) -> None:
             raise DataError(f"{folder}: has no {part}; below it lie {found}: name the split as <folder>/<split>")
         alike = [name for name in sorted(list_folder(folder)) if name.casefold() == part.split("/")[0].casefold()]
         hint = f"did you mean {alike[0]} (upper and lower case differ)?" if alike else HOW_TO_GET_VOC
-        raise DataError(f"{_short(str(folder / part))}: no such folder. {hint}")
+        raise DataError(f"{shortened(folder / part)}: no such folder. {hint}")
 
 
 def _read_list(folder: Path, list_name: str, annotations: ImageFolder) -> list[str]:
@@ -246,7 +246,7 @@ def _read_list(folder: Path, list_name: str, annotations: ImageFolder) -> list[s
     if name is None:
         found = [os.path.splitext(other)[0] for other in lists.files()]
         whole = [name for name in found if "_" not in name or name.rsplit("_", 1)[0] not in VOC_CLASSES]
-        path = lists.root / f"{_short(list_name)}.txt"
+        path = lists.root / f"{shortened(list_name)}.txt"
         raise DataError(f"{path}: no such split; {path.parent} has {', '.join(whole) or 'none'}")
     path = lists.root / name
     try:
@@ -260,7 +260,3 @@ def _read_list(folder: Path, list_name: str, annotations: ImageFolder) -> list[s
     if not stems:
         raise DataError(f"{path}: lists no images")
     return stems
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= 500 else f"{text[:100]}... ({len(text)} characters)"

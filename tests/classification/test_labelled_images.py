@@ -43,6 +43,31 @@ def test_what_is_no_image_is_passed_over(tmp_path: Path) -> None:
     assert [images.pictures.name(i) for i in range(len(images))] == [str(tmp_path / "a" / "y.JPEG")]
 
 
+@pytest.mark.parametrize("clutter", [".git", "__MACOSX", "@eaDir"])
+def test_folders_of_the_operating_system_are_no_classes(tmp_path: Path, clutter: str) -> None:
+    for name in ("a", clutter):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "y.png").write_bytes(b"")
+        for hidden in ("._y.png", ".DS_Store", "Thumbs.db", "desktop.ini"):
+            (tmp_path / name / hidden).write_bytes(b"")
+    images = read_folder(tmp_path)
+    assert (images.classes, len(images)) == (("a",), 1)
+
+
+def test_class_folders_in_another_unicode_form_are_the_same_classes(tmp_path: Path) -> None:
+    composed, decomposed = "Bär", "Ba\u0308r"
+    (tmp_path / decomposed).mkdir()
+    (tmp_path / decomposed / "y.png").write_bytes(b"")
+    assert read_folder(tmp_path).classes == (composed,)
+    for names in ([composed], [decomposed]):
+        images = read_folder(tmp_path, names)
+        assert images.labels.tolist() == [0]
+        assert images.pictures.name(0) == str(tmp_path / decomposed / "y.png")
+    (tmp_path / composed).mkdir()
+    with pytest.raises(DataError, match=r"these names look alike: 'Ba\\u0308r', 'B\\xe4r'$"):
+        read_folder(tmp_path)
+
+
 def test_unreadable_image_is_named(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "broken.png").write_bytes(b"no picture")

@@ -1,0 +1,212 @@
+"""COCO json as labelling tools, other data sets and other systems write it."""
+
+from __future__ import annotations
+
+import codecs
+import json
+import unicodedata
+
+import pytest
+from PIL import Image
+
+from resdet.data import cache
+from resdet.data.coco import read_coco
+from resdet.data.coco_rules import load_records, record_problems
+from resdet.data.dataset import DetectionDataset
+from resdet.data.image_files import check_files
+from resdet.data.images import FolderImages
+from resdet.errors import DataError
+
+
+def coco(**changes):
+    document = {
+        "images": [{"id": 7, "file_name": "a.png", "height": 40, "width": 60}],
+        "annotations": [{"id": 1, "image_id": 7, "category_id": 2, "bbox": [1, 2, 8, 6], "area": 48, "iscrowd": 0}],
+        "categories": [{"id": 2, "name": "cat"}],
+    }
+    return document | changes
+
+
+def write(path, document, encoding="utf-8", mark=b""):
+    path.write_bytes(mark + json.dumps(document, ensure_ascii=False).encode(encoding))
+    return path
+
+
+def picture(path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (60, 40)).save(path, format="PNG")
+
+
+# Files whose values have the expected types are decoded by types, all others in general.
+@pytest.fixture(params=["typed", "general"])
+def any_way(request, monkeypatch):
+    if request.param == "general":
+        monkeypatch.setattr("resdet.data.coco._read_plain", lambda _data: None)
+
+
+# ---- Encodings ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("encoding", "mark"),
+    [
+        ("utf-8", codecs.BOM_UTF8),
+        ("utf-16", b""),
+        ("utf-16-le", b""),
+        ("utf-16-be", codecs.BOM_UTF16_BE),
+        ("utf-32", b""),
+    ],
+)
+def test_json_with_a_mark_and_in_utf_16_is_read(tmp_path, encoding, mark):
+    document = coco(categories=[{"id": 2, "name": "größe"}])
+    table = read_coco(write(tmp_path / "a.json", document, encoding, mark))
+    assert [category.name for category in table.categories] == ["größe"]
+    assert table.boxes_xywh.tolist() == [[1, 2, 8, 6]]
+
+
+@pytest.mark.usefixtures("any_way")
+def test_class_names_in_another_unicode_form_are_the_same(tmp_path):
+    for form in ("NFC", "NFD"):
+        name = unicodedata.normalize(form, "Bär")
+        path = write(tmp_path / "a.json", coco(categories=[{"id": 2, "name": name}]))
+        assert read_coco(path).categories[0].name == "B\xe4r"
+        assert read_coco(path, classes=[unicodedata.normalize("NFD", "Bär")]).num_boxes == 1
+
+
+@pytest.mark.usefixtures("any_way")
+def test_two_classes_whose_names_look_identical_are_refused(tmp_path):
+    names = [{"id": n, "name": unicodedata.normalize(form, "Bär")} for n, form in ((2, "NFC"), (3, "NFD"))]
+    with pytest.raises(DataError, match="categories 2 and 3 have the same name"):
+        read_coco(write(tmp_path / "a.json", coco(categories=names)))
+
+
+# ---- Other data sets ------------------------------------------------------------------------------------------------
+
+URL = "http://images.cocodataset.org/train2017/000000391895.jpg"
+
+
+@pytest.mark.usefixtures("any_way")
+@pytest.mark.parametrize("absent", [{}, {"file_name": None}])
+def test_lvis_names_its_images_by_their_url(tmp_path, absent):
+    images = [{"id": 7, "coco_url": URL, "height": 40, "width": 60, "license": 1, "neg_category_ids": [3], **absent}]
+    path = write(tmp_path / "lvis.json", coco(images=images))
+    table = read_coco(path)
+    assert table.file_names.tolist() == ["train2017/000000391895.jpg"]
+    picture(tmp_path / "train2017" / "000000391895.jpg")
+    check_files(tmp_path, table)
+    assert FolderImages(tmp_path, table)(0).shape == (40, 60, 3)
+    with pytest.raises(DataError, match=rf"did you mean .*391895\.jpg \(then the image folder is {tmp_path}\)\?$"):
+        check_files(tmp_path / "train2017", table)
+    assert list(record_problems(load_records(path))) == []
+
+
+@pytest.mark.usefixtures("any_way")
+def test_a_file_name_comes_before_the_url(tmp_path):
+    images = [{"id": 7, "file_name": "a.png", "coco_url": URL, "height": 40, "width": 60}]
+    assert read_coco(write(tmp_path / "a.json", coco(images=images))).file_names.tolist() == ["a.png"]
+
+
+@pytest.mark.usefixtures("any_way")
+@pytest.mark.parametrize(("url", "got"), [(None, "nothing"), (5, "nothing"), ("", "''")])
+def test_an_image_without_name_and_url_is_refused(tmp_path, url, got):
+    path = write(tmp_path / "a.json", coco(images=[{"id": 7, "coco_url": url, "height": 40, "width": 60}]))
+    with pytest.raises(DataError, match="image 7: file_name must be a string, got"):
+        read_coco(path)
+
+
+@pytest.mark.usefixtures("any_way")
+def test_a_root_category_without_boxes_is_a_class_like_any_other(tmp_path, caplog):
+    categories = [
+        {"id": 0, "name": "animals", "supercategory": "none"},
+        {"id": 2, "name": "cat", "supercategory": "animals"},
+    ]
+    table = read_coco(write(tmp_path / "a.json", coco(categories=categories)))
+    assert [(one.label, one.category_id, one.name) for one in table.categories] == [(1, 0, "animals"), (2, 2, "cat")]
+    assert table.labels.tolist() == [2]
+    with caplog.at_level("WARNING"):
+        DetectionDataset(table, FolderImages(tmp_path, table), training=True)
+    assert caplog.messages == [f"{tmp_path}/a.json: no box to train on for 'animals': never learned"]
+
+
+# ---- Ids ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("any_way")
+@pytest.mark.parametrize(
+    ("section", "key", "value", "message"),
+    [
+        ("images", "id", "7", "image number 1: id must be an integer, got '7'"),
+        ("annotations", "id", "1", "annotation number 1: id must be an integer, got '1'"),
+        ("annotations", "image_id", "7", "annotation 1: image_id must be an integer, got '7'"),
+        ("annotations", "category_id", "2", "annotation 1: category_id must be an integer, got '2'"),
+        ("categories", "id", "2", "category number 1: id must be an integer, got '2'"),
+    ],
+)
+def test_ids_that_are_texts_are_refused(tmp_path, section, key, value, message):
+    document = coco()
+    document[section][0][key] = value
+    with pytest.raises(DataError) as caught:
+        read_coco(write(tmp_path / "a.json", document))
+    assert message in str(caught.value)
+
+
+@pytest.mark.usefixtures("any_way")
+def test_repeated_annotation_ids_are_refused(tmp_path):
+    with pytest.raises(DataError, match=r"annotation id 1 is given 2 times"):
+        read_coco(write(tmp_path / "a.json", coco(annotations=coco()["annotations"] * 2)))
+
+
+# ---- Nearly empty sets ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("any_way")
+def test_nearly_empty_sets_are_read(tmp_path):
+    one = read_coco(write(tmp_path / "a.json", coco()))
+    picture(tmp_path / "a.png")
+    dataset = DetectionDataset(one, FolderImages(tmp_path, one), training=True)
+    assert dataset[0][1]["boxes"].tolist() == [[1, 2, 9, 8]]
+
+    images = [{"id": n, "file_name": f"{n}.png", "height": 40, "width": 60} for n in (7, 3, 5)]
+    some = read_coco(write(tmp_path / "b.json", coco(images=images)))
+    assert some.offsets.tolist() == [0, 1, 1, 1]
+
+    none = read_coco(write(tmp_path / "c.json", coco(annotations=[])))
+    assert (none.num_images, none.num_boxes) == (1, 0)
+    picture(tmp_path / "a.png")
+    judged = DetectionDataset(none, FolderImages(tmp_path, none), training=False)
+    assert tuple(judged[0][1]["boxes"].shape) == (0, 4)
+    with pytest.raises(DataError, match="none of its 0 boxes can be trained on"):
+        DetectionDataset(none, FolderImages(tmp_path, none), training=True)
+
+
+# ---- Paths ----------------------------------------------------------------------------------------------------------
+
+LONG = "x" * 5000
+
+
+@pytest.mark.parametrize("name", [LONG, f"{LONG}/a.json", "x" * 300 + ".json", "a\0b.json", "a.json/b.json"])
+def test_an_annotation_path_that_no_file_can_have_is_missing(tmp_path, name):
+    write(tmp_path / "a.json", coco())
+    for read in (read_coco, load_records):
+        with pytest.raises(DataError, match="no such annotation file") as caught:
+            read(tmp_path / name)
+        assert len(str(caught.value)) < 1500
+
+
+@pytest.mark.parametrize("name", [LONG, "a\0b", "nowhere"])
+def test_an_image_folder_that_no_folder_can_be_is_missing(tmp_path, name):
+    table = read_coco(write(tmp_path / "a.json", coco()))
+    with pytest.raises(DataError, match="no such image folder") as caught:
+        check_files(tmp_path / name, table)
+    assert len(str(caught.value)) < 1500
+
+
+def test_a_cached_table_is_the_one_read(tmp_path, monkeypatch, contents):
+    monkeypatch.setenv("RESDET_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(cache, "SMALLEST", 0)
+    images = [{"id": 7, "coco_url": URL, "height": 40, "width": 60}]
+    name = unicodedata.normalize("NFD", "Bär")
+    path = write(tmp_path / "a.json", coco(images=images, categories=[{"id": 2, "name": name}]))
+    first, second = read_coco(path), read_coco(path)
+    assert contents(first) == contents(second)
+    assert second.file_names.tolist() == ["train2017/000000391895.jpg"]
