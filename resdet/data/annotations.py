@@ -31,6 +31,13 @@ def same_form(name: str) -> str:
     return name if name.isascii() else unicodedata.normalize("NFC", name)
 
 
+def same_forms(names: Iterable[str]) -> list[str]:
+    """Return class names in composed Unicode, or as they are if two of them would become one."""
+    names = list(names)
+    composed = [same_form(name) for name in names]
+    return composed if len(set(composed)) == len(set(names)) else names
+
+
 def bare_name(name: str) -> str:
     """Return a class name without what spellings of one name differ in: case, blanks, hyphens and underscores."""
     # Between two digits a separator has a meaning: 1-1 is not 11.
@@ -206,12 +213,12 @@ class AnnotationTable:
         They keep their ``category_id`` where it is free, and get the next above all others where it is not.
         """
         every = list(self.categories)
-        for category in categories:
-            if same_form(category.name) in {known.name for known in every}:
+        for name, category in zip(same_forms(one.name for one in categories), categories, strict=True):
+            if name in {known.name for known in every}:
                 continue
             taken = {known.category_id for known in every}
             category_id = max(taken) + 1 if category.category_id in taken else category.category_id
-            every.append(Category(len(every) + 1, category_id, same_form(category.name)))
+            every.append(Category(len(every) + 1, category_id, name))
         return self if len(every) == len(self.categories) else replace(self, categories=tuple(every))
 
     def with_classes_of(self, categories: Sequence[Category]) -> AnnotationTable:
@@ -220,7 +227,7 @@ class AnnotationTable:
         Classes that it lacks are appended (``add_classes``), as a validation set need not hold every class that was
         trained on. Those of its own that are not among them go if they have no boxes; otherwise all of them stay.
         """
-        known = {same_form(category.name) for category in categories}
+        known = set(same_forms(category.name for category in categories))
         kept = [own.name for own in self.categories if own.name in known]
         unknown = [own.label for own in self.categories if own.name not in known]
         if np.isin(unknown, self.labels).any():
@@ -237,7 +244,7 @@ class AnnotationTable:
             DataError: If a name is given twice, differs from a class that is not named in case or blanks alone, or none
                 of the names is a class of this table.
         """
-        names = [same_form(name) for name in names]
+        names = same_forms(names)
         own = sorted(category.name for category in self.categories)
         absent = [name for name in names if name not in own]
         plain = {bare_name(name) for name in own if name not in names}

@@ -14,7 +14,7 @@ from typing import Literal
 import msgspec
 import numpy as np
 
-from resdet.data.annotations import AnnotationTable, FileNames, same_form
+from resdet.data.annotations import AnnotationTable, FileNames, same_forms
 from resdet.data.cache import cached_table
 from resdet.data.coco_rules import (
     HOW_TO_FIX,
@@ -39,7 +39,7 @@ def read_coco(annotations: Path, *, classes: Sequence[str] | None = None) -> Ann
     Labels are 1..K in the order of ascending ``category_id``; a missing ``iscrowd`` counts as 0 and a missing ``area``
     as width * height. Images without annotations, crowd regions and degenerate boxes stay in the table, so that
     evaluation sees what pycocotools sees; ``AnnotationTable.trainable`` leaves them out of training. Boxes are the
-    file's numbers, not rounded. Names of classes are in Unicode's composed form. Where ``file_name`` is missing, as in
+    file's numbers, not rounded. Names of classes are in Unicode's composed form, unless two would become one. Where ``file_name`` is missing, as in
     LVIS, it is the end of ``coco_url``, such as ``train2017/000000391895.jpg``.
 
     Large files are read once and then taken from a cache, see ``resdet.data.cache``.
@@ -180,10 +180,10 @@ def _usable_columns(records: CocoRecords, *, difficult: bool = False) -> _Column
         crowd=flags("iscrowd")[keep],
         difficult=(flags("difficult") if difficult else np.zeros(len(objects), dtype=np.bool_))[keep],
         category_ids=category_ids,
-        category_names=[
-            same_form(name) if isinstance(name, str) and name else f"category {category_id}"
+        category_names=same_forms(
+            name if isinstance(name, str) and name else f"category {category_id}"
             for name, category_id in zip(names, category_ids.tolist(), strict=True)
-        ],
+        ),
     )
 
 
@@ -258,7 +258,7 @@ def _to_columns(file: _File) -> _Columns:
         crowd=np.array([bool(record.iscrowd) for record in objects], dtype=np.bool_),
         difficult=np.zeros(len(objects), dtype=np.bool_),
         category_ids=integers(categories, "id"),
-        category_names=[same_form(category.name) for category in categories],
+        category_names=same_forms(category.name for category in categories),
     )
 
 

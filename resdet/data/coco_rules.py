@@ -15,7 +15,6 @@ from typing import Any, NamedTuple, TypeGuard
 
 import numpy as np
 
-from resdet.data.annotations import same_form
 from resdet.errors import DataError, shortened
 from resdet.types import Bools, Floats, Ints
 
@@ -216,8 +215,8 @@ def _category_name_problems(categories: _Section) -> Iterator[Problem]:
         if not isinstance(name, str) or not name:
             message = f"category {ids[row]}: name must be a string, got {show_value(name)}"
             yield categories.problem("bad_category_name", message)
-        elif id_of.setdefault(same_form(name), ids[row]) != ids[row]:
-            message = f"categories {id_of[same_form(name)]} and {ids[row]} have the same name {name!r}"
+        elif id_of.setdefault(name, ids[row]) != ids[row]:
+            message = f"categories {id_of[name]} and {ids[row]} have the same name {name!r}"
             yield categories.problem("duplicate_category_name", message)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from torch import nn
 
-from resdet.data.annotations import AnnotationTable, same_form
+from resdet.data.annotations import AnnotationTable, same_forms
 from resdet.data.dataset import DetectionDataset
 from resdet.errors import DataError, name_some
 from resdet.types import Category, Ints
@@ -41,7 +41,10 @@ def match_labels(model: nn.Module, table: AnnotationTable) -> Ints | None:
                 "they must agree (a torchvision model of 91 classes is trained on COCO's category ids, not on labels)"
             )
         return None
-    own_label, label = ({same_form(one.name): one.label for one in categories} for categories in (ours, theirs))
+    own_label, label = (
+        dict(zip(same_forms(one.name for one in categories), (one.label for one in categories), strict=True))
+        for categories in (ours, theirs)
+    )
     missing = [name for name in label if name not in own_label]
     unknown = [name for name in own_label if name not in label]
     if missing or unknown:
