@@ -39,8 +39,8 @@ def read_coco(annotations: Path, *, classes: Sequence[str] | None = None) -> Ann
     Labels are 1..K in the order of ascending ``category_id``; a missing ``iscrowd`` counts as 0 and a missing ``area``
     as width * height. Images without annotations, crowd regions and degenerate boxes stay in the table, so that
     evaluation sees what pycocotools sees; ``AnnotationTable.trainable`` leaves them out of training. Boxes are the
-    file's numbers, not rounded. Names of classes are in Unicode's composed form, unless two would become one. Where ``file_name`` is missing, as in
-    LVIS, it is the end of ``coco_url``, such as ``train2017/000000391895.jpg``.
+    file's numbers, not rounded. Names of classes are in Unicode's composed form, unless two would become one. Where
+    ``file_name`` is missing, as in LVIS, it is the end of ``coco_url``, such as ``train2017/000000391895.jpg``.
 
     Large files are read once and then taken from a cache, see ``resdet.data.cache``.
 
