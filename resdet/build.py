@@ -74,6 +74,11 @@ def build_dataset(
     return DetectionDataset(table, images, steps, training=training, use_difficult=use_difficult, skip_unreadable=skip)
 
 
+def annotation_files(config: Config) -> list[Path]:
+    """Return the files that hold a configuration's annotations, apart from VOC's many: no output may replace them."""
+    return [source.annotations for source in (config.data.train, config.data.val) if isinstance(source, CocoSource)]
+
+
 def inference_settings(
     config: Config | PretrainConfig, *, device: torch.device | None = None, progress: bool = False
 ) -> InferenceSettings:

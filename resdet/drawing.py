@@ -10,16 +10,23 @@ import base64
 import colorsys
 import io
 import math
-from collections.abc import Sequence
+import unicodedata
+from collections.abc import Iterable, Sequence
+from pathlib import Path, PurePath
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 
+from resdet.errors import printable_name
+from resdet.files import written_whole
 from resdet.types import Category, Prediction
 
 _Rect = tuple[int, int, int, int]  # left, top, right and bottom in whole pixels, the last two excluded
+
+_DRAWN_BY = "resdet"  # in the PNG text "Software" of pictures
 
 
 def draw(
@@ -43,7 +50,7 @@ def draw(
     line = max(1, round((height + width) / 500))
     font = ImageFont.load_default(size=max(10, round((height + width) / 95)))
     ascent, descent = font.getmetrics() if isinstance(font, ImageFont.FreeTypeFont) else (10, 2)
-    names = {category.label: category.name for category in categories}
+    names = {category.label: printable_name(category.name) for category in categories}
 
     shown = above(prediction, score_threshold)
     best_first = torch.argsort(shown["scores"], descending=True, stable=True).tolist()
@@ -115,6 +122,41 @@ def above(prediction: Prediction, score_threshold: float) -> Prediction:
     return Prediction(
         boxes=prediction["boxes"][keep], labels=prediction["labels"][keep], scores=prediction["scores"][keep]
     )
+
+
+def picture_names(files: Iterable[PurePath | str]) -> list[str]:
+    """Return a name without suffix for the picture of each file: its stem, with a number where that one is taken.
+
+    Names that differ in case or in Unicode's form alone are the same to some file systems, and so they are here.
+    """
+    names: list[str] = []
+    numbers: dict[str, int] = {}  # the last one of each name that is taken
+    for file in files:
+        stem = name = PurePath(file).stem[:200]  # a suffix and a number must fit into 255 bytes
+        while (key := unicodedata.normalize("NFC", name.casefold())) in numbers:
+            numbers[key] += 1
+            name = f"{stem}_{numbers[key]}"
+        numbers[key] = 1
+        names.append(name)
+    return names
+
+
+def save_picture(path: Path, picture: npt.NDArray[np.uint8]) -> None:
+    """Write a uint8 RGB picture ``[H, W, 3]`` as a PNG, whole or not at all; ``is_drawing`` knows it again."""
+    buffer, info = io.BytesIO(), PngInfo()
+    info.add_text("Software", _DRAWN_BY)
+    Image.fromarray(picture).save(buffer, "PNG", pnginfo=info)
+    with written_whole(path) as temporary:
+        temporary.write_bytes(buffer.getvalue())
+
+
+def is_drawing(path: Path) -> bool:
+    """Return whether a file was written by ``save_picture``."""
+    try:
+        with Image.open(path, formats=("PNG",)) as picture:
+            return picture.info.get("Software") == _DRAWN_BY
+    except (OSError, ValueError, SyntaxError):
+        return False
 
 
 def jpeg_url(image: npt.NDArray[np.uint8], max_side: int, *, optimize: bool = False) -> str:

@@ -79,3 +79,8 @@ def printable(text: str) -> str:
     Tabs and newlines stay.
     """
     return _UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+
+
+def printable_name(text: str) -> str:
+    """Return a name as ``printable`` does, on one line: for a row of a table, or a picture."""
+    return printable(text).replace("\n", "\\n").replace("\t", "\\t")

@@ -4,16 +4,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import nn
 
+from resdet.commands.predict import main
 from resdet.data.image_files import find_images
 from resdet.data.shapes import ShapesImages, shapes_table
-from resdet.drawing import above, class_color, draw, legible_scale, shown_from
-from resdet.errors import DataError
+from resdet.drawing import above, class_color, draw, is_drawing, legible_scale, picture_names, shown_from
+from resdet.errors import DataError, UserError
 from resdet.evaluation.coco import read_coco_detections
 from resdet.evaluation.settings import InferenceSettings
-from resdet.prediction import predict, to_coco_json
+from resdet.prediction import predict, predict_files, to_coco_json
 from resdet.types import Category, Prediction
 
 CATEGORIES = (Category(1, 7, "cat"), Category(2, 3, "dog"))
@@ -121,6 +122,106 @@ def test_unreadable_images_are_named(tmp_path):
             list(predict(Corner(), [good, bad]))
 
 
+def test_unreadable_files_are_left_out_and_reported(tmp_path):
+    files = [write_image(tmp_path / f"{i}.png", height=8 + i) for i in range(5)]
+    for bad in (files[0], files[1], files[3]):
+        bad.write_bytes(b"no image")
+    model, errors = Corner(), {}
+    settings = InferenceSettings(batch_size=2)
+    results = list(predict(model, files, settings, on_unreadable=errors.__setitem__))
+    assert model.batch_sizes == [1, 1], "the first batch is empty"
+    assert [(path, image.shape[0]) for path, image, _ in results] == [(files[2], 10), (files[4], 12)]
+    assert list(errors) == [files[0], files[1], files[3]]
+    assert all(str(path) in str(error) for path, error in errors.items())
+    with pytest.raises(UserError, match="batch_size must be at least 1, got 0"):
+        list(predict(model, files, InferenceSettings(batch_size=0)))
+
+
+@pytest.mark.parametrize("names", [["10.png", "broken.png", "30.png"], ["a.png", "b.png", "c.png"]])
+def test_detections_keep_their_ids_where_a_file_is_unreadable(tmp_path, names):
+    files = [write_image(tmp_path / "in" / name) for name in names]
+    files[1].write_bytes(b"no image")
+    out = tmp_path / "out"
+    report = predict_files(Corner(), files, out)
+    assert list(report.unreadable) == [files[1]]
+    assert {path.name for path in out.iterdir()} == {names[0], names[2], "detections.json"}
+    entries = json.loads((out / "detections.json").read_text())
+    assert report.num_detections == len(entries) == 4
+    # Names that are numbers are ids whatever the broken file is called; positions are those of all files.
+    assert [entry["image_id"] for entry in entries] == ([10, 10, 30, 30] if names[0] == "10.png" else [1, 1, 3, 3])
+
+
+def test_the_command_goes_on_after_unreadable_files_and_lists_them(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("resdet.models.checkpoint.load_detector", lambda _: Corner())
+    good, bad, out = write_image(tmp_path / "in" / "a.png"), tmp_path / "in" / "b.png", tmp_path / "out"
+    bad.write_bytes(b"no image")
+    (tmp_path / "in" / "._a.png").write_bytes(b"Mac OS X")
+    with pytest.raises(DataError) as caught:
+        main([str(tmp_path / "best.pt"), str(tmp_path / "in"), "--output", str(out)])
+    first, second = str(caught.value).splitlines()
+    assert first == "1 of 2 images could not be read and were left out:"
+    assert second.startswith(f"  {bad}: not a readable image")
+    assert "1 images, 2 detections" in capsys.readouterr().out
+    assert {path.name for path in out.iterdir()} == {"a.png", "detections.json"}
+    good.unlink()
+    with pytest.raises(DataError, match="1 of 1 images could not be read"):
+        main([str(tmp_path / "best.pt"), str(tmp_path / "in"), "--output", str(out)])
+    assert json.loads((out / "detections.json").read_text()) == []
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_photographs_are_detected_in_and_drawn_as_they_are_seen(tmp_path, orientation):
+    """What Pillow shows upright has one dark corner, at the top left, whatever the orientation."""
+    upright = np.full((40, 60, 3), 200, dtype=np.uint8)
+    upright[:20, :30] = 0
+    undo = {2: 2, 3: 3, 4: 4, 5: 5, 6: 8, 7: 7, 8: 6}  # the orientation that turns back
+    picture = Image.fromarray(upright)
+    picture.getexif()[0x0112] = undo.get(orientation, 1)
+    stored, exif = ImageOps.exif_transpose(picture), Image.Exif()
+    exif[0x0112] = orientation
+    path = tmp_path / "photo.png"
+    stored.save(path, exif=exif)
+    ((_, image, found),) = predict(Corner(), [path])
+    np.testing.assert_array_equal(image, upright)
+    assert found["boxes"][0].tolist() == [0, 0, 60, 40]
+    ((_, image, found),) = predict(Corner(), [path], stored_pixels=True)
+    np.testing.assert_array_equal(image, np.asarray(stored))
+    width, height = stored.size
+    assert found["boxes"][0].tolist() == [0, 0, width, height]
+    assert (width, height) == ((40, 60) if orientation >= 5 else (60, 40))
+    predict_files(Corner(), [path], tmp_path / "out")
+    assert Image.open(tmp_path / "out" / "photo.png").size == (8 * 60, 8 * 40)
+    assert json.loads((tmp_path / "out" / "detections.json").read_text())[0]["bbox"] == [0, 0, 60, 40]
+    predict_files(Corner(), [path], tmp_path / "out", stored_pixels=True)
+    assert Image.open(tmp_path / "out" / "photo.png").size == (8 * width, 8 * height)
+
+
+def test_pictures_in_the_folder_of_an_input_replace_only_earlier_drawings(tmp_path):
+    photo = tmp_path / "a.jpg"
+    Image.new("RGB", (12, 8)).save(photo)
+    for _ in range(2):  # the second call replaces the drawing of the first
+        predict_files(Corner(), [photo], tmp_path)
+    assert is_drawing(tmp_path / "a.png")
+    other = write_image(tmp_path / "a.png")
+    before = other.read_bytes()
+    with pytest.raises(UserError, match=r"a\.png: would be replaced by a picture of detections; give another output"):
+        predict_files(Corner(), [photo], tmp_path)
+    assert other.read_bytes() == before
+    # Elsewhere a folder is one of results, also those of versions that did not mark their drawings.
+    predict_files(Corner(), [photo], write_image(tmp_path / "out" / "a.png").parent)
+    assert is_drawing(tmp_path / "out" / "a.png")
+
+
+def test_pictures_of_files_with_one_name_are_numbered(tmp_path):
+    names = ["x/1.jpg", "y/1.jpg", "1.PNG", "1_2.png", "A.png", "a.png", "e\u0301.png", "\u00e9.png", "y/1.png"]
+    expected = ["1", "1_2", "1_3", "1_2_2", "A", "a_2", "e\u0301", "\u00e9_2", "1_4"]
+    assert picture_names(names) == expected
+    assert [len(name) for name in picture_names(["n" * 255, "n" * 255])] == [200, 202]
+    files = [write_image(tmp_path / "in" / name) for name in names]
+    predict_files(Corner(), files, tmp_path / "out")
+    assert {path.stem for path in tmp_path.glob("out/*.png")} == set(expected)
+
+
 def test_threshold_keeps_equal_scores():
     kept = above(prediction([[0, 0, 1, 1]] * 3, [1, 2, 1], [0.75, 0.5, 0.25]), 0.5)
     assert kept["labels"].tolist() == [1, 2]
@@ -154,6 +255,13 @@ def test_small_images_are_enlarged_with_their_boxes():
     assert drawn.shape == (400, 512, 3)
     marked = np.argwhere((drawn[200:360] == np.array(class_color(1))).all(axis=2))
     assert (marked[:, 1].min(), marked[:, 1].max()) == (160, 319)
+
+
+@pytest.mark.parametrize("name", ["two\nlines", "\ud800", "\x00", "\x1b[31m", "n" * 5000, ""])
+def test_any_name_of_a_class_can_be_drawn(name):
+    image = np.full((60, 80, 3), 128, dtype=np.uint8)
+    drawn = draw(image, prediction([[9, 9, 40, 40]], [1], [0.9]), (Category(1, 1, name),))
+    assert (drawn != image).any()
 
 
 def test_nothing_below_the_threshold_is_drawn():

@@ -31,8 +31,8 @@ def measure_responses(
     """Measure the responses of a trained network's 3x3 layers on image files, as ``response_deviations`` does.
 
     ``weights`` is a torchvision weight name, a file or a URL, of a classifier, a backbone or a detector with a pyramid;
-    ``images`` are files, folders or patterns. Images are scaled to ``image_size``, by default ``default_image_size``,
-    and normalised as the file states, or else as ImageNet's.
+    ``images`` are files, folders or patterns. Images are turned upright (EXIF), scaled to ``image_size``, by default
+    ``default_image_size``, and normalised as the file states, or else as ImageNet's.
     """
     last = len(find_arch(arch).strides)
     files = find_images(images)
@@ -62,7 +62,7 @@ def measure_responses(
 
 def _scaled(file: Path, size: tuple[int, int]) -> Tensor:
     """Read an image as float ``[3, H, W]`` in [0, 1]."""
-    pixels = torch.from_numpy(read_image(file)).permute(2, 0, 1).float() / 255
+    pixels = torch.from_numpy(read_image(file, upright=True)).permute(2, 0, 1).float() / 255
     if pixels.shape[1:] == size:
         return pixels
     return F.interpolate(pixels[None], size=size, mode="bilinear", antialias=True)[0].clamp(0, 1)

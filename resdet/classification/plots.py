@@ -6,6 +6,7 @@ python -m resdet.classification.plots RUN [RUN ...] --output FILE.png
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from resdet.commands.run import run_tool
 from resdet.errors import UserError
-from resdet.files import written_whole
+from resdet.files import check_output, written_whole
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -117,16 +118,20 @@ def _figure(width: float, height: float) -> Figure:
     return figure
 
 
-def _save(figure: Figure, path: Path) -> None:
-    """Write a figure, whole or not at all."""
-    kind, kinds = path.suffix.lstrip("."), figure.canvas.get_supported_filetypes()
+def check_plot(path: Path) -> None:
+    """Raise a UserError if plots cannot be drawn here, or not in the format that the ending of ``path`` names."""
+    kind, kinds = path.suffix.lstrip("."), _figure(1, 1).canvas.get_supported_filetypes()
     if kind not in kinds:
         raise UserError(f"{path}: its ending must be one of {', '.join(sorted(kinds))}; others cannot be written")
-    try:
-        with written_whole(path) as temporary:
-            figure.savefig(temporary, format=kind)
-    except OSError as error:
-        raise UserError(f"{path}: the plot cannot be written: {error}") from None
+
+
+def _save(figure: Figure, path: Path) -> None:
+    """Write a figure, whole or not at all."""
+    check_plot(path)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format=path.suffix.lstrip("."))
+    with written_whole(path) as temporary:
+        temporary.write_bytes(buffer.getvalue())
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -139,6 +144,8 @@ def main(arguments: Sequence[str]) -> None:
     options = parser.parse_args(arguments)
     if options.window < 1:
         raise UserError(f"--window must be at least 1, got {options.window}")
+    check_plot(options.output)
+    check_output(options.output)
     plot_errors([read_curves(run) for run in options.runs], options.output, window=options.window, top=options.top)
 
 

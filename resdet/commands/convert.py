@@ -13,7 +13,7 @@ read without running any code they hold.
 from collections.abc import Sequence
 from pathlib import Path
 
-from resdet.commands.run import command_parser
+from resdet.commands.run import command_parser, show
 from resdet.errors import name_some
 
 
@@ -30,20 +30,22 @@ def main(arguments: Sequence[str]) -> None:
     )
     options = parser.parse_intermixed_args(arguments)
 
+    from resdet.files import check_output
     from resdet.weights.convert_file import convert_file
 
+    check_output(options.output, [options.source])
     report = convert_file(options.source, options.to, options.output, source_format=options.source_format)
     read, written = report.read, report.written
-    print(f"{options.source}: {read.facts['format']} {read.kind}, {read.facts['arch'] or 'no known architecture'}")
-    print(f"  read:    {', '.join(read.rules) or 'unchanged'}")
-    print(f"  written: {', '.join(written.rules) or 'unchanged'}")
-    print(f"{len(written.tensors)} tensors -> {options.output} ({options.to})")
+    show(f"{options.source}: {read.facts['format']} {read.kind}, {read.facts['arch'] or 'no known architecture'}")
+    show(f"  read:    {', '.join(read.rules) or 'unchanged'}")
+    show(f"  written: {', '.join(written.rules) or 'unchanged'}")
+    show(f"{len(written.tensors)} tensors -> {options.output} ({options.to})")
     if read.left_over:
-        print(f"left over, without a counterpart in torchvision: {name_some(read.left_over)}")
+        show(f"left over, without a counterpart in torchvision: {name_some(read.left_over)}")
     if written.left_over:
-        print(f"left over, without a counterpart in {options.to}: {name_some(written.left_over)}")
+        show(f"left over, without a counterpart in {options.to}: {name_some(written.left_over)}")
     if report.not_copied:
-        print(f"not converted: {name_some(report.not_copied)}")
-    print("build the model with:")
+        show(f"not converted: {name_some(report.not_copied)}")
+    show("build the model with:")
     for name, value in report.settings.items():
-        print(f"  {name}: {value}")
+        show(f"  {name}: {value}")

@@ -12,8 +12,9 @@ deviations of each 3x3 layer's output after its norm, before the addition and th
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 
-from resdet.commands.run import command_parser
+from resdet.commands.run import command_parser, show
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -23,7 +24,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--image-size", nargs=2, type=int, metavar=("H", "W"), help="default: 224 224; CIFAR's 32 32")
     parser.add_argument("--weights", nargs="+", metavar="FILE", help="one for each ARCH: torchvision name, file or URL")
     parser.add_argument("--responses", nargs="+", metavar="IMAGES", help="image files, folders, or glob patterns")
-    parser.add_argument("--output", metavar="PLOT", help="plot of the responses: .png, .pdf, .svg, ...")
+    parser.add_argument("--output", type=Path, metavar="PLOT", help="plot of the responses: .png, .pdf, .svg, ...")
     options = parser.parse_intermixed_args(arguments)
     if options.image_size and min(options.image_size) < 1:
         parser.error("--image-size: height and width must be at least 1")
@@ -35,24 +36,27 @@ def main(arguments: Sequence[str]) -> None:
         parser.error(f"--weights: one for each of the {len(options.archs)} ARCH, got {len(options.weights)}")
 
     from resdet.classification.describe import measure_responses
-    from resdet.classification.plots import plot_responses
+    from resdet.classification.plots import check_plot, plot_responses
     from resdet.classification.summary import summarise, summary_table
+    from resdet.data.image_files import find_images
+    from resdet.files import check_output
 
+    images = find_images(options.responses) if options.responses else []
+    if options.output:
+        check_plot(options.output)
+        check_output(options.output, [*map(Path, options.weights), *images])
     size = tuple(options.image_size) if options.image_size else None
+    lines = []
     for arch in options.archs:
-        if len(options.archs) > 1:
-            print(f"{arch}:")
-        print(summary_table(summarise(arch, size)))
-    if not options.responses:
-        return
-
+        lines += [f"{arch}:"] if len(options.archs) > 1 else []
+        lines.append(summary_table(summarise(arch, size)))
     measured = {}
-    for arch, weights in zip(options.archs, options.weights, strict=True):
+    for arch, weights in zip(options.archs, options.weights or [], strict=False):
         name = arch if arch not in measured else f"{arch} ({weights})"
-        measured[name] = measure_responses(arch, weights, options.responses, image_size=size)
-        print(f"\nstandard deviation of responses, {name}:")
-        for layer, deviation in measured[name].items():
-            print(f"{layer:30}  {deviation:.4f}")
+        measured[name] = measure_responses(arch, weights, images, image_size=size)
+        lines.append(f"\nstandard deviation of responses, {name}:")
+        lines += [f"{layer:30}  {deviation:.4f}" for layer, deviation in measured[name].items()]
     if options.output:
         plot_responses(measured, options.output)
-        print(f"written: {options.output}")
+        lines.append(f"written: {options.output}")
+    show("\n".join(lines))

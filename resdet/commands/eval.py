@@ -9,11 +9,12 @@ RUN is a run's folder, which stands for its best.pt, or a checkpoint. The datase
 configuration unless overridden. Several runs must share one dataset; report.html shows them side by side.
 """
 
+import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from resdet.commands.run import command_parser
+from resdet.commands.run import checkpoint_in, command_parser, show
 from resdet.errors import UserError
 
 
@@ -34,32 +35,41 @@ def main(arguments: Sequence[str]) -> None:
     )
     options = parser.parse_intermixed_args(arguments)
     # A folder may be called lr=0.01.
-    overrides = [text for text in options.arguments if "=" in text and not Path(text).exists()]
+    overrides = [text for text in options.arguments if "=" in text and not os.path.exists(text)]
     paths = [Path(text) for text in options.arguments if text not in overrides]
     if not paths:
         parser.error("give at least one RUN: a run's folder or a checkpoint")
-    checkpoints = [path / "best.pt" if path.is_dir() else path for path in paths]
+    checkpoints = [checkpoint_in(path) for path in paths]
     names = name_runs(checkpoints)
 
-    from resdet.build import build_dataset, config_of_checkpoint, inference_settings
+    from resdet.build import annotation_files, build_dataset, config_of_checkpoint, inference_settings
     from resdet.config_reading import config_to_plain
     from resdet.evaluation.detect import evaluate
     from resdet.evaluation.inference import device_for
     from resdet.evaluation.labels import with_model_classes
     from resdet.evaluation.report import write_report
     from resdet.evaluation.report_runs import ReportedRun, check_same_ground_truth, read_log
-    from resdet.evaluation.write import metrics_table, write_evaluation
+    from resdet.evaluation.write import EVALUATION_FILES, metrics_table, write_evaluation
+    from resdet.files import check_outputs, make_output_folder
     from resdet.models.checkpoint import load_detector
     from resdet.weights.files import read_weights
 
     files = [read_weights(checkpoint) for checkpoint in checkpoints]
     configs = [config_of_checkpoint(file, overrides) for file in files]
+    output = options.output or (checkpoints[0].parent / "eval" if len(paths) == 1 else Path("eval"))
+    folders = [output] if len(paths) == 1 else [output / name for name in names]
+    for folder in folders:
+        make_output_folder(folder)
+    outputs = [output / "report.html", *(folder / name for folder in folders for name in EVALUATION_FILES)]
+    inputs = [file for config in configs for file in annotation_files(config)]
+    check_outputs(outputs, [*checkpoints, *inputs])
+    logs = [read_log(file.path.parent) for file in files]
     datasets = [build_dataset(config.data.val, training=False) for config in configs]
     check_same_ground_truth([(name, dataset.table) for name, dataset in zip(names, datasets, strict=True)])
     dataset = datasets[0]
-    output = options.output or (checkpoints[0].parent / "eval" if len(paths) == 1 else Path("eval"))
     runs: list[ReportedRun] = []
-    for name, file, config in zip(names, files, configs, strict=True):
+    lines = []
+    for name, file, config, log, folder in zip(names, files, configs, logs, folders, strict=True):
         model = load_detector(file)
         settings = inference_settings(config, device=device_for(model, config.train.device), progress=True)
         judged = with_model_classes(model, dataset)
@@ -67,13 +77,13 @@ def main(arguments: Sequence[str]) -> None:
             raise UserError(f"{name}: its classes are not those of {names[0]}; one report cannot show both")
         dataset = judged
         evaluation = evaluate(model, dataset, settings)
-        folder = output if len(paths) == 1 else output / name
         write_evaluation(folder, evaluation, dataset.table)
-        runs.append(ReportedRun(name, evaluation, config_to_plain(config), read_log(file.path.parent)))
-        print(f"{name}\n{metrics_table(evaluation)}" if len(paths) > 1 else metrics_table(evaluation))
-        print(f"written: {folder / 'metrics.json'}, {folder / 'detections.json'}")
+        runs.append(ReportedRun(name, evaluation, config_to_plain(config), log))
+        lines += [name] if len(paths) > 1 else []
+        lines.append(metrics_table(evaluation))
+        lines.append("written: " + ", ".join(str(folder / file_name) for file_name in EVALUATION_FILES))
     write_report(output / "report.html", dataset, runs)
-    print(f"written: {output / 'report.html'}")
+    show("\n".join([*lines, f"written: {output / 'report.html'}"]))
 
 
 def name_runs(checkpoints: Sequence[Path]) -> list[str]:
@@ -83,5 +93,12 @@ def name_runs(checkpoints: Sequence[Path]) -> list[str]:
     if twice:
         raise UserError(f"{twice[0]}: given twice")
     names = [file.parent.name for file in files]
-    names = [name if names.count(name) == 1 else f"{name}_{file.stem}" for name, file in zip(names, files, strict=True)]
-    return [name if names.count(name) == 1 else f"{number}_{name}" for number, name in enumerate(names, start=1)]
+    names = [
+        name if _is_single(name, names) else f"{name}_{file.stem}" for name, file in zip(names, files, strict=True)
+    ]
+    return [name if _is_single(name, names) else f"{number}_{name}" for number, name in enumerate(names, start=1)]
+
+
+def _is_single(name: str, names: Sequence[str]) -> bool:
+    # Names are those of folders, and some file systems ignore case.
+    return [other.casefold() for other in names].count(name.casefold()) == 1

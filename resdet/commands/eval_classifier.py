@@ -11,7 +11,7 @@ subfolder of images per class, named by WordNet id or class name, as the model h
 from collections.abc import Sequence
 from pathlib import Path
 
-from resdet.commands.run import command_parser
+from resdet.commands.run import command_parser, show
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -40,5 +40,5 @@ def main(arguments: Sequence[str]) -> None:
         resize=config.eval.resize,
         scales=config.eval.scales,
     )
-    print(f"top1 {metrics.top1:.4f}  top5 {metrics.top5:.4f}  loss {metrics.loss:.4f}")
-    print(f"{metrics.num_images} images of {images.name}, {config.eval.views}")
+    show(f"top1 {metrics.top1:.4f}  top5 {metrics.top5:.4f}  loss {metrics.loss:.4f}")
+    show(f"{metrics.num_images} images of {images.name}, {config.eval.views}")

@@ -15,14 +15,16 @@ The file is loaded again and compared with the model before it is moved into pla
 from collections.abc import Sequence
 from pathlib import Path
 
-from resdet.commands.run import command_parser
+from resdet.commands.run import checkpoint_in, command_parser, show
 from resdet.errors import UserError
 
 
 def main(arguments: Sequence[str]) -> None:
     """Run ``resdet export``."""
     parser = command_parser("export", __doc__)
-    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="best.pt or last.pt of a run")
+    parser.add_argument(
+        "checkpoint", type=Path, metavar="CHECKPOINT", help="a run's folder, or a checkpoint (best.pt, last.pt)"
+    )
     parser.add_argument("--what", choices=["backbone", "detector"], default="backbone")
     parser.add_argument(
         "--format",
@@ -46,20 +48,23 @@ def main(arguments: Sequence[str]) -> None:
     from resdet.data.image_files import find_images
     from resdet.data.images import read_image
     from resdet.export.backbone import export_backbone
+    from resdet.export.compare import report_file
     from resdet.export.detector import export_detector
+    from resdet.files import check_outputs
     from resdet.models.checkpoint import load_detector
 
     if options.what == "detector" and (options.fpn or options.names != "torchvision"):
         raise UserError("--fpn and --names are for a backbone; a detector is exported whole")
     if options.what == "backbone" and options.images:
         raise UserError("--images is for a detector; a backbone is compared on random input")
-    model = load_detector(options.checkpoint)
+    checkpoint, files = checkpoint_in(options.checkpoint), find_images(options.images) if options.images else []
+    check_outputs([options.output, report_file(options.output)], [checkpoint, *files])
+    model = load_detector(checkpoint)
     if options.what == "backbone":
         report = export_backbone(
             model, options.output, include_fpn=options.fpn, format=options.format or "safetensors", names=options.names
         )
     else:
-        images = [read_image(file) for file in find_images(options.images)[:8]] if options.images else None
+        images = [read_image(file, upright=True) for file in files[:8]] or None
         report = export_detector(model, options.output, format=options.format or "onnx", images=images)
-    print(report)
-    print(f"written: {options.output} and {options.output}.json")
+    show(f"{report}\nwritten: {options.output} and {report_file(options.output)}")

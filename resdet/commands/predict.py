@@ -3,19 +3,25 @@
     resdet predict runs/quickstart/best.pt photo.jpg folder/ --output out
     resdet predict runs/quickstart/best.pt folder/ --tricks refine=1 voting=0.8 flip=true
 
-The keys of --tricks are those of eval.tricks in a configuration.
+Photographs are turned as their EXIF orientation says and viewers show them; pictures and boxes are upright too. COCO's
+annotations mean the stored pixels: --stored-pixels. Files that cannot be read are listed at the end, and the exit code
+is then 2. The keys of --tricks are those of eval.tricks in a configuration.
 """
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from resdet.commands.run import command_parser
+from resdet.commands.run import checkpoint_in, command_parser, show
+from resdet.errors import DataError
 
 
 def main(arguments: Sequence[str]) -> None:
     """Run ``resdet predict``."""
     parser = command_parser("predict", __doc__)
-    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="best.pt or last.pt of a run")
+    parser.add_argument(
+        "checkpoint", type=Path, metavar="CHECKPOINT", help="a run's folder, or a checkpoint (best.pt, last.pt)"
+    )
     parser.add_argument("images", nargs="+", metavar="IMAGE_OR_FOLDER", help="image files, folders, or glob patterns")
     parser.add_argument("--output", type=Path, default=Path("predictions"), help="folder for the results")
     parser.add_argument(
@@ -30,20 +36,28 @@ def main(arguments: Sequence[str]) -> None:
         "--max-detections", type=int, metavar="N", help="detections per image (default: the model's, usually 100)"
     )
     parser.add_argument("--tricks", nargs="+", default=[], metavar="key=value", help="more computation for each image")
+    parser.add_argument("--stored-pixels", action="store_true", help="do not turn images by their EXIF orientation")
     options = parser.parse_intermixed_args(arguments)
+    if options.batch_size < 1:
+        parser.error(f"--batch-size must be at least 1, got {options.batch_size}")
+    if options.score is not None and math.isnan(options.score):
+        parser.error("--score must be a number, got nan")
 
     from resdet.config import parse_tricks
     from resdet.data.image_files import find_images
     from resdet.drawing import shown_from
     from resdet.evaluation.inference import device_for
     from resdet.evaluation.settings import InferenceSettings
+    from resdet.files import check_output, make_output_folder
     from resdet.models.checkpoint import load_detector
     from resdet.prediction import predict_files
 
     tricks = parse_tricks(options.tricks)
-    model = load_detector(options.checkpoint)
+    checkpoint, files = checkpoint_in(options.checkpoint), find_images(options.images)
+    make_output_folder(options.output)
+    check_output(options.output / "detections.json", [checkpoint, *files])
+    model = load_detector(checkpoint)
     score, source = (options.score, "--score") if options.score is not None else shown_from(model)
-    files = find_images(options.images)
     settings = InferenceSettings(
         batch_size=options.batch_size,
         device=device_for(model, options.device),
@@ -52,6 +66,12 @@ def main(arguments: Sequence[str]) -> None:
         max_detections=options.max_detections,
         progress=True,
     )
-    num_detections = predict_files(model, files, options.output, settings, score_threshold=score)
-    print(f"{len(files)} images, {num_detections} detections; drawn those of score >= {score:.3g} ({source})")
-    print(f"written: {options.output / 'detections.json'} and {options.output}/*.png")
+    report = predict_files(
+        model, files, options.output, settings, score_threshold=score, stored_pixels=options.stored_pixels
+    )
+    num_images, failed = len(files) - len(report.unreadable), list(report.unreadable.values())
+    show(f"{num_images} images, {report.num_detections} detections; drawn those of score >= {score:.3g} ({source})")
+    show(f"written: {options.output / 'detections.json'} and {options.output}/*.png")
+    if failed:
+        reasons = "\n  ".join(map(str, failed))
+        raise DataError(f"{len(failed)} of {len(files)} images could not be read and were left out:\n  {reasons}")

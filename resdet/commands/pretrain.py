@@ -7,7 +7,7 @@ torchrun --nproc-per-node 8 --no-python resdet pretrain configs/pretrain_imagene
 
 from collections.abc import Sequence
 
-from resdet.commands.run import command_parser
+from resdet.commands.run import command_parser, show
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -26,5 +26,5 @@ def main(arguments: Sequence[str]) -> None:
     result = pretrain(config)
     numbers = "  ".join(f"{name} {value:.4f}" for name, value in result.metrics.items())
     metric = config.eval.best_metric
-    print(f"{numbers}  (best {metric} {result.best:.4f}) after {result.steps} steps, {result.seconds:.0f} s")
-    print(f"run: {result.output_dir}  weights for a detector: model.weights={result.output_dir / 'best.pt'}")
+    show(f"{numbers}  (best {metric} {result.best:.4f}) after {result.steps} steps, {result.seconds:.0f} s")
+    show(f"run: {result.output_dir}  weights for a detector: model.weights={result.output_dir / 'best.pt'}")

@@ -11,7 +11,7 @@ without augmentation. Evaluate the result: the loss of accuracy differs from mod
 from collections.abc import Sequence
 from pathlib import Path
 
-from resdet.commands.run import command_parser
+from resdet.commands.run import checkpoint_in, command_parser, show
 from resdet.errors import UserError
 
 
@@ -23,13 +23,15 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--images", type=int, default=32, metavar="N", help="images to calibrate on (default 32)")
     parser.add_argument("--output", type=Path, metavar="FILE", help="default: int8.pt in the folder of the checkpoint")
     options = parser.parse_intermixed_args(arguments)
-    checkpoint = options.run / "best.pt" if options.run.is_dir() else options.run
+    checkpoint = checkpoint_in(options.run)
+    output = options.output or checkpoint.with_name("int8.pt")
 
     import torch
     from tqdm import tqdm
 
-    from resdet.build import build_dataset, config_of_checkpoint
+    from resdet.build import annotation_files, build_dataset, config_of_checkpoint
     from resdet.config_reading import config_to_plain
+    from resdet.files import check_output
     from resdet.models.checkpoint import load_detector, save_int8_detector
     from resdet.models.int8_calibration import quantize_detector
     from resdet.weights.files import read_weights
@@ -38,6 +40,7 @@ def main(arguments: Sequence[str]) -> None:
         raise UserError(f"--images must be at least 1, got {options.images}")
     file = read_weights(checkpoint)
     config = config_of_checkpoint(file, options.overrides)
+    check_output(output, [checkpoint, *annotation_files(config)])
     model = load_detector(file)
     dataset = build_dataset(config.data.train, training=False)
     # Seeded: the same images every time.
@@ -45,7 +48,5 @@ def main(arguments: Sequence[str]) -> None:
     chosen = order[: options.images].tolist()
     images = (dataset[index][0].float() / 255 for index in tqdm(chosen, unit="image"))
     quantized = quantize_detector(model, images)
-    output = options.output or checkpoint.with_name("int8.pt")
     save_int8_detector(quantized, output, config_to_plain(config))
-    print(f"calibrated on {len(chosen)} images of {config.data.train.format} data")
-    print(f"written: {output}")
+    show(f"calibrated on {len(chosen)} images of {config.data.train.format} data\nwritten: {output}")

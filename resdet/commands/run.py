@@ -5,6 +5,7 @@ a signal stopped a run in good order.
 """
 
 import argparse
+import contextlib
 import io
 import logging
 import os
@@ -12,6 +13,8 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+
+from typing_extensions import Never
 
 from resdet.errors import Interrupted, UserError, printable
 
@@ -34,7 +37,16 @@ def command_parser(name: str, description: str, arguments: str | None = None) ->
         description = re.sub(r"\bresdet (\w+)", lambda match: f"python {_script(match[1])}", description)
     usage = None if arguments is None else f"%(prog)s {arguments}"
     formatter = argparse.RawDescriptionHelpFormatter
-    return argparse.ArgumentParser(prog=prog, usage=usage, description=description, formatter_class=formatter)
+    return _Parser(prog=prog, usage=usage, description=description, formatter_class=formatter)
+
+
+def checkpoint_in(path: Path) -> Path:
+    """Return the best.pt of a run whose folder is given, or the checkpoint that is."""
+    if not path.is_dir():
+        return path
+    if not (path / "best.pt").is_file():
+        raise UserError(f"{path}: must be a checkpoint or the folder of a run, but this folder holds no best.pt")
+    return path / "best.pt"
 
 
 def run_tool(main: Callable[[Sequence[str]], int | None]) -> None:
@@ -50,30 +62,58 @@ def run_tool(main: Callable[[Sequence[str]], int | None]) -> None:
     program = os.path.basename(sys.argv[0])
     try:
         code = main(sys.argv[1:]) or 0
-        sys.stdout.flush()
+        if sys.stdout is not None:  # it is where the shell has closed it (`>&-`)
+            sys.stdout.flush()
     except UserError as error:
-        print(printable(f"{program}: {error}"), file=sys.stderr)
+        _complain(f"{program}: {error}")
         code = 2
     except Interrupted as interruption:
         if os.environ.get("RANK", "0") == "0":  # one process of a run is enough
-            print(f"{program}: {interruption}", file=sys.stderr)
+            _complain(f"{program}: {interruption}")
         code = interruption.exit_code
     except KeyboardInterrupt:
         code = 130
-    except BrokenPipeError:
-        # The reader of stdout has gone (`| head`); closing stdout would raise again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # the reader of stdout has gone (`| head`)
         code = 0
     except OSError as error:  # a full disk, a folder without permission, a name that is too long
         where = f"{error.filename}: " if error.filename else ""
-        print(printable(f"{program}: {where}{error.strerror or error}"), file=sys.stderr)
+        _complain(f"{program}: {where}{error.strerror or error}")
         code = 2
+    _drop_unwritten()
     sys.exit(code)
 
 
 def show(text: str) -> None:
-    """Print a text that may hold names from files; use it in place of ``print`` in every command."""
-    print(printable(text))
+    """Print a text that may hold names from files; use it in place of ``print`` in every command.
+
+    Call it when all files are written: what stdout cannot take (a full disk, a closed pipe) ends the command.
+    """
+    try:
+        print(printable(text), flush=True)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, "standard output") from error
+
+
+def _complain(text: str) -> None:
+    if sys.stderr is not None:
+        with contextlib.suppress(OSError):
+            print(printable(text), file=sys.stderr)
+
+
+def _drop_unwritten() -> None:
+    """Discard what the streams could not write: at exit Python would try again, and end with code 120."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if stream is not None:
+                stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> Never:
+        """Print a usage error, which may quote a file's name, and exit with code 2."""
+        super().error(printable(message))
 
 
 class _PrintableFormatter(logging.Formatter):

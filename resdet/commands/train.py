@@ -7,7 +7,7 @@ torchrun --nproc-per-node 8 --no-python resdet train configs/frcnn_r101.yaml
 
 from collections.abc import Sequence
 
-from resdet.commands.run import command_parser
+from resdet.commands.run import command_parser, show
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -24,5 +24,5 @@ def main(arguments: Sequence[str]) -> None:
     result = train(config)
     numbers = "  ".join(f"{name} {result.metrics[name]:.3f}" for name in ("AP", "AP50", "AP75"))
     metric = config.eval.best_metric
-    print(f"{numbers}  (best {metric} {result.best:.3f}) after {result.steps} steps, {result.seconds:.0f} s")
-    print(f"run: {result.output_dir}  best detector: {result.output_dir / 'best.pt'}")
+    show(f"{numbers}  (best {metric} {result.best:.3f}) after {result.steps} steps, {result.seconds:.0f} s")
+    show(f"run: {result.output_dir}  best detector: {result.output_dir / 'best.pt'}")

@@ -22,7 +22,7 @@ from resdet.evaluation.detect import Evaluation
 from resdet.evaluation.errors import ERROR_KINDS
 from resdet.evaluation.report_gallery import gallery
 from resdet.evaluation.report_runs import IOU_THRESHOLDS, MeasuredRun, ReportedRun, measure, read_log
-from resdet.files import written_whole
+from resdet.files import write_text
 from resdet.types import Target
 
 
@@ -53,8 +53,7 @@ def write_report(
     dataset = without_subset(dataset)
     measured = [measure(dataset.table, run) for run in runs]
     content = _content(dataset.table, measured) | {"gallery": gallery(dataset, measured, max_images, max_image_bytes)}
-    with written_whole(path) as temporary:
-        temporary.write_text(_render(content), encoding="utf-8")
+    write_text(path, _render(content))
 
 
 def write_run_report(

@@ -6,8 +6,13 @@ import json
 from pathlib import Path
 
 from resdet.data.annotations import AnnotationTable
+from resdet.errors import printable_name
 from resdet.evaluation.coco import CocoNumbers, detections_to_coco
 from resdet.evaluation.detect import Evaluation
+from resdet.files import make_output_folder, write_text
+
+EVALUATION_FILES = ("metrics.json", "detections.json")
+"""What ``write_evaluation`` writes."""
 
 
 def write_evaluation(output_dir: Path, evaluation: Evaluation, table: AnnotationTable) -> None:
@@ -15,7 +20,7 @@ def write_evaluation(output_dir: Path, evaluation: Evaluation, table: Annotation
 
     The folder is created if it does not exist. ``table`` is the ground truth that the evaluation was measured on.
     """
-    output_dir.mkdir(parents=True, exist_ok=True)
+    make_output_folder(output_dir)
     document = {
         "dataset": table.name,
         "num_images": table.num_images,
@@ -28,9 +33,9 @@ def write_evaluation(output_dir: Path, evaluation: Evaluation, table: Annotation
             for row, voc in zip(evaluation.per_class, evaluation.voc.per_class, strict=True)
         },
     }
-    (output_dir / "metrics.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    write_text(output_dir / "metrics.json", json.dumps(document, indent=2) + "\n")
     detections = detections_to_coco(table, evaluation.detections)
-    (output_dir / "detections.json").write_text(json.dumps(detections) + "\n", encoding="utf-8")
+    write_text(output_dir / "detections.json", json.dumps(detections) + "\n")
 
 
 def metrics_table(evaluation: Evaluation) -> str:
@@ -38,7 +43,8 @@ def metrics_table(evaluation: Evaluation) -> str:
     columns = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large", "AR_max")
     voc = evaluation.voc.per_class
     rows: list[tuple[CocoNumbers, str, int, float]] = [
-        (row, row.name, row.num_boxes, of_voc.AP) for row, of_voc in zip(evaluation.per_class, voc, strict=True)
+        (row, printable_name(row.name), row.num_boxes, of_voc.AP)
+        for row, of_voc in zip(evaluation.per_class, voc, strict=True)
     ]
     rows.append((evaluation.coco, "all", sum(row.num_boxes for row in voc), evaluation.voc.AP))
     width = max(5, *(len(name) for _, name, _, _ in rows))

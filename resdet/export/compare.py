@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from resdet.errors import UserError
-from resdet.files import written_whole
+from resdet.files import write_text
 from resdet.types import Prediction
 from resdet.version import VERSION
 
@@ -73,8 +73,12 @@ class ExportReport:
         checked = {name: value for name, value in asdict(self).items() if name not in ("path", "what", "format")}
         versions = {"resdet": VERSION, "torch": torch.__version__}
         content = {"what": self.what, "format": self.format, **description, "checked": checked, "versions": versions}
-        with written_whole(self.path.with_name(f"{self.path.name}.json")) as temporary:
-            temporary.write_text(json.dumps(content, indent=2, default=str) + "\n", encoding="utf-8")
+        write_text(report_file(self.path), json.dumps(content, indent=2, default=str) + "\n")
+
+
+def report_file(path: Path) -> Path:
+    """Return where the report of an exported file stands: beside it, as ``<file>.json``."""
+    return path.with_name(f"{path.name}.json")
 
 
 def feature_difference(maps: Sequence[Tensor], expected: Sequence[Tensor]) -> float:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import io
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -123,7 +124,9 @@ def _quiet() -> Iterator[None]:
 @_quiet()
 def write_torchscript(module: nn.Module, path: Path) -> None:
     """Write a module as TorchScript."""
-    torch.jit.script(module).save(str(path))  # type: ignore[no-untyped-call]
+    buffer = io.BytesIO()  # written to a full disk, the archive would abort the whole process
+    torch.jit.save(torch.jit.script(module), buffer)
+    path.write_bytes(buffer.getbuffer())
 
 
 def _example(module: Body | ResNetFPN) -> tuple[Tensor, tuple[dict[int, Any]]]:
@@ -140,7 +143,9 @@ def _example(module: Body | ResNetFPN) -> tuple[Tensor, tuple[dict[int, Any]]]:
 def write_exported_program(module: Body | ResNetFPN, path: Path) -> None:
     """Write a backbone as a ``torch.export`` program for any batch, height and width."""
     images, dynamic_shapes = _example(module)
-    torch.export.save(torch.export.export(module, (images,), dynamic_shapes=dynamic_shapes, strict=False), path)
+    buffer = io.BytesIO()  # as in write_torchscript
+    torch.export.save(torch.export.export(module, (images,), dynamic_shapes=dynamic_shapes, strict=False), buffer)
+    path.write_bytes(buffer.getbuffer())
 
 
 def backbone_to_onnx(module: Body | ResNetFPN, path: Path, output_names: Sequence[str]) -> None:

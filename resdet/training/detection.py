@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from resdet.build import build_dataset, build_model, inference_settings
@@ -18,8 +17,8 @@ from resdet.config_reading import config_to_plain
 from resdet.data.annotations import AnnotationTable
 from resdet.data.dataset import DetectionDataset
 from resdet.data.loader import Batch, train_loader
-from resdet.drawing import draw, legible_scale, shown_from
-from resdet.errors import TrainingError, WeightsError
+from resdet.drawing import draw, legible_scale, picture_names, save_picture, shown_from
+from resdet.errors import TrainingError, WeightsError, printable
 from resdet.evaluation.detect import Evaluation, evaluate
 from resdet.evaluation.labels import match_labels, with_model_classes
 from resdet.evaluation.loss import validation_loss
@@ -167,13 +166,12 @@ class DetectionTask:
         folder.mkdir(exist_ok=True)
         stated = self.eval.picture_score
         threshold = shown_from(evaluation)[0] if stated is None else stated
-        for index in range(min(self.eval.num_pictures, dataset.table.num_images)):
+        for index, name in enumerate(picture_names(dataset.table.file_names[: self.eval.num_pictures].tolist())):
             image, found = dataset.image(index), evaluation.detections.of_image(index)
             scale = legible_scale(image)
             picture = draw(image, found, dataset.categories, score_threshold=threshold, scale=scale)
-            name = Path(str(dataset.table.file_names[index])).stem
-            Image.fromarray(picture).save(folder / f"{name}.png")
-            log.picture(step, name, picture)
+            save_picture(folder / f"{name}.png", picture)
+            log.picture(step, printable(name), picture)
 
 
 def detection_losses(model: Detector, parallel: nn.Module, batch: Batch, precision: Precision) -> dict[str, Tensor]:

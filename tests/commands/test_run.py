@@ -3,7 +3,9 @@
 import importlib
 import io
 import logging
+import os
 import pkgutil
+import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -11,9 +13,10 @@ from pathlib import Path
 import pytest
 
 import resdet.commands
-from resdet.commands.run import run_tool, show
+from resdet.commands.run import checkpoint_in, command_parser, run_tool, show
 from resdet.errors import UserError, printable
 
+ROOT = Path(__file__).resolve().parents[2]
 ESCAPES = "cat\x1b]0;owned\x07\x9b31m\u202egpj.exe\r"
 
 
@@ -91,3 +94,51 @@ def test_every_command_parses_in_one_way(name: str) -> None:
     source = Path(importlib.import_module(f"resdet.commands.{name}").__file__ or "").read_text(encoding="utf-8")
     assert "parser.parse_intermixed_args(arguments)" in source
     assert ".parse_args(" not in source
+
+
+def run_with_output(redirection: str, code: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run ``main``, of which ``code`` is the body, in a shell whose files may not grow, with its output elsewhere."""
+    script = f"from resdet.commands.run import *\nimport sys\ndef main(arguments):\n    {code}\nrun_tool(main)"
+    command = f'ulimit -f 0; "$0" -c "$1" {redirection}'
+    arguments = ["bash", "-c", command, sys.executable, script]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        arguments, capture_output=True, text=True, timeout=60, check=False, cwd=folder, env=environment
+    )
+
+
+@pytest.mark.parametrize("code", ["show('text')", "show('text ' * 10_000)", "print('text')"])
+def test_a_full_disk_under_stdout_is_one_line(code: str, tmp_path: Path) -> None:
+    done = run_with_output("> log", code, tmp_path)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("-c: standard output: " if "show" in code else "-c: ")
+    assert line.endswith("File too large")
+
+
+@pytest.mark.parametrize("redirection", [">&-", "2>&-", ">&- 2>&-", "2> log", "| head -c 1"])
+def test_streams_that_are_closed_or_full_do_not_change_the_exit_code(redirection: str, tmp_path: Path) -> None:
+    piped = "; exit ${PIPESTATUS[0]}" if "|" in redirection else ""
+    done = run_with_output(redirection + piped, "show('text ' * 100_000)", tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    done = run_with_output(redirection + piped, "raise UserError('what to change')", tmp_path)
+    assert done.returncode == 2
+    assert done.stderr == ("" if "2>" in redirection else "-c: what to change\n")
+
+
+def test_usage_errors_quote_no_escapes(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        command_parser("x", "y").parse_args([ESCAPES])
+    assert caught.value.code == 2
+    assert "unrecognized arguments: cat\\x1b]0;owned" in capsys.readouterr().err
+
+
+def test_a_folder_stands_for_its_best_checkpoint(tmp_path: Path) -> None:
+    file = tmp_path / "last.pt"
+    assert checkpoint_in(file) == file
+    with pytest.raises(
+        UserError, match=r"must be a checkpoint or the folder of a run, but this folder holds no best\.pt"
+    ):
+        checkpoint_in(tmp_path)
+    (tmp_path / "best.pt").touch()
+    assert checkpoint_in(tmp_path) == tmp_path / "best.pt"
