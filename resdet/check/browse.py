@@ -23,7 +23,7 @@ NUM_IMAGES = 48
 """Default number of images on a page."""
 
 _MIN_SIDE, _MAX_SIDE = 160, 480  # of a picture, in pixels
-_MIN_BOXES, _MAX_BOXES = 50, 12_000  # drawn on a picture, and on the pictures of one kind together
+_MIN_BOXES, _MAX_BOXES = 50, 6_000  # drawn on a picture, and on the pictures of one kind together
 
 Values = dict[str, Any]  # what the page's template shows, by the names that it uses
 
@@ -44,7 +44,7 @@ def write_browse_page(
     It shows each image as the model gets it, after augmentation, and as it is stored, both with their boxes; crowd
     regions and difficult objects that are not trained on are dashed and dotted. Pictures are reduced to 480 pixels, and
     further on pages of more than 48 images, so that a page stays below about 8 MB; the browser draws the boxes, which
-    stay sharp. Of crowded images only the largest boxes are drawn (250 on a page of 48 images), and a note says so. An
+    stay sharp. Of crowded images only the largest boxes are drawn (125 on a page of 48 images), and a note says so. An
     image that cannot be read is shown as its error.
 
     Which images come first depends on the batch size and on the next three arguments, which are those of

@@ -497,7 +497,7 @@ def test_strips_and_two_thousand_boxes_are_on_the_page(tmp_path):
     main([str(recipe(tmp_path)), "--browse", str(page), "--workers", "0", "augment=[]"])
     text = page.read_text()
     assert "3000 x 2" in text
-    assert text.count("of 2000 boxes the 250 largest are shown") == 24
+    assert text.count("of 2000 boxes the 125 largest are shown") == 24
     assert text.count("Boxes trained on: 2000; stored: 2000") == 24
-    assert text.count('class="box ') == 48 * 251
+    assert text.count('class="box ') == 48 * 126
     assert page.stat().st_size < 8_000_000
