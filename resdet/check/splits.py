@@ -56,6 +56,9 @@ def coco_split(name: str, images: Path, annotations: Path, classes: Sequence[str
         records = CocoRecords(annotations, {}, [], [], [])
     else:
         problems = list(record_problems(records))
+        if num_named := records.num_named_by_url:
+            message = f"{num_named} of {len(records.images)} images have no file_name, but a coco_url"
+            problems.append(Problem("file_name_from_url", message, file=str(annotations), count=num_named))
     return DataSplit(name, str(annotations), records, images, classes, problems=tuple(problems))
 
 

@@ -59,6 +59,7 @@ class CocoRecords:
     images: list[Any]
     annotations: list[Any]
     categories: list[Any]
+    num_named_by_url: int = 0  # images without file_name, which has been taken from their coco_url
 
 
 def load_records(path: Path) -> CocoRecords:
@@ -96,10 +97,13 @@ def _sections_of(data: object, path: Path) -> CocoRecords:
             raise DataError(f"{path}: not a COCO annotation file: no {key!r}{hint}; its keys are {sorted(data)[:8]}")
         if not isinstance(data[key], list):
             raise DataError(f"{path}: {key!r} must be a list, got {show_value(data[key])}")
-    for record in data["images"]:
-        if isinstance(record, dict) and (name := file_name_in(record.get("file_name"), record.get("coco_url"))):
+    nameless = [record for record in data["images"] if isinstance(record, dict) and record.get("file_name") is None]
+    num_named = 0
+    for record in nameless:
+        if name := file_name_in(None, record.get("coco_url")):
             record["file_name"] = name
-    return CocoRecords(path, data, *(data[key] for key in SECTIONS))
+            num_named += 1
+    return CocoRecords(path, data, *(data[key] for key in SECTIONS), num_named_by_url=num_named)
 
 
 def file_name_in(file_name: object, coco_url: object) -> object:

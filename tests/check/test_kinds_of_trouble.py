@@ -296,6 +296,20 @@ def test_a_name_in_another_unicode_form_is_an_info(tmp_path, name, on_disk):
     assert KINDS["other_unicode_form"].severity == "info"
 
 
+def test_file_names_that_come_from_urls_are_an_info(tmp_path):
+    data = coco(num_images=3)
+    write(tmp_path, data)
+    for record in data["images"][:2]:
+        record["coco_url"] = f"http://images.cocodataset.org/train/{record.pop('file_name')}"
+    (tmp_path / "train.json").write_text(json.dumps(data))
+    split = coco_split("train", tmp_path, tmp_path / "train.json")
+    assert found(split)["train", "file_name_from_url"] == ["2 of 3 images have no file_name, but a coco_url"]
+    assert found(split)["train", "missing_file"] == [
+        "image 3 (3.png): no such file in the image folder; did you mean train/3.png (then the image folder is "
+        f"{tmp_path / 'train'})?"
+    ]
+
+
 def test_a_voc_file_in_another_unicode_form_is_an_info(tmp_path):
     folder, composed, decomposed = voc(tmp_path), "gr\u00f6\u00dfe", "gro\u0308\u00dfe"
     (folder / "Annotations" / "a.xml").rename(folder / "Annotations" / f"{decomposed}.xml")
