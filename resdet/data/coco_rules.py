@@ -103,7 +103,7 @@ def _sections_of(data: object, path: Path) -> CocoRecords:
         if name := file_name_in(None, record.get("coco_url")):
             record["file_name"] = name
             num_named += 1
-    return CocoRecords(path, data, *(data[key] for key in SECTIONS), num_named_by_url=num_named)
+    return CocoRecords(path, data, data["images"], data["annotations"], data["categories"], num_named)
 
 
 def file_name_in(file_name: object, coco_url: object) -> object:
