@@ -11,7 +11,7 @@ import numpy as np
 from resdet.check.kinds import CROWD_SHARE, IMBALANCE
 from resdet.data.annotations import AnnotationTable, bare_name
 from resdet.data.coco_rules import Problem
-from resdet.data.dataset import nothing_to_train_on
+from resdet.data.dataset import nothing_to_evaluate_on, nothing_to_train_on
 from resdet.errors import name_some
 from resdet.types import Ints
 
@@ -32,6 +32,8 @@ def class_problems(table: AnnotationTable, split: str, *, use_difficult: bool) -
     num_crowds = int(table.crowd.sum())
     if split == "train" and not table.trainable(use_difficult=use_difficult).any():
         yield Problem("nothing_to_train_on", nothing_to_train_on(table))
+    elif split == "val" and table.crowd.all():
+        yield Problem("nothing_to_evaluate_on", nothing_to_evaluate_on(table))
     elif table.num_boxes >= _MIN_EVIDENCE and num_crowds > CROWD_SHARE * table.num_boxes:
         share = num_crowds / table.num_boxes
         yield Problem("many_crowds", f"{num_crowds} of {table.num_boxes} objects have iscrowd 1 ({share:.0%})")

@@ -89,6 +89,7 @@ KINDS = {
     ),
     "boxes_are_corners": Kind("error", "COCO's boxes are [x, y, width, height]; these look like [x1, y1, x2, y2]"),
     "boxes_are_fractions": Kind("error", "boxes must be in pixels; these look like fractions of the image"),
+    "nothing_to_evaluate_on": Kind("warning", "no evaluation, so no best checkpoint: give val single objects"),
     "more_objects_than_detections": Kind("warning", "the others are never found: raise the key that is named"),
     "more_objects_than_proposals": Kind("warning", "the others are hardly found: raise the key that is named"),
     "strip": Kind(

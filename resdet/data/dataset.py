@@ -81,6 +81,8 @@ class DetectionDataset(Dataset[tuple[Tensor, Target]]):
             logger.info("%s: %s", table.name, note)
         if training:
             self._log_left_out()
+        elif table.crowd.all():
+            logger.warning("%s: %s", table.name, nothing_to_evaluate_on(table))
 
     def _log_left_out(self) -> None:
         table, trained = self.table, self.trained
@@ -250,6 +252,12 @@ def nothing_to_train_on(table: AnnotationTable) -> str:
     if table.trainable(use_difficult=True).any():
         return f"all boxes that can be trained on, of {table.num_boxes}, are difficult; use_difficult: true uses them"
     return f"none of its {table.num_boxes} boxes can be trained on"
+
+
+def nothing_to_evaluate_on(table: AnnotationTable) -> str:
+    """Return why no object of a table counts in an evaluation."""
+    crowds = f"all of its {table.num_boxes} objects are crowd regions (iscrowd 1)"
+    return f"{crowds if table.num_boxes else 'it has no boxes'}: every AP is undefined, and shown as -1"
 
 
 def _planes(sample: Sample) -> Tensor:

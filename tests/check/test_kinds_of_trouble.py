@@ -112,8 +112,13 @@ def test_crowds_are_said_not_to_be_trained_on(tmp_path, num_crowds, kind):
 
 
 def test_crowds_alone_are_a_finding_in_validation_data_too(tmp_path):
-    findings = found(write(tmp_path, coco()), write(tmp_path, coco(iscrowd=1), "val"))
-    assert ("val", "many_crowds") in findings
+    for data, what in (
+        (coco(iscrowd=1), "all of its 8 objects are crowd regions (iscrowd 1)"),
+        (coco([]), "it has no boxes"),
+    ):
+        findings = found(write(tmp_path / what[:2], coco()), write(tmp_path / what[:2], data, "val"))
+        message = f"{what}: every AP is undefined, and shown as -1"
+        assert findings["val", "nothing_to_evaluate_on"] == [message]
 
 
 def test_objects_that_are_all_difficult(tmp_path):

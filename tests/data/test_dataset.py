@@ -111,7 +111,7 @@ def test_what_is_left_out_is_said(caplog):
     ]
 
 
-def test_nothing_to_train_on_is_refused():
+def test_nothing_to_train_on_is_refused(caplog):
     with pytest.raises(DataError, match="none of its 1 boxes can be trained on"):
         DetectionDataset(table_with([(1, 1, 5, 0)]), blank, training=True)
     crowds = (
@@ -123,6 +123,9 @@ def test_nothing_to_train_on_is_refused():
     with pytest.raises(DataError, match=difficult):
         DetectionDataset(table_with([(1, 1, 5, 5), (1, 1, 0, 5)], difficult=[True, False]), blank, training=True)
     DetectionDataset(table_with([(1, 1, 5, 5)], crowd=[True]), blank, training=False)
+    assert caplog.messages[-1].endswith(
+        "all of its 1 objects are crowd regions (iscrowd 1): every AP is undefined, and shown as -1"
+    )
 
 
 def test_labels_travel_with_their_boxes_through_augmentation():
