@@ -51,6 +51,8 @@ def checkpoint_in(path: Path) -> Path:
 
 def run_tool(main: Callable[[Sequence[str]], int | None]) -> None:
     """Run a command's ``main`` on the arguments after the program's name and exit with its code (None: 0)."""
+    # None is a stream that the shell has closed (`>&-`), which progress bars do not expect.
+    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         # A class name that the terminal's encoding lacks must not cost the work that was done before it is printed.
         if isinstance(stream, io.TextIOWrapper):
@@ -62,8 +64,7 @@ def run_tool(main: Callable[[Sequence[str]], int | None]) -> None:
     program = os.path.basename(sys.argv[0])
     try:
         code = main(sys.argv[1:]) or 0
-        if sys.stdout is not None:  # it is where the shell has closed it (`>&-`)
-            sys.stdout.flush()
+        sys.stdout.flush()
     except UserError as error:
         _complain(f"{program}: {error}")
         code = 2
@@ -95,17 +96,15 @@ def show(text: str) -> None:
 
 
 def _complain(text: str) -> None:
-    if sys.stderr is not None:
-        with contextlib.suppress(OSError):
-            print(printable(text), file=sys.stderr)
+    with contextlib.suppress(OSError):
+        print(printable(text), file=sys.stderr)
 
 
 def _drop_unwritten() -> None:
     """Discard what the streams could not write: at exit Python would try again, and end with code 120."""
     for stream in (sys.stdout, sys.stderr):
         try:
-            if stream is not None:
-                stream.flush()
+            stream.flush()
         except OSError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,8 @@ from resdet.evaluation.curves import Curves, precision_recall
 from resdet.evaluation.detect import Evaluation
 from resdet.evaluation.errors import ErrorAnalysis, find_errors
 from resdet.evaluation.matching import Matches, match
+
+logger = logging.getLogger(__name__)
 
 IOU_THRESHOLDS = (0.5, 0.75)
 """Of the precision-recall curves; errors, confusion matrix and gallery are at the first."""
@@ -60,25 +63,33 @@ def measure(table: AnnotationTable, run: ReportedRun) -> MeasuredRun:
 
 
 def read_log(output_dir: Path) -> list[dict[str, Any]]:
-    """Read a run's ``metrics.jsonl``; without one the log is empty. A last line that was cut off is ignored.
+    """Read a run's ``metrics.jsonl``; without one the log is empty.
 
-    Any other line that is not a JSON object with a number ``step`` raises a DataError.
+    Lines that are no JSON object with a number ``step`` are left out: a killed process leaves the last one cut off, a
+    lost machine zeros. What else is damaged is logged as a warning, because an evaluation does not depend on it.
     """
     path = output_dir / "metrics.jsonl"
     if not path.is_file():
         return []
-    lines = path.read_text(encoding="utf-8").splitlines()
-    entries = []
+    lines = path.read_bytes().splitlines()
+    entries, damaged = [], []
     for number, line in enumerate(lines, start=1):
         try:
             entry = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             entry = None
-        if isinstance(entry, dict) and isinstance(entry.get("step"), (int, float)):
+        if isinstance(entry, dict) and is_finite_number(entry.get("step")):
             entries.append(entry)
-        elif number < len(lines) or line.endswith("}"):
-            raise DataError(f"{path}: line {number}: expected a JSON object with a step, got {line[:100]}")
+        elif number < len(lines) or line.endswith(b"}"):
+            damaged.append(str(number))
+    if damaged:
+        logger.warning("%s: left out of the curves, as damaged: line %s", path, name_some(damaged))
     return entries
+
+
+def is_finite_number(value: object) -> bool:
+    """Return whether a value of a log can be drawn: JSON's numbers may be NaN, infinite, or too large for a float."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300
 
 
 def check_same_ground_truth(tables: Sequence[tuple[str, AnnotationTable]]) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from resdet.evaluation.curves import Curve
-from resdet.evaluation.report_runs import IOU_THRESHOLDS, MeasuredRun, ReportedRun
+from resdet.evaluation.report_runs import IOU_THRESHOLDS, MeasuredRun, ReportedRun, is_finite_number
 
 _MAX_CURVE_POINTS = 150
 _MAX_CURVE_POINTS_IN_PAGE = 30_000
@@ -147,7 +147,7 @@ def _log_line(run: ReportedRun, index: int, key: str) -> dict[str, Any]:
     points = [
         (entry["step"], float(f"{entry[key]:.5g}"))
         for entry in run.log
-        if isinstance(entry.get(key), (int, float)) and entry[key] >= 0 and np.isfinite(entry[key])
+        if is_finite_number(entry.get(key)) and entry[key] >= 0
     ]
     chosen = np.unique(np.linspace(0, len(points) - 1, min(len(points), _MAX_LOG_POINTS)).astype(int)).tolist()
     is_validation = key == "val_loss"

@@ -283,6 +283,43 @@ def test_annotation_id_zero_and_image_without_detections(case):
     assert coco_metrics(table, fewer).AR_max < 1
 
 
+@pytest.mark.parametrize(
+    ("image_ids", "category_ids", "first_annotation_id"),
+    [([0, 1, 2], [0, 1], 1), ([2**53, 5, 2**62], [90, 2**40], 2**60), ([-7, 3, 0], [7, 2], -100)],
+    ids=["zero", "huge", "negative"],
+)
+def test_files_with_odd_ids_and_areas_equal_pycocotools(image_ids, category_ids, first_annotation_id, tmp_path):
+    """Areas that are not width x height decide small, medium and large; crowds may have none."""
+    rng = np.random.default_rng(0)
+    annotations = []
+    for number in range(60):
+        x, y, w, h = rng.integers(1, 60, 4).tolist()
+        is_crowd = number % 7 == 0
+        area = [0, w * h, 3 * w * h, 5.5, 32**2, 96**2, 1e9][rng.integers(7)]
+        entry = {"image_id": image_ids[number % 3], "category_id": category_ids[number % 2], "bbox": [x, y, w, h]}
+        annotations.append(entry | {"area": 0 if is_crowd else area, "iscrowd": int(is_crowd)})
+    results = [
+        {key: entry[key] for key in ("image_id", "category_id")}
+        | {"bbox": (np.array(entry["bbox"]) + rng.integers(0, 6, 4)).tolist(), "score": round(float(score), 2)}
+        for entry, score in zip(annotations * 2, rng.random(120), strict=True)
+    ]
+    document = {
+        "images": [{"id": n, "file_name": f"{n}.jpg", "width": 640, "height": 640} for n in image_ids],
+        "categories": [{"id": n, "name": f"class {n}"} for n in category_ids],
+        "annotations": [entry | {"id": first_annotation_id + n} for n, entry in enumerate(annotations)],
+    }
+    path = tmp_path / "instances.json"
+    path.write_text(json.dumps(document))
+    table = read_coco(path)
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    found = read_coco_detections(tmp_path / "results.json", table)
+    evaluator = pycocotools_evaluator(document, results)
+    assert 0 < evaluator.stats[0] < 1
+    assert (evaluator.stats[3:6] > 0).all()
+    assert_same(table, found, evaluator.stats)
+    assert_same_per_class(table, found, evaluator)
+
+
 def test_limit_of_detections_can_be_raised(case):
     table, detections = case(10)
     usual, more = coco_metrics(table, detections), coco_metrics(table, detections, max_detections=1000)

@@ -3,10 +3,13 @@
 import base64
 import hashlib
 import json
+import os
 import re
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -297,12 +300,61 @@ def test_only_the_last_line_of_a_log_may_be_cut_off(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "lo')
     assert read_log(tmp_path) == [{"step": 1, "loss": 2.0}]
-    path.write_text('{"step": 1, "lo\n{"step": 2, "loss": 2.0}\n')
-    with pytest.raises(DataError, match=r"metrics.jsonl: line 1: expected a JSON object with a step"):
-        read_log(tmp_path)
-    path.write_text('{"loss": 2.0}\n')
-    with pytest.raises(DataError, match="line 1"):
-        read_log(tmp_path)
+
+
+def test_damaged_lines_of_a_log_are_left_out_of_the_curves(
+    dataset: DetectionDataset, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An evaluation does not depend on them, and the script of the page can read what is left."""
+    damaged = [b'{"step": 1, "lo', b"\0" * 50, b"caf\xe9", b"[" * 100_000, b"[1]", b'{"loss": 2.0}', b'{"step": NaN}']
+    damaged += [b'{"step": 1e999}', b'{"step": 1' + b"0" * 400 + b"}", b'{"step": "1"}', b'{"step": true}']
+    whole = [b'{"step": 1, "loss": 2.0}', b'{"step": 2, "loss": NaN, "AP": 1e999}', b'{"step": 3, "loss": 1.5}']
+    (tmp_path / "metrics.jsonl").write_bytes(b"\n".join([*damaged, *whole, b"\0\0"]))
+    log = read_log(tmp_path)
+    assert [entry["step"] for entry in log] == [1, 2, 3]
+    assert "metrics.jsonl: left out of the curves, as damaged: line 1, 2, 3, 4 and 7 more" in caplog.text
+    run = replace(make_runs(dataset.table)[0], log=log)
+    write_report(tmp_path / "report.html", dataset, [run])
+    (chart,) = embedded(tmp_path / "report.html")["logs"]
+    assert chart["series"][0]["points"] == [[1, 2.0], [3, 1.5]]
+
+
+class Page(HTMLParser):
+    """The names of a page's elements and of their attributes."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.tags: Counter[str] = Counter()
+        self.attributes: set[str] = set()
+        self.feed(path.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags[tag] += 1
+        self.attributes |= {name for name, _ in attrs}
+
+
+def test_no_name_becomes_an_element_or_an_attribute(dataset: DetectionDataset, tmp_path: Path) -> None:
+    """Names of data, images, classes, runs and settings; also one that is no UTF-8."""
+    evil = "</title></script></style>'\"><img src=x onerror=alert(1)>" + os.fsdecode(b"\xe9")
+    table = replace(
+        dataset.table,
+        name=evil,
+        file_names=np.array([f"{n}/{evil}.png" for n in range(dataset.table.num_images)]),
+        categories=tuple(replace(category, name=f"{category.label} {evil}") for category in dataset.categories),
+    )
+    attacked = DetectionDataset(table, ShapesImages(96, 0), training=False)
+    runs = [
+        replace(run, name=f"{number} {evil}", config={evil: number, "key": f"{number} {evil}"})
+        for number, run in enumerate(make_runs(table))
+    ]
+    write_report(tmp_path / "attacked.html", attacked, runs)
+    plain = [replace(run, name=str(number), config={"a": number, "key": number}) for number, run in enumerate(runs)]
+    write_report(tmp_path / "plain.html", dataset, plain)
+    page, expected = Page(tmp_path / "attacked.html"), Page(tmp_path / "plain.html")
+    page.tags.pop("wbr"), expected.tags.pop("wbr", None)  # after each / of a file's name
+    assert page.tags == expected.tags
+    assert page.attributes == expected.attributes
+    assert not any(name.startswith("on") for name in page.attributes)
 
 
 def test_only_runs_on_the_same_data_are_compared(dataset: DetectionDataset) -> None:
