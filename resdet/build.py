@@ -242,6 +242,8 @@ def _calibration_batches(model: Detector, dataset: DetectionDataset, num_images:
 def config_of_checkpoint(path: WeightsPath, overrides: Sequence[str] = ()) -> Config:
     """Return the configuration that a run's checkpoint carries, with overrides."""
     file = read_weights(path)
+    if file.kind == "classifier":
+        raise WeightsError(f"{file.path}: holds a classifier, not a detector; tools/eval_classifier.py evaluates it")
     if "config" not in file.content:
         raise WeightsError(f"{file.path}: carries no configuration (it is not a checkpoint of tools/train.py)")
     return config_from_plain(file.content["config"], overrides, source=str(file.path))

@@ -1,6 +1,7 @@
 """The command that measures what the documentation claims."""
 
 import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -40,6 +41,15 @@ def test_what_it_compares_with_must_be_installed(monkeypatch):
         run_benchmark(["work=evaluation"])
     monkeypatch.setitem(WORK, "fake", lambda: Report("fake", {}, {}))
     assert run_benchmark(["work=fake"]).work == "fake"
+
+
+def test_figures_are_not_written_over_what_is_measured(tmp_path):
+    path = tmp_path / "instances.json"
+    path.write_text("{}")
+    main = runpy.run_path(str(TOOL))["main"]
+    with pytest.raises(UserError, match=r"instances\.json: the output would overwrite an input of this command"):
+        main(["work=loading", f"annotations={path}", f"output={path}"])
+    assert path.read_text() == "{}"
 
 
 def test_settings_take_the_types_of_their_defaults(monkeypatch):

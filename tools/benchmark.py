@@ -39,7 +39,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from resdet.commands.run import run_tool
+from resdet.commands.run import run_tool, show
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -50,12 +50,15 @@ def main(arguments: Sequence[str]) -> None:
 
     from benchmarks import run_benchmark
 
+    from resdet.files import check_outputs
+
     outputs = [Path(setting.removeprefix("output=")) for setting in settings if setting.startswith("output=")]
-    report = run_benchmark([setting for setting in settings if not setting.startswith("output=")])
-    print(report)
+    others = [setting for setting in settings if not setting.startswith("output=")]
+    check_outputs(outputs, [Path(setting.partition("=")[2]) for setting in others])
+    report = run_benchmark(others)
     for output in outputs:
         report.write(output)
-        print(f"written: {output}")
+    show("\n".join([str(report), *(f"written: {output}" for output in outputs)]))
 
 
 if __name__ == "__main__":

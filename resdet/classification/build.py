@@ -101,6 +101,8 @@ def eval_config(
     images per class, which for a checkpoint of tools/pretrain.py replaces ``data.val``.
     """
     file = read_weights(weights)
+    if file.is_detector:
+        raise WeightsError(f"{file.path}: holds a detector, not a classifier; tools/eval.py evaluates it")
     tree = file.content.get("config")
     if tree is None:
         if arch is None or images is None:

@@ -66,7 +66,7 @@ def summarise(
             try:
                 model(torch.empty(1, 3, height, width))
             except RuntimeError as error:
-                raise UserError(f"an image of {height}x{width} pixels is too small for {arch} ({error})") from error
+                raise UserError(f"{arch} cannot take an image of {height}x{width} pixels ({error})") from error
     block = nn.Conv2d if isinstance(find_arch(arch), VGGArch) else (BasicBlock, Bottleneck)
     # Two operations are one multiply-add; modules are named by the root's class and their path.
     flops = {name.partition(".")[2]: sum(by_kind.values()) for name, by_kind in counter.get_flop_counts().items()}

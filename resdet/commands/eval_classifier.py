@@ -11,13 +11,15 @@ subfolder of images per class, named by WordNet id or class name, as the model h
 from collections.abc import Sequence
 from pathlib import Path
 
-from resdet.commands.run import command_parser, show
+from resdet.commands.run import checkpoint_in, command_parser, show
 
 
 def main(arguments: Sequence[str]) -> None:
     """Run ``resdet eval_classifier``."""
     parser = command_parser("eval_classifier", __doc__)
-    parser.add_argument("weights", type=Path, metavar="WEIGHTS", help="a run's best.pt, or torchvision's weights")
+    parser.add_argument(
+        "weights", type=Path, metavar="WEIGHTS", help="a run's folder or best.pt, or torchvision's weights"
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted keys, as in eval.views=dense")
     parser.add_argument("--arch", help="the architecture, for weights without a configuration, e.g. resnet50")
     parser.add_argument("--images", type=Path, metavar="FOLDER", help="a folder with one subfolder of images per class")
@@ -29,8 +31,9 @@ def main(arguments: Sequence[str]) -> None:
     from resdet.classification.model import load_classifier
     from resdet.processes import choose_device
 
-    config = eval_config(options.weights, arch=options.arch, images=options.images, overrides=options.overrides)
-    classifier = load_classifier(options.weights, arch=options.arch)
+    weights = checkpoint_in(options.weights)
+    config = eval_config(weights, arch=options.arch, images=options.images, overrides=options.overrides)
+    classifier = load_classifier(weights, arch=options.arch)
     images = build_images(config.data.val)
     metrics = evaluate_classifier(
         classifier,

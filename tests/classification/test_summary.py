@@ -76,7 +76,7 @@ def test_summary_of_a_network_by_hand() -> None:
 
 
 def test_image_that_is_too_small_is_named() -> None:
-    with pytest.raises(UserError, match="8x8 pixels is too small for vgg16"):
+    with pytest.raises(UserError, match="vgg16 cannot take an image of 8x8 pixels"):
         summarise("vgg16", (8, 8))
 
 

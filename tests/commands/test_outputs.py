@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torchvision
 from PIL import Image
 
 from resdet.build import build_dataset, build_model
@@ -23,7 +24,7 @@ from resdet.classification import plots
 from resdet.commands import eval as eval_command
 from resdet.config import load_config
 from resdet.config_reading import config_to_plain
-from resdet.errors import UserError
+from resdet.errors import UserError, WeightsError
 from resdet.models.checkpoint import checkpoint_payload
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -276,3 +277,12 @@ def test_what_is_no_checkpoint_is_named_in_one_line(command: str, kind: str, pla
         call(WRONG_CHECKPOINTS[command].format(path), place)
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("command", ["eval {}/classifier.pt", "quantize {}/classifier.pt", "eval_classifier {}/run"])
+def test_a_checkpoint_of_the_other_task_is_named_in_one_line(command: str, place: Path) -> None:
+    network = torchvision.models.resnet18(weights=None)
+    torch.save({"model": network.state_dict(), "config": {"model": {"arch": "resnet18"}}}, place / "classifier.pt")
+    other = "a detector, not a classifier" if "classifier " in command else "a classifier, not a detector"
+    with pytest.raises(WeightsError, match=rf"\.pt: holds {other}; tools/eval[a-z_]*\.py evaluates it$"):
+        call(command, place)

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from resdet.files import written_whole
+from resdet.files import write_text
 
 # What decides how fast a CPU multiplies in bfloat16.
 _BF16_FLAGS = ("avx512_bf16", "amx_bf16", "bf16")
@@ -77,8 +77,7 @@ class Report:
         Raises:
             UserError: If the folder does not exist.
         """
-        with written_whole(path) as temporary:
-            temporary.write_text(json.dumps(asdict(self), indent=2, default=str) + "\n")
+        write_text(path, json.dumps(asdict(self), indent=2, default=str) + "\n")
 
     def __str__(self) -> str:
         tables = [f"{title}\n{_lay_out(rows)}" for title, rows in self.tables.items()]
