@@ -9,11 +9,12 @@ import stat
 import tempfile
 import uuid
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 
 from resdet.errors import UserError
 
@@ -68,6 +69,20 @@ def remove_temporary(folder: Path) -> None:
     for path in folder.iterdir():
         if _TEMPORARY.fullmatch(path.name) and path.is_file():
             path.unlink(missing_ok=True)
+
+
+@contextmanager
+def one_at_a_time(lock: Path, timeout: float) -> Iterator[None]:
+    """Let one process at a time through, for at most ``timeout`` seconds of waiting.
+
+    Where files cannot be locked, all pass at once: for work that is then merely done twice.
+    """
+    with ExitStack() as stack:
+        # NotImplementedError: a file system without locks.
+        with suppress(OSError, NotImplementedError):
+            lock.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(FileLock(lock, timeout=timeout))
+        yield
 
 
 def check_output(path: Path, inputs: Iterable[Path] = ()) -> None:

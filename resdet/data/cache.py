@@ -9,6 +9,10 @@ file had changed less than two seconds before it was cached, when another change
 remains undetected: contents swapped while the clock is set back or by writing past the file system; on Windows, where
 ctime is the time of creation, also contents whose mtime is restored after writing.
 
+Trust: a table's columns are used as they lie in the file, and a checksum is no signature. So the folder and the entry
+must belong to the user and be closed to the writing of others, and every column must have the type, place, shape and
+range that a reader gives it; any other entry is logged and made again. Users do not share entries.
+
 Removal: writing an entry removes those not used for 30 days, and the least recently used beyond 4 GiB. Processes that
 map a removed file keep it.
 
@@ -23,21 +27,22 @@ import functools
 import hashlib
 import json
 import logging
+import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock
 from platformdirs import user_cache_path
 from safetensors.numpy import save
 
 from resdet.data.annotations import AnnotationTable, Arrays
-from resdet.data.sharing import header_of, map_file
-from resdet.files import written_whole
+from resdet.data.sharing import header_of, is_private, map_file
+from resdet.errors import UserError
+from resdet.files import one_at_a_time, written_whole
 from resdet.types import categories_from_plain, categories_to_plain
 
 logger = logging.getLogger(__name__)
@@ -54,6 +59,21 @@ _LONGEST_WAIT = 600
 _SETTLED_NS = 2_000_000_000
 _SUFFIX = ".table"
 _DTYPES = {"F64": np.float64, "I64": np.int64, "I32": np.int32, "U8": np.uint8, "BOOL": np.bool_}
+# What each column is: its type in the file, how its rows are counted, and the length of a row (0: a number).
+_COLUMNS = {
+    "image_ids": ("I64", "images", 0),
+    "sizes": ("I32", "images", 2),
+    "offsets": ("I64", "offsets", 0),
+    "boxes_xywh": ("F64", "boxes", 4),
+    "labels": ("I64", "boxes", 0),
+    "area": ("F64", "boxes", 0),
+    "crowd": ("BOOL", "boxes", 0),
+    "difficult": ("BOOL", "boxes", 0),
+    "annotation_ids": ("I64", "boxes", 0),
+    "file_names.utf8": ("U8", "characters", 0),
+    "file_names.starts": ("I64", "images", 0),
+    "file_names.ends": ("I64", "images", 0),
+}
 
 
 def cache_folder() -> Path | None:
@@ -75,12 +95,16 @@ def cached_table(source: Path, read: Callable[[bytes], AnnotationTable]) -> Anno
     folder = cache_folder()
     if folder is None or os.stat(source).st_size < SMALLEST:
         return read(source.read_bytes())
+    if folder.exists() and not is_private(folder.stat()):
+        _log_shared(folder)
+        return read(source.read_bytes())
     real = os.path.realpath(source)
     entry = folder / f"{Path(real).stem[:64]}-{hashlib.sha256(os.fsencode(real)).hexdigest()[:16]}{_SUFFIX}"
     table = _find(entry, source, real)
     if table is not None:
         return table
-    with _alone(entry):
+    _make_folder(folder)
+    with one_at_a_time(entry.with_suffix(".lock"), timeout=_LONGEST_WAIT):
         table = _find(entry, source, real, logged=True)
         if table is not None:
             return table
@@ -131,10 +155,11 @@ def _find(entry: Path, source: Path, real: str, *, logged: bool = False) -> Anno
             raise ValueError("of another version")
         then = _State(**facts["source"])
         categories = categories_from_plain(facts["categories"])
+        _check_values(arrays, len(categories))
         table = AnnotationTable.from_arrays(arrays, str(source), categories, tuple(facts["notes"]))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, LookupError, TypeError) as error:
+    except Exception as error:  # what was damaged or forged fails in whatever its bytes happen to mean
         if not logged:
             logger.warning("%s: its cached table %s cannot be used (%s); reading it again", source, entry, error)
         return None
@@ -167,20 +192,49 @@ def _map_arrays(path: Path) -> tuple[Arrays, dict[str, Any]]:
     """Map an entry and return its arrays, which are read-only, and the facts about them.
 
     safetensors would copy the arrays. The checksum reads the file once (50 MB in 0.04 s) and brings its pages into
-    memory. A file that is cut short or changed raises a ValueError, one of another kind also LookupError or TypeError.
+    memory. A file that is cut short, changed or forged raises a ValueError or another error.
     """
     file = map_file(path)
     header = header_of(file)
     specs = json.loads(header[8:])
     metadata = specs.pop("__metadata__")
+    if specs.keys() != _COLUMNS.keys():
+        raise ValueError("it has other columns than a table")
     contents = np.asarray(file)[len(header) :]
     arrays: Arrays = {}
-    for name, spec in specs.items():
-        start, end = spec["data_offsets"]
-        arrays[name] = contents[start:end].view(_DTYPES[spec["dtype"]]).reshape(spec["shape"])
+    for name, (kind, _, width) in _COLUMNS.items():
+        spec, dtype = specs[name], np.dtype(_DTYPES[kind])
+        (start, end), shape = spec["data_offsets"], spec["shape"]
+        row = shape[1:] == ([width] if width else [])
+        numbers_are_sizes = all(type(number) is int and number >= 0 for number in (start, end, *shape))
+        if spec["dtype"] != kind or not shape or not row or not numbers_are_sizes:
+            raise ValueError(f"its column {name} is of another type or shape")
+        if not start <= end <= len(contents) or end - start != math.prod(shape) * dtype.itemsize:
+            raise ValueError(f"its column {name} is not where the file states")
+        arrays[name] = contents[start:end].view(dtype).reshape(shape)
     if _checksum(arrays, metadata["facts"]) != metadata["sha256"]:
         raise ValueError("its checksum does not match: cut short or changed")
     return arrays, json.loads(metadata["facts"])
+
+
+def _check_values(arrays: Arrays, num_classes: int) -> None:
+    """Raise a ValueError unless columns fit each other and every number can be used as an index where it is one."""
+    offsets, labels, sizes, utf8 = (arrays[name] for name in ("offsets", "labels", "sizes", "file_names.utf8"))
+    starts, ends = arrays["file_names.starts"], arrays["file_names.ends"]
+    lengths = {"images": len(sizes), "offsets": len(sizes) + 1, "boxes": len(labels), "characters": len(utf8)}
+    if any(len(arrays[name]) != lengths[rows] for name, (_, rows, _) in _COLUMNS.items()):
+        raise ValueError("its columns are of different lengths")
+    if offsets[0] != 0 or offsets[-1] != len(labels) or (np.diff(offsets) < 0).any():
+        raise ValueError("its offsets do not rise from 0 to the number of boxes")
+    if len(labels) and not 1 <= labels.min() <= labels.max() <= num_classes:
+        raise ValueError(f"its labels are not in 1..{num_classes}")
+    if (sizes < 1).any() or any((arrays[name].view(np.uint8) > 1).any() for name in ("crowd", "difficult")):
+        raise ValueError("its sizes or flags are out of range")
+    utf8.tobytes().decode("utf-8", "surrogatepass")  # a UnicodeDecodeError is a ValueError
+    begins = np.append((utf8 & 0xC0) != 0x80, True)  # whether a character begins at a place
+    in_range = (starts >= 0) & (starts <= ends) & (ends <= len(utf8))
+    if not in_range.all() or not begins[starts].all() or not begins[ends].all():
+        raise ValueError("its file names are out of range")
 
 
 def _checksum(arrays: Arrays, facts: str) -> str:
@@ -196,30 +250,33 @@ def _write(entry: Path, table: AnnotationTable, state: _State, digest: str) -> b
     facts = json.dumps({"version": VERSION, "source": asdict(state), **contents})
     arrays = {name: np.ascontiguousarray(array) for name, array in table.to_arrays().items()}
     try:
-        entry.parent.mkdir(parents=True, exist_ok=True)
         with written_whole(entry) as temporary:
-            # safetensors' save_file would make it unreadable for other users of a shared cache.
+            temporary.touch(mode=0o600)  # whatever the umask allows to others
             temporary.write_bytes(save(arrays, {"facts": facts, "sha256": _checksum(arrays, facts)}))
-    except OSError as error:
+    except (OSError, UserError) as error:
         _log_unwritable(entry.parent, str(error))
         return False
     return True
 
 
+def _make_folder(folder: Path) -> None:
+    with contextlib.suppress(OSError):  # reported when an entry cannot be written
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, exist_ok=True)
+
+
+@functools.cache
+def _log_shared(folder: Path) -> None:
+    logger.warning(
+        "%s: annotations are not cached here, every start reads them anew: the folder must be yours and closed to the "
+        "writing of others (chmod go-w), or RESDET_CACHE name one that is",
+        folder,
+    )
+
+
 @functools.cache
 def _log_unwritable(folder: Path, why: str) -> None:
     logger.warning("%s: annotations cannot be cached here, every start reads them anew (%s)", folder, why)
-
-
-@contextlib.contextmanager
-def _alone(entry: Path) -> Iterator[None]:
-    """Let one process at a time through; all of them where files cannot be locked, which costs only time."""
-    with contextlib.ExitStack() as stack:
-        # NotImplementedError: a file system without locks.
-        with contextlib.suppress(OSError, NotImplementedError):
-            entry.parent.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(FileLock(entry.with_suffix(".lock"), timeout=_LONGEST_WAIT))
-        yield
 
 
 def _prune(folder: Path, *, keep: Path) -> None:

@@ -7,8 +7,10 @@ sent as the file's name and their position in it, the others are moved into shar
 
 from __future__ import annotations
 
+import errno
 import functools
 import hashlib
+import os
 import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -43,8 +45,22 @@ class _Part:
 
 
 def map_file(path: str | Path) -> MappedFile:
-    """Map a safetensors file read-only, without looking into it; an empty one raises a ValueError."""
-    return np.memmap(path, dtype=np.uint8, mode="r")
+    """Map a safetensors file read-only, without looking into it; an empty one raises a ValueError.
+
+    A PermissionError is raised unless it is this user's own and others cannot write to it: what is mapped can change
+    at any time.
+    """
+    with open(path, "rb") as file:
+        if not is_private(os.fstat(file.fileno())):
+            raise PermissionError(errno.EACCES, "it is not yours alone to write to", str(path))
+        mapped = np.memmap(file, dtype=np.uint8, mode="r")
+    mapped.filename = str(path)
+    return mapped
+
+
+def is_private(state: os.stat_result) -> bool:
+    """Return whether a file or folder is this user's, and nobody else can write to it (on Windows, always)."""
+    return os.name != "posix" or (state.st_uid == os.geteuid() and not state.st_mode & 0o022)
 
 
 def header_of(file: MappedFile) -> bytes:
@@ -128,6 +144,8 @@ def _rebuild(outline: bytes, parts: Sequence[bytes | _Part]) -> Any:
         else:
             whole = mapped(part.memory, part.digest)
         buffers.append(whole[part.start : part.start + part.num_bytes])
+        if len(buffers[-1]) != part.num_bytes:
+            raise DataError(f"{part.memory}: the annotations that another process put here were cut short")
     return pickle.loads(outline, buffers=buffers)
 
 

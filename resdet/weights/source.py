@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 import logging
 import os
 import re
-import sys
 import urllib.request
-import uuid
 from pathlib import Path
 from typing import TypeAlias
-from urllib.parse import urlparse
+from urllib.parse import urldefrag, urlparse
 
 import torch
 import torchvision
 from torchvision.models import WeightsEnum
 
-from resdet.errors import WeightsError, first_line, name_some
+from resdet.errors import WeightsError, name_some
+from resdet.files import one_at_a_time
+from resdet.weights.download import download
 from resdet.weights.files import WeightsFile, read_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -63,8 +64,10 @@ def _published(arch: str) -> dict[str, WeightsEnum]:
 def fetch(url: str) -> Path:
     """Return the local file of a URL, which is downloaded into torch.hub's cache if it is not there.
 
-    A hash in the file name (``-<8 or more hex digits>.``) is checked after the download. The file is read as a whole
-    before it is moved into place, so that a broken connection leaves nothing behind.
+    The cache knows a file by its name if a hash is in it (``-<8 or more hex digits>.``, which is checked), as torch.hub
+    does, and else by its URL. One process downloads, others wait for it. The file is read as a whole before it is moved
+    into place: what breaks off or is something else leaves nothing behind, and the next download removes what a process
+    that was killed has left.
     """
     parts = urlparse(url)
     if parts.scheme == "file":
@@ -72,28 +75,41 @@ def fetch(url: str) -> Path:
     name = os.path.basename(parts.path)
     if not name:
         raise WeightsError(f"{url}: names no file")
-    path = Path(torch.hub.get_dir()) / "checkpoints" / name
-    if path.exists():
-        logger.info("%s: using the file at %s", url, path)
-        return path
+    hub, in_name = Path(torch.hub.get_dir()), _HASH_IN_NAME.search(name)
+    key = hashlib.sha256(urldefrag(url).url.encode()).hexdigest()[:16]
+    folder = hub / "checkpoints" if in_name else hub / "checkpoints" / key
+    path = folder / name
+    if not path.exists():
+        with one_at_a_time(hub / "locks" / f"{key}.lock", timeout=-1):
+            if not path.exists():  # nor has another process brought it meanwhile
+                _download(url, path, in_name and in_name[1])
+                return path
+    logger.info("%s: using the file at %s", url, path)
+    return path
+
+
+def _download(url: str, path: Path, digits: str | None) -> None:
     logger.info("downloading %s to %s", url, path)
-    incoming = path.with_name(f"{path.stem}.{uuid.uuid4().hex}{path.suffix}")
-    by_hand = f"put the file of that URL at {path}"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        in_name = _HASH_IN_NAME.search(name)
-        torch.hub.download_url_to_file(url, str(incoming), in_name and in_name[1], progress=sys.stderr.isatty())
-        # A connection that ends early raises nothing: reading the file does.
-        read_checkpoint(incoming)
-        os.replace(incoming, path)
-    except OSError as error:  # URLError and HTTPError among them
-        raise WeightsError(f"{url}: cannot be downloaded ({first_line(error)}); {by_hand}") from error
-    except RuntimeError as error:
-        raise WeightsError(
-            f"{url}: the download does not have the hash in its name ({first_line(error)}); {by_hand}"
-        ) from error
+        _remove_partial(path)
+        incoming = path.with_name(f".{path.stem[:200]}.partial{path.suffix}")
+        try:
+            download(url, incoming, digits)
+            read_checkpoint(incoming)
+            os.replace(incoming, path)
+        finally:
+            incoming.unlink(missing_ok=True)
+    except OSError as error:
+        raise WeightsError(f"{path}: cannot be written ({error.strerror or error})") from error
     except WeightsError as error:
-        raise WeightsError(f"{url}: the download is damaged or no weights file; {by_hand}") from error
-    finally:
-        incoming.unlink(missing_ok=True)
-    return path
+        told = str(error).replace(str(incoming), f"{url}: the download", 1)
+        raise WeightsError(f"{told}; put the file of that URL at {path}") from error
+
+
+def _remove_partial(path: Path) -> None:
+    """Remove what earlier versions left of downloads to ``path`` when they were killed."""
+    left = re.compile(rf"{re.escape(path.stem)}\.[0-9a-f]{{32}}{re.escape(path.suffix)}(\.[0-9a-f]{{32}}\.partial)?")
+    for other in path.parent.iterdir():
+        if left.fullmatch(other.name):
+            other.unlink(missing_ok=True)

@@ -1,5 +1,6 @@
 """The cache of annotation tables: what it gives back, and when it must not."""
 
+import json
 import logging
 import multiprocessing
 import os
@@ -64,7 +65,7 @@ def test_the_second_time_the_table_comes_from_the_cache_with_the_same_bits(folde
 
 def test_both_are_read_only_maps_of_one_file(folder, source):
     for table in (read_coco(source), read_coco(source)):
-        assert {memory_of(array).filename for array in table.to_arrays().values()} == {entry_in(folder)}
+        assert {memory_of(array).filename for array in table.to_arrays().values()} == {str(entry_in(folder))}
         with pytest.raises(ValueError, match="read-only"):
             table.boxes_xywh[0] = 0
 
@@ -195,7 +196,7 @@ def _read_in_child(source, barrier, log):
 @pytest.mark.parametrize("locks", [True, False])
 def test_processes_at_once_agree_and_one_reads_for_all(folder, source, tmp_path, monkeypatch, locks):
     if not locks:  # as on file systems without
-        monkeypatch.setattr(cache, "_alone", lambda entry: nullcontext())
+        monkeypatch.setattr(cache, "one_at_a_time", lambda lock, timeout: nullcontext())
     context = multiprocessing.get_context("fork")
     barrier = context.Barrier(3)
     children = [context.Process(target=_read_in_child, args=(source, barrier, tmp_path / "log")) for _ in range(3)]
@@ -340,3 +341,158 @@ def test_replaced_while_on_its_way_it_is_refused(folder, source):
     flip(30)(entry)
     with pytest.raises(DataError, match="holds other annotations"):
         pickle.loads(pickled)
+
+
+# ---- forged entries
+
+
+def forge(entry, change):
+    """Write an entry anew after ``change`` has altered its header, facts or columns; its checksum is right again."""
+    arrays, facts = cache._map_arrays(entry)
+    arrays = {name: array.copy() for name, array in arrays.items()}
+    header = change(arrays, facts) or (lambda specs: None)
+    text = json.dumps(facts)
+    data = cache.save(arrays, {"facts": text, "sha256": cache._checksum(arrays, text)})
+    length = int.from_bytes(data[:8], "little")
+    specs = json.loads(data[8 : 8 + length])
+    header(specs)
+    new = json.dumps(specs).encode().ljust(length)
+    entry.write_bytes(len(new).to_bytes(8, "little") + new + data[8 + length :])
+    os.chmod(entry, 0o600)
+
+
+def column(name, **values):
+    """Change what the header says of a column."""
+    return lambda arrays, facts: lambda specs: specs[name].update(values)
+
+
+def entry_of(name, index, value):
+    """Change one number of a column."""
+    return lambda arrays, facts: arrays[name].__setitem__(index, value)
+
+
+def replaced(name, make):
+    """Change a whole column."""
+    return lambda arrays, facts: arrays.update({name: make(arrays[name])}) and None
+
+
+FORGED = {
+    "a column of objects": (column("labels", dtype="O"), "labels is of another type or shape"),
+    "a column of another type": (column("labels", dtype="F64"), "labels is of another type or shape"),
+    "numbers for flags": (replaced("crowd", lambda a: a.astype(np.int64)), "crowd is of another type or shape"),
+    "more dimensions": (column("labels", shape=[750, 2]), "labels is of another type or shape"),
+    "boxes of other length": (column("boxes_xywh", shape=[1200, 5]), "boxes_xywh is of another type or shape"),
+    "a negative shape": (column("labels", shape=[-1500]), "labels is of another type or shape"),
+    "a column beyond the file": (column("labels", data_offsets=[10**9, 10**9 + 12000]), "labels is not where"),
+    "a column before the file": (column("labels", data_offsets=[-12000, 0]), "labels is of another type or shape"),
+    "a shape larger than its bytes": (column("labels", shape=[2**40]), "labels is not where"),
+    "another column": (replaced("more", lambda a: a) and (lambda a, f: a.update(more=a["area"])), "other columns"),
+    "a column too short": (replaced("area", lambda a: a[:-1]), "different lengths"),
+    "offsets that fall": (entry_of("offsets", 5, 10**12), "do not rise from 0"),
+    "offsets that begin later": (entry_of("offsets", 0, 1), "do not rise from 0"),
+    "offsets below zero": (entry_of("offsets", 0, -5), "do not rise from 0"),
+    "offsets beyond the boxes": (entry_of("offsets", -1, 1501), "do not rise from 0"),
+    "a label of the background": (entry_of("labels", 7, 0), "its labels are not in 1..80"),
+    "a label beyond the classes": (entry_of("labels", 7, 81), "its labels are not in 1..80"),
+    "a size of nothing": (entry_of("sizes", (3, 1), 0), "its sizes or flags are out of range"),
+    "a flag that is no truth": (
+        lambda arrays, facts: arrays["crowd"].view(np.uint8).__setitem__(0, 7),
+        "its sizes or flags are out of range",
+    ),
+    "a name beyond the characters": (entry_of("file_names.ends", -1, 10**9), "its file names are out of range"),
+    "a name before the characters": (entry_of("file_names.starts", 0, -4), "its file names are out of range"),
+    "a name that is no text": (entry_of("file_names.utf8", 0, 0xFF), "can't decode byte 0xff"),
+    "facts of another kind": (lambda arrays, facts: facts.update(source=[1]), "must be a mapping"),
+    "classes of another kind": (lambda arrays, facts: facts.update(categories=[{"label": 1}]), ""),
+    "a header nested in itself": (
+        lambda arrays, facts: lambda specs: specs.update(a=json.loads("[" * 900 + "]" * 900)),
+        "other columns",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", FORGED)
+def test_a_forged_entry_is_no_entry(kind, folder, source, readings, contents, caplog):
+    expected = contents(read_coco(source))
+    change, message = FORGED[kind]
+    forge(entry_in(folder), change)
+    assert contents(read_coco(source)) == expected
+    assert len(readings) == 2
+    assert f"{source}: its cached table {entry_in(folder)} cannot be used (" in caplog.text
+    assert message in caplog.text
+    assert contents(read_coco(source)) == expected
+    assert len(readings) == 2, "it was made again"
+
+
+def test_a_forger_can_write_what_is_used(folder, source, readings):
+    """The twin of the test above: the checksum of a forged entry is right, only its values are refused."""
+    read_coco(source)
+    forge(entry_in(folder), entry_of("labels", 7, 80))
+    assert read_coco(source).labels[7] == 80
+    assert len(readings) == 1
+
+
+def test_a_header_nested_too_deep_to_read(folder, source, readings):
+    read_coco(source)
+    deep = b"[" * 1_000_000
+    entry_in(folder).write_bytes(len(deep).to_bytes(8, "little") + deep)
+    assert read_coco(source).num_boxes == 1500
+    assert len(readings) == 2
+
+
+@pytest.mark.parametrize("mode", [0o620, 0o602, 0o666])
+def test_an_entry_that_others_can_write_is_no_entry(mode, folder, source, readings, caplog):
+    read_coco(source)
+    os.chmod(entry_in(folder), mode)
+    assert read_coco(source).num_boxes == 1500
+    assert len(readings) == 2
+    assert "it is not yours alone to write to" in caplog.text
+    assert entry_in(folder).stat().st_mode & 0o777 == 0o600
+
+
+def test_a_folder_that_others_can_write_holds_no_entries(folder, source, readings, caplog):
+    folder.mkdir(parents=True)
+    folder.chmod(0o777)
+    for _ in range(2):
+        assert read_coco(source).num_boxes == 1500
+    assert len(readings) == 2
+    assert not list(folder.iterdir())
+    assert (
+        f"{folder}: annotations are not cached here, every start reads them anew: the folder must be yours"
+        in caplog.text
+    )
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="only root can give files away")
+@pytest.mark.parametrize("what", ["entry", "folder"])
+def test_what_belongs_to_others_is_not_used(what, folder, source, readings):
+    read_coco(source)
+    os.chown(entry_in(folder) if what == "entry" else folder, 12345, -1)
+    assert read_coco(source).num_boxes == 1500
+    assert len(readings) == 2
+
+
+def test_a_worker_does_not_map_what_others_can_write(folder, source):
+    pickled = ForkingPickler.dumps(read_coco(source))
+    os.chmod(entry_in(folder), 0o666)
+    with pytest.raises(DataError, match="annotations that another process put here are gone"):
+        pickle.loads(pickled)
+
+
+def test_a_worker_notices_that_the_file_was_cut_short(folder, source):
+    pickled = ForkingPickler.dumps(read_coco(source))
+    os.truncate(entry_in(folder), entry_in(folder).stat().st_size - 5000)
+    with pytest.raises(DataError, match="were cut short"):
+        pickle.loads(pickled)
+
+
+def test_a_cache_is_closed_to_others_whatever_the_umask(folder, source, readings):
+    before = os.umask(0)
+    try:
+        read_coco(source)
+        read_coco(source)
+    finally:
+        os.umask(before)
+    assert len(readings) == 1
+    assert folder.stat().st_mode & 0o077 == 0
+    assert entry_in(folder).stat().st_mode & 0o077 == 0

@@ -223,11 +223,11 @@ def test_a_download_is_read_once_when_it_arrives_and_once_when_it_is_used(
     served = classifier_file(tmp_path / "resnet18.pth")
     arrived: list[Path] = []
 
-    def download(url: str, path: str, *arguments: object, **options: object) -> None:
-        arrived.append(Path(path))
-        Path(path).write_bytes(served.read_bytes())
+    def download(url: str, path: Path, digits: str | None) -> None:
+        arrived.append(path)
+        path.write_bytes(served.read_bytes())
 
-    monkeypatch.setattr(source.torch.hub, "download_url_to_file", download)
+    monkeypatch.setattr(source, "download", download)
     file = source.fetch("http://localhost/resnet18.pth")
     assert _opened is not None
     assert (_opened.count(arrived[0]), _opened.count(file)) == (1, 0)

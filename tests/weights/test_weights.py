@@ -1,14 +1,10 @@
-"""First weights from files, torchvision's names and a local server, and the errors when they do not fit."""
+"""First weights from files, torchvision's names, and the errors when they do not fit."""
 
 from __future__ import annotations
 
-import hashlib
-import http.server
 import logging
-import threading
-from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
+from urllib.error import URLError
 
 import pytest
 import torch
@@ -22,11 +18,11 @@ from resdet.models.backbone import resnet_fpn
 from resdet.models.loading import load_backbone_weights
 from resdet.models.norm import FrozenBatchNorm2d, has_fresh_frozen_norm
 from resdet.models.resnet import ResNet
+from resdet.weights import download
 from resdet.weights.convert import from_torchvision
 from resdet.weights.convert_file import convert_file
 from resdet.weights.files import read_checkpoint
 from resdet.weights.formats import tensors_in
-from resdet.weights.source import fetch
 
 
 @pytest.fixture(autouse=True)
@@ -205,77 +201,18 @@ def test_unknown_names_are_corrected() -> None:
             resnet_fpn("resnet50", weights=source)  # type: ignore[arg-type]
 
 
-class _Server(http.server.SimpleHTTPRequestHandler):
-    def log_message(self, *args: object) -> None:
-        pass
-
-    def send_head(self) -> object:
-        if "cut" not in self.path:
-            return super().send_head()
-        # Announces the whole file, sends half of it, and hangs up.
-        content = Path(self.translate_path(self.path)).read_bytes()
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        self.wfile.write(content[: len(content) // 2])
-        return None
-
-
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[tuple[str, Path]]:
-    """A local server: its address and the directory it serves."""
-    root = tmp_path / "served"
-    root.mkdir()
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(_Server, directory=str(root))) as httpd:
-        thread = threading.Thread(target=httpd.serve_forever)
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{httpd.server_port}", root
-        finally:
-            httpd.shutdown()
-            thread.join()
-
-
-def test_urls_are_downloaded_once(server: tuple[str, Path], hub: Path, file: Path, state: dict[str, Tensor]) -> None:
-    address, root = server
-    name = f"r18-{hashlib.sha256(file.read_bytes()).hexdigest()[:8]}.pth"
-    (root / name).write_bytes(file.read_bytes())
-    for _ in range(2):
-        backbone = resnet_fpn("resnet18", weights=f"{address}/{name}?download=1")
-        assert_holds(backbone.body, state)
-        (root / name).unlink(missing_ok=True)  # the second time it comes from the cache
-    assert [p.name for p in hub.iterdir()] == [name]
-
-
-def test_bad_downloads_leave_nothing_behind(server: tuple[str, Path], hub: Path, file: Path) -> None:
-    address, root = server
-    (root / "r18-0123abcd.pth").write_bytes(file.read_bytes())
-    (root / "cut.pth").write_bytes(file.read_bytes())
-    (root / "page.pth").write_text("<html>please log in</html>")
-    for name, message in [
-        ("r18-0123abcd.pth", "does not have the hash in its name"),
-        ("cut.pth", "the download is damaged"),
-        ("page.pth", "the download is damaged"),
-        ("absent.pth", "cannot be downloaded .*404"),
-    ]:
-        with pytest.raises(WeightsError, match=message) as caught:
-            fetch(f"{address}/{name}")
-        assert f"put the file of that URL at {hub / name}" in str(caught.value)
-        assert "\n" not in str(caught.value)
-        assert not list(hub.iterdir())
-
-
 def test_without_network_the_error_says_what_to_fetch_and_where_to_put_it(
     hub: Path, state: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def no_network(*args: object, **kwargs: object) -> None:
-        raise OSError("Temporary failure in name resolution")
+        raise URLError(OSError("Temporary failure in name resolution"))
 
-    monkeypatch.setattr(torch.hub, "urlopen", no_network)
+    monkeypatch.setattr(download._OPENER, "open", no_network)
     with pytest.raises(WeightsError) as caught:
         resnet_fpn("resnet50", weights=ResNet50_Weights.IMAGENET1K_V1)
     message = str(caught.value)
-    assert "https://download.pytorch.org/models/resnet50-0676ba61.pth: cannot be downloaded" in message
+    address = "https://download.pytorch.org/models/resnet50-0676ba61.pth"
+    assert f"{address}: cannot be downloaded (Temporary failure in name resolution)" in message
     path = message.rpartition(" at ")[2]
     assert path == str(hub / "resnet50-0676ba61.pth")
     torch.save(network("resnet50"), path)
