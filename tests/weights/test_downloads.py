@@ -43,7 +43,7 @@ class Server(http.server.SimpleHTTPRequestHandler):
             super().do_GET()
             return
         if "late" in self.path:  # no answer at all
-            time.sleep(3)
+            time.sleep(20)
         content = Path(self.translate_path(self.path)).read_bytes()
         self.send_response(200)
         self.send_header("Content-Length", str(len(content)))
@@ -51,7 +51,7 @@ class Server(http.server.SimpleHTTPRequestHandler):
         self.wfile.write(content[: len(content) // 2])
         self.wfile.flush()
         if "stall" in self.path:
-            time.sleep(3)
+            time.sleep(20)
         if "slow" in self.path:
             time.sleep(0.5)
             self.wfile.write(content[len(content) // 2 :])
@@ -229,9 +229,9 @@ def test_a_signal_ends_a_stalled_download_at_once_and_the_next_removes_what_is_l
         time.sleep(0.01)
     begun = time.monotonic()
     os.kill(process.pid, number)
-    process.communicate(timeout=30)
-    assert process.returncode in (-number, 1, 130)
-    assert time.monotonic() - begun < 2.5, "before the server goes on"
+    told = process.communicate(timeout=30)[1]
+    assert process.returncode in (-number, 130), told
+    assert time.monotonic() - begun < 10, "before the server goes on"
     left = files_in(hub)
     assert left == ([] if number == signal.SIGINT else [".stall.partial.pth"])
     (root / "stall.pth").unlink()
