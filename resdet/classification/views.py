@@ -27,12 +27,27 @@ _PCA_STD = torch.tensor([0.2175, 0.0188, 0.0045])
 _PCA_VECTORS = torch.tensor([[-0.5675, 0.7192, 0.4009], [-0.5808, -0.0045, -0.8140], [-0.5836, -0.6948, 0.4203]])
 
 
+MOST_OBLONG = 16
+"""How many times as long as wide an image may be. Of longer ones the middle is seen: a strip of 30000x1 pixels, scaled
+to a short side of 256, would have 2 gigapixels."""
+
+
 def scale_short_side(image: Image.Image, length: int) -> Image.Image:
     """Scale an image so that its short side has ``length`` pixels: bilinear, antialiased."""
+    image = not_too_oblong(image)
     if min(image.size) == length:
         return image
     scaled: Image.Image = F.resize(image, [length], interpolation=InterpolationMode.BILINEAR)
     return scaled
+
+
+def not_too_oblong(image: Image.Image) -> Image.Image:
+    """Return an image, or the middle of one that is more than ``MOST_OBLONG`` times as long as wide."""
+    most = MOST_OBLONG * min(image.size)
+    if max(image.size) <= most:
+        return image
+    middle: Image.Image = F.center_crop(image, [min(image.height, most), min(image.width, most)])
+    return middle
 
 
 def centre_views(image: Image.Image, *, resize: int, size: int) -> list[Tensor]:
@@ -114,7 +129,7 @@ class TrainView:
         # reseed the GPUs' generators, which fork_rng does not restore here.
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
-            view: Any = image
+            view: Any = not_too_oblong(image)
             for step in self._steps:
                 view = step(view)
             shift = torch.zeros(3)

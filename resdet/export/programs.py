@@ -51,7 +51,7 @@ def _traced_sizes(height_width: Tensor) -> tuple[int, int]:
 
 
 def graph_scaled_size(image_hw: Tensor, min_size: float, max_size: float) -> Tensor:
-    """Return the size that ``GeneralizedRCNNTransform`` scales an image to, equal to Python's to the last pixel.
+    """Return the size that ``SeededTransform`` scales an image to, equal to Python's to the last pixel.
 
     Both sizes are int64 ``[2]``, height and width.
     """
@@ -59,14 +59,15 @@ def graph_scaled_size(image_hw: Tensor, min_size: float, max_size: float) -> Ten
     # TorchScript computes number / tensor as number * reciprocal, which rounds twice; tensor / tensor rounds once.
     limits = torch.tensor([min_size, max_size], dtype=torch.float64)
     scale = (limits / torch.stack([sides.min(), sides.max()])).min()
-    return torch.floor(sides * scale).to(torch.int64)
+    return torch.floor(sides * scale).clamp(min=1).to(torch.int64)
 
 
 class OneImage(nn.Module):
     """A detector as a function of one uint8 image, in operations that TorchScript and ONNX have.
 
-    Source: ``GeneralizedRCNN.forward`` and ``GeneralizedRCNNTransform`` of torchvision. Deviation: the scaled size is
-    computed in float64, as Python computes it there.
+    Source: ``GeneralizedRCNN.forward`` and ``GeneralizedRCNNTransform`` of torchvision. Deviations: the scaled size is
+    computed in float64, as Python computes it there, and is one pixel at least. torchvision's scripted detectors take
+    floats in [0, 1]; divided by 255 once more they would give other boxes, so anything but uint8 is refused.
     """
 
     def __init__(self, model: Detector) -> None:
@@ -83,6 +84,12 @@ class OneImage(nn.Module):
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Detect objects in one image, uint8 ``[3, H, W]``."""
+        if image.dtype != torch.uint8 or image.dim() != 3 or image.size(0) != 3 or image.numel() == 0:
+            kind = "uint8" if image.dtype == torch.uint8 else "floats" if image.is_floating_point() else "integers"
+            raise ValueError(
+                "image: must be one RGB image as it was read, uint8 [3, H, W] in 0..255, got "
+                f"{kind} {list(image.shape)}"
+            )
         image_hw = torch._shape_as_tensor(image)[1:]  # [2]; a tensor, so that a tracer records what follows from it
         scaled_hw = graph_scaled_size(image_hw, self.min_size, self.max_size)
         padded_hw = scaled_hw + torch.remainder(-scaled_hw, self.size_divisible)

@@ -90,6 +90,7 @@ class Detector(FasterRCNN):  # type: ignore[misc]
             output_size=7 if conv5 is None else 14,
             sampling_ratio=spec.roi_sampling_ratio,
             aligned=spec.roi_aligned,
+            strides=backbone.strides[: len(backbone.body.channels)],
         )
         if conv5 is None:
             head: nn.Module = TwoMLPHead(backbone.out_channels * 7 * 7, spec.box_head_channels)

@@ -33,7 +33,7 @@ Measured on 2 cores, 629 boxes on P2 of an 800 x 1216 image, 256 channels, float
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, Optional, Union
 
 import torch
@@ -88,7 +88,12 @@ def roi_align(
 
 
 class MultiScaleRoIAlign(ops.MultiScaleRoIAlign):  # type: ignore[misc]
-    """``torchvision.ops.MultiScaleRoIAlign``, by its own kernel and functions, with the choice of aligned boxes."""
+    """``torchvision.ops.MultiScaleRoIAlign``, by its own kernel and functions, with the choice of aligned boxes.
+
+    The levels' strides may be given. torchvision guesses them in the first call and keeps the guess: a level's height
+    over the image's, rounded to a power of two. As images are padded to 32 pixels, it is wrong in all images if the
+    first is up to 22 pixels high after scaling, or from 33 to 45.
+    """
 
     def __init__(
         self,
@@ -97,19 +102,26 @@ class MultiScaleRoIAlign(ops.MultiScaleRoIAlign):  # type: ignore[misc]
         sampling_ratio: int,
         *,
         aligned: bool = False,
+        strides: Sequence[int] = (),  # of the levels named, finest first; empty to guess them
     ) -> None:
         super().__init__(featmap_names, output_size, sampling_ratio)
+        if strides:
+            side = max(strides)
+            levels = [torch.empty(1, 1, side // stride, side // stride) for stride in strides]
+            self.scales, self.map_levels = _setup_scales(
+                levels, [(side, side)], self.canonical_scale, self.canonical_level
+            )
         self.aligned = aligned
 
     def forward(
         self,
         x: dict[str, Tensor],  # [B, C, H_i, W_i] of each level
         boxes: list[Tensor],  # [N, 4] of each image, in pixels of the network's input
-        image_shapes: list[tuple[int, int]],  # heights and widths, from which the first call derives the levels' scales
+        image_shapes: list[tuple[int, int]],  # heights and widths, from which unknown strides are guessed
     ) -> Tensor:
         """Pool each box, ``[C, P, Q]``, from the level that its area picks (Feature Pyramid Networks, equation 1)."""
         features = _filter_input(x, self.featmap_names)
-        if self.scales is None or self.map_levels is None:  # type: ignore[has-type]
+        if self.scales is None or self.map_levels is None:
             self.scales, self.map_levels = _setup_scales(
                 features, image_shapes, self.canonical_scale, self.canonical_level
             )

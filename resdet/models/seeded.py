@@ -12,11 +12,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torchvision.models.detection._utils import BalancedPositiveNegativeSampler
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.models.detection.image_list import ImageList
-from torchvision.models.detection.transform import GeneralizedRCNNTransform
+from torchvision.models.detection.transform import GeneralizedRCNNTransform, resize_boxes
 
 from resdet.errors import UserError
 from resdet.models.tracing import is_captured, scripted_as
@@ -64,7 +65,7 @@ def _draw(candidates: Tensor, most: int, generator: torch.Generator | None) -> t
 
 
 class SeededTransform(GeneralizedRCNNTransform):  # type: ignore[misc]
-    """torchvision's transform, which may draw an image's size from the image's seed, and refuses NaN and infinity."""
+    """torchvision's transform, which may draw an image's size from its seed, and takes strips and no NaN."""
 
     def __init__(self, min_size: int | tuple[int, ...], max_size: int, mean: list[float], std: list[float]) -> None:
         super().__init__(min_size, max_size, mean, std)
@@ -87,6 +88,24 @@ class SeededTransform(GeneralizedRCNNTransform):  # type: ignore[misc]
                 )
         result: tuple[ImageList, list[dict[str, Tensor]] | None] = super().forward(images, targets)
         return result
+
+    def resize(self, image: Tensor, target: dict[str, Tensor] | None = None) -> tuple[Tensor, dict[str, Tensor] | None]:
+        """Scale ``[3, H, W]`` and the boxes of its target as torchvision does, but to one pixel at least.
+
+        The shorter side of an image that is more than ``max_size`` times as long as wide has none left in torchvision.
+        """
+        old = list(image.shape[-2:])
+        new = old if is_captured() else [math.floor(side * (self.max_size / max(old))) for side in old]
+        if min(new) > 0:
+            result: tuple[Tensor, dict[str, Tensor] | None] = super().resize(image, target)
+            return result
+        if self.training:
+            self.torch_choice(self.min_size)  # the draw of this image, which its size does not depend on
+        new = [max(1, side) for side in new]
+        image = F.interpolate(image[None], size=new, mode="bilinear", align_corners=False)[0]
+        if target is not None:
+            target["boxes"] = resize_boxes(target["boxes"], old, new)
+        return image, target
 
     def __prepare_scriptable__(self) -> GeneralizedRCNNTransform:
         return scripted_as(self, GeneralizedRCNNTransform)

@@ -113,11 +113,12 @@ def _resized(image: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def scaled_size(height: int, width: int, min_size: int, max_size: int) -> tuple[int, int]:
-    """Return ``(height, width)`` with the shorter side ``min_size``, or less to keep the longer below ``max_size``.
+    """Return ``(height, width)`` with the shorter side ``min_size``, or less to keep the longer within ``max_size``.
 
     A size that it returned is returned again as it is: ``PilTransform`` relies on this.
 
-    Source: ``ResizeShortestEdge.get_output_shape`` of detectron2, the same operations in the same order.
+    Source: ``ResizeShortestEdge.get_output_shape`` of detectron2, the same operations in the same order. Deviation: a
+        side is one pixel at least.
     """
     scale = min_size / min(height, width)
     new_height, new_width = (float(min_size), scale * width) if height < width else (scale * height, float(min_size))
@@ -125,7 +126,7 @@ def scaled_size(height: int, width: int, min_size: int, max_size: int) -> tuple[
     if longer > max_size:
         scale = max_size / longer
         new_height, new_width = new_height * scale, new_width * scale
-    return int(new_height + 0.5), int(new_width + 0.5)
+    return max(1, int(new_height + 0.5)), max(1, int(new_width + 0.5))
 
 
 NOT_EXPORTABLE = (
