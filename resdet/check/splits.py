@@ -10,7 +10,7 @@ from typing import Any
 
 from resdet.data.annotations import AnnotationTable
 from resdet.data.coco_rules import CocoRecords, Problem, is_file_name, load_records, record_problems
-from resdet.data.image_files import name_fault
+from resdet.data.image_files import name_fault, similar_path
 from resdet.data.voc import voc_records
 from resdet.errors import DataError, shortened
 
@@ -45,7 +45,9 @@ def coco_split(name: str, images: Path, annotations: Path, classes: Sequence[str
     """Read a COCO json and everything that is wrong with its records; refuse only a missing path."""
     images, annotations = Path(images), Path(annotations)
     if not os.path.isdir(images):
-        raise DataError(f"{shortened(images)}: no such image folder (the images of {annotations})")
+        raise DataError(
+            f"{shortened(images)}: no such image folder (the images of {annotations}){similar_path(images)}"
+        )
     try:
         records = load_records(annotations)
     except DataError as error:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, TypeGuard
 
 import numpy as np
 
+from resdet.data.image_files import similar_path
 from resdet.errors import DataError, shortened
 from resdet.types import Bools, Floats, Ints
 
@@ -66,7 +67,7 @@ def load_records(path: Path) -> CocoRecords:
     """Read a COCO json without checking its records; raise a DataError if it does not hold the three lists."""
     path = Path(path)
     if not os.path.exists(path):
-        raise DataError(f"{shortened(path)}: no such annotation file. {HOW_TO_GET_COCO}")
+        raise DataError(f"{shortened(path)}: no such annotation file{similar_path(path) or f'. {HOW_TO_GET_COCO}'}")
     if os.path.isdir(path):
         raise DataError(f"{path}: an annotation file (.json) is needed, got a folder")
     try:

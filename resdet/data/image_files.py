@@ -108,6 +108,16 @@ def list_folder(folder: Path) -> set[str]:
         return set()
 
 
+def similar_path(path: Path) -> str:
+    """Return the end of a message on a missing path: what lies beside it under a similar name, or nothing.
+
+    Names are similar that differ in upper and lower case or in Unicode's form alone.
+    """
+    wanted = same_form(path.name).casefold()
+    similar = [name for name in list_folder(path.parent) if same_form(name).casefold() == wanted]
+    return f"; did you mean {path.parent / similar[0]}?" if len(similar) == 1 else ""
+
+
 class Meant(NamedTuple):
     """The existing file that a missing name was perhaps meant for."""
 
@@ -274,7 +284,7 @@ def check_files(root: Path, table: AnnotationTable) -> None:
     """Raise a DataError if an image of a table does not exist, or as ``FolderImages`` does; none is opened."""
     root = Path(root)
     if not os.path.isdir(root):
-        raise DataError(f"{shortened(root)}: no such image folder (the images of {table.name})")
+        raise DataError(f"{shortened(root)}: no such image folder (the images of {table.name}){similar_path(root)}")
     check_names(root, table)
     if missing := missing_files(root, table.file_names):
         names = table.file_names[np.array(missing[:3])].tolist()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import unicodedata
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from resdet.check.splits import coco_split, voc_split
 from resdet.commands.check import main
 from resdet.config import ModelConfig
 from resdet.data.coco import read_coco
+from resdet.data.image_files import check_files
 from resdet.data.voc import read_voc
 from resdet.errors import DataError, UserError
 
@@ -299,6 +301,22 @@ def test_a_name_in_another_unicode_form_is_an_info(tmp_path, name, on_disk):
     what = f"image 1 ({name}): the annotations have {name!a}, the disk {on_disk!a}"
     assert found(split) == {("train", "other_unicode_form"): [what]}
     assert KINDS["other_unicode_form"].severity == "info"
+
+
+@pytest.mark.parametrize(("wrong", "right"), [("Train", "train"), ("TRAIN.json", "train.json")])
+def test_a_configured_path_that_differs_in_case(tmp_path, wrong, right):
+    write(tmp_path, coco())
+    paths = {"images": tmp_path / "train", "annotations": tmp_path / "train.json"}
+    paths["annotations" if wrong.endswith("json") else "images"] = tmp_path / wrong
+    message = re.escape(f"; did you mean {tmp_path / right}?")
+    with pytest.raises(DataError, match=message):
+        coco_split("train", paths["images"], paths["annotations"])
+    if wrong.endswith("json"):
+        with pytest.raises(DataError, match=message):
+            read_coco(paths["annotations"])
+    else:
+        with pytest.raises(DataError, match=message):
+            check_files(paths["images"], read_coco(paths["annotations"]))
 
 
 def test_file_names_that_come_from_urls_are_an_info(tmp_path):
