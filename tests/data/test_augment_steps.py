@@ -281,3 +281,47 @@ def test_mistakes_name_the_step_and_the_parameter(steps, message):
 def test_mixing_needs_other_images():
     with pytest.raises(DataError, match=r"augment\[0\] \(Mosaic\): mixes several images, and only one is given"):
         build_augment([{"Mosaic": {"p": 1}}])(sample_of([]), seed=0)
+
+
+# --- strips
+
+STRIPS = [(2, 3000), (3000, 2), (1, 5000), (5000, 1), (1, 40_000), (1, 1)]
+ON_STRIPS = [
+    {"LargeScaleJitter": {"size": [96, 128]}},
+    {"LargeScaleJitter": {"size": [1, 1], "scale_range": [0.01, 5]}},
+    {"Mosaic": {"p": 1}},
+    {"Mosaic": {"size": [96, 128], "center_range": [0, 1], "p": 1}},
+    {"CopyPaste": {"max_area": 1, "p": 1}},
+    {"HorizontalFlip": {"p": 1}},
+    {"VerticalFlip": {"p": 1}},
+    {"Transpose": {"p": 1}},
+    {"Resize": {"height": 64, "width": 64, "p": 1}},
+    {"RandomResizedCrop": {"size": [64, 64], "p": 1}},
+    {"BBoxSafeRandomCrop": {"p": 1}},
+    {"Affine": {"scale": [0.5, 2], "rotate": [-20, 20], "p": 1}},
+    {"ColorJitter": {"p": 1}},
+    {"GaussianBlur": {"p": 1}},
+]
+
+
+@pytest.mark.parametrize("size", STRIPS)
+@pytest.mark.parametrize("step", ON_STRIPS, ids=lambda step: next(iter(step)))
+def test_boxes_in_strips_stay_valid(step, size):
+    augment = build_augment([step])
+    height, width = size
+    boxes = [(0, 0, width, height), (0.1 * width, 0, 0.6 * width, height)]
+    for seed in range(4):
+        # Strips are mixed with ordinary images, and with strips.
+        partner, _ = others([(0, 0, 20, 20)]) if seed % 2 else others(boxes, size=size)
+        after = augment(sample_of(boxes, size=size), seed=seed, partner=partner)
+        own_height, own_width = after.image.shape[:2]
+        assert min(own_height, own_width) >= 1
+        assert (after.boxes >= 0).all()
+        assert (after.boxes <= [own_width, own_height] * 2).all()
+        assert (after.boxes[:, 2:] - after.boxes[:, :2] >= 0.1).all()
+
+
+def test_a_library_step_that_cannot_take_a_strip_names_image_and_step():
+    augment = build_augment([{"RandomCrop": {"height": 60, "width": 80, "p": 1}}])
+    with pytest.raises(DataError, match=r"^image 7: augment\[0\] \(RandomCrop\): .+"):
+        augment(sample_of([(0, 0, 5000, 1)], size=(1, 5000), first_id=7), seed=0)

@@ -60,6 +60,33 @@ def test_every_kind_of_pixel_becomes_rgb(tmp_path):
     assert np.array_equal(read_image(path)[:, :, 0], gray)
 
 
+MODES = {
+    "1-bit": (Image.fromarray(RGB[:, :, 0] > 127), "png", "1"),
+    "gray": (Image.fromarray(RGB[:, :, 0]), "png", "L"),
+    "gray with alpha": (Image.fromarray(np.dstack([RGB[:, :, 0]] * 2)), "png", "LA"),
+    "palette": (Image.fromarray(RGB).quantize(16), "png", "P"),
+    "palette of a GIF": (Image.fromarray(RGB).quantize(16), "gif", "P"),
+    "colour with alpha": (Image.fromarray(np.dstack([RGB, RGB[:, :, 0]])), "png", "RGBA"),
+    "CMYK": (Image.fromarray(RGB).convert("CMYK"), "tiff", "CMYK"),
+    "YCbCr": (Image.fromarray(RGB).convert("YCbCr"), "tiff", "YCbCr"),
+    "16-bit gray": (Image.fromarray(RGB[:, :, 0].astype(np.uint16) << 8), "png", "I;16"),
+}
+
+
+@pytest.mark.parametrize("upright", [False, True])
+@pytest.mark.parametrize("mode", MODES)
+def test_pixel_modes_in_a_folder_of_images(tmp_path, mode, upright):
+    image, suffix, name = MODES[mode]
+    path = tmp_path / f"a.{suffix}"
+    transparent = {"transparency": bytes(range(16))} if mode == "palette" else {}
+    image.save(path, **transparent)
+    assert read_header(path).mode == name
+    pixels = read_image(path, upright=upright)
+    assert (pixels.dtype, pixels.shape) == (np.uint8, (6, 9, 3))
+    assert pixels.max() > pixels.min()
+    assert np.array_equal(FolderImages(tmp_path, table_of([path.name], [(6, 9)]))(0), pixels)
+
+
 def test_colours_of_cmyk_jpegs_are_those_of_opencv(tmp_path):
     cv2 = pytest.importorskip("cv2")
     path = tmp_path / "a.jpg"
