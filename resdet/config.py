@@ -68,14 +68,14 @@ class CocoSource(Section):
     format: Literal["coco"]
     """COCO's layout: a folder of images and one json of annotations."""
     images: Path
-    """Folder of the images; ``file_name`` in the json is relative to it."""
+    """Folder of the images; ``file_name`` in the json is relative to it (in LVIS the end of ``coco_url``)."""
     annotations: Path
     """The json, e.g. ``annotations/instances_train2017.json``."""
     unreadable: Literal["error", "skip"] = "error"
     """What happens at an image that is missing or cannot be read: error ends the run; skip, for data.train only, trains
     on another image, drawn by the seed, and logs each skipped image once with their number so far."""
     classes: list[str] | None = None
-    """Names of the classes to use, in label order; null uses all."""
+    """Names of the classes to use, in label order; null uses all. A class without boxes may be named too."""
 
 
 class VocSource(Section):
@@ -86,9 +86,11 @@ class VocSource(Section):
     root: Path
     """A folder with Annotations, ImageSets and JPEGImages, or the parent of several (VOCdevkit)."""
     split: str | list[str]
-    """Name of a list in ImageSets/Main (``train``), or several to join; ``VOC2007/trainval`` below a parent folder."""
+    """Name of a list in ImageSets/Main (``train``), or several to join; ``VOC2007/trainval`` below a parent folder. Lines
+    of a list are names without suffix, with the folder below Annotations and JPEGImages if there is one."""
     classes: list[str] | None = None
-    """Names of the classes to use, in label order; null uses VOC's 20, or those of the annotations."""
+    """Names of the classes to use, in label order; null uses VOC's 20, or those of the annotations. A class without
+    boxes may be named too."""
     use_difficult: bool = False
     """Train on objects marked difficult too. Evaluation always ignores them, as VOC does."""
     unreadable: Literal["error", "skip"] = "error"
