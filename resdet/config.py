@@ -86,8 +86,8 @@ class VocSource(Section):
     root: Path
     """A folder with Annotations, ImageSets and JPEGImages, or the parent of several (VOCdevkit)."""
     split: str | list[str]
-    """Name of a list in ImageSets/Main (``train``), or several to join; ``VOC2007/trainval`` below a parent folder. Lines
-    of a list are names without suffix, with the folder below Annotations and JPEGImages if there is one."""
+    """Name of a list in ImageSets/Main (``train``), or several to join; ``VOC2007/trainval`` below a parent folder. A
+    list's lines are names without suffix, with the subfolder of Annotations and JPEGImages if there is one."""
     classes: list[str] | None = None
     """Names of the classes to use, in label order; null uses VOC's 20, or those of the annotations. A class without
     boxes may be named too."""
