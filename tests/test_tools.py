@@ -315,11 +315,11 @@ MISTAKES = {
         ],
         "gone.jpg",
     ),
-    "class count": (["eval.py", "FINISHED/best.pt", "data.val.classes=[circle, square]"], "triangle"),
+    "misspelt class": (["eval.py", "FINISHED/best.pt", "data.val.classes=[Circle, square]"], "['Circle']"),
     "no run": (["eval.py", "eval.batch_size=1"], "at least one RUN"),
     "run given twice": (["eval.py", "FINISHED", "FINISHED/best.pt"], "given twice"),
     "corrupted checkpoint": (["eval.py", "DAMAGED/cut.pt"], "cut.pt"),
-    "corrupted checkpoint to predict": (["predict.py", "DAMAGED/cut.pt", "x.jpg"], "cut.pt"),
+    "corrupted checkpoint to predict": (["predict.py", "DAMAGED/cut.pt", "FINISHED/pictures"], "cut.pt"),
     "weights of another architecture": (
         ["train.py", "configs/quickstart.yaml", "model.weights=DAMAGED/resnet34.pth"],
         "resnet34",
