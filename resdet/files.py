@@ -66,7 +66,7 @@ def write_text(path: Path, text: str) -> None:
 
 def remove_temporary(folder: Path) -> None:
     """Remove what killed processes left half-written in a folder; only for one who alone writes there."""
-    for path in folder.iterdir():
+    for path in folder.iterdir() if folder.is_dir() else ():
         if _TEMPORARY.fullmatch(path.name) and path.is_file():
             path.unlink(missing_ok=True)
 

@@ -21,12 +21,12 @@ from resdet.classification.config import (
     Source,
 )
 from resdet.classification.data import LabelledImages, read_cifar10, read_class_names, read_digits, read_folder
-from resdet.classification.model import ImageClassifier, load_classifier, load_first_weights, make_classifier
+from resdet.classification.model import ImageClassifier, load_first_weights, make_classifier
 from resdet.classification.spec import ClassifierSpec
 from resdet.classification.views import TrainView, centre_views
 from resdet.config_reading import parse_settings
-from resdet.errors import UserError, WeightsError
-from resdet.weights.files import WeightsFile, WeightsPath, read_weights
+from resdet.errors import WeightsError
+from resdet.weights.files import WeightsPath, read_weights
 
 logger = logging.getLogger(__name__)
 
@@ -41,24 +41,18 @@ def build_images(source: Source, *, classes: Sequence[str] | None = None) -> Lab
 
 
 def build_pretrained(
-    config: NetworkConfig, train_set: LabelledImages, *, resize: int, resume_from: WeightsFile | None
+    config: NetworkConfig, train_set: LabelledImages, *, resize: int, resume_from: ImageClassifier | None
 ) -> ImageClassifier:
     """Build the classifier of a run, with its first weights and the mean of its images.
 
-    The mean is that of ``resume_from``, whose weights will be loaded later, or is measured on images of ``train_set``
-    whose short side is scaled to ``resize``.
+    The mean is that of ``resume_from``, the same run's classifier, or is measured on images of ``train_set`` whose
+    short side is scaled to ``resize``.
     """
     spec = ClassifierSpec.model_validate(config.model_dump(include=set(ClassifierSpec.model_fields)))
     if resume_from is not None:
-        before = load_classifier(resume_from)
-        if before.classes != train_set.classes:
-            raise UserError(
-                f"{resume_from.path}: its run has {len(before.classes)} classes, {', '.join(before.classes[:3])}, ...; "
-                f"data.train has {len(train_set.classes)}, {', '.join(train_set.classes[:3])}, ..."
-            )
         # The mean was measured when the run began.
-        spec = spec.model_copy(update={"image_mean": before.spec.image_mean})
-        return replace(make_classifier(spec, train_set.classes), mean=before.mean)
+        spec = spec.model_copy(update={"image_mean": resume_from.spec.image_mean})
+        return replace(make_classifier(spec, train_set.classes), mean=resume_from.mean)
     classifier = make_classifier(spec, train_set.classes)
     if config.weights is not None:
         load_first_weights(classifier, config.weights)

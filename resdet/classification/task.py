@@ -23,7 +23,7 @@ from resdet.classification.config import ClassifierEvalConfig, ClassifierTrainCo
 from resdet.classification.data import LabelledImages
 from resdet.classification.evaluate import evaluate_classifier
 from resdet.classification.loader import TrainBatch, train_batch
-from resdet.classification.model import ImageClassifier, classifier_payload, match_classes
+from resdet.classification.model import ImageClassifier, classifier_payload, load_classifier, match_classes
 from resdet.classification.views import TrainView
 from resdet.config import LoaderConfig
 from resdet.config_reading import config_to_plain
@@ -38,6 +38,7 @@ from resdet.training import guards
 from resdet.training.checkpoint import load_training_state
 from resdet.training.launch import launched
 from resdet.training.loop import TrainResult, run
+from resdet.training.resume import check_configuration, check_data
 from resdet.training.runlog import RunLog
 from resdet.training.settings import RunSettings
 from resdet.weights.files import read_weights
@@ -53,18 +54,23 @@ def pretrain(config: PretrainConfig) -> TrainResult:
     of which sees its own process's images. Resuming and errors are as for ``resdet.train``.
     """
     begun = time.perf_counter()
-    with launched(config.output_dir, config.train, config.resume) as (team, stop, resume_from):
+    with launched(config.output_dir, config.train, config.resume) as (team, resume_from):
+        resumed = None if resume_from is None else read_weights(resume_from)  # once: it can be large
+        is_rejudged = resumed is not None and check_configuration(resumed, config)
         train_set = build_images(config.data.train)
         val_set = build_images(config.data.val, classes=train_set.classes)
         # Other classes in data.val are reported now, not at the first evaluation.
         match_classes(val_set.classes, train_set.classes, where=val_set.name)
+        num_images = {"train": len(train_set), "val": len(val_set)}
+        before = None if resumed is None else load_classifier(resumed)
+        if resumed is not None and before is not None:
+            is_rejudged |= check_data(resumed, before.classes, train_set.classes, num_images)
         torch.manual_seed(config.seed)
         resize = config.eval.resize or config.model.image_size
-        resumed = None if resume_from is None else read_weights(resume_from)  # once: it can be large
-        classifier = build_pretrained(config.model, train_set, resize=resize, resume_from=resumed)
+        classifier = build_pretrained(config.model, train_set, resize=resize, resume_from=before)
         classifier.network.to(team.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         saved = {} if resumed is None else load_training_state(resumed, classifier.network)
-        del resumed  # the network has copies of its tensors
+        del resumed, before  # the network has copies of their tensors
         settings = RunSettings(
             config=config_to_plain(config),
             output_dir=config.output_dir,
@@ -73,7 +79,9 @@ def pretrain(config: PretrainConfig) -> TrainResult:
             train=config.train,
             optim=config.optim,
             best_metric=config.eval.best_metric,
-            num_images=len(train_set),
+            num_images=num_images["train"],
+            num_val_images=num_images["val"],
+            is_rejudged=is_rejudged,
             plateau_patience=config.optim.plateau_patience,
             warmup_until_error=config.optim.warmup_until_error,
         )
@@ -83,7 +91,7 @@ def pretrain(config: PretrainConfig) -> TrainResult:
         task = ClassificationTask(
             classifier, train_set, val_set, view, mix, settings, train, loader, config.eval, inference, team
         )
-        return run(task, settings, team, stop, begun=begun, saved=saved)
+        return run(task, settings, team, begun=begun, saved=saved)
 
 
 @dataclass

@@ -18,6 +18,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any, TypeVar
@@ -117,6 +118,28 @@ def _fits_in_shared_memory(num_bytes: int, num_workers: int) -> bool:
 
 
 def _received(batches: Iterator[Any], num_workers: int, stall_seconds: float) -> Iterator[Any]:
+    try:
+        yield from _in_time(batches, num_workers, stall_seconds)
+    except BaseException:  # an error, a signal, or the caller needs no more
+        _end_workers(getattr(batches, "_workers", []))
+        raise
+
+
+def _end_workers(workers: list[Any]) -> None:
+    """Kill workers, which have nothing to lose.
+
+    torch would wait for each of them for seconds, and Python, at its exit, for ever for one that hangs in a file system
+    or is stopped.
+    """
+    handler = signal.getsignal(signal.SIGCHLD) if sys.platform != "win32" else None
+    with handler.silenced() if isinstance(handler, _DeadWorkerHandler) else nullcontext():
+        for worker in workers:
+            worker.kill()
+        for worker in workers:
+            worker.join(1)  # not for ever: a file system that hangs keeps even a killed process
+
+
+def _in_time(batches: Iterator[Any], num_workers: int, stall_seconds: float) -> Iterator[Any]:
     waited, warned = 0.0, False
     while True:
         try:
@@ -149,10 +172,7 @@ def _received(batches: Iterator[Any], num_workers: int, stall_seconds: float) ->
             raise WorkerError(f"a process that reads images died while handing over a batch: {error!r}") from error
         waited = 0.0
         if isinstance(batch, UserError):
-            try:
-                raise batch
-            finally:
-                del batch, batches  # the error's traceback holds this frame: workers would live as long as the error
+            raise batch
         if isinstance(batch, bytes):
             if not warned:
                 logger.warning(
@@ -184,8 +204,11 @@ def _start_method() -> str | None:
 def _start_worker(worker_id: int) -> None:
     # torch does the same for itself. num_workers decides how many cores are used, not OpenCV's thread pool.
     cv2.setNumThreads(0)
-    # Ctrl-C reaches the whole terminal; the training process answers it and ends its workers.
+    # Ctrl-C, a terminal that closes and torchrun signal a whole process group: the training process answers them and
+    # ends its workers, which must not die before.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(os, "setpgrp"):
+        os.setpgrp()
     threading.Thread(target=_exit_with_parent, daemon=True).start()
 
 
@@ -207,8 +230,20 @@ class _DeadWorkerHandler:
     def __init__(self, handler: Any) -> None:
         self._handler = handler
         self.found: RuntimeError | None = None  # what was raised last
+        self._is_silenced = False
+
+    @contextmanager
+    def silenced(self) -> Iterator[None]:
+        """Raise nothing for workers that end in the block."""
+        self._is_silenced = True
+        try:
+            yield
+        finally:
+            self._is_silenced = False
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
+        if self._is_silenced:
+            return
         try:
             self._handler(number, frame)
         except RuntimeError as error:

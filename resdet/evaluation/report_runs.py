@@ -69,27 +69,29 @@ def read_log(output_dir: Path) -> list[dict[str, Any]]:
     lost machine zeros. What else is damaged is logged as a warning, because an evaluation does not depend on it.
     """
     path = output_dir / "metrics.jsonl"
-    if not path.is_file():
-        return []
-    lines = path.read_bytes().splitlines()
-    entries, damaged = [], []
-    for number, line in enumerate(lines, start=1):
-        try:
-            entry = json.loads(line)
-        except (ValueError, RecursionError):
-            entry = None
-        if isinstance(entry, dict) and is_finite_number(entry.get("step")):
-            entries.append(entry)
-        elif number < len(lines) or line.endswith(b"}"):
-            damaged.append(str(number))
+    lines = read_log_lines(path)
+    damaged = [
+        str(number)
+        for number, (line, entry) in enumerate(lines, start=1)
+        if entry is None and (number < len(lines) or line.rstrip().endswith(b"}"))
+    ]
     if damaged:
         logger.warning("%s: left out of the curves, as damaged: line %s", path, name_some(damaged))
-    return entries
+    return [entry for _, entry in lines if entry is not None]
 
 
-def is_finite_number(value: object) -> bool:
-    """Return whether a value of a log can be drawn: JSON's numbers may be NaN, infinite, or too large for a float."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300
+def read_log_lines(path: Path) -> list[tuple[bytes, dict[str, Any] | None]]:
+    """Read a ``metrics.jsonl``: each line, and the object that it holds, or None if it has no number ``step``."""
+    lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
+    return [(line, _log_entry(line)) for line in lines]
+
+
+def _log_entry(line: bytes) -> dict[str, Any] | None:
+    try:
+        entry = json.loads(line.decode("utf-8"))
+    except (ValueError, RecursionError):  # no JSON, no UTF-8, nested too deeply
+        return None
+    return entry if isinstance(entry, dict) and is_finite_number(entry.get("step")) else None
 
 
 def check_same_ground_truth(tables: Sequence[tuple[str, AnnotationTable]]) -> None:

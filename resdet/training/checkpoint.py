@@ -29,16 +29,24 @@ LAST, PREVIOUS, BEST = "last.pt", "previous.pt", "best.pt"
 
 
 @contextmanager
-def _written(path: Path) -> Iterator[Path]:
-    """Yield a temporary path as ``written_whole`` does; a disk that fails is a TrainingError that says how to go on."""
+def reported_disk_errors(path: Path, what: str | None = None) -> Iterator[Path]:
+    """Yield a path to write to; a disk that fails is a TrainingError that says how to go on.
+
+    The message calls the file ``what``, or by its path.
+    """
     try:
-        with written_whole(path) as temporary:
-            yield temporary
+        yield path
     except OSError as error:
         raise TrainingError(
-            f"a checkpoint cannot be written ({error.strerror}): the run stops here; what was written before is whole, "
-            "and resume=auto continues from it once there is room"
+            f"{what or path} cannot be written ({error.strerror or error}): the run stops here; what was written "
+            "before is whole, and resume=auto continues from it once there is room"
         ) from error
+
+
+@contextmanager
+def _written(path: Path) -> Iterator[Path]:
+    with reported_disk_errors(path, "a checkpoint"), written_whole(path) as temporary:
+        yield temporary
 
 
 def save_checkpoint(path: Path, payload: dict[str, Any]) -> None:
@@ -68,7 +76,9 @@ def load_training_state(path: WeightsPath, model: nn.Module) -> dict[str, Any]:
     load_strictly(model, file, what="the configuration's model")
     if isinstance(model, Detector):
         model.score_threshold = file.score_threshold
-    training: dict[str, Any] = file.content["training"]
+    training = file.content["training"]
+    if not isinstance(training, dict):
+        raise WeightsError(f"{file.path}: its training state must be a mapping, got {type(training).__name__}")
     return training
 
 

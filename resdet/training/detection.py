@@ -32,8 +32,10 @@ from resdet.precision import Precision, autocast
 from resdet.processes import Processes
 from resdet.training import guards
 from resdet.training.checkpoint import load_training_state
+from resdet.training.folder import PICTURES
 from resdet.training.launch import launched
 from resdet.training.loop import TrainResult, run
+from resdet.training.resume import check_configuration, check_data
 from resdet.training.runlog import RunLog
 from resdet.training.settings import RunSettings
 from resdet.training.step import accumulate_gradients
@@ -55,13 +57,18 @@ def train(config: Config) -> TrainResult:
         Interrupted: After SIGTERM or SIGINT, when everything is on the disk.
     """
     begun = time.perf_counter()
-    with launched(config.output_dir, config.train, config.resume) as (team, stop, resume_from):
+    with launched(config.output_dir, config.train, config.resume) as (team, resume_from):
+        resumed = None if resume_from is None else read_weights(resume_from)  # once: it can be large
+        is_rejudged = resumed is not None and check_configuration(resumed, config)
         train_set = build_dataset(
             config.data.train, training=True, augment=config.augment, min_visibility=config.min_visibility
         )
         val_set = build_dataset(config.data.val, training=False)
+        num_images = {"train": train_set.table.num_images, "val": val_set.table.num_images}
+        if resumed is not None:
+            before, now = ([c.name for c in categories] for categories in (resumed.categories, train_set.categories))
+            is_rejudged |= check_data(resumed, before, now, num_images)
         torch.manual_seed(config.seed)
-        resumed = None if resume_from is None else read_weights(resume_from)  # once: it can be large
         model = build_model(config.model, train_set, resume_from=resumed).to(team.device)
         val_set = with_model_classes(model, val_set)
         match_labels(model, val_set.table)  # other classes in data.val are reported now, not at the first evaluation
@@ -75,11 +82,13 @@ def train(config: Config) -> TrainResult:
             train=config.train,
             optim=config.optim,
             best_metric=config.eval.best_metric,
-            num_images=train_set.table.num_images,
+            num_images=num_images["train"],
+            num_val_images=num_images["val"],
+            is_rejudged=is_rejudged,
         )
         inference = inference_settings(config)
         task = DetectionTask(model, train_set, val_set, settings, config.loader, config.eval, inference, team)
-        return run(task, settings, team, stop, begun=begun, saved=saved)
+        return run(task, settings, team, begun=begun, saved=saved)
 
 
 @dataclass
@@ -162,7 +171,7 @@ class DetectionTask:
         return checkpoint_payload(model)
 
     def _draw_pictures(self, evaluation: Evaluation, log: RunLog, step: int) -> None:
-        folder, dataset = self.settings.output_dir / "pictures", self.val_set
+        folder, dataset = self.settings.output_dir / PICTURES, self.val_set
         folder.mkdir(exist_ok=True)
         stated = self.eval.picture_score
         threshold = shown_from(evaluation)[0] if stated is None else stated

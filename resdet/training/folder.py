@@ -9,32 +9,38 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from resdet.errors import UserError
-from resdet.training.checkpoint import LAST, newest_whole
+from resdet.files import make_output_folder, remove_temporary
+from resdet.training.checkpoint import BEST, LAST, PREVIOUS, newest_whole
 
-LOCK = ".lock"
+LOCK, CONFIG, LOG, REPORT = ".lock", "config.yaml", "metrics.jsonl", "report.html"
+EVENTS, PICTURES = "tensorboard", "pictures"  # folders
 
 
 @contextmanager
 def claimed(folder: Path) -> Iterator[None]:
     """Make a folder and hold it, so that a second run that wants to write into it gets a UserError.
 
-    A lock file left behind by a process that has ended locks nothing. Without locks (Windows, some network file
-    systems) the folder is not protected.
+    A lock file left behind by a process that has ended locks nothing; its half-written files are removed. Without locks
+    (Windows, some network file systems) the folder is not protected. A UserError is raised too if the folder cannot be
+    written to, or if something in it has the name of one of a run's files but is of another kind.
     """
+    make_output_folder(folder)
+    _check_kinds(folder)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         file = (folder / LOCK).open("a+", encoding="utf-8")
     except OSError as error:
-        raise UserError(f"{folder}: the run's folder must be writable: {error.strerror}") from None
+        raise UserError(f"{folder / LOCK}: cannot be written to: {error.strerror}") from None
     with file:
+        is_locked = False
         try:
             import fcntl
 
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            is_locked = True
         except ImportError:
             pass  # Windows
         except BlockingIOError:
@@ -42,10 +48,25 @@ def claimed(folder: Path) -> Iterator[None]:
             raise UserError(f"{folder}: another run is writing here ({file.read().strip()})") from None
         except OSError:
             pass  # a file system without locks
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        file.flush()
+        if is_locked:
+            for place in (folder, folder / PICTURES):
+                remove_temporary(place)
+        with suppress(OSError):  # a full disk: the text is for people
+            file.truncate(0)
+            os.write(file.fileno(), f"process {os.getpid()} on {socket.gethostname()}\n".encode())
         yield
+
+
+def _check_kinds(folder: Path) -> None:
+    for name in (LOCK, CONFIG, LOG, LAST, PREVIOUS, BEST, REPORT):
+        path = folder / name
+        if path.exists() and not path.is_file():
+            kind = "a folder" if path.is_dir() else "something else"
+            raise UserError(f"{path}: must be a file of the run, but {kind} has this name")
+    for name in (EVENTS, PICTURES):
+        path = folder / name
+        if path.exists() and not path.is_dir():
+            raise UserError(f"{path}: must be a folder of the run, but a file has this name")
 
 
 def checkpoint_to_resume(folder: Path, resume: str | None) -> Path | None:
@@ -57,6 +78,6 @@ def checkpoint_to_resume(folder: Path, resume: str | None) -> Path | None:
         return newest_whole(folder)
     if resume is not None:
         return Path(resume)
-    if (folder / LAST).exists() or (folder / "metrics.jsonl").exists():
+    if (folder / LAST).exists() or (folder / LOG).exists():
         raise UserError(f"{folder}: already holds a run; resume=auto continues it, output_dir=... starts another")
     return None

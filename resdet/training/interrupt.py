@@ -1,36 +1,78 @@
-"""SIGTERM and SIGINT as requests to stop, which the training loop honours between two steps."""
+"""SIGTERM, SIGHUP and SIGINT as requests to stop, which the training loop honours where nothing is half done."""
 
 from __future__ import annotations
 
 import signal
 import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 
 from typing_extensions import Self
 
+from resdet.errors import Interrupted
+
+ECHO_SECONDS = 5.0
+
+
+class StopNow(KeyboardInterrupt):
+    """Raised by a signal wherever the main thread is; no ``except Exception`` on the way takes it for an error."""
+
 
 class StopSignals:
-    """Records SIGTERM and SIGINT while it is entered; a second SIGINT interrupts at once.
+    """Records signals while it is entered; a second one ends the run at once, with ``Interrupted``.
 
-    Schedulers send SIGTERM some time before they kill (Slurm's ``--signal=TERM@120``, Kubernetes' grace period).
-    Outside the main thread, where Python allows no handlers, it changes nothing.
+    Schedulers send SIGTERM some time before they kill (Slurm's ``--signal=TERM@120``, Kubernetes' grace period), a
+    terminal that closes sends SIGHUP; under ``nohup``, which ignores it, it stays ignored. Outside the main thread,
+    where Python allows no handlers, nothing changes.
+
+    With several processes a second signal counts only ``ECHO_SECONDS`` after the first: what a scheduler sends to all
+    of them, torchrun passes on to its own once more.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, world_size: int = 1) -> None:
         self.received = 0  # number of the last signal; 0 for none
+        self._at_once = False
+        self._echo_seconds = ECHO_SECONDS if world_size > 1 else 0.0
+        self._received_at = 0.0
 
     def __enter__(self) -> Self:
         """Install the handlers."""
-        numbers = (signal.SIGTERM, signal.SIGINT) if threading.current_thread() is threading.main_thread() else ()
+        numbers = [signal.SIGTERM, signal.SIGINT]
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # Windows has none
+            numbers.append(signal.SIGHUP)
+        if threading.current_thread() is not threading.main_thread():
+            numbers = []
         self._before = {number: signal.signal(number, self._note) for number in numbers}
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, _kind: object, error: BaseException | None, _traceback: object) -> None:
         """Restore the previous handlers."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        if isinstance(error, StopNow):
+            raise Interrupted(
+                f"ended at once by a second signal, {signal.Signals(self.received).name}: what was saved before is "
+                "whole, and the same command with resume=auto continues from it",
+                self.received,
+            ) from None
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Raise ``StopNow`` in the block as soon as a signal comes, or now if one has come before."""
+        self._at_once = True
+        try:
+            if self.received:
+                raise StopNow
+            yield
+        finally:
+            self._at_once = False
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
-        if number == signal.SIGINT and self.received == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.received = number
+        ends_now = self._at_once or self.received != 0
+        if self.received and time.monotonic() - self._received_at < self._echo_seconds:
+            return
+        self.received, self._received_at, self._at_once = number, time.monotonic(), False
+        if ends_now:
+            raise StopNow

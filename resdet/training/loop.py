@@ -11,6 +11,7 @@ import math
 import signal
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,11 +21,13 @@ import yaml
 from torch import Tensor, nn
 
 from resdet.errors import Interrupted, TrainingError
+from resdet.files import write_text
 from resdet.processes import Processes
 from resdet.training import guards
-from resdet.training.checkpoint import BEST, LAST, save_checkpoint, save_last
+from resdet.training.checkpoint import BEST, LAST, reported_disk_errors, save_checkpoint, save_last
+from resdet.training.folder import CONFIG
 from resdet.training.guards import Moment
-from resdet.training.interrupt import StopSignals
+from resdet.training.interrupt import StopNow, StopSignals
 from resdet.training.runlog import RunLog, memory_in_use
 from resdet.training.settings import RunSettings
 from resdet.training.state import Learner, RunState, set_up, training_state
@@ -83,7 +86,6 @@ def run(
     task: Task[BatchT],
     settings: RunSettings,
     team: Processes,
-    stop: StopSignals,
     *,
     begun: float,
     saved: dict[str, Any],
@@ -93,17 +95,15 @@ def run(
     The host waits for a GPU where a line says so, and some dozens of times more inside a detector's forward pass (NMS,
     selections by masks): a step is not one queue of kernels.
 
-    Every process of ``team`` calls this. ``stop`` holds the signals that have come, ``begun`` is when the run began
-    (``time.perf_counter``), ``saved`` the training state to resume from, empty for a new run. Errors are as
-    ``resdet.train`` documents them.
+    Every process of ``team`` calls this. ``begun`` is when the run began (``time.perf_counter``), ``saved`` the
+    training state to resume from, empty for a new run. Errors are as ``resdet.train`` documents them.
     """
     train, num_steps = settings.train, settings.num_steps
     learner, state = set_up(task.model, settings, team, saved)
     batches = task.batches(state.step)
-    start, evaluated = state.step, state.evaluated
-    with RunLog(
-        settings.output_dir, num_steps=num_steps, start_step=start, evaluated=evaluated, enabled=team.is_main
-    ) as log:
+    start, evaluated, folder = state.step, state.evaluated, settings.output_dir
+    run_log = RunLog(folder, num_steps=num_steps, start_step=start, evaluated=evaluated, enabled=team.is_main)
+    with run_log as log, StopSignals(team.world_size) as stop:
         if team.is_main:
             write_plan(task, learner)
         learner.model.train()
@@ -114,7 +114,8 @@ def run(
                 if state.saved != state.step:
                     save(task, learner, state)  # evaluation can take long: keep what was trained
                 paused = time.perf_counter()
-                evaluate(task, learner, state, log)
+                with stoppable(task, learner, state, stop):
+                    evaluate(task, learner, state, log)
                 save(task, learner, state)
                 state.logged_at += time.perf_counter() - paused
             if is_over(state, settings):
@@ -130,7 +131,8 @@ def run(
 
             # Draw this process's share of the step: `accumulate` micro-batches of uint8 images in host memory.
             waiting = time.perf_counter()
-            micro_batches = [next(batches) for _ in range(train.accumulate)]
+            with stoppable(task, learner, state, stop):  # a worker that hangs would keep it waiting for ever
+                micro_batches = [next(batches) for _ in range(train.accumulate)]
             state.data_s += time.perf_counter() - waiting
 
             # Forward and backward: nearly all of a step's time. DDP averages gradients over processes meanwhile.
@@ -176,7 +178,7 @@ def evaluation_is_due(state: RunState, settings: RunSettings) -> bool:
     """Return whether to evaluate before the next step: every ``eval_every`` steps and after the last."""
     every = settings.train.eval_every
     is_due = state.step > 0 and every is not None and state.step % every == 0
-    return (is_due or state.step >= settings.num_steps) and state.evaluated != state.step
+    return (is_due or state.step >= settings.num_steps) and (state.evaluated != state.step or state.best is None)
 
 
 def is_over(state: RunState, settings: RunSettings) -> bool:
@@ -203,7 +205,8 @@ def evaluate(task: Task[BatchT], learner: Learner, state: RunState, log: RunLog)
         state.num_worse += 1
         learner.rate.after_evaluation(state.step, state.num_worse, state.schedule)
     if is_main:
-        task.report(log, state.step)
+        with reported_disk_errors(settings.output_dir, f"the report in {settings.output_dir}"):
+            task.report(log, state.step)
 
 
 def save(task: Task[BatchT], learner: Learner, state: RunState) -> None:
@@ -252,6 +255,24 @@ def log_interval(task: Task[BatchT], learner: Learner, state: RunState, log: Run
     learner.rate.after_interval(state.step, values, state.schedule)
 
 
+@contextmanager
+def stoppable(task: Task[BatchT], learner: Learner, state: RunState, stop: StopSignals) -> Iterator[None]:
+    """Let a signal end the run in the middle of the block, of which last.pt needs nothing.
+
+    Several processes stop at the same step, between blocks; torchrun kills those that hang for 30 s.
+    """
+    if learner.team.world_size > 1:
+        yield
+        return
+    try:
+        with stop.at_once():
+            yield
+    except StopNow:
+        if state.saved != state.step:
+            save(task, learner, state)
+        raise interrupted(stop, state, learner.settings) from None
+
+
 def interrupted(stop: StopSignals, state: RunState, settings: RunSettings) -> Interrupted:
     """Return the error that ends a run after a signal; another process may have received it."""
     number = stop.received or signal.SIGTERM
@@ -266,7 +287,8 @@ def write_plan(task: Task[BatchT], learner: Learner) -> None:
     """Write config.yaml and log what is about to happen."""
     settings, team = learner.settings, learner.team
     text = yaml.safe_dump(settings.config, sort_keys=False, default_flow_style=None, width=120)
-    (settings.output_dir / "config.yaml").write_text(text, encoding="utf-8")
+    with reported_disk_errors(settings.output_dir / CONFIG) as path:
+        write_text(path, text)
     for line in task.describe():
         logger.info("%s", line)
     train, optim, num_steps = settings.train, settings.optim, settings.num_steps

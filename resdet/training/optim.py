@@ -105,8 +105,10 @@ class LearningRate:
     def at(self, step: int, schedule: dict[str, int]) -> float:
         """Return the rate of the step after ``step`` steps."""
         optim = self._settings.optim
-        if schedule.get("is_held", 0):
+        # A resumed run may have a rule no more.
+        if self._settings.warmup_until_error is not None and schedule.get("is_held", 0):
             return self.base * optim.warmup_factor
+        num_drops = 0 if self._settings.plateau_patience is None else schedule.get("num_drops", 0)
         factor = lr_factor(
             step,
             num_steps=self._settings.num_steps,
@@ -116,7 +118,7 @@ class LearningRate:
             milestones=optim.milestones,
             gamma=optim.gamma,
         )
-        return self.base * (optim.gamma ** schedule.get("num_drops", 0) * factor)
+        return self.base * (optim.gamma**num_drops * factor)
 
     def after_evaluation(self, step: int, num_worse: int, schedule: dict[str, int]) -> None:
         """Lower the rate if the last ``num_worse`` evaluations were not better than the best."""

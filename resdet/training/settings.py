@@ -22,6 +22,8 @@ class RunSettings:
     optim: OptimConfig
     best_metric: str  # its highest value makes an evaluation the best
     num_images: int  # an epoch
+    num_val_images: int
+    is_rejudged: bool = False  # evaluations before resuming are not comparable with those to come
     plateau_patience: int | None = None  # for LearningRate, as is the next
     warmup_until_error: float | None = None
 

@@ -12,16 +12,16 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_, get_total_norm
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from resdet.errors import WeightsError
+from resdet.errors import WeightsError, first_line
 from resdet.processes import Processes
 from resdet.training.optim import LearningRate, build_optimizer
 from resdet.training.settings import RunSettings
 
 logger = logging.getLogger(__name__)
 
-_SAVED = ("step", "best", "num_worse", "evaluated", "metrics", "log_sums", "log_steps", "schedule")
+_SAVED = ("step", "best", "num_worse", "evaluated", "metrics", "log_sums", "log_steps", "schedule", "num_images")
 _OF_LEARNER = ("optimizer", "scaler", "ema")
-_SAVED_BY_ALL = {*_SAVED, *_OF_LEARNER} - {"schedule"}  # older files have no schedule
+_SAVED_BY_ALL = {*_SAVED, *_OF_LEARNER} - {"schedule", "num_images"}  # older files lack these two
 
 
 @dataclass
@@ -39,6 +39,7 @@ class RunState:
     log_sums: dict[str, Tensor] = field(default_factory=dict)  # since the last line of the log, scalars on the device
     log_steps: int = 0  # they were summed over
     schedule: dict[str, int] = field(default_factory=dict)  # LearningRate's; empty if it follows the step alone
+    num_images: dict[str, int] = field(default_factory=dict)  # of the splits train and val
     # What follows is not saved.
     saved: int | None = None  # step that last.pt holds; None if it holds none of this run
     num_pieces: int = 1  # in which each micro-batch is computed; more than one after memory ran out
@@ -82,7 +83,8 @@ class Learner:
 def set_up(model: nn.Module, settings: RunSettings, team: Processes, saved: dict[str, Any]) -> tuple[Learner, RunState]:
     """Build a run's optimizer and what goes with it; load ``saved``, the training state that it resumes from.
 
-    ``saved`` loses its tensors to whatever they are loaded into, so that memory does not hold them twice.
+    Settings are always the configuration's, also those that an optimizer's state carries along. ``saved`` loses its
+    tensors to whatever they are loaded into, so that memory does not hold them twice.
     """
     optim, rate = settings.optim, LearningRate(settings)
     if settings.resume_from is not None and not _SAVED_BY_ALL <= saved.keys() <= {*_SAVED, *_OF_LEARNER}:
@@ -99,15 +101,24 @@ def set_up(model: nn.Module, settings: RunSettings, team: Processes, saved: dict
     average = None if settings.train.ema_decay is None else _averaged(model, settings.train.ema_decay)
     state = RunState(schedule=rate.first_schedule())
     if saved:
-        optimizer.load_state_dict(saved.pop("optimizer"))
-        if saved["scaler"]:
-            scaler.load_state_dict(saved["scaler"])
-        if (ema := saved.pop("ema")) and average is not None:
-            average.load_state_dict(ema)
-        state = RunState(**{name: saved[name] for name in _SAVED if name in saved}, saved=saved["step"])
-        state.schedule = rate.first_schedule() | state.schedule
-        state.log_sums = {name: value.to(team.device) for name, value in state.log_sums.items()}
+        try:
+            _load_optimizer(optimizer, saved.pop("optimizer"))
+            if saved["scaler"]:
+                scaler.load_state_dict(saved["scaler"])
+            if (ema := saved.pop("ema")) and average is not None:
+                average.load_state_dict(ema)
+            state = RunState(**{name: saved[name] for name in _SAVED if name in saved}, saved=saved["step"])
+            state.schedule = rate.first_schedule() | state.schedule
+            state.log_sums = {name: value.to(team.device) for name, value in state.log_sums.items()}
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise WeightsError(
+                f"{settings.resume_from}: its training state does not fit this run: {first_line(error)}"
+            ) from error
+        if settings.is_rejudged:
+            state.best, state.num_worse = None, 0
+            logger.info("evaluations are not comparable with earlier ones: the best checkpoint is sought anew")
         logger.info("resumed from %s at step %d", settings.resume_from, state.step)
+    state.num_images = {"train": settings.num_images, "val": settings.num_val_images}
     return Learner(settings, team, model, team.parallel(model), optimizer, scaler, rate, average), state
 
 
@@ -118,6 +129,14 @@ def training_state(learner: Learner, state: RunState) -> dict[str, Any]:
         "scaler": learner.scaler.state_dict(),
         "ema": {} if learner.average is None else learner.average.state_dict(),
     }
+
+
+def _load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+    """Load an optimizer's state and keep its own settings, but for the rate, which is set at each step."""
+    own = [{name: group[name] for name in group if name not in ("params", "lr")} for group in optimizer.param_groups]
+    optimizer.load_state_dict(saved)
+    for group, settings in zip(optimizer.param_groups, own, strict=True):
+        group |= settings
 
 
 def _averaged(model: nn.Module, decay: float) -> AveragedModel:

@@ -73,7 +73,7 @@ def test_full_disk_leaves_the_last_good_checkpoint(finished: Path, small_disk: P
 def test_read_only_folder_is_told_before_anything_is_computed(small_disk: Path) -> None:
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     done = train(small_disk / "run", *SHORT, expected=2)
-    assert f"{small_disk / 'run'}: the run's folder must be writable: Read-only file system" in done.stderr
+    assert f"{small_disk / 'run'}: cannot be created: Read-only file system" in done.stderr
 
 
 @pytest.mark.slow
@@ -351,7 +351,7 @@ def test_deterministic_training_prepares_cublas_before_cuda_is_initialised(
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: seen.append(os.environ.get("CUBLAS_WORKSPACE_CONFIG")))
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: bool(seen))
     settings = TrainConfig(steps=1, device="cuda", deterministic=True)
-    with launched(tmp_path, settings, None) as (team, _, _):
+    with launched(tmp_path, settings, None) as (team, _):
         assert team.device == torch.device("cuda", 0)
         assert torch.are_deterministic_algorithms_enabled()
     assert seen == [":4096:8"]
