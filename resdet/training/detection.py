@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from resdet.build import build_dataset, build_model, inference_settings
+from resdet.build import build_dataset, build_model, detector_limits, inference_settings
 from resdet.config import Config, EvalConfig, LoaderConfig
 from resdet.config_reading import config_to_plain
 from resdet.data.annotations import AnnotationTable
@@ -42,6 +43,8 @@ from resdet.training.step import accumulate_gradients
 from resdet.types import target_to
 from resdet.weights.files import read_checkpoint, read_weights, weights_in
 
+logger = logging.getLogger(__name__)
+
 
 def train(config: Config) -> TrainResult:
     """Train a detector as the configuration says, evaluate it, and leave everything in ``config.output_dir``.
@@ -68,6 +71,8 @@ def train(config: Config) -> TrainResult:
         if resumed is not None:
             before, now = ([c.name for c in categories] for categories in (resumed.categories, train_set.categories))
             is_rejudged |= check_data(resumed, before, now, num_images)
+        if team.is_main:
+            warn_of_dense_images(config, {"train": train_set.table, "val": val_set.table})
         torch.manual_seed(config.seed)
         model = build_model(config.model, train_set, resume_from=resumed).to(team.device)
         val_set = with_model_classes(model, val_set)
@@ -89,6 +94,19 @@ def train(config: Config) -> TrainResult:
         inference = inference_settings(config)
         task = DetectionTask(model, train_set, val_set, settings, config.loader, config.eval, inference, team)
         return run(task, settings, team, begun=begun, saved=saved)
+
+
+def warn_of_dense_images(config: Config, tables: Mapping[str, AnnotationTable]) -> None:
+    """Log which splits have images with more objects than an evaluation of this configuration can find."""
+    limits = detector_limits(config)
+    for split, table in tables.items():
+        counts = table.objects_per_image()  # [I]
+        if num_dense := int((counts > limits.num_detections).sum()):
+            logger.warning(
+                "data.%s: %d of %d images hold more objects, up to %d, than the %d detections that are kept of an "
+                "image; the rest cannot be found: %s raises the number",
+                *(split, num_dense, table.num_images, counts.max(), limits.num_detections, limits.detections_key),
+            )
 
 
 @dataclass

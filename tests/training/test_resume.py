@@ -265,3 +265,19 @@ def test_a_checkpoint_that_is_no_run_s_is_one_line(change: Any, told: str, begun
     with pytest.raises(WeightsError) as caught:
         run(tmp_path / "run", "optim.name=sgd", "optim.lr=0.001", f"resume={path}")
     assert str(caught.value).startswith(f"{path}: {told}")
+
+
+def test_images_with_more_objects_than_are_kept_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """At the start, of both splits, with the key that raises the number."""
+    table = shapes_table(24, 64, 0)
+    counts = table.objects_per_image()
+    run(tmp_path / "few", "eval.max_detections=2", "eval.best_metric=AP")
+    told = [record.getMessage() for record in caplog.records if "more objects" in record.getMessage()]
+    assert told[0] == (
+        f"data.train: {(counts > 2).sum()} of 24 images hold more objects, up to {counts.max()}, than the 2 detections "
+        "that are kept of an image; the rest cannot be found: eval.max_detections raises the number"
+    )
+    assert told[1].startswith("data.val: ")
+    caplog.clear()
+    run(tmp_path / "enough")
+    assert "more objects" not in caplog.text
