@@ -10,6 +10,7 @@ import io
 import logging
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -69,6 +70,9 @@ def run_tool(main: Callable[[Sequence[str]], int | None]) -> None:
         _complain(f"{program}: {error}")
         code = 2
     except Interrupted as interruption:
+        for name in ("SIGTERM", "SIGINT", "SIGHUP"):  # granted already
+            if hasattr(signal, name):
+                signal.signal(getattr(signal, name), signal.SIG_IGN)
         if os.environ.get("RANK", "0") == "0":  # one process of a run is enough
             _complain(f"{program}: {interruption}")
         code = interruption.exit_code

@@ -18,9 +18,8 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from types import FrameType
+from types import FrameType, TracebackType
 from typing import Any, TypeVar
 
 import cv2
@@ -121,22 +120,29 @@ def _received(batches: Iterator[Any], num_workers: int, stall_seconds: float) ->
     try:
         yield from _in_time(batches, num_workers, stall_seconds)
     except BaseException:  # an error, a signal, or the caller needs no more
-        _end_workers(getattr(batches, "_workers", []))
+        if num_workers:
+            _end_workers(batches)
         raise
 
 
-def _end_workers(workers: list[Any]) -> None:
-    """Kill workers, which have nothing to lose.
+def _end_workers(batches: Any) -> None:
+    """Kill the workers of a DataLoader's iterator, which have nothing to lose.
 
     torch would wait for each of them for seconds, and Python, at its exit, for ever for one that hangs in a file system
     or is stopped.
     """
+    pinning = getattr(batches, "_pin_memory_thread", None)
+    if pinning is not None:  # it ends first, as torch does it: it fails where a worker dies that it reads from
+        batches._pin_memory_thread_done_event.set()
+        batches._worker_result_queue.put((None, None))
+        pinning.join(1)
     handler = signal.getsignal(signal.SIGCHLD) if sys.platform != "win32" else None
-    with handler.silenced() if isinstance(handler, _DeadWorkerHandler) else nullcontext():
-        for worker in workers:
-            worker.kill()
-        for worker in workers:
-            worker.join(1)  # not for ever: a file system that hangs keeps even a killed process
+    if isinstance(handler, _DeadWorkerHandler):
+        handler.is_silenced = True
+    for worker in batches._workers:
+        worker.kill()
+    for worker in batches._workers:
+        worker.join(1)  # not for ever: a file system that hangs keeps even a killed process
 
 
 def _in_time(batches: Iterator[Any], num_workers: int, stall_seconds: float) -> Iterator[Any]:
@@ -209,7 +215,14 @@ def _start_worker(worker_id: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(os, "setpgrp"):
         os.setpgrp()
+    sys.excepthook = _tell_of_failure
     threading.Thread(target=_exit_with_parent, daemon=True).start()
+
+
+def _tell_of_failure(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+    """Print a traceback unless the training process was interrupted while it took a batch from this worker's thread."""
+    if not isinstance(error, (EOFError, ConnectionError)):
+        sys.__excepthook__(kind, error, traceback)
 
 
 def _exit_with_parent() -> None:
@@ -230,19 +243,10 @@ class _DeadWorkerHandler:
     def __init__(self, handler: Any) -> None:
         self._handler = handler
         self.found: RuntimeError | None = None  # what was raised last
-        self._is_silenced = False
-
-    @contextmanager
-    def silenced(self) -> Iterator[None]:
-        """Raise nothing for workers that end in the block."""
-        self._is_silenced = True
-        try:
-            yield
-        finally:
-            self._is_silenced = False
+        self.is_silenced = False  # since workers were killed, until others are started
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
-        if self._is_silenced:
+        if self.is_silenced:
             return
         try:
             self._handler(number, frame)
@@ -256,7 +260,7 @@ def _explain_dead_workers() -> None:
         return
     handler = signal.getsignal(signal.SIGCHLD)
     if isinstance(handler, _DeadWorkerHandler):
-        handler.found = None  # of an earlier loader's workers
+        handler.found, handler.is_silenced = None, False  # of an earlier loader's workers
     elif callable(handler):
         signal.signal(signal.SIGCHLD, _DeadWorkerHandler(handler))
 
