@@ -94,6 +94,11 @@ def _log_entry(line: bytes) -> dict[str, Any] | None:
     return entry if isinstance(entry, dict) and is_finite_number(entry.get("step")) else None
 
 
+def is_finite_number(value: object) -> bool:
+    """Return whether a value of a log can be drawn: JSON's numbers may be NaN, infinite, or too large for a float."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300
+
+
 def check_same_ground_truth(tables: Sequence[tuple[str, AnnotationTable]]) -> None:
     """Raise a DataError unless metrics measured on these tables, each with its run's name, are comparable.
 
