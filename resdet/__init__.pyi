@@ -21,7 +21,7 @@ from .models.checkpoint import load_detector as load_detector, save_int8_detecto
 from .models.detector import Detector as Detector, build_detector as build_detector
 from .models.fasterrcnn import fasterrcnn_resnet101_fpn as fasterrcnn_resnet101_fpn
 from .models.int8_calibration import quantize_detector as quantize_detector
-from .models.spec import DetectorSpec as DetectorSpec, Tricks as Tricks
+from .models.spec import DetectorSpec as DetectorSpec, Tricks as Tricks, WeightsOrigin as WeightsOrigin
 from .prediction import predict as predict
 from .training.detection import train as train
 from .types import Category as Category, Detections as Detections, Prediction as Prediction, Target as Target

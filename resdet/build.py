@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ from resdet.models.norm import calibrate_norm, has_fresh_frozen_norm
 from resdet.models.proposals import Anchors
 from resdet.models.spec import WEIGHTS_FACTS, DetectorSpec
 from resdet.weights.files import WeightsFile, WeightsPath, read_weights
-from resdet.weights.source import locate
+from resdet.weights.source import read_first_weights
 
 logger = logging.getLogger(__name__)
 
@@ -167,12 +167,14 @@ def build_model(config: ModelConfig, train_set: DetectionDataset, *, resume_from
     random weights and not to be calibrated.
     """
     spec = DetectorSpec.model_validate(config.model_dump(include=set(DetectorSpec.model_fields)))
+    stated = config.model_fields_set
     first = None
     if resume_from is not None:
-        spec = _take_over(spec, read_weights(resume_from))
+        spec = _take_over(spec, stated, read_weights(resume_from))
     elif config.weights is not None:
-        first = read_weights(locate(config.weights, config.arch))
-        spec = _take_over(spec, first)
+        settings = {name: getattr(config, name) for name in WEIGHTS_FACTS if name in stated}
+        first = read_first_weights(config.weights, config.arch, config.weights_origin, settings)
+        spec = _take_over(spec, stated, first)
     if config.class_balance_beta is not None:
         labels = train_set.table.labels[train_set.trained]
         num_boxes = np.bincount(labels, minlength=train_set.table.num_classes)[1:]  # [K], without the background
@@ -203,28 +205,35 @@ def build_model(config: ModelConfig, train_set: DetectionDataset, *, resume_from
     return model
 
 
-def _take_over(spec: DetectorSpec, file: WeightsFile) -> DetectorSpec:
-    """Return the spec with the settings of the weights, where the configuration leaves them at their defaults."""
+def _take_over(spec: DetectorSpec, stated: Set[str], file: WeightsFile) -> DetectorSpec:
+    """Return the spec with the settings of the weights, where the configuration does not state them."""
     contradictions = []
     taken: dict[str, Any] = {}
     for name, value in file.settings.items():
-        stated = getattr(spec, name)
-        if stated == value:
+        own = getattr(spec, name)
+        if own == value:
             continue
-        if stated == DetectorSpec.model_fields[name].default:
+        if name not in stated:
             taken[name] = value
-        elif name in WEIGHTS_FACTS:
-            contradictions.append(f"model.{name} is {stated}, the weights were trained with {value}")
+        elif name in WEIGHTS_FACTS and _differs(own, value):
+            contradictions.append(f"model.{name} is {own}, the weights were trained with {value}")
         else:
-            logger.info("model.%s is %s; the weights in %s were trained with %s", name, stated, file.path, value)
+            logger.info("model.%s is %s; the weights in %s were trained with %s", name, own, file.path, value)
     if contradictions:
         raise UserError(
             f"{file.path}: these settings conflict with those the weights were trained with: "
-            f"{'; '.join(contradictions)}. Leave these out of the configuration"
+            f"{'; '.join(contradictions)}. Leave these out of the configuration, or where the file does not say how "
+            "they were trained, state it in model.weights_origin"
         )
     if taken:
         logger.info("taken over from %s: %s", file.path, ", ".join(f"{name}={value}" for name, value in taken.items()))
     return spec.model_copy(update=taken)
+
+
+def _differs(a: Any, b: Any) -> bool:
+    """Whether two values of a setting differ by more than their rounding in a configuration."""
+    pairs = zip(a, b, strict=True) if isinstance(a, tuple) else [(a, b)]
+    return any(abs(x - y) > 1e-4 * abs(y) for x, y in pairs)
 
 
 def _calibration_batches(model: Detector, dataset: DetectionDataset, num_images: int) -> Iterator[Tensor]:

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Union
 
 import yaml
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 from typing_extensions import Self
 
 from resdet.config_reading import Section, json_schema, load_settings, parse_settings
 from resdet.models.archs import VGGArch, find_arch
-from resdet.models.spec import DetectorSpec, Tricks
+from resdet.models.spec import WEIGHTS_FIELDS, DetectorSpec, Tricks, WeightsOrigin
 
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 
@@ -30,11 +30,14 @@ class ModelConfig(DetectorSpec):
     weights: str | None = "IMAGENET1K_V1"
     """First weights: a torchvision name (``IMAGENET1K_V1``), a file (.pth, .pt, .safetensors, .pkl) or a URL of a
     classification ResNet, an exported backbone or a whole detector, also of detectron2 or mmdetection; null starts from
-    random weights. Settings that the weights were trained with replace defaults here, as far as the file states them,
-    and are logged: image_mean, image_std, norm_eps and stride_in_1x1, and for a whole detector its library's resize,
-    anchors, RoIAlign and rules for small boxes (detectron2's are not torchvision's). A different value stated here is
-    an error for the first four, which the weights cannot do without, and wins for the rest. Class-specific rows are
-    kept only for the same classes."""
+    random weights. Settings that the weights were trained with are taken over where they are not stated here, and
+    logged: image_mean, image_std, norm_eps and stride_in_1x1, and for a whole detector its library's resize, anchors,
+    RoIAlign and rules for small boxes (detectron2's are not torchvision's). A different value stated here is an error
+    for the first four, which the weights cannot do without, and wins for the rest. Where the file does not say how they
+    were trained, these four decide between the ways its library has, or else its usual one is assumed, with a warning.
+    Class-specific rows are kept only for the same classes."""
+    weights_origin: WeightsOrigin = WeightsOrigin()
+    """What is known of these weights, where their file does not say it."""
     trainable_layers: int = Field(3, ge=0, le=5)
     """Number of stages of the body to train, counted from the top: 3 trains C3-C5, 5 everything, 0 nothing."""
     calibration_images: int = Field(0, ge=0)
@@ -43,6 +46,13 @@ class ModelConfig(DetectorSpec):
     class_balance_beta: float | None = Field(None, ge=0, lt=1)
     """Weight classes in the classification loss by their effective number of boxes in the training data (Cui et al.
     2019, who use 0.99 to 0.9999); null weights all equally. It fills ``class_weights``."""
+
+    @model_serializer(mode="wrap")
+    def _without_what_weights_decide(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # Written out, a default would be a statement, and contradict weights that were trained with another value.
+        plain: dict[str, Any] = serialize(self)
+        unstated = set(WEIGHTS_FIELDS) - self.model_fields_set
+        return {name: value for name, value in plain.items() if name not in unstated}
 
     @model_validator(mode="after")
     def _frozen_norm_needs_statistics(self) -> Self:

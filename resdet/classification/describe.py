@@ -16,8 +16,7 @@ from resdet.models.archs import find_arch
 from resdet.models.bodies import make_body
 from resdet.models.loading import load_backbone_weights
 from resdet.models.spec import DetectorSpec
-from resdet.weights.files import read_weights
-from resdet.weights.source import locate
+from resdet.weights.source import read_first_weights
 
 
 def measure_responses(
@@ -36,7 +35,7 @@ def measure_responses(
     """
     last = len(find_arch(arch).strides)
     files = find_images(images)
-    file = read_weights(locate(weights, arch))
+    file = read_first_weights(weights, arch)
     settings = file.settings
     has_statistics = any(name.endswith("running_mean") for name in file.tensors)
     body = make_body(

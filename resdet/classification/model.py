@@ -25,9 +25,9 @@ from resdet.errors import DataError, WeightsError, name_some
 from resdet.models.archs import find_arch
 from resdet.models.bodies import Classifier, build_classifier
 from resdet.models.loading import LoadReport, check_stride, load_strictly
+from resdet.weights.facts import FACTS_ENTRY
 from resdet.weights.files import WeightsPath, read_weights
-from resdet.weights.formats import FACTS_ENTRY
-from resdet.weights.source import locate
+from resdet.weights.source import read_first_weights
 
 logger = logging.getLogger(__name__)
 
@@ -146,7 +146,7 @@ def load_first_weights(classifier: ImageClassifier, source: str) -> LoadReport:
     ``source`` is a torchvision name, a file or a URL. What was loaded and what was not is returned, and also logged.
     """
     arch = classifier.spec.arch
-    file = read_weights(locate(source, arch))
+    file = read_first_weights(source, arch)
     check_stride(file, classifier.network.body)
     names = file.content.get("classes")
     same = _num_classes(file.tensors) == len(classifier.classes) and names in (None, list(classifier.classes))

@@ -28,13 +28,35 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument(
         "--output", type=Path, required=True, metavar="OUT", help=".pth, .safetensors, or .pkl for detectron2"
     )
+    parser.add_argument(
+        "--prefix", metavar="NAMES", help="what precedes the network's names, where IN holds several networks"
+    )
+    parser.add_argument(
+        "--channel-order", choices=["rgb", "bgr"], help="of the images it was trained on, where IN does not say it"
+    )
+    parser.add_argument(
+        "--image-mean", type=float, nargs=3, metavar="X", help="red, green and blue in [0, 1]; likewise"
+    )
+    parser.add_argument("--image-std", type=float, nargs=3, metavar="X", help="likewise")
+    parser.add_argument(
+        "--stride-in",
+        choices=["1x1", "3x3"],
+        help="convolution in which its bottlenecks stride, where IN does not say it",
+    )
     options = parser.parse_intermixed_args(arguments)
 
     from resdet.files import check_output
+    from resdet.models.spec import WeightsOrigin
     from resdet.weights.convert_file import convert_file
 
+    given = {name: getattr(options, name) for name in ("prefix", "channel_order", "image_mean", "image_std")}
+    given["stride_in_1x1"] = options.stride_in and options.stride_in == "1x1"
+    origin = WeightsOrigin.model_validate(given, strict=False)
+
     check_output(options.output, [options.source])
-    report = convert_file(options.source, options.to, options.output, source_format=options.source_format)
+    report = convert_file(
+        options.source, options.to, options.output, source_format=options.source_format, origin=origin
+    )
     read, written = report.read, report.written
     show(f"{options.source}: {read.facts['format']} {read.kind}, {read.facts['arch'] or 'no known architecture'}")
     show(f"  read:    {', '.join(read.rules) or 'unchanged'}")

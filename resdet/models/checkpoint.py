@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,18 +13,24 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 from torch import Tensor
-from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
+from torchvision.models.detection import (
+    FasterRCNN_ResNet50_FPN_Weights,
+    KeypointRCNN_ResNet50_FPN_Weights,
+    MaskRCNN_ResNet50_FPN_Weights,
+)
 
 from resdet.errors import UserError, WeightsError, name_some
 from resdet.files import save_tensors, written_whole
 from resdet.models.archs import ARCHS
 from resdet.models.detector import Detector, build_detector
 from resdet.models.int8 import Int8Detector
-from resdet.models.loading import LoadReport, load_strictly
-from resdet.models.spec import CONVENTIONS, DetectorSpec
+from resdet.models.loading import LoadReport, fitting_archs, load_strictly
+from resdet.models.spec import CONVENTIONS, WEIGHTS_FACTS, DetectorSpec, WeightsOrigin
 from resdet.types import Category, categories_to_plain
+from resdet.weights.facts import OWN_LAYOUTS, class_names, sees_bytes
 from resdet.weights.files import CLASS_SCORES, DETECTOR_FORMAT, INT8_FORMAT, WeightsFile, WeightsPath, read_weights
-from resdet.weights.formats import OWN_LAYOUTS
+from resdet.weights.layouts import BODY, FPN
+from resdet.weights.tensors import COUNTER
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +38,22 @@ logger = logging.getLogger(__name__)
 _ESSENTIAL = re.compile(
     r"(module\.)?(backbone|neck|rpn_head|rpn\.head|proposal_generator\.rpn_head|roi_heads?\.(box|bbox_head))"
 )
+
+# COCO's ids and names in torchvision's numbering: rows 12, 26, ... of its heads are for ids that COCO does not use.
+_COCO = [
+    (number, f"N/A ({number})" if name == "N/A" else name)
+    for number, name in enumerate(FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"])
+    if number
+]
+# torchvision's own files, whose conventions are certain.
+_PUBLISHED = {
+    weights.COCO_V1.url.rpartition("/")[2]
+    for weights in (
+        FasterRCNN_ResNet50_FPN_Weights,
+        MaskRCNN_ResNet50_FPN_Weights,
+        KeypointRCNN_ResNet50_FPN_Weights,
+    )
+}
 
 
 def checkpoint_payload(model: Detector) -> dict[str, Any]:
@@ -68,30 +90,33 @@ def save_int8_detector(
         save_tensors(payload, temporary)
 
 
-def load_detector(path: WeightsPath, device: torch.device | str = "cpu") -> Detector:
+def load_detector(
+    path: WeightsPath, device: torch.device | str = "cpu", *, origin: WeightsOrigin | None = None
+) -> Detector:
     """Build the detector that a file holds, in evaluation mode.
 
     Args:
-        path: A file with the entries of ``checkpoint_payload``, or the Faster R-CNN of another library that
+        path: A file with the entries of ``checkpoint_payload``; a state dict of torchvision's Faster R-CNN on a ResNet
+            with FPN (the boxes of its Mask and Keypoint R-CNN, too); or the Faster R-CNN of another library that
             ``resdet.weights.convert`` reads, such as ``model_final_f6e8b1.pkl`` of detectron2's model zoo. Such a model
-            is run as its library runs it (``CONVENTIONS``), and stays so when it is saved here. If it has 80 classes
-            and no names for them, they are assumed to be COCO's. A file of ``save_int8_detector`` gives an
-            ``Int8Detector``.
+            is run as its library runs it (``CONVENTIONS``), and stays so when it is saved here. What its file does not
+            say is assumed, and logged: 80 classes without names (91 of torchvision) to be COCO's, for instance. A file
+            of ``save_int8_detector`` gives an ``Int8Detector``.
         device: Where to put the model.
+        origin: What is known of the weights, where the file does not say it.
 
     Raises:
-        WeightsError: If the file is missing, damaged, no checkpoint of a detector, or contradicts itself; or holds
-            another kind of detector.
+        WeightsError: If the file is missing, damaged, no checkpoint of a detector, or contradicts itself or ``origin``;
+            or holds another kind of detector.
     """
-    file = read_weights(path)
+    file = read_weights(path, origin)
     if file.kind != "int8":
         file = describe_detector(file)
     if file.spec is None:
-        raise WeightsError(
-            f"{file.path}: is not a detector checkpoint: its 'format' must be {DETECTOR_FORMAT!r}, got "
-            f"{file.format!r} (keys: {name_some(file.content) or 'none'})"
-        )
+        file = replace(file, spec=_torchvision_spec(file))
+    assert file.spec is not None
     num_classes = len(class_scores(file))
+    _check_sizes(file, file.spec)
     build = Int8Detector.empty if file.kind == "int8" else build_detector
     try:
         model: Detector = build(file.spec, num_classes=num_classes, categories=file.categories)
@@ -121,35 +146,40 @@ def load_detector_weights(model: Detector, path: WeightsPath) -> LoadReport:
 
 
 def describe_detector(file: WeightsFile) -> WeightsFile:
-    """Return a detector's file with the spec and the classes that another library's conventions imply.
+    """Return a detector's file with the classes, and of another library the spec, that its conventions imply.
 
-    Nothing is added to a checkpoint of ours, nor to a bare state dict of torchvision's, which tells nothing. A detector
-    in int8, or one that torchvision's Faster R-CNN cannot be, is refused.
+    Nothing but classes given by ``WeightsFile.origin`` is added to a checkpoint of ours. A detector in int8, or one
+    that torchvision's Faster R-CNN cannot be, is refused.
     """
     if file.kind == "int8":
         raise WeightsError(
             f"{file.path}: is in int8: resdet.load_detector runs it, but nothing else can be made from it"
         )
     num_classes = len(class_scores(file))
-    if file.spec is not None or file.facts.get("format", "torchvision") in OWN_LAYOUTS:
+    if file.spec is not None:
+        own = tuple(category.name for category in file.categories)
+        if file.origin.classes is not None and file.origin.classes != own:
+            if own:
+                raise WeightsError(
+                    f"{file.path}: names its classes itself ({name_some(own)}): leave origin.classes out"
+                )
+            return replace(file, categories=_named(file, file.origin.classes, num_classes))
         return file
-    essential = [name for name in file.left_over if _ESSENTIAL.match(name) and not name.endswith("num_batches_tracked")]
-    if essential:
-        raise WeightsError(
-            f"{file.path}: is not the Faster R-CNN with FPN that this detector can be: it also has "
-            f"{name_some(essential)}"
-        )
-    spec, categories = _imported_spec(file), _imported_categories(num_classes)
+    categories, whose = _categories(file, num_classes)
+    if file.facts.get("format", "torchvision") in OWN_LAYOUTS:
+        _check_torchvisions_heads(file)
+    else:
+        _check_other_heads(file)
+        file = replace(file, spec=_imported_spec(file))
     logger.info(
-        "%s: %s of %s, %d classes (%s); left over: %s",
+        "%s: detector of %s, %d classes (%s); left over: %s",
         file.path,
-        spec.arch,
-        file.facts["format"],
+        file.facts.get("format", "torchvision"),
         num_classes - 1,
-        "assumed to be COCO's" if categories else "their names are not known",
+        whose,
         name_some(file.left_over) or "none",
     )
-    return replace(file, spec=spec, categories=categories)
+    return replace(file, categories=categories)
 
 
 def class_scores(file: WeightsFile) -> Tensor:
@@ -158,7 +188,90 @@ def class_scores(file: WeightsFile) -> Tensor:
         raise WeightsError(
             f"{file.path}: is not a detector: it has no {CLASS_SCORES!r}; its tensors are {name_some(file.tensors)}"
         )
-    return file.tensors[CLASS_SCORES]
+    scores = file.tensors[CLASS_SCORES]
+    if scores.dim() != 2:
+        raise WeightsError(
+            f"{file.path}: {CLASS_SCORES} must have 2 dimensions, one row for each class, got {list(scores.shape)}"
+        )
+    return scores
+
+
+def _check_sizes(file: WeightsFile, spec: DetectorSpec) -> None:
+    """Compare the widths that a file states with its tensors', before a module of that size is made."""
+    scores = class_scores(file)
+    is_int8, is_fpn = file.kind == "int8", spec.layout == "fpn"
+    expected = {"roi_heads.box_predictor.bbox_pred.weight": 4 * len(scores)}
+    if is_fpn:
+        expected["backbone.inner_blocks.0.weight" if is_int8 else f"{FPN}inner_blocks.0.0.weight"] = spec.out_channels
+    if spec.layout != "c4":
+        expected["roi_heads.box_head.fc6.weight"] = spec.box_head_channels
+    for name, rows in expected.items():
+        shape = list(file.tensors[name].shape) if name in file.tensors else []
+        if name in file.tensors and shape[:1] != [rows]:
+            raise WeightsError(f"{file.path}: contradicts itself: {name} must have {rows} rows, got the shape {shape}")
+
+
+def _check_other_heads(file: WeightsFile) -> None:
+    essential = [name for name in file.left_over if _ESSENTIAL.match(name) and not name.endswith(COUNTER)]
+    if essential:
+        raise WeightsError(
+            f"{file.path}: is not the Faster R-CNN with FPN that this detector can be: it also has "
+            f"{name_some(essential)}"
+        )
+
+
+def _check_torchvisions_heads(file: WeightsFile) -> None:
+    """Refuse torchvision's detectors of version 2 by what they have more."""
+    newer = [
+        name
+        for name in file.tensors
+        if re.match(rf"{re.escape(FPN)}(inner|layer)_blocks\.\d\.1\.|roi_heads\.box_head\.\d|rpn\.head\.conv\.1", name)
+    ]
+    if newer:
+        raise WeightsError(
+            f"{file.path}: is torchvision's Faster R-CNN of version 2 (convolutions in the box head, norms in the "
+            f"FPN), which this detector cannot be: it has {name_some(newer)}; version 1 loads"
+        )
+
+
+def _torchvision_spec(file: WeightsFile) -> DetectorSpec:
+    """Describe a state dict of torchvision's Faster R-CNN, whose settings its file does not say."""
+    tensors = file.tensors
+    archs = fitting_archs(tensors)
+    if len(archs) != 1:
+        raise WeightsError(
+            f"{file.path}: its body is {' or '.join(archs) or 'none of ' + ', '.join(ARCHS)}: build it with "
+            "build_detector and load_state_dict"
+        )
+    try:
+        widths = {
+            "out_channels": len(tensors[f"{FPN}inner_blocks.0.0.weight"]),
+            "box_head_channels": len(tensors["roi_heads.box_head.fc6.weight"]),
+        }
+    except KeyError as error:
+        raise WeightsError(
+            f"{file.path}: is not a Faster R-CNN with FPN and two fully connected layers: it has no {error}"
+        ) from error
+    given = file.origin.model_dump(include=set(WEIGHTS_FACTS), exclude_none=True) | file.settings
+    is_published = file.path.name in _PUBLISHED
+    if is_published:  # trained with frozen norms of eps 0: overwrite_eps in torchvision's faster_rcnn.py
+        given = {"norm_eps": 0.0} | given
+    spec = DetectorSpec(arch=archs[0], **widths, **given)
+    if not is_published:
+        assumed = [name for name in WEIGHTS_FACTS if name not in given]
+        logger.warning(
+            "%s: read as torchvision's Faster R-CNN; the file does not say, and it is assumed: %s, anchors of %s, "
+            "images of %d to %d pixels%s (origin=WeightsOrigin(...) states the former otherwise)",
+            file.path,
+            ", ".join(f"{name}={getattr(spec, name)}" for name in assumed),
+            list(spec.anchor_sizes),
+            spec.min_size,
+            spec.max_size,
+            "; torchvision's COCO_V1 was trained with norm_eps=0" if "norm_eps" in assumed else "",
+        )
+        if sees_bytes(tensors, BODY) and "image_std" in assumed:
+            logger.warning("%s: its first filters are for images in 0..255, which torchvision's are not", file.path)
+    return spec
 
 
 def _imported_spec(file: WeightsFile) -> DetectorSpec:
@@ -188,9 +301,45 @@ def _imported_spec(file: WeightsFile) -> DetectorSpec:
         raise WeightsError(f"{file.path}: {error.errors()[0]['msg']}") from error
 
 
-def _imported_categories(num_classes: int) -> tuple[Category, ...]:
-    """Return COCO's 80 classes by rising id, the order in which every library numbers them; none for another number."""
-    by_id = FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]
-    known = [(number, name) for number, name in enumerate(by_id) if name not in ("__background__", "N/A")]
-    named = tuple(Category(label, number, name) for label, (number, name) in enumerate(known, 1))
-    return named if num_classes == len(named) + 1 else ()
+def _categories(file: WeightsFile, num_classes: int) -> tuple[tuple[Category, ...], str]:
+    """Return a detector's classes, or none, and how they are known."""
+    if file.origin.classes is not None:
+        return _named(file, file.origin.classes, num_classes), "as they were given"
+    if names := class_names(file.content):
+        if len(names) == num_classes - 1 and len(set(names)) == len(names):
+            return _named(file, names, num_classes), "as the file names them"
+        logger.warning(
+            "%s: names %d classes (%s), which its scores of %d contradict or which repeat: they are not used; "
+            "origin=WeightsOrigin(classes=...) or model.weights_origin.classes names them",
+            file.path,
+            len(names),
+            name_some(names),
+            num_classes - 1,
+        )
+        return (), "their names are not known"
+    is_torchvisions = file.facts.get("format", "torchvision") in OWN_LAYOUTS
+    table = _COCO if is_torchvisions else [(number, name) for number, name in _COCO if not name.startswith("N/A")]
+    if num_classes != len(table) + 1:
+        return (), "their names are not known"
+    categories = tuple(Category(label, number, name) for label, (number, name) in enumerate(table, 1))
+    if file.path.name in _PUBLISHED or file.content.get("__author__") == "Detectron2 Model Zoo":
+        return categories, "COCO's"
+    logger.warning(
+        "%s: the names of its %d classes are not in the file, and are assumed to be COCO's "
+        "(model.weights_origin.classes or origin=WeightsOrigin(classes=...) names them otherwise)",
+        file.path,
+        num_classes - 1,
+    )
+    return categories, "assumed to be COCO's"
+
+
+def _named(file: WeightsFile, names: Sequence[str], num_classes: int) -> tuple[Category, ...]:
+    """Return classes of these names; those of COCO have its ids."""
+    if len(names) != num_classes - 1 or len(set(names)) != len(names):
+        raise WeightsError(
+            f"{file.path}: has {num_classes - 1} classes, for which as many different names must be given, got "
+            f"{len(names)}: {name_some(names)}"
+        )
+    ids = {name: number for number, name in _COCO}
+    are_cocos = list(names) == [name for name in ids if not name.startswith("N/A")]
+    return tuple(Category(label, ids[name] if are_cocos else label, name) for label, name in enumerate(names, 1))

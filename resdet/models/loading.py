@@ -12,15 +12,13 @@ from torch import Tensor, nn
 from resdet.errors import WeightsError, name_some
 from resdet.models.archs import ARCHS, ResNetArch
 from resdet.models.bodies import Body, make_body
-from resdet.weights.files import WeightsFile, read_weights
+from resdet.weights.files import WeightsFile
 from resdet.weights.formats import body_prefix
 from resdet.weights.layouts import count_blocks
-from resdet.weights.source import WeightsSource, locate
+from resdet.weights.source import WeightsSource, read_first_weights
+from resdet.weights.tensors import COUNTER
 
 logger = logging.getLogger(__name__)
-
-# BatchNorm's count of steps: frozen norms have none, and it matters to momentum=None alone.
-_COUNTER = "num_batches_tracked"
 
 
 @dataclass(frozen=True)
@@ -36,10 +34,10 @@ class LoadReport:
         """Return one line for the log."""
         if not self.source:
             return "random weights"
-        names = [name for name in self.left_over if not name.endswith(_COUNTER)]
+        names = [name for name in self.left_over if not name.endswith(COUNTER)]
         counters = len(self.left_over) - len(names)
         left = [name_some(names)] if names else []
-        left += [f"{counters} {_COUNTER}"] if counters else []
+        left += [f"{counters} {COUNTER}"] if counters else []
         text = f"{len(self.loaded)} tensors from {self.source}; left over: {' and '.join(left) or 'none'}"
         if self.reinitialised:
             text += f"; freshly initialised: {name_some(self.reinitialised)}"
@@ -56,19 +54,27 @@ def load_strictly(module: nn.Module, file: WeightsFile, *, what: str, keep: tupl
     state = module.state_dict()
     expected = {name: value for name, value in state.items() if not name.startswith(keep)}
     tensors = {name: value for name, value in file.tensors.items() if not name.startswith(keep)}
-    missing = [name for name in expected if name not in tensors and not name.endswith(_COUNTER)]
-    extra = [name for name in tensors if name not in expected and not name.endswith(_COUNTER)]
+    missing = [name for name in expected if name not in tensors and not name.endswith(COUNTER)]
+    extra = [name for name in tensors if name not in expected and not name.endswith(COUNTER)]
     wrong = [
         f"{name} is {list(tensors[name].shape)} and not {list(value.shape)}"
         for name, value in expected.items()
         if name in tensors and tensors[name].shape != value.shape
     ]
+    # Copied into another type, fractions would be cut off.
+    wrong += [
+        f"{name} is {tensors[name].dtype} and not {value.dtype}"
+        for name, value in expected.items()
+        if name in tensors
+        and not name.endswith(COUNTER)
+        and tensors[name].is_floating_point() != value.is_floating_point()
+    ]
     if missing or extra or wrong:
         faults = [f"without {name_some(missing)}"] if missing else []
         faults += [f"with {name_some(extra)}"] if extra else []
         faults += [name_some(wrong)] if wrong else []
-        own = _fitting_archs(expected)
-        others = [arch for arch in _fitting_archs(file.tensors) if arch not in own]
+        own = fitting_archs(expected)
+        others = [arch for arch in fitting_archs(file.tensors) if arch not in own]
         guess = f"; it looks like {' or '.join(others)}" if others else ""
         raise WeightsError(f"{file.path}: does not fit {what}: {'; '.join(faults)}{guess}")
     loaded = {name: tensors[name] for name in expected if name in tensors}
@@ -86,7 +92,7 @@ def load_backbone_weights(body: Body, source: WeightsSource, arch: str) -> LoadR
     """
     if source is None:
         return LoadReport()
-    file = source if isinstance(source, WeightsFile) else read_weights(locate(source, arch))
+    file = read_first_weights(source, arch)
     prefix = body_prefix(file.tensors)
     if prefix is None:
         raise WeightsError(f"{file.path}: holds no body; its tensors are {name_some(file.tensors)}")
@@ -120,7 +126,7 @@ def _stages(names: Iterable[str]) -> set[str]:
     return {name.split(".")[0] for name in names}
 
 
-def _fitting_archs(tensors: Mapping[str, Tensor]) -> list[str]:
+def fitting_archs(tensors: Mapping[str, Tensor]) -> list[str]:
     """Return the architectures whose convolutions, in the stages that the tensors have, are exactly the tensors'."""
     body = _without_prefix(tensors, body_prefix(tensors) or "")
     stages, depths = _stages(body), count_blocks(body)

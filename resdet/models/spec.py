@@ -222,6 +222,36 @@ WEIGHTS_FIELDS = (
 )
 
 
+class WeightsOrigin(BaseModel):
+    """What is known of weights whose file does not say it; null leaves it to the file, or to a guess that is logged.
+
+    What a file states itself cannot be overruled: a contradiction is an error.
+    """
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+    format: str | None = None
+    """The library that named and trained them: torchvision, detectron2, detectron, mmdetection, mmdetection-caffe,
+    maskrcnn-benchmark or timm. mmdetection-caffe is also for mmcv's caffe-style ResNets, whose names are torchvision's,
+    with BGR images in 0..255 and the stride in the 1x1."""
+    prefix: str | None = None
+    """What precedes the names of the network, where a file holds several: "teacher.", "module.encoder_q."."""
+    channel_order: Literal["rgb", "bgr"] | None = None
+    """Order of the colours of the images that they were trained on."""
+    image_mean: tuple[float, float, float] | None = None
+    """Mean that was subtracted from the red, green and blue of images in [0, 1]."""
+    image_std: tuple[Positive, Positive, Positive] | None = None
+    """What red, green and blue were divided by after that; 1/255 where images in 0..255 were not divided."""
+    stride_in_1x1: bool | None = None
+    """Whether bottlenecks stride in their first 1x1 convolution, and not in the 3x3."""
+    norm_eps: float | None = Field(None, ge=0)
+    """What every norm added to the variance."""
+    classes: tuple[str, ...] | None = None
+    """Names of a detector's classes in the order of its rows, without the background."""
+
+
 class Tricks(BaseModel):
     """What to do at test time beyond running the model once; all of it is off by default."""
 

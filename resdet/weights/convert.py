@@ -18,7 +18,9 @@ from typing import Any, get_args
 from torch import Tensor
 
 from resdet.errors import WeightsError, name_some
-from resdet.weights.formats import OWN_LAYOUTS, Kind, body_prefix, detect_format, facts_of, kind_of, tensors_in
+from resdet.models.spec import WeightsOrigin
+from resdet.weights.facts import OWN_LAYOUTS, Kind, carried_facts, facts_of
+from resdet.weights.formats import body_prefix, detect_format, kind_of
 from resdet.weights.layouts import (
     BACKGROUND_LAST,
     BGR_STEM,
@@ -37,6 +39,7 @@ from resdet.weights.layouts import (
     modern_names,
     tensor_names,
 )
+from resdet.weights.networks import Network, find_network
 
 logger = logging.getLogger(__name__)
 
@@ -52,9 +55,10 @@ class Converted:
 
     tensors: Tensors  # those that no rule changes are the given ones, not copies
     kind: Kind
-    facts: dict[str, Any]  # see ``resdet.weights.formats.facts_of``
+    facts: dict[str, Any]  # see ``resdet.weights.facts.facts_of``
     rules: tuple[str, ...]  # names of the rules that changed something
     left_over: tuple[str, ...]  # names in the source that torchvision's layout has no place for
+    assumed: tuple[str, ...] = ()  # names of the facts that the source does not say
 
 
 @dataclass(frozen=True)
@@ -66,15 +70,32 @@ class Written:
     left_over: tuple[str, ...]  # names that the format has no place for; or a part of one, as ``name[:4]``
 
 
-def to_torchvision(content: Mapping[str, Any], source_format: str | None = None) -> Converted:
+def to_torchvision(
+    content: Mapping[str, Any],
+    source_format: str | None = None,
+    *,
+    origin: WeightsOrigin | None = None,
+    settings: Mapping[str, Any] | None = None,
+    network: Network | None = None,
+) -> Converted:
     """Convert a state dict to torchvision's names and layout.
 
     ``content`` may also be all of a file (``read_checkpoint``), whose other entries are then used too. The format is a
-    key of ``FORMATS``; by default the one that its names show.
+    key of ``FORMATS``; by default the one that its names show. ``origin`` and ``settings`` are those of ``facts_of``,
+    ``network`` is that in the file, if it was found before.
     """
-    source_format = detect_format(content) if source_format is None else source_format
+    origin = origin or WeightsOrigin()
+    network = network or find_network(content, "the file", origin.prefix)
+    given = network.tensors
+    source_format = source_format or origin.format
+    if source_format is None:
+        source_format = detect_format(content, given)
+    else:
+        carried = carried_facts(content).get("format", source_format)
+        if carried != source_format and not {carried, source_format} <= set(OWN_LAYOUTS):
+            raise WeightsError(f"its format was given as {source_format}, but the file itself says {carried}")
+        origin = origin.model_copy(update={"format": source_format})
     source = find_format(source_format)
-    given = tensors_in(content, "the file")
     rules: list[str] = []
     if source_format == "torchvision" and (newer := modern_names(given)).keys() != given.keys():
         given = newer
@@ -82,14 +103,17 @@ def to_torchvision(content: Mapping[str, Any], source_format: str | None = None)
     prefix = body_prefix(given)
     if source_format in OWN_LAYOUTS and prefix is not None and f"{prefix}conv1.weight" not in given:
         # Other libraries lay out a deep stem's ResNet or a VGG in ways of their own: no rule applies.
-        return Converted(given, kind_of(given), facts_of(content, source_format, given), tuple(rules), ())
+        if origin.channel_order == "bgr":
+            raise WeightsError("only the 7x7 stem of a ResNet can be turned from BGR to RGB")
+        facts, assumed = facts_of(content, source_format, given, given, origin, settings)
+        return Converted(given, kind_of(given), facts, tuple(rules), network.outside, assumed)
     names = _find_names(source, source_format, given)
     tensors = {ours: given[theirs] for ours, theirs in names.items() if theirs in given}
     kind = kind_of(tensors)
     if kind == "detector":
         _check_class_wise(tensors, source)
 
-    facts = facts_of(content, source_format, tensors)
+    facts, assumed = facts_of(content, source_format, tensors, given, origin, settings)
     if any(names[ours] != short for short, ours in zip(_short_names(tensors, kind), tensors, strict=True)):
         rules.append("names")
     tensors, applied = _apply([(rule.name, rule.inward) for rule in _rules(source_format, facts)], tensors)
@@ -98,8 +122,27 @@ def to_torchvision(content: Mapping[str, Any], source_format: str | None = None)
         rules.append("stride in 1x1 (no tensor changes)")
 
     used = set(names.values())
-    left_over = tuple(name for name in given if name not in used)
-    return Converted(_short_names(tensors, kind), kind, facts, tuple(rules), left_over)
+    left_over = (*(name for name in given if name not in used), *network.outside)
+    return Converted(_short_names(tensors, kind), kind, facts, tuple(rules), left_over, assumed)
+
+
+def log_assumptions(source: str, facts: Mapping[str, Any], assumed: Iterable[str]) -> None:
+    """Log what was assumed of a file, and how to state it: a warning where the library's models differ in it."""
+    if not assumed:
+        return
+    values = ", ".join(f"{name}={_shown(facts[name])}" for name in assumed)
+    logger.log(
+        logging.INFO if facts["format"] in OWN_LAYOUTS else logging.WARNING,
+        "%s: read as %s's; the file does not say, and it is assumed: %s (model.weights_origin in a configuration, "
+        "origin=WeightsOrigin(...), or options of convert state it otherwise)",
+        source,
+        facts["format"],
+        values,
+    )
+
+
+def _shown(value: Any) -> Any:
+    return [round(number, 4) for number in value] if isinstance(value, list | tuple) else value
 
 
 def write(tensors: Mapping[str, Tensor], target_format: str, facts: Mapping[str, Any] | None = None) -> Written:
@@ -259,6 +302,7 @@ def _apply(changes: Iterable[tuple[str, Callable[[Tensors], Tensors]]], tensors:
 
 
 def _check_class_wise(tensors: Tensors, source: Format) -> None:
+    check_class_matrix(tensors)
     if f"{DELTAS}weight" not in tensors:
         return
     classes, rows = len(tensors[f"{SCORES}weight"]), len(tensors[f"{DELTAS}weight"])
@@ -269,3 +313,14 @@ def _check_class_wise(tensors: Tensors, source: Format) -> None:
             f"the box regression of {classes} classes, background included, must have {expected} rows, got "
             f"{rows}{agnostic}"
         )
+
+
+def check_class_matrix(tensors: Mapping[str, Tensor]) -> None:
+    """Raise a WeightsError unless a detector's class-wise weights are matrices, and their biases vectors."""
+    for name, tensor in tensors.items():
+        if name.startswith((SCORES, DELTAS)):
+            wanted = 2 if name.endswith("weight") else 1
+            if tensor.dim() != wanted:
+                raise WeightsError(
+                    f"{name} must have {wanted} dimensions, one row for each class, got {list(tensor.shape)}"
+                )

@@ -15,10 +15,22 @@ from torch import Tensor
 
 from resdet.errors import UserError, WeightsError
 from resdet.files import save_tensors, written_whole
-from resdet.weights.convert import Converted, Written, facts_to_carry, find_format, settings_for, to_torchvision, write
+from resdet.models.spec import WeightsOrigin
+from resdet.weights.convert import (
+    Converted,
+    Written,
+    facts_to_carry,
+    find_format,
+    log_assumptions,
+    settings_for,
+    to_torchvision,
+    write,
+)
+from resdet.weights.facts import FACTS_ENTRY
 from resdet.weights.files import read_checkpoint
-from resdet.weights.formats import FACTS_ENTRY, WRAPPERS
 from resdet.weights.layouts import Tensors
+from resdet.weights.networks import WRAPPERS, find_network
+from resdet.weights.tensors import check_stored, check_weights
 
 # Which libraries read pickles: the others' files are PyTorch's.
 _PICKLE_FORMATS = ("detectron2", "detectron")
@@ -41,6 +53,7 @@ def convert_file(
     output: str | os.PathLike[str],
     *,
     source_format: str | None = None,
+    origin: WeightsOrigin | None = None,
 ) -> ConversionReport:
     """Convert a weights file from one library's format to another's.
 
@@ -51,6 +64,7 @@ def convert_file(
             detectron2 and detectron; ``.safetensors``. Each carries the facts that no tensor shows under
             ``FACTS_ENTRY``, so that it can be converted further without losing them.
         source_format: By default the one that the names in the file show.
+        origin: What is known of the weights besides, where the file does not say it.
     """
     source, output = Path(source), Path(output)
     for name in filter(None, (target_format, source_format)):
@@ -61,10 +75,14 @@ def convert_file(
         raise UserError(f"{output}: {target_format} reads no pickles; write .pth or .safetensors")
     content = read_checkpoint(source)
     try:
-        read = to_torchvision(content, source_format)
+        network = find_network(content, str(source), None if origin is None else origin.prefix)
+        check_stored(network.tensors, str(source))
+        read = to_torchvision(content, source_format, origin=origin, network=network)
         written = write(read.tensors, target_format, read.facts)
     except WeightsError as error:
-        raise WeightsError(f"{source}: {error}") from error
+        raise error if str(error).startswith(f"{source}: ") else WeightsError(f"{source}: {error}") from error
+    check_weights(written.tensors, str(source))
+    log_assumptions(str(source), read.facts, read.assumed)
     facts = facts_to_carry(target_format, read.facts)
     with written_whole(output) as temporary:
         if output.suffix == ".safetensors":

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections import OrderedDict
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -18,18 +19,23 @@ from pydantic import ValidationError
 from safetensors import safe_open
 
 from resdet.errors import WeightsError, first_line
-from resdet.models.spec import CONVENTIONS, WEIGHTS_FIELDS, DetectorSpec
+from resdet.models.spec import CONVENTIONS, WEIGHTS_FIELDS, DetectorSpec, WeightsOrigin
 from resdet.types import Category, categories_from_plain
 from resdet.weights.arrays import load_pickle
-from resdet.weights.convert import to_torchvision
-from resdet.weights.formats import FACTS_ENTRY, OWN_LAYOUTS, body_prefix, carried_facts, kind_of, tensors_in
+from resdet.weights.convert import check_class_matrix, find_format, log_assumptions, to_torchvision
+from resdet.weights.facts import FACTS_ENTRY, OWN_LAYOUTS, carried_facts, facts_of
+from resdet.weights.formats import body_prefix, is_caffe_resnet, kind_of
 from resdet.weights.layouts import SCORES, Tensors, modern_names
+from resdet.weights.networks import Network, find_network, stored_tensors
+from resdet.weights.tensors import check_stored, check_weights
 from resdet.weights.torch_files import ZIP_START, load_torch_file
 
 # What our own files call themselves: an entry "format", of a safetensors file in its metadata.
 DETECTOR_FORMAT = "resdet-detector-1"
 INT8_FORMAT = "resdet-detector-int8-1"
 BACKBONE_FORMAT = "resdet-backbone-1"
+
+_OTHER_HEADS = re.compile(r"roi_heads\.(mask|keypoint)_")  # of torchvision's Mask and Keypoint R-CNN
 
 CLASS_SCORES = f"{SCORES}weight"  # its rows are a detector's classes, the background first
 
@@ -41,7 +47,8 @@ class WeightsFile:
     path: Path
     kind: Literal["detector", "int8", "classifier", "backbone"]  # a backbone has its pyramid or not
     tensors: Tensors  # as torchvision names them; ``resdet.weights.convert.Converted`` says how for each kind
-    # Fields of DetectorSpec under which the weights were trained, as far as the file states or implies them: all
+    # Fields of DetectorSpec under which the weights were trained, as far as the file states or implies them, or it was
+    # assumed: all
     # WEIGHTS_FIELDS for our checkpoints and other libraries' detectors, some of WEIGHTS_FACTS for other backbones, none
     # for torchvision's own files, which state nothing.
     settings: dict[str, Any]
@@ -52,9 +59,10 @@ class WeightsFile:
     spec: DetectorSpec | None = None  # of a detector's checkpoint of ours, as are the next two
     categories: tuple[Category, ...] = ()  # by rising label; empty if their names are not known
     score_threshold: float | None = None  # None if no threshold was chosen
-    facts: dict[str, Any] = field(default_factory=dict)  # of a converted file (``resdet.weights.formats.facts_of``)
+    facts: dict[str, Any] = field(default_factory=dict)  # of a converted file (``resdet.weights.facts.facts_of``)
     exported: dict[str, Any] = field(default_factory=dict)  # the description that ``export_backbone`` writes
     left_over: tuple[str, ...] = ()  # names in the file that torchvision's layout has no place for
+    origin: WeightsOrigin = field(default_factory=WeightsOrigin)  # what was known of it when it was read
 
     @property
     def is_detector(self) -> bool:
@@ -65,43 +73,119 @@ class WeightsFile:
 WeightsPath: TypeAlias = str | os.PathLike[str] | WeightsFile  # by its path, or one that has been read
 
 
-def read_weights(path: WeightsPath) -> WeightsFile:
+def read_weights(
+    path: WeightsPath, origin: WeightsOrigin | None = None, settings: Mapping[str, Any] | None = None
+) -> WeightsFile:
     """Read a weights file of ours, torchvision's or another library's; one that has been read is returned as it is.
 
-    A WeightsError says if the file is missing or damaged, holds anything but tensors and plain values, no network that
-    is known here, or a description that contradicts itself.
+    Args:
+        path: The file.
+        origin: What is known of the weights, where the file does not say it.
+        settings: Stated settings of the detector to be built (``WEIGHTS_FACTS``): where weights can be meant in several
+            ways, they are read in that which fits.
+
+    Raises:
+        WeightsError: If the file is missing or damaged, holds anything but tensors and plain values, tensors that
+            cannot be weights (NaN, whole numbers, ...), no network that is known here or several, a description that
+            contradicts itself or ``origin``.
     """
     if isinstance(path, WeightsFile):
+        if origin not in (None, WeightsOrigin(), path.origin):
+            raise WeightsError(f"{path.path}: has been read already: give the origin to read_weights")
         return path
     content, metadata = _read(Path(path))
-    return weights_in(content, Path(path), metadata)
+    return weights_in(content, Path(path), metadata, origin=origin, settings=settings)
 
 
-def weights_in(content: Mapping[str, Any], path: Path, metadata: Mapping[str, str] | None = None) -> WeightsFile:
+def weights_in(
+    content: Mapping[str, Any],
+    path: Path,
+    metadata: Mapping[str, str] | None = None,
+    *,
+    origin: WeightsOrigin | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> WeightsFile:
     """Interpret the content read from ``path`` as ``read_weights`` does; only safetensors files have metadata."""
-    metadata = metadata or {}
-    tensors = tensors_in(content, str(path))
+    metadata, origin = metadata or {}, origin or WeightsOrigin()
     name = content.get("format", metadata.get("format"))
     if name in (DETECTOR_FORMAT, INT8_FORMAT):
-        return _own_detector(path, content, tensors)
-    left_over: tuple[str, ...] = ()
-    facts, exported = carried_facts(content), _exported(metadata)
-    # Names alone do not decide: mmdetection's bodies have torchvision's, and other channels.
-    if facts["format"] in OWN_LAYOUTS if facts else body_prefix(tensors) is not None:
-        tensors = modern_names(tensors)
-        kind = kind_of(tensors)
+        tensors = stored_tensors(content)
+        check_stored(tensors, str(path))
+        check_weights(tensors, str(path), int8=name == INT8_FORMAT)
+        return _own_detector(path, content, tensors, origin)
+    network = find_network(content, str(path), origin.prefix)
+    check_stored(network.tensors, str(path))
+    try:
+        file = _interpreted(content, path, network, _exported(metadata), origin, settings or {})
+    except WeightsError as error:
+        raise WeightsError(f"{path}: {error}") from error
+    check_weights(file.tensors, str(path))
+    return replace(file, format=name)
+
+
+def _interpreted(
+    content: Mapping[str, Any],
+    path: Path,
+    network: Network,
+    exported: dict[str, Any],
+    origin: WeightsOrigin,
+    settings: Mapping[str, Any],
+) -> WeightsFile:
+    """Rename a network as torchvision names it, and collect what else is known of it."""
+    tensors, facts = network.tensors, carried_facts(content)
+    if origin.format is not None:
+        find_format(origin.format)
+    stated = origin.model_dump(exclude_none=True, exclude={"prefix", "classes"})
+    if set(stated) - {"format"} or origin.format not in (None, *OWN_LAYOUTS):
+        is_plain = False
+    elif facts:
+        # Names alone do not decide: mmdetection's bodies have torchvision's, and other channels.
+        is_plain = facts["format"] in OWN_LAYOUTS
     else:
+        is_plain = body_prefix(tensors) is not None and not (not exported and not stated and is_caffe_resnet(tensors))
+    if not is_plain:
         try:
-            converted = to_torchvision(content)
+            converted = to_torchvision(content, origin=origin, settings=settings, network=network)
         except WeightsError as error:
-            raise WeightsError(f"{path}: holds no ResNet that is known here: {error}") from error
+            raise WeightsError(f"holds no ResNet that is known here: {error}") from error
         # Heads without class scores are a detector too, though none that can be built here.
         kind = "detector" if any(tensor.startswith("roi_heads.") for tensor in tensors) else converted.kind
-        tensors, facts, left_over = converted.tensors, converted.facts, converted.left_over
-    settings = _settings(exported or facts, kind)
+        facts = converted.facts
+        log_assumptions(str(path), facts, [name for name in converted.assumed if name not in settings])
+        given = _settings(exported or facts, kind)
+        return WeightsFile(
+            path, kind, converted.tensors, given, content, facts=facts, left_over=converted.left_over, origin=origin
+        )
+    left_over = [*(name for name in tensors if _OTHER_HEADS.match(name)), *network.outside]
+    tensors = {name: tensor for name, tensor in modern_names(tensors).items() if not _OTHER_HEADS.match(name)}
+    kind = kind_of(tensors)
+    if kind == "detector":
+        check_class_matrix(tensors)
+    elif not facts and not exported and not stated:
+        assumed_facts, assumed = facts_of(content, "torchvision", tensors, tensors)
+        log_assumptions(str(path), assumed_facts, [name for name in assumed if name not in settings])
+        _check_is_not_msras(settings)
     return WeightsFile(
-        path, kind, tensors, settings, content, name, facts=facts, exported=exported, left_over=left_over
+        path,
+        kind,
+        tensors,
+        _settings(exported or facts, kind),
+        content,
+        facts=facts,
+        exported=exported,
+        left_over=tuple(left_over),
+        origin=origin,
     )
+
+
+def _check_is_not_msras(settings: Mapping[str, Any]) -> None:
+    """Refuse a bare ResNet whose order of colours decides, where nothing says which of two it is."""
+    if settings.get("stride_in_1x1") and max(settings.get("image_std", (1.0,))) < 0.02:
+        raise WeightsError(
+            "with these settings (stride_in_1x1, image_std) it is one of MSRA's ResNets, and its names do not say "
+            "whether it is mmcv's caffe-style file, for BGR images, or has been converted to RGB: state "
+            "model.weights_origin.channel_order=bgr or rgb"
+        )
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -147,7 +231,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     return tensors, metadata
 
 
-def _own_detector(path: Path, content: Mapping[str, Any], tensors: Tensors) -> WeightsFile:
+def _own_detector(path: Path, content: Mapping[str, Any], tensors: Tensors, origin: WeightsOrigin) -> WeightsFile:
     """Read the description in a detector's checkpoint of ours."""
     score_threshold = content.get("score_threshold")  # older files have none
     if not (score_threshold is None or (isinstance(score_threshold, (int, float)) and 0 <= score_threshold <= 1)):
@@ -162,7 +246,21 @@ def _own_detector(path: Path, content: Mapping[str, Any], tensors: Tensors) -> W
         raise WeightsError(f"{path}: has no readable spec and categories ({error!r})") from error
     kind: Literal["int8", "detector"] = "int8" if content["format"] == INT8_FORMAT else "detector"
     settings = {name: getattr(spec, name) for name in WEIGHTS_FIELDS}
-    return WeightsFile(path, kind, tensors, settings, content, content["format"], spec, categories, score_threshold)
+    for name, value in origin.model_dump(exclude_none=True, exclude={"classes"}).items():
+        if settings.get(name) != value:
+            raise WeightsError(f"{path}: is a checkpoint of this library, which says itself what origin.{name} states")
+    return WeightsFile(
+        path,
+        kind,
+        tensors,
+        settings,
+        content,
+        content["format"],
+        spec,
+        categories,
+        score_threshold,
+        origin=origin,
+    )
 
 
 def _exported(metadata: Mapping[str, str]) -> dict[str, Any]:

@@ -59,7 +59,7 @@ class Rule:
 def flip_stem_channels(tensors: Tensors) -> Tensors:
     """Reverse the input channels of the first convolution: a stem for BGR images becomes one for RGB, or back."""
     stem = tensors.get(STEM)  # [64, 3, 7, 7]
-    if stem is None or stem.shape[1] != 3:
+    if stem is None or stem.dim() != 4 or stem.shape[1] != 3:
         return tensors
     return tensors | {STEM: stem.flip(1).contiguous()}
 

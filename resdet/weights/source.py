@@ -8,8 +8,9 @@ import logging
 import os
 import re
 import urllib.request
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 from urllib.parse import urldefrag, urlparse
 
 import torch
@@ -18,8 +19,9 @@ from torchvision.models import WeightsEnum
 
 from resdet.errors import WeightsError, name_some
 from resdet.files import one_at_a_time
+from resdet.models.spec import WeightsOrigin
 from resdet.weights.download import download
-from resdet.weights.files import WeightsFile, read_checkpoint
+from resdet.weights.files import WeightsFile, read_checkpoint, read_weights
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +54,21 @@ def locate(source: str | os.PathLike[str] | WeightsEnum, arch: str) -> Path:
     near = difflib.get_close_matches(text.upper(), own, n=1)
     hint = f"did you mean {near[0]!r}?" if near else f"{arch} has {', '.join(own) or 'none in torchvision'}"
     raise WeightsError(f"weights: {text!r} is no file, no URL and no weights of {arch}; {hint}")
+
+
+def read_first_weights(
+    source: str | os.PathLike[str] | WeightsEnum | WeightsFile,
+    arch: str,
+    origin: WeightsOrigin | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> WeightsFile:
+    """Read what ``locate`` finds as ``read_weights`` does; a name of torchvision's states the origin."""
+    if isinstance(source, WeightsFile):
+        return read_weights(source, origin)
+    path = locate(source, arch)
+    if origin in (None, WeightsOrigin()) and (isinstance(source, WeightsEnum) or source in _published(arch)):
+        origin = WeightsOrigin(format="torchvision")
+    return read_weights(path, origin, settings)
 
 
 def _published(arch: str) -> dict[str, WeightsEnum]:

@@ -19,8 +19,8 @@ from resdet.models.detector import Detector, build_detector
 from resdet.models.norm import calibrate_norm, has_fresh_frozen_norm
 from resdet.models.resnet import Bottleneck
 from resdet.models.spec import DetectorSpec
+from resdet.weights.facts import FACTS_ENTRY
 from resdet.weights.files import read_weights
-from resdet.weights.formats import FACTS_ENTRY
 
 TORCHVISION = [arch for arch in ARCHS if arch in torchvision.models.list_models(module=torchvision.models)]
 

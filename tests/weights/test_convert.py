@@ -28,7 +28,8 @@ from resdet.weights.convert import (
     to_torchvision,
     write,
 )
-from resdet.weights.formats import FACTS_ENTRY, detect_format
+from resdet.weights.facts import FACTS_ENTRY
+from resdet.weights.formats import detect_format
 from resdet.weights.layouts import (
     AFFINE_NORMS,
     BACKGROUND_LAST,

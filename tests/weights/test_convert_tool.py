@@ -21,8 +21,8 @@ from resdet.models.detector import build_detector
 from resdet.models.spec import DetectorSpec
 from resdet.weights.convert import to_torchvision, write
 from resdet.weights.convert_file import convert_file
+from resdet.weights.facts import FACTS_ENTRY
 from resdet.weights.files import read_checkpoint, read_weights
-from resdet.weights.formats import FACTS_ENTRY
 
 ROOT = Path(__file__).resolve().parents[2]
 
