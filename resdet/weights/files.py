@@ -19,6 +19,7 @@ from pydantic import ValidationError
 from safetensors import safe_open
 
 from resdet.errors import WeightsError, first_line
+from resdet.models.archs import ARCHS, ResNetArch
 from resdet.models.spec import CONVENTIONS, WEIGHTS_FIELDS, DetectorSpec, WeightsOrigin
 from resdet.types import Category, categories_from_plain
 from resdet.weights.arrays import load_pickle
@@ -278,6 +279,9 @@ def _settings(stated: Mapping[str, Any], kind: str) -> dict[str, Any]:
     """Return the settings that a file states; for another library's detector, all of that library's conventions too."""
     given = {name: stated[name] for name in WEIGHTS_FIELDS if name in stated}
     settings = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    arch = ARCHS.get(str(stated.get("arch")))
+    if isinstance(arch, ResNetArch) and arch.block == "basic":
+        settings |= {"stride_in_1x1": False} if settings else {}  # whatever its library's other networks do
     library = stated.get("format", "torchvision")
     if kind != "detector" or library in OWN_LAYOUTS:
         return settings
