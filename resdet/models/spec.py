@@ -198,7 +198,7 @@ CONVENTIONS: dict[str, dict[str, Any]] = {
 
 Proved on recorded outputs for detectron2, read in the sources for mmdetection (whose cv2 resize, in 8 bits without
 antialiasing, is taken for torchvision's). The statistics of pixels and where a bottleneck strides differ from file to
-file: ``resdet.weights.formats`` finds them. Left as torchvision's: the losses of box regression (smooth L1 with its
+file: ``resdet.weights.facts`` finds them. Left as torchvision's: the losses of box regression (smooth L1 with its
 knee at 1/9 where these have L1), and the level of a box whose side is within a millionth of the border between two.
 
 Source: detectron2's ``config/defaults.py`` and ``configs/Base-RCNN-FPN.yaml``; ``modeling/anchor_generator.py``,

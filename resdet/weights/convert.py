@@ -164,7 +164,8 @@ def write(tensors: Mapping[str, Tensor], target_format: str, facts: Mapping[str,
     left_over = [name for name, full_name in zip(tensors, full, strict=True) if full_name not in names]
     if NO_BACKGROUND_DELTAS in target.rules:
         left_over += [f"{name}[:4]" for name, rows in full.items() if name.startswith(DELTAS) and rows[:4].any()]
-    inverses = [(rule.name, rule.outward) for rule in reversed(_rules(target_format, facts or {}))]
+    order = {} if target_format in OWN_LAYOUTS else facts or {}  # torchvision's are for RGB, whatever they came from
+    inverses = [(rule.name, rule.outward) for rule in reversed(_rules(target_format, order))]
     own, rules = _apply(inverses, full)
     if any(names.get(full_name, name) != name for name, full_name in zip(tensors, full, strict=True)):
         rules.append("names")
@@ -185,7 +186,7 @@ def facts_to_carry(target_format: str, facts: Mapping[str, Any]) -> dict[str, An
     return {
         **facts,
         "format": target_format,
-        "channel_order": "bgr" if _is_bgr(target_format, facts) else "rgb",
+        "channel_order": "bgr" if target_format not in OWN_LAYOUTS and _is_bgr(target_format, facts) else "rgb",
         "background": "last" if BACKGROUND_LAST in find_format(target_format).rules else "first",
     }
 

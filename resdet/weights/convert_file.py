@@ -30,7 +30,7 @@ from resdet.weights.facts import FACTS_ENTRY
 from resdet.weights.files import read_checkpoint
 from resdet.weights.layouts import Tensors
 from resdet.weights.networks import WRAPPERS, find_network
-from resdet.weights.tensors import check_stored, check_weights
+from resdet.weights.tensors import check_weights
 
 # Which libraries read pickles: the others' files are PyTorch's.
 _PICKLE_FORMATS = ("detectron2", "detectron")
@@ -76,7 +76,6 @@ def convert_file(
     content = read_checkpoint(source)
     try:
         network = find_network(content, str(source), None if origin is None else origin.prefix)
-        check_stored(network.tensors, str(source))
         read = to_torchvision(content, source_format, origin=origin, network=network)
         written = write(read.tensors, target_format, read.facts)
     except WeightsError as error:

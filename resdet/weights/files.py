@@ -28,7 +28,7 @@ from resdet.weights.facts import FACTS_ENTRY, OWN_LAYOUTS, carried_facts, facts_
 from resdet.weights.formats import body_prefix, is_caffe_resnet, kind_of
 from resdet.weights.layouts import SCORES, Tensors, modern_names
 from resdet.weights.networks import Network, find_network, stored_tensors
-from resdet.weights.tensors import check_stored, check_weights
+from resdet.weights.tensors import check_weights
 from resdet.weights.torch_files import ZIP_START, load_torch_file
 
 # What our own files call themselves: an entry "format", of a safetensors file in its metadata.
@@ -111,11 +111,9 @@ def weights_in(
     name = content.get("format", metadata.get("format"))
     if name in (DETECTOR_FORMAT, INT8_FORMAT):
         tensors = stored_tensors(content)
-        check_stored(tensors, str(path))
         check_weights(tensors, str(path), int8=name == INT8_FORMAT)
         return _own_detector(path, content, tensors, origin)
     network = find_network(content, str(path), origin.prefix)
-    check_stored(network.tensors, str(path))
     try:
         file = _interpreted(content, path, network, _exported(metadata), origin, settings or {})
     except WeightsError as error:

@@ -1,4 +1,4 @@
-"""Check what a tensor of a network must be: dense, stored, of floating point, and finite."""
+"""Check what a tensor of a network must be: of floating point, and finite. That it is dense, its reader has checked."""
 
 from __future__ import annotations
 
@@ -16,13 +16,8 @@ COUNTER = "num_batches_tracked"
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
-def check_stored(tensors: Mapping[str, Tensor], source: str) -> None:
-    """Refuse tensors that are sparse, quantised, without values or larger than what is stored of them, by name."""
-    _refuse({name: _not_stored(tensor) for name, tensor in tensors.items()}, source)
-
-
 def check_weights(tensors: Mapping[str, Tensor], source: str, *, int8: bool = False) -> None:
-    """Refuse stored tensors that cannot be a network's weights; one pass over the values finds what is not finite.
+    """Refuse tensors that cannot be a network's weights; one pass over the values finds what is not finite.
 
     Args:
         tensors: The tensors by name. BatchNorm's counters may be of any type.
@@ -33,31 +28,13 @@ def check_weights(tensors: Mapping[str, Tensor], source: str, *, int8: bool = Fa
         WeightsError: If one is of another type than floating point, or holds NaN or infinity. It names some of those
             that share the first fault.
     """
-    _refuse(
-        {name: _no_weight(tensor, int8) for name, tensor in tensors.items() if not name.endswith(COUNTER)},
-        source,
-    )
+    judged = {name: tensor for name, tensor in tensors.items() if not name.endswith(COUNTER)}
+    faults = {name: fault for name, tensor in judged.items() if (fault := _fault(tensor, int8))}
+    for first in faults.values():
+        raise WeightsError(f"{source}: {first}: {name_some(name for name in faults if faults[name] == first)}")
 
 
-def _refuse(faults: Mapping[str, str | None], source: str) -> None:
-    first = next(filter(None, faults.values()), None)
-    if first is not None:
-        raise WeightsError(f"{source}: {first}: {name_some(name for name, fault in faults.items() if fault == first)}")
-
-
-def _not_stored(tensor: Tensor) -> str | None:
-    if tensor.is_meta:
-        return "tensors must have values, got names and shapes alone (device meta)"
-    if tensor.layout != torch.strided:
-        return "tensors must be dense, got sparse ones"
-    if tensor.is_quantized:
-        return "tensors must be plain numbers, got torch's quantised ones"
-    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
-        return "tensors must not have more values than are stored of them"
-    return None
-
-
-def _no_weight(tensor: Tensor, int8: bool) -> str | None:
+def _fault(tensor: Tensor, int8: bool) -> str | None:
     if int8 and tensor.dtype == torch.int8:
         return None
     if tensor.dtype not in _FLOATS:

@@ -13,8 +13,8 @@ import torch
 import torchvision
 from torch import Tensor
 
-from resdet import commands
 from resdet.build import build_model
+from resdet.commands import convert
 from resdet.config import ModelConfig, config_from_plain
 from resdet.config_reading import config_to_plain
 from resdet.data.dataset import DetectionDataset
@@ -136,12 +136,12 @@ def test_settings_that_fit_two_readings_are_refused_with_both_named(bare: Path) 
 
 def test_convert_takes_what_is_known(caffe: Path, tmp_path: Path, resnet50: dict[str, Tensor]) -> None:
     out = tmp_path / "out.pth"
-    commands.convert.main([str(caffe), "--to", "torchvision", "--output", str(out), "--from", "mmdetection-caffe"])
+    convert.main([str(caffe), "--to", "torchvision", "--output", str(out), "--from", "mmdetection-caffe"])
     file = read_weights(out)
     assert torch.equal(file.tensors["conv1.weight"], resnet50["conv1.weight"] / 57)
     assert file.settings["stride_in_1x1"] is True
     stated = ["--from", "torchvision", "--channel-order", "bgr", "--stride-in", "1x1", "--image-std", "1", "1", "1"]
-    commands.convert.main([str(caffe), "--to", "torchvision", "--output", str(out), *stated])
+    convert.main([str(caffe), "--to", "torchvision", "--output", str(out), *stated])
     file = read_weights(out)
     assert torch.equal(file.tensors["conv1.weight"], resnet50["conv1.weight"] / 57)
     assert (file.settings["stride_in_1x1"], file.settings["image_std"]) == (True, (1.0, 1.0, 1.0))
