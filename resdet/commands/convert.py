@@ -45,14 +45,18 @@ def main(arguments: Sequence[str]) -> None:
     )
     options = parser.parse_intermixed_args(arguments)
 
+    from pydantic import ValidationError
+
     from resdet.files import check_output
     from resdet.models.spec import WeightsOrigin
     from resdet.weights.convert_file import convert_file
 
     given = {name: getattr(options, name) for name in ("prefix", "channel_order", "image_mean", "image_std")}
     given["stride_in_1x1"] = options.stride_in and options.stride_in == "1x1"
-    origin = WeightsOrigin.model_validate(given, strict=False)
-
+    try:
+        origin = WeightsOrigin.model_validate(given, strict=False)
+    except ValidationError as error:
+        parser.error(f"--image-mean and --image-std: {error.errors()[0]['msg']}")
     check_output(options.output, [options.source])
     report = convert_file(
         options.source, options.to, options.output, source_format=options.source_format, origin=origin
