@@ -35,6 +35,7 @@ from resdet.models.norm import calibrate_norm, has_fresh_frozen_norm
 from resdet.models.proposals import Anchors
 from resdet.models.spec import WEIGHTS_FACTS, DetectorSpec
 from resdet.weights.files import WeightsFile, WeightsPath, read_weights
+from resdet.weights.pickles import is_plain
 from resdet.weights.source import read_first_weights
 
 logger = logging.getLogger(__name__)
@@ -255,4 +256,7 @@ def config_of_checkpoint(path: WeightsPath, overrides: Sequence[str] = ()) -> Co
         raise WeightsError(f"{file.path}: holds a classifier, not a detector; tools/eval_classifier.py evaluates it")
     if "config" not in file.content:
         raise WeightsError(f"{file.path}: carries no configuration (it is not a checkpoint of tools/train.py)")
-    return config_from_plain(file.content["config"], overrides, source=str(file.path))
+    config = file.content["config"]
+    if not isinstance(config, dict) or not is_plain(config):
+        raise WeightsError(f"{file.path}: its configuration must be a mapping of plain values")
+    return config_from_plain(config, overrides, source=str(file.path))

@@ -118,5 +118,12 @@ def categories_to_plain(categories: Sequence[Category]) -> list[dict[str, Any]]:
 
 
 def categories_from_plain(plain: Sequence[dict[str, Any]]) -> tuple[Category, ...]:
-    """Return categories from the values that ``categories_to_plain`` returned."""
-    return tuple(Category(int(c["label"]), int(c["category_id"]), str(c["name"])) for c in plain)
+    """Return categories from the values that ``categories_to_plain`` returned; a ValueError says what they must be."""
+    if not isinstance(plain, list | tuple):
+        raise ValueError(f"classes must be a list, got a {type(plain).__name__}")
+    for label, entry in enumerate(plain, 1):
+        if not isinstance(entry, dict) or type(entry.get("label")) is not int or entry["label"] != label:
+            raise ValueError(f"class {label} of {len(plain)} must be a mapping with 'label': {label}")
+        if type(entry.get("category_id")) is not int or not isinstance(entry.get("name"), str):
+            raise ValueError(f"class {label} of {len(plain)} must have a whole number 'category_id' and a text 'name'")
+    return tuple(Category(c["label"], c["category_id"], c["name"]) for c in plain)

@@ -27,6 +27,7 @@ from resdet.classification.views import TrainView, centre_views
 from resdet.config_reading import parse_settings
 from resdet.errors import WeightsError
 from resdet.weights.files import WeightsPath, read_weights
+from resdet.weights.pickles import is_plain
 
 logger = logging.getLogger(__name__)
 
@@ -112,6 +113,8 @@ def eval_config(
             "eval": {"resize": 256},
             "output_dir": str(file.path.parent),
         }
+    if not isinstance(tree, dict) or not is_plain(tree) or not isinstance(tree.get("data"), dict):
+        raise WeightsError(f"{file.path}: its configuration must be a mapping of plain values, with a section 'data'")
     if images is not None:
         tree = {**tree, "data": {**tree["data"], "val": {"format": "folder", "root": str(images)}}}
     return parse_settings(PretrainConfig, yaml.safe_dump(tree, sort_keys=False), overrides, source=str(file.path))

@@ -119,10 +119,14 @@ def load_classifier(path: WeightsPath, *, arch: str | None = None) -> ImageClass
     content = file.content
     if file.format == CHECKPOINT_FORMAT:
         try:
-            classifier = make_classifier(ClassifierSpec.model_validate(content["spec"]), content["classes"])
-            mean = content["mean"]
+            spec, classes, mean = ClassifierSpec.model_validate(content["spec"]), content["classes"], content["mean"]
             if not isinstance(mean, Tensor) or mean.dim() != 3:
                 raise TypeError("mean")
+            if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+                raise TypeError("classes")
+            if len(classes) != _num_classes(file.tensors):
+                raise TypeError(f"{len(classes)} classes")
+            classifier = make_classifier(spec, classes)
         except (KeyError, TypeError, ValidationError) as error:
             raise WeightsError(f"{file.path}: its description is not one of this version ({error!r})") from error
         classifier = replace(classifier, mean=mean)

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from resdet.errors import TrainingError, WeightsError
 from resdet.files import save_tensors, written_whole
@@ -76,10 +76,36 @@ def load_training_state(path: WeightsPath, model: nn.Module) -> dict[str, Any]:
     load_strictly(model, file, what="the configuration's model")
     if isinstance(model, Detector):
         model.score_threshold = file.score_threshold
-    training = file.content["training"]
-    if not isinstance(training, dict):
-        raise WeightsError(f"{file.path}: its training state must be a mapping, got {type(training).__name__}")
-    return training
+    return _checked_state(file.content["training"], file.path)
+
+
+def _checked_state(saved: Any, path: Path) -> dict[str, Any]:
+    """Return a training state whose entries are of the right types; which of them it must have, the run knows."""
+    if not isinstance(saved, dict):
+        raise WeightsError(f"{path}: its training state must be a mapping, got a {type(saved).__name__}")
+    must_be = {
+        **dict.fromkeys(("step", "num_worse", "log_steps"), "a whole number that is not negative"),
+        "evaluated": "a whole number that is not negative, or None",
+        "best": "a number, or None",
+        **dict.fromkeys(("metrics", "schedule"), "a mapping of numbers"),
+        "log_sums": "a mapping of single numbers in tensors",
+        **dict.fromkeys(("optimizer", "scaler", "ema"), "a mapping"),
+    }
+    for name, value in saved.items():
+        values = list(value.values()) if isinstance(value, dict) else []
+        is_count = type(value) is int and value >= 0
+        sound = {
+            "a whole number that is not negative": is_count,
+            "a whole number that is not negative, or None": is_count or value is None,
+            "a number, or None": isinstance(value, int | float) or value is None,
+            "a mapping of numbers": isinstance(value, dict) and all(isinstance(v, int | float) for v in values),
+            "a mapping of single numbers in tensors": isinstance(value, dict)
+            and all(isinstance(v, Tensor) and v.dim() == 0 for v in values),
+            "a mapping": isinstance(value, dict),
+        }
+        if name in must_be and not sound[must_be[name]]:
+            raise WeightsError(f"{path}: {name!r} of its training state must be {must_be[name]}")
+    return saved
 
 
 def newest_whole(folder: Path) -> Path | None:

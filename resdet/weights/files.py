@@ -234,7 +234,8 @@ def _own_detector(path: Path, content: Mapping[str, Any], tensors: Tensors, orig
     """Read the description in a detector's checkpoint of ours."""
     score_threshold = content.get("score_threshold")  # older files have none
     if not (score_threshold is None or (isinstance(score_threshold, (int, float)) and 0 <= score_threshold <= 1)):
-        raise WeightsError(f"{path}: its score_threshold must be in [0, 1], got {score_threshold!r}")
+        got = score_threshold if isinstance(score_threshold, (int, float)) else f"a {type(score_threshold).__name__}"
+        raise WeightsError(f"{path}: its score_threshold must be in [0, 1], got {got}")
     try:
         spec, categories = DetectorSpec.model_validate(content["spec"]), categories_from_plain(content["categories"])
     except ValidationError as error:
@@ -242,7 +243,8 @@ def _own_detector(path: Path, content: Mapping[str, Any], tensors: Tensors, orig
         where = ".".join(map(str, first["loc"]))
         raise WeightsError(f"{path}: its spec is not one of this version: {where}: {first['msg']}") from error
     except (KeyError, TypeError, ValueError) as error:
-        raise WeightsError(f"{path}: has no readable spec and categories ({error!r})") from error
+        why = f"no {error}" if isinstance(error, KeyError) else first_line(error)
+        raise WeightsError(f"{path}: has no readable spec and categories: {why}") from error
     kind: Literal["int8", "detector"] = "int8" if content["format"] == INT8_FORMAT else "detector"
     settings = {name: getattr(spec, name) for name in WEIGHTS_FIELDS}
     for name, value in origin.model_dump(exclude_none=True, exclude={"classes"}).items():

@@ -84,6 +84,15 @@ def read_values(
     return _Builder(path).build(_Interpreter(path, names, size, persistent).run(stream), (), 0)[0]
 
 
+def is_plain(value: Any) -> bool:
+    """Return whether a value that was read is one that YAML and JSON can say: no tensors, no bytes."""
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and is_plain(entry) for key, entry in value.items())
+    if isinstance(value, list | tuple):
+        return all(map(is_plain, value))
+    return value is None or isinstance(value, str | int | float)
+
+
 class _Interpreter:
     """Makes objects and stand-ins; ``left`` is the memory in bytes that they may still take."""
 
