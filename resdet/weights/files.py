@@ -111,7 +111,8 @@ def weights_in(
     name = content.get("format", metadata.get("format"))
     if name in (DETECTOR_FORMAT, INT8_FORMAT):
         tensors = stored_tensors(content)
-        check_weights(tensors, str(path), int8=name == INT8_FORMAT)
+        if "moment" not in content:  # a broken step is kept to be computed again, NaN and all
+            check_weights(tensors, str(path), int8=name == INT8_FORMAT)
         return _own_detector(path, content, tensors, origin)
     network = find_network(content, str(path), origin.prefix)
     try:
