@@ -6,11 +6,12 @@ import logging
 import os
 from collections.abc import Iterator, Sequence, Set
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 import yaml
+from pydantic import BaseModel
 from torch import Tensor
 
 from resdet.check.anchor_coverage import AnchorLayout
@@ -22,7 +23,7 @@ from resdet.config import CocoSource, Config, ModelConfig, ShapesSource, Source,
 from resdet.data.augment.pipeline import MIN_VISIBILITY, build_augment
 from resdet.data.coco import read_coco
 from resdet.data.dataset import DetectionDataset
-from resdet.data.image_files import check_files
+from resdet.data.image_files import check_files, on_disk
 from resdet.data.images import FolderImages
 from resdet.data.shapes import ShapesImages, shapes_table
 from resdet.data.voc import read_voc
@@ -59,6 +60,7 @@ def build_dataset(
         if source.classes is not None:
             table = table.select_classes(source.classes)
         return DetectionDataset(table, ShapesImages(source.image_size, source.seed), steps, training=training)
+    source = _on_disk(source)
     if isinstance(source, CocoSource):
         table = read_coco(source.annotations, classes=source.classes)
         root, use_difficult = source.images, False
@@ -77,7 +79,16 @@ def build_dataset(
 
 def annotation_files(config: Config) -> list[Path]:
     """Return the files that hold a configuration's annotations, apart from VOC's many: no output may replace them."""
-    return [source.annotations for source in (config.data.train, config.data.val) if isinstance(source, CocoSource)]
+    sources = (config.data.train, config.data.val)
+    return [on_disk(source.annotations) for source in sources if isinstance(source, CocoSource)]
+
+
+_Section = TypeVar("_Section", bound=BaseModel)
+
+
+def _on_disk(source: _Section) -> _Section:
+    """Return a source with its paths as the disk has them, where they differ in Unicode's form alone."""
+    return source.model_copy(update={key: on_disk(value) for key, value in source if isinstance(value, Path)})
 
 
 def inference_settings(
@@ -129,6 +140,7 @@ def build_split(source: Source, name: str) -> DataSplit:
     """
     if isinstance(source, ShapesSource):
         return table_split(name, shapes_table(source.num_images, source.image_size, source.seed), source.classes)
+    source = _on_disk(source)
     if isinstance(source, CocoSource):
         return coco_split(name, source.images, source.annotations, source.classes)
     return voc_split(name, source.root, source.split, source.classes, use_difficult=source.use_difficult)

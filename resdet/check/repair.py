@@ -28,7 +28,7 @@ from resdet.data.coco_rules import (
     record_problems,
     show_value,
 )
-from resdet.data.image_files import MAX_NAME, ImageFolder, is_file
+from resdet.data.image_files import MAX_NAME, ImageFolder
 from resdet.data.images import read_image, read_size
 from resdet.errors import DataError, UserError
 from resdet.files import check_output, write_text
@@ -148,7 +148,7 @@ class _Repair:
         kept: dict[int, Record] = {}
         id_of_file: dict[str, int] = {}
         for record in records:
-            image_id, name = _integer(record.get("id")), record.get("file_name")
+            image_id, name, stated = _integer(record.get("id")), record.get("file_name"), _stated_size(record)
             subject = f"image {image_id} ({name})"
             if image_id is None:
                 self._changes.append(
@@ -158,10 +158,10 @@ class _Repair:
                 self._drop_image(subject, "other files have the same id")
             elif image_id in self._image_of:
                 self._changes.append(f"{subject}: dropped: an earlier entry has the same id")
-            elif image_id in self._refused and not self._rename(record, subject):
+            elif image_id in self._refused and not self._rename(record, subject, stated):
                 why = self._refused[image_id].removeprefix(f"{subject}: ").removeprefix(f"image {image_id}: ")
                 self._drop_image(subject, why)
-            elif (size := self._size(record, subject)) is not None:
+            elif (size := self._size(record, subject, stated)) is not None:
                 first = id_of_file.setdefault(os.path.normpath(str(record["file_name"])), image_id)
                 if first == image_id:
                     self._image_of[image_id] = image_id
@@ -174,19 +174,16 @@ class _Repair:
                     self._drop_image(subject, f"image {first} is the same file, of another size")
         return list(kept.values())
 
-    def _rename(self, record: Record, subject: str) -> bool:
-        """Name the file that a missing one was perhaps meant for, if its size is that of the record."""
+    def _rename(self, record: Record, subject: str, size: tuple[int, int] | None) -> bool:
+        """Name the file that a missing one was perhaps meant for, unless its size is another than the stated one."""
         name = record.get("file_name")
-        if not is_file_name(name) or len(name) > MAX_NAME or is_file(self._root / name):
-            return False
-        meant = self._folder.meant(name)
-        if meant is None or meant.path != self._root / meant.name:
+        if not is_file_name(name) or len(name) > MAX_NAME:
             return False
         try:
-            fits = read_size(meant.path) == (_integer(record.get("height")), _integer(record.get("width")))
+            meant = None if self._folder.find(name) else self._folder.meant(name)
+            if meant is None or meant.path != self._root / meant.name or size not in (None, read_size(meant.path)):
+                return False
         except DataError:
-            return False
-        if not fits:
             return False
         record["file_name"] = meant.name
         self._changes.append(f"{subject}: file_name -> {meant.name} ({meant.difference})")
@@ -241,18 +238,19 @@ class _Repair:
             objects.append(record)
         return objects
 
-    def _size(self, record: Record, subject: str) -> tuple[int, int] | None:
-        """Return an image's size, from its file if the record has none, or None to drop the image."""
-        name = record.get("file_name")
+    def _size(self, record: Record, subject: str, stated: tuple[int, int] | None) -> tuple[int, int] | None:
+        """Return an image's size, from its file if none is stated, or None to drop the image."""
         # Images without a size are not in the report's table, so their names are checked here.
-        if not is_file_name(name) or os.path.isabs(str(name)) or os.path.normpath(str(name)).startswith(".."):
+        if stated is None:
+            self._rename(record, subject, stated)
+        name = record.get("file_name")
+        if not is_file_name(name) or os.path.isabs(name) or os.path.normpath(name).startswith(".."):
             self._drop_image(subject, f"file_name {show_value(name)} is not a file in the folder")
             return None
-        height, width = (_integer(record.get(key)) for key in ("height", "width"))
-        if height is not None and width is not None and 0 < height <= MAX_SIDE and 0 < width <= MAX_SIDE:
-            return height, width
+        if stated is not None:
+            return stated
         try:
-            height, width = read_image(self._root / str(name)).shape[:2]
+            height, width = read_image(self._root / (self._folder.find(name) or name)).shape[:2]
         except DataError as error:
             self._drop_image(subject, f"no size, and {error}")
             return None
@@ -306,6 +304,11 @@ class _Repair:
 
 def _integer(value: object) -> int | None:
     return next(iter(as_integers([value]).at(0)), None)
+
+
+def _stated_size(record: Record) -> tuple[int, int] | None:
+    height, width = (_integer(record.get(key)) for key in ("height", "width"))
+    return (height, width) if height and width and 0 < min(height, width) <= max(height, width) <= MAX_SIDE else None
 
 
 def _number_of_text(value: object) -> object:

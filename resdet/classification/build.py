@@ -25,6 +25,7 @@ from resdet.classification.model import ImageClassifier, load_first_weights, mak
 from resdet.classification.spec import ClassifierSpec
 from resdet.classification.views import TrainView, centre_views
 from resdet.config_reading import parse_settings
+from resdet.data.image_files import on_disk
 from resdet.errors import WeightsError
 from resdet.weights.files import WeightsPath, read_weights
 from resdet.weights.pickles import is_plain
@@ -37,8 +38,9 @@ def build_images(source: Source, *, classes: Sequence[str] | None = None) -> Lab
     if isinstance(source, DigitsSource):
         return read_digits(source.split)
     if isinstance(source, Cifar10Source):
-        return read_cifar10(source.root, source.split)
-    return read_folder(source.root, classes if source.classes is None else read_class_names(source.classes))
+        return read_cifar10(on_disk(source.root), source.split)
+    names = classes if source.classes is None else read_class_names(on_disk(source.classes))
+    return read_folder(on_disk(source.root), names)
 
 
 def build_pretrained(

@@ -108,6 +108,15 @@ def list_folder(folder: Path) -> set[str]:
         return set()
 
 
+def on_disk(path: Path) -> Path:
+    """Return a path as the disk has it if its names differ from the disk's in Unicode's form alone, else as it is."""
+    if str(path).isascii() or os.path.exists(path):
+        return path
+    folder = on_disk(path.parent)
+    same = [name for name in list_folder(folder) if same_form(name) == same_form(path.name)]
+    return folder / same[0] if len(same) == 1 else path
+
+
 def similar_path(path: Path) -> str:
     """Return the end of a message on a missing path: what lies beside it under a similar name, or nothing.
 

@@ -163,8 +163,12 @@ def _read_files(root: Path, splits: list[str], report: _Report) -> CocoRecords:
         for subfolder in ("", *sorted({os.path.dirname(stem) for stem in stems if not name_fault(stem)} - {""})):
             outside.update((annotations.root / subfolder / name, None) for name in annotations.files(subfolder))
         for stem in stems:
-            xml_name = None if name_fault(stem) else annotations.find(stem)
-            image_name = f"{stem}.jpg" if xml_name is None else pictures.find(stem) or f"{stem}.jpg"
+            try:
+                xml_name = None if name_fault(stem) else annotations.find(stem)
+                image_name = (xml_name and pictures.find(stem)) or f"{stem}.jpg"
+            except DataError as error:
+                report("bad_annotation_file", str(error), folder)
+                continue
             file_name = (Path(*parents) / "JPEGImages" / image_name).as_posix()
             if file_name in listed:
                 where = f"in {listed[file_name]} and {one_split}"

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from resdet.build import anchor_layout
+from resdet.build import anchor_layout, annotation_files, build_dataset, build_split
 from resdet.check.check import check_dataset
 from resdet.check.kinds import KINDS
 from resdet.check.limits import DetectorLimits
@@ -18,7 +18,7 @@ from resdet.check.repair import repaired, write_fixed
 from resdet.check.report import report_text
 from resdet.check.splits import coco_split, voc_split
 from resdet.commands.check import main
-from resdet.config import ModelConfig
+from resdet.config import ModelConfig, load_config
 from resdet.data.coco import read_coco
 from resdet.data.image_files import check_files
 from resdet.data.voc import read_voc
@@ -290,6 +290,31 @@ def test_a_missing_file_comes_with_the_one_that_was_perhaps_meant(tmp_path, name
         repaired(split, report)
 
 
+@pytest.mark.parametrize(
+    ("name", "on_disk", "renamed"),
+    [
+        ("gr\u00f6\u00dfe.png", "gro\u0308\u00dfe.png", None),
+        ("A.PNG", "a.png", "a.png (upper and lower case differ)"),
+        ("sub\\a.png", "sub/a.png", "sub/a.png (folders must be separated by /, not by \\)"),
+        ("/data/a.png", "a.png", "a.png (without data/ before it)"),
+    ],
+)
+def test_a_missing_size_is_that_of_the_file_that_is_found(tmp_path, name, on_disk, renamed):
+    data = coco(num_images=2)
+    write(tmp_path, data)
+    (tmp_path / "train" / on_disk).parent.mkdir(exist_ok=True)
+    (tmp_path / "train" / "1.png").rename(tmp_path / "train" / on_disk)
+    data["images"][0] = {"id": 1, "file_name": name}
+    (tmp_path / "train.json").write_text(json.dumps(data))
+    split = coco_split("train", tmp_path / "train", tmp_path / "train.json")
+    document, changes = repaired(split, check_dataset([split], decode=False))
+    expected = [f"image 1 ({name}): file_name -> {renamed}"] if renamed else []
+    assert changes == [*expected, f"image 1 ({name}): height and width -> 48 and 64, from the file"]
+    file_name = on_disk if renamed else name
+    assert document["images"][0] == {"id": 1, "file_name": file_name, "height": 48, "width": 64}
+    assert len(document["annotations"]) == 4
+
+
 @pytest.mark.parametrize(("name", "on_disk"), [("gr\u00f6\u00dfe.png", "gro\u0308\u00dfe.png")] * 1)
 def test_a_name_in_another_unicode_form_is_an_info(tmp_path, name, on_disk):
     data = coco(num_images=1)
@@ -319,6 +344,24 @@ def test_a_configured_path_that_differs_in_case(tmp_path, wrong, right):
             check_files(paths["images"], read_coco(paths["annotations"]))
 
 
+@pytest.mark.parametrize(("written", "stored"), [("NFC", "NFD"), ("NFD", "NFC")])
+@pytest.mark.parametrize("format_", ["coco", "voc"])
+def test_configured_paths_in_another_unicode_form_are_taken(tmp_path, format_, written, stored):
+    folder = tmp_path / unicodedata.normalize(stored, "Größen") / unicodedata.normalize(stored, "Bär")
+    folder.mkdir(parents=True)
+    if format_ == "coco":
+        write(folder, coco(), unicodedata.normalize(stored, "ü"))
+        (source,) = ({"format": "coco", "images": folder / "ü", "annotations": folder / "ü.json"},)
+    else:
+        source = {"format": "voc", "root": voc(folder), "split": "train"}
+    source = {key: unicodedata.normalize(written, str(value)) for key, value in source.items()}
+    config = load_config(recipe(tmp_path, train=source, val=source))
+    assert build_dataset(config.data.train, training=True)[0][0].shape == (3, 48, 64)
+    report = check_dataset([build_split(config.data.train, "train")])
+    assert {finding.kind for finding in report.findings} <= {"unused_category", "image_without_boxes"}
+    assert all(path.is_file() for path in annotation_files(config))
+
+
 def test_file_names_that_come_from_urls_are_an_info(tmp_path):
     data = coco(num_images=3)
     write(tmp_path, data)
@@ -343,6 +386,25 @@ def test_a_voc_file_in_another_unicode_form_is_an_info(tmp_path):
     assert found(split) == {("train", "other_unicode_form"): [what]}
     assert str(folder / "Annotations" / f"{decomposed}.xml") in report_text(check_dataset([split], decode=False))
     assert read_voc(folder, "train").num_boxes == 1
+
+
+@pytest.mark.parametrize("part", ["Annotations", "JPEGImages"])
+def test_voc_files_that_differ_in_unicode_form_alone_are_a_finding(tmp_path, part):
+    folder = voc(tmp_path)
+    composed, decomposed = "\u00e4", "a\u0308"
+    names = [composed + decomposed, decomposed + composed]
+    for place, suffix in (("Annotations", ".xml"), ("JPEGImages", ".jpg")):
+        content = (folder / place / f"a{suffix}").read_bytes()
+        for name in names if place == part else [composed * 2]:
+            (folder / place / f"{name}{suffix}").write_bytes(content)
+    (folder / "ImageSets" / "Main" / "train.txt").write_text(f"a\n{composed * 2}\n", encoding="utf-8")
+    findings = found(voc_split("train", folder, "train"))
+    suffix = ".xml" if part == "Annotations" else ".jpg"
+    several = ", ".join(sorted(ascii(name + suffix) for name in names))
+    message = f"{folder / part}: several names look like {composed * 2}: {several}; rename all but one"
+    assert findings["train", "bad_annotation_file"] == [message]
+    with pytest.raises(DataError, match=re.escape(message)):
+        read_voc(folder, "train")
 
 
 # ---- every finding names its file, and every refusal what mends it ----

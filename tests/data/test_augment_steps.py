@@ -1,3 +1,5 @@
+import logging
+import os
 import pickle
 
 import cv2
@@ -321,7 +323,73 @@ def test_boxes_in_strips_stay_valid(step, size):
         assert (after.boxes[:, 2:] - after.boxes[:, :2] >= 0.1).all()
 
 
-def test_a_library_step_that_cannot_take_a_strip_names_image_and_step():
-    augment = build_augment([{"RandomCrop": {"height": 60, "width": 80, "p": 1}}])
-    with pytest.raises(DataError, match=r"^image 7: augment\[0\] \(RandomCrop\): .+"):
-        augment(sample_of([(0, 0, 5000, 1)], size=(1, 5000), first_id=7), seed=0)
+LIBRARY_STEPS = [
+    {"Erasing": {}},
+    {"CoarseDropout": {}},
+    {"GridDropout": {}},
+    {"GridDistortion": {}},
+    {"RandomScale": {}},
+    {"RandomCrop": {"height": 60, "width": 80}},
+    {"CenterCrop": {"height": 60, "width": 80}},
+    {"Crop": {"x_max": 60, "y_max": 80}},
+    {"AtLeastOneBBoxRandomCrop": {"height": 60, "width": 80}},
+    {"Downscale": {}},
+    {"GlassBlur": {}},
+    {"Superpixels": {}},
+    {"ToGray": {}},
+    {"FrequencyMasking": {}},
+    {"TimeMasking": {}},
+    {"OneOf": {"transforms": [{"Erasing": {"p": 1}}, {"GridDropout": {"p": 1}}]}},
+]
+
+
+@pytest.mark.parametrize("size", [(2, 3000), (3000, 2), (1, 5000), (40, 6000), (1, 1)])
+@pytest.mark.parametrize("step", LIBRARY_STEPS, ids=lambda step: next(iter(step)))
+def test_a_strip_that_a_step_of_albumentations_cannot_take_stays_as_it_is(step, size, caplog):
+    ((name, parameters),) = step.items()
+    augment = build_augment([{name: {**parameters, "p": 1}}])
+    height, width = size
+    before = sample_of([(0, 0, width, height), (0.1 * width, 0, 0.6 * width, height)], size=size)
+    for seed in range(3):
+        after = augment(before, seed=seed)
+        assert min(after.image.shape[:2]) >= 1
+        assert (after.boxes <= [after.image.shape[1], after.image.shape[0]] * 2).all()
+        if caplog.records:
+            assert f"augment[0] ({name}): cannot be applied to image 0 of {width}x{height} pixels: " in caplog.text
+    assert len(caplog.records) <= 1, "one warning for a step"
+
+
+def test_a_crop_larger_than_the_image_leaves_it_whole_with_one_warning(caplog):
+    augment = build_augment([{"RandomCrop": {"height": 300, "width": 300, "p": 1}}, {"HorizontalFlip": {"p": 1}}])
+    before = sample_of([(0, 0, 30, 40)], size=(200, 400), first_id=7)
+    for seed in range(3):
+        after = augment(before, seed=seed)
+        assert np.array_equal(after.image, before.image[:, ::-1])
+        assert after.boxes.tolist() == [[370, 0, 400, 40]]
+    (record,) = caplog.records
+    assert record.getMessage() == (
+        "augment[0] (RandomCrop): cannot be applied to image 7 of 400x200 pixels: Crop size (height, width) exceeds "
+        "image dimensions (height, width): (300, 300) vs (200, 400); it and others like it stay as they are"
+    )
+
+
+def test_forked_workers_warn_of_a_step_once(tmp_path):
+    step = [{"RandomCrop": {"height": 300, "width": 300, "p": 1}}]
+    augment, log = build_augment(step), tmp_path / "log"
+    handler = logging.FileHandler(log)
+    logging.getLogger("resdet").addHandler(handler)
+    try:
+        for _ in range(2):
+            if (child := os.fork()) == 0:
+                augment(sample_of([]), seed=0)
+                os._exit(0)
+            os.waitpid(child, 0)
+    finally:
+        logging.getLogger("resdet").removeHandler(handler)
+    assert log.read_text().count("cannot be applied") == 1
+
+
+def test_a_mistake_that_no_image_could_take_still_ends_the_run():
+    augment = build_augment([{"ToGray": {"num_output_channels": 1, "p": 1}}])
+    with pytest.raises(DataError, match=r"^image 7: augment\[0\] \(ToGray\): must give a uint8 image"):
+        augment(sample_of([], size=(100, 100), first_id=7), seed=0)

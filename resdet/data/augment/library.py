@@ -7,6 +7,9 @@ Findings in 2.0.8, its last release under the MIT license:
 * Distortions draw each box as a mask and take the last painted pixel for the box's end, a pixel too short; where no
   pixel is left, ThinPlateSpline and similar transforms return the old box. GridElasticDeform is a pixel short too.
 * Morphological swaps the axes of its boxes' masks.
+* Many transforms fail on strips and on a few pixels: Erasing (TypeError: an argument is missing where no rectangle
+  fits), GridDropout and GridDistortion (ZeroDivisionError: fewer pixels than cells), RandomScale, Downscale and
+  Superpixels (a side rounds to 0), GlassBlur, ToGray (it loses an axis); and crops on images smaller than they are.
 """
 
 from __future__ import annotations
@@ -37,6 +40,9 @@ UNFIT = {
     "RandomGridShuffle": "it tears objects apart, and each piece would be labelled as a whole one",
 }
 """Transforms that must not be used, and why."""
+
+_SMALL_SIDE, _LONG_ASPECT = 64, 20.0
+"""Pixels of the shorter side below which, and ratio of the sides above which, transforms fail for an image's size."""
 
 Rows = npt.NDArray[np.float64]
 """Boxes as transforms take them, ``[N, 7]``: four fractions of the image, label, row in the sample, visible share."""
@@ -98,6 +104,15 @@ def knows_strict(transform_class: type[Any]) -> bool:
     """
     owner = next(base for base in transform_class.__mro__ if "__init__" in vars(base))
     return "InitSchema" in vars(owner)
+
+
+def is_about_size(error: Exception, height: int, width: int) -> bool:
+    """Return whether a transform failed because of the image's size: a crop larger than it, a strip, a few pixels.
+
+    Few transforms check sizes themselves, so on an image of unusual size every error counts.
+    """
+    shorter, longer = sorted((height, width))
+    return type(error).__name__ == "CropSizeError" or shorter < _SMALL_SIDE or longer > _LONG_ASPECT * shorter
 
 
 def _under_holes(transform: Any, bboxes: Rows, holes: npt.NDArray[Any], shape: tuple[int, ...], **params: Any) -> Rows:

@@ -15,8 +15,10 @@ import json
 import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from ctypes import c_byte
 from dataclasses import dataclass, replace
 from functools import partial
+from multiprocessing.sharedctypes import RawValue
 from random import Random
 from types import ModuleType
 from typing import Any
@@ -77,8 +79,9 @@ class _Builder:
         name, parameters, place = self._read(step, place)
         if name not in OWN_STEPS:
             transform = self._transform(name, parameters, place)
-            axis = _FLIPPED_AXES.get(name)
-            return place, partial(_transformed, transform) if axis is None else partial(_flipped, transform, axis)
+            if (axis := _FLIPPED_AXES.get(name)) is not None:
+                return place, partial(_flipped, transform, axis)
+            return place, partial(_transformed_if_it_fits, transform, place, RawValue("b"))
         try:
             # JSON mode is the one in which strict typing takes a list for a tuple, as in the configuration.
             own = OWN_STEPS[name].model_validate_json(json.dumps(parameters), strict=True)
@@ -156,7 +159,7 @@ def _parameter_problem(error: Exception) -> str:
     """Return what albumentations or an own step says of its parameters, on one line."""
     cause = error if isinstance(error, ValidationError) else error.__cause__
     if not isinstance(cause, ValidationError):
-        return " ".join(str(error).split())
+        return _in_one_line(error)
     details = []
     for item in cause.errors():
         where = ".".join(str(part) for part in item["loc"][:1])
@@ -164,6 +167,10 @@ def _parameter_problem(error: Exception) -> str:
         got = "" if item["type"] in ("missing", "value_error") else f", got {item['input']!r}"
         details.append(f"{where}: {message}{got}" if where else message)
     return "; ".join(dict.fromkeys(details))
+
+
+def _in_one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 @dataclass(frozen=True, eq=False)
@@ -189,6 +196,9 @@ class Augment:
         through the steps that stand before it, with random choices of its own; the steps that follow see the mixture.
         So colours set before Mosaic differ from quarter to quarter, and after it they are one picture's; CopyPaste
         after Mosaic pastes from another mosaic, which reads four images more.
+
+        A step of albumentations leaves an image as it is whose size it cannot take: a crop larger than the image, a
+        strip, a few pixels. The first one is logged.
 
         Args:
             sample: Image and boxes; not changed.
@@ -217,8 +227,7 @@ class Augment:
             except UserError:
                 raise
             except Exception as error:
-                message = " ".join(str(error).split()) or type(error).__name__
-                raise DataError(f"image {sample.image_id}: {place}: {message}") from error
+                raise DataError(f"image {sample.image_id}: {place}: {_in_one_line(error)}") from error
             if after.boxes is not sample.boxes:
                 sides = after.boxes[:, 2:] - after.boxes[:, :2]  # [N, 2]
                 stay = (after.visible >= self.min_visibility) & (sides >= MIN_TRAINABLE_SIDE).all(axis=1)
@@ -236,6 +245,27 @@ class Augment:
 
 _Part = Callable[[Sample, Generator, Random, Partner], Sample]
 """Applies a step at random; returns the given boxes themselves if it moved no pixels."""
+
+
+def _transformed_if_it_fits(
+    transform: Any, place: str, warned: c_byte, sample: Sample, rng: Generator, py_rng: Random, draw: Partner
+) -> Sample:
+    """Apply a transform of albumentations; an image of a size that it cannot take stays as it is.
+
+    The first such image is logged. ``warned`` is shared with worker processes that are forked, so it is the first of
+    all of them.
+    """
+    try:
+        return _transformed(transform, sample, rng, py_rng, draw)
+    except Exception as error:
+        height, width = sample.image.shape[:2]
+        if not library.is_about_size(error, height, width):
+            raise
+        if not warned.value:
+            warned.value = 1
+            where, why = f"image {sample.image_id} of {width}x{height} pixels", _in_one_line(error)
+            logger.warning("%s: cannot be applied to %s: %s; it and others like it stay as they are", place, where, why)
+        return sample
 
 
 def _transformed(transform: Any, sample: Sample, rng: Generator, py_rng: Random, draw: Partner) -> Sample:
