@@ -8,13 +8,10 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from resdet.check.kinds import EXTREME_ASPECT, OVERHANG, TINY_SIDE
+from resdet.check.kinds import EXTREME_ASPECT, MIN_EVIDENCE, OVERHANG, TINY_SIDE
 from resdet.data.annotations import MIN_TRAINABLE_SIDE, AnnotationTable
 from resdet.data.coco_rules import CocoRecords, Problem
 from resdet.types import Bools, Floats
-
-_MIN_EVIDENCE = 5
-"""Boxes or sides of boxes from which a convention is concluded."""
 
 _EVERYWHERE = 0.9
 """Share of the boxes whose areas must be wrong: single odd areas are no matter of convention."""
@@ -48,7 +45,7 @@ def box_problems(table: AnnotationTable, *, one_based: bool) -> Iterator[Problem
         for row in np.flatnonzero(found).tolist():
             yield boxes.problem(kind, [row], describe(row))
     yield from _repeated_boxes(boxes, sound & ~table.crowd)
-    if table.num_boxes >= _MIN_EVIDENCE:
+    if table.num_boxes >= MIN_EVIDENCE:
         if not one_based and (wrong := _other_units(boxes)) is not None:
             yield wrong
         else:
@@ -65,7 +62,7 @@ def area_problems(table: AnnotationTable, records: CocoRecords) -> Iterator[Prob
     sides = np.maximum(table.boxes_xywh[:, 2:], 0)  # [N, 2]
     boxes = sides.prod(axis=1)  # [N], pixels
     judged = boxes > 0
-    if judged.sum() < _MIN_EVIDENCE:
+    if judged.sum() < MIN_EVIDENCE:
         return
     area, box = table.area[judged], boxes[judged]
     larger, tiny = area > 1.05 * box + sides[judged].sum(axis=1) + 1, area < 0.01 * box
@@ -180,4 +177,4 @@ def _off_by_one(boxes: _Boxes, keep: Bools) -> Iterator[Problem]:
 def _piles_up(distance: Floats) -> bool:
     """Check that distances from a border pile up at exactly one pixel, and none is smaller."""
     at_one = int((distance == 1).sum())
-    return at_one >= _MIN_EVIDENCE and at_one >= 3 * int((distance == 2).sum()) and not (distance < 1).any()
+    return at_one >= MIN_EVIDENCE and at_one >= 3 * int((distance == 2).sum()) and not (distance < 1).any()

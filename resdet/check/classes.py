@@ -8,15 +8,12 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
-from resdet.check.kinds import CROWD_SHARE, IMBALANCE
+from resdet.check.kinds import CROWD_SHARE, IMBALANCE, MIN_EVIDENCE
 from resdet.data.annotations import AnnotationTable, bare_name
 from resdet.data.coco_rules import Problem
 from resdet.data.dataset import nothing_to_evaluate_on, nothing_to_train_on
 from resdet.errors import name_some
 from resdet.types import Ints
-
-_MIN_EVIDENCE = 5
-"""Objects from which a share of crowds is unusual."""
 
 
 def box_counts(table: AnnotationTable) -> Ints:
@@ -34,7 +31,7 @@ def class_problems(table: AnnotationTable, split: str, *, use_difficult: bool) -
         yield Problem("nothing_to_train_on", nothing_to_train_on(table))
     elif split == "val" and table.crowd.all():
         yield Problem("nothing_to_evaluate_on", nothing_to_evaluate_on(table))
-    elif table.num_boxes >= _MIN_EVIDENCE and num_crowds > CROWD_SHARE * table.num_boxes:
+    elif table.num_boxes >= MIN_EVIDENCE and num_crowds > CROWD_SHARE * table.num_boxes:
         share = num_crowds / table.num_boxes
         yield Problem("many_crowds", f"{num_crowds} of {table.num_boxes} objects have iscrowd 1 ({share:.0%})")
     if split == "train" and not counts.any():

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from resdet.check.splits import DataSplit
 from resdet.data.annotations import AnnotationTable, same_form
 from resdet.data.coco_rules import Problem, is_file_name
-from resdet.data.image_files import IMAGE_SUFFIXES, MAX_NAME, ImageFolder, list_folder, name_fault
+from resdet.data.image_files import IMAGE_SUFFIXES, ImageFolder, list_folder, name_fault
 from resdet.data.images import ImageHeader, read_header, read_image
 from resdet.errors import DataError
 
@@ -48,34 +48,27 @@ def name_problems(table: AnnotationTable) -> Iterator[Problem]:
 def find_files(table: AnnotationTable, root: Path) -> tuple[dict[int, str], list[Problem]]:
     """Return the paths of a table's files that exist, by image index, and a problem for each of the others.
 
-    Where a file was perhaps meant that exists under another name, the problem says so; a file that is found although
-    its name has another form in Unicode is a problem too.
+    Problems of missing files name the one that was probably meant; names in another Unicode form are problems too.
     """
     problems, paths, folder = [], {}, ImageFolder(root)
     for index, name in enumerate(table.file_names):
         if fault := name_fault(name):
             image_id = int(table.image_ids[index])
-            problems.append(Problem("bad_file_name", f"image {image_id}: {fault}{_meant(folder, name)}", (image_id,)))
+            problems.append(Problem("bad_file_name", f"image {image_id}: {fault}{folder.hint(name)}", (image_id,)))
             continue
         try:
             found, what = folder.find(name), "no such file in the image folder"
         except DataError as error:
             found, what = None, str(error)
         if found is None:
-            message = what + _meant(folder, name)
-            problems.append(image_problem("missing_file", table, index, message, os.path.join(root, name)))
+            what += folder.hint(name)
+            problems.append(image_problem("missing_file", table, index, what, os.path.join(root, name)))
             continue
         paths[index] = os.path.join(root, found)
         if os.path.normpath(found) != os.path.normpath(name):
             what = f"the annotations have {name!a}, the disk {found!a}"
             problems.append(image_problem("other_unicode_form", table, index, what, paths[index]))
     return paths, problems
-
-
-def _meant(folder: ImageFolder, name: str) -> str:
-    """Return the end of a message that names the file that a missing name was perhaps meant for, or nothing."""
-    meant = folder.meant(name) if len(name) <= MAX_NAME else None
-    return f"; {meant}" if meant else ""
 
 
 def unlisted_files(root: Path, sharing: Sequence[DataSplit]) -> Iterator[Problem]:

@@ -23,6 +23,9 @@ EXTREME_ASPECT = 20.0
 IMBALANCE = 100.0
 """Ratio of the most frequent class's boxes to the rarest's from which classes are imbalanced."""
 
+MIN_EVIDENCE = 5
+"""Number of objects, or of sides of boxes, from which a share or a convention is judged."""
+
 CROWD_SHARE = 0.25
 """Share of objects with ``iscrowd`` 1 from which it is unusual. COCO's train2017 has 1.2 %; VOC 2007 has 20 % of
 difficult objects, which --fix turns into crowds."""

@@ -28,7 +28,7 @@ from resdet.data.coco_rules import (
     record_problems,
     show_value,
 )
-from resdet.data.image_files import MAX_NAME, ImageFolder
+from resdet.data.image_files import ImageFolder
 from resdet.data.images import read_image, read_size
 from resdet.errors import DataError, UserError
 from resdet.files import check_output, write_text
@@ -175,9 +175,9 @@ class _Repair:
         return list(kept.values())
 
     def _rename(self, record: Record, subject: str, size: tuple[int, int] | None) -> bool:
-        """Name the file that a missing one was perhaps meant for, unless its size is another than the stated one."""
+        """Name the file that was probably meant by a missing one, unless it has another size than the stated one."""
         name = record.get("file_name")
-        if not is_file_name(name) or len(name) > MAX_NAME:
+        if not is_file_name(name):
             return False
         try:
             meant = None if self._folder.find(name) else self._folder.meant(name)

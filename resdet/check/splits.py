@@ -10,9 +10,9 @@ from typing import Any
 
 from resdet.data.annotations import AnnotationTable
 from resdet.data.coco_rules import CocoRecords, Problem, is_file_name, load_records, record_problems
-from resdet.data.image_files import name_fault, similar_path
+from resdet.data.image_files import check_folder, name_fault
 from resdet.data.voc import voc_records
-from resdet.errors import DataError, shortened
+from resdet.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -44,10 +44,7 @@ class DataSplit:
 def coco_split(name: str, images: Path, annotations: Path, classes: Sequence[str] | None = None) -> DataSplit:
     """Read a COCO json and everything that is wrong with its records; refuse only a missing path."""
     images, annotations = Path(images), Path(annotations)
-    if not os.path.isdir(images):
-        raise DataError(
-            f"{shortened(images)}: no such image folder (the images of {annotations}){similar_path(images)}"
-        )
+    check_folder(images, annotations)
     try:
         records = load_records(annotations)
     except DataError as error:

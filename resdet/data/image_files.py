@@ -13,8 +13,6 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, NamedTuple
 from urllib.parse import unquote
 
-import numpy as np
-
 from resdet.data.annotations import AnnotationTable, same_form
 from resdet.errors import DataError, shortened
 
@@ -23,8 +21,8 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".g
 
 _CLUTTER = ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found")
 _MAX_FOLDERS = 2000
-"""Subfolders that are searched for a file that was perhaps meant."""
-MAX_NAME = 1024
+"""Subfolders that are searched for a file like a missing one."""
+_MAX_NAME = 1024
 """Characters of a file name with its folders; systems allow no more."""
 # Unicode's line breaks too: a name with one would break messages and lists of names. Of the halves of surrogate pairs,
 # those are allowed that stand for bytes that are not UTF-8.
@@ -83,8 +81,8 @@ def name_fault(name: str) -> str | None:
         rule = "lie in the image folder"
     elif _CONTROL.search(name):
         rule = "hold no control characters and no half surrogates"
-    elif len(name) > MAX_NAME:
-        rule = f"have at most {MAX_NAME} characters"
+    elif len(name) > _MAX_NAME:
+        rule = f"have at most {_MAX_NAME} characters"
     elif name.strip("./") == "":
         rule = "name a file"
     else:
@@ -128,7 +126,7 @@ def similar_path(path: Path) -> str:
 
 
 class Meant(NamedTuple):
-    """The existing file that a missing name was perhaps meant for."""
+    """The existing file that a missing name probably stands for."""
 
     path: Path
     name: str  # relative to the image folder; outside it, the whole path
@@ -204,15 +202,20 @@ class ImageFolder:
             raise DataError(f"{self.root / folder}: several names look like {name}: {several}; rename all but one")
         return os.path.join(folder, found[0]) if found else None
 
+    def hint(self, name: str) -> str:
+        """Return the end of a message on a missing file: what was probably meant, or nothing."""
+        meant = self.meant(name)
+        return f"; {meant}" if meant else ""
+
     def meant(self, name: str) -> Meant | None:
-        r"""Return the existing file that a missing name was perhaps meant for, or None.
+        r"""Return the existing file that a missing name probably stands for, or None.
 
         Its name differs in upper and lower case, in its suffix, in separators (``\``) or in its first folders; or it
         lies where another image folder would fit. At most ``_MAX_FOLDERS`` subfolders are searched, once.
         """
         asked = re.sub("^[A-Za-z]:", "", same_form(unquote(name)).replace("\\", "/"))
         parts = [part for part in asked.split("/") if part not in ("", ".", "..")]
-        if not parts:
+        if not parts or len(name) > _MAX_NAME:
             return None
         asked = "/".join(parts)
         root = self.root if self.root.name not in ("", "..") else Path(os.path.abspath(self.root))
@@ -275,35 +278,33 @@ def _is_among(first: list[str], second: list[str]) -> bool:
     return all(part in rest for part in short)
 
 
-def missing_files(root: Path, names: Iterable[str]) -> list[int]:
-    """Return the positions of the names that are no files below a folder (``ImageFolder.find``)."""
-    folder = ImageFolder(root)
-    return [position for position, name in enumerate(names) if folder.find(name) is None]
+def check_folder(root: Path, annotations: str | Path) -> None:
+    """Raise a DataError if the folder of the images of ``annotations`` does not exist."""
+    if not os.path.isdir(root):
+        raise DataError(f"{shortened(root)}: no such image folder (the images of {annotations}){similar_path(root)}")
 
 
 def check_names(root: Path, table: AnnotationTable) -> None:
     """Raise a DataError for the first file name of a table that no file below ``root`` can have."""
     for image_id, name in zip(table.image_ids.tolist(), table.file_names, strict=True):
         if fault := name_fault(name):
-            meant = ImageFolder(root).meant(name) if len(name) <= MAX_NAME else None
-            raise DataError(f"{table.name}: image {image_id}: {fault}{f'; {meant}' if meant else ''}")
+            raise DataError(f"{table.name}: image {image_id}: {fault}{ImageFolder(root).hint(name)}")
 
 
 def check_files(root: Path, table: AnnotationTable) -> None:
     """Raise a DataError if an image of a table does not exist, or as ``FolderImages`` does; none is opened."""
     root = Path(root)
-    if not os.path.isdir(root):
-        raise DataError(f"{shortened(root)}: no such image folder (the images of {table.name}){similar_path(root)}")
+    check_folder(root, table.name)
     check_names(root, table)
-    if missing := missing_files(root, table.file_names):
-        names = table.file_names[np.array(missing[:3])].tolist()
-        shown = ", ".join(f"{name} (image {table.image_ids[i]})" for name, i in zip(names, missing, strict=False))
+    folder = ImageFolder(root)
+    missing = [index for index, name in enumerate(table.file_names) if folder.find(name) is None]
+    if missing:
+        names = {index: table.file_names[index] for index in missing[:3]}
+        shown = ", ".join(f"{name} (image {table.image_ids[index]})" for index, name in names.items())
         more = ", ..." if len(missing) > 3 else ""
-        folder = ImageFolder(root)
-        meant = next((found for name in names if (found := folder.meant(name))), None)
-        slashes = os.sep == "/" and any("\\" in name for name in names)
+        slashes = os.sep == "/" and any("\\" in name for name in names.values())
         why = "; folders in a file_name must be separated by /, not by \\" if slashes else ""
+        hint = next(filter(None, map(folder.hint, names.values())), why)
         raise DataError(
-            f"{root}: {len(missing)} of the {table.num_images} images of {table.name} are missing: {shown}{more}"
-            f"{f'; {meant}' if meant else why}"
+            f"{root}: {len(missing)} of the {table.num_images} images of {table.name} are missing: {shown}{more}{hint}"
         )

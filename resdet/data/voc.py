@@ -32,7 +32,7 @@ VOC_CLASSES = (
 """The 20 classes of VOC 2007 to 2012 in the order of the development kit."""
 
 UNCLEAR_DIFFICULT, OTHER_UNICODE_FORM = "unclear_difficult", "other_unicode_form"
-"""The kind of problem of an object whose ``<difficult>`` is neither yes nor no; unlike the others, it is no error."""
+"""The kinds of problems that are no errors."""
 
 _LISTS = "ImageSets/Main"
 VOC_LAYOUT = f"Annotations/*.xml, {_LISTS}/<split>.txt and JPEGImages/*"
@@ -100,18 +100,18 @@ def read_voc(root: Path, split: str | Sequence[str], *, classes: Sequence[str] |
     sound = [record for record in records.annotations if min(record["bbox"][2:]) > 0]
     flat = [record for record in records.annotations if min(record["bbox"][2:]) <= 0]
     moved = [record for record in sound if min(record["bbox"][:2]) < 0]
-    odd = {
-        "without extent (xmax <= xmin or ymax <= ymin) left out": flat,
-        "with a corner at 0, though VOC counts pixels from 1; moved by 1 like the others": moved,
-    }
-    notes = []
-    for what, found in odd.items():
-        notes += _note(what, [Path(records.images[record["image_id"] - 1]["file_name"]).stem for record in found])
-    what = "whose <difficult> is neither yes nor no, taken as not difficult"
-    notes += _note(what, [file.stem for file in unclear])
+
+    def stems(found: list[Record]) -> list[str]:
+        return [Path(records.images[record["image_id"] - 1]["file_name"]).stem for record in found]
+
+    notes = (
+        *_note("without extent (xmax <= xmin or ymax <= ymin) left out", stems(flat)),
+        *_note("with a corner at 0, though VOC counts pixels from 1; moved by 1 like the others", stems(moved)),
+        *_note("whose <difficult> is neither yes nor no, taken as not difficult", [file.stem for file in unclear]),
+    )
     for number, record in enumerate(sound, start=1):
         record["id"] = number
-    table = replace(usable_table(replace(records, annotations=sound), name, difficult=True), notes=tuple(notes))
+    table = replace(usable_table(replace(records, annotations=sound), name, difficult=True), notes=notes)
     return table if classes is None else table.select_classes(list(classes))
 
 
@@ -216,7 +216,7 @@ def _read_files(root: Path, splits: list[str], report: _Report) -> CocoRecords:
 
 
 def _no_annotation(annotations: ImageFolder, stem: str, split: str) -> tuple[str, str, Path]:
-    """Report an image that a split lists and that has no annotation, with what was perhaps meant."""
+    """Return the problem that a listed image has no annotation, and what was probably meant."""
     parent, name = annotations.root, f"{stem}.xml"
     bare = Path(stem.replace("\\", "/").split()[0])
     meant = annotations.meant(name)
@@ -225,7 +225,7 @@ def _no_annotation(annotations: ImageFolder, stem: str, split: str) -> tuple[str
     elif meant and meant.path == parent / meant.name and meant.name.endswith(f"/{name}"):
         hint = f"; it lies in a subfolder: list it as {meant.name.removesuffix('.xml')}"
     else:
-        hint = f"; {meant}" if meant else ""
+        hint = annotations.hint(name)
     message = f"{parent}: no annotation {name[:100]!r}, but {shortened(split)} lists it{hint}"
     return "bad_annotation_file", message, parent / name[:100]
 
