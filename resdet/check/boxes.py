@@ -55,31 +55,29 @@ def box_problems(table: AnnotationTable, *, one_based: bool) -> Iterator[Problem
 def area_problems(table: AnnotationTable, records: CocoRecords) -> Iterator[Problem]:
     """Yield that the areas of a file contradict its boxes everywhere.
 
-    An area is that of the object's mask, or of the box where there is none: never more than the box's, but for
-    rounding, and seldom less than a hundredth of it. Where no object has a mask, one factor other than 1 for all boxes
-    of an image shows that boxes were scaled and areas were not.
+    An area is that of the object's mask, or of the box where there is none: at most the box's, but for rounding, and
+    seldom less than a hundredth of it. Where no object has a mask, one factor other than 1 for all boxes of an image
+    shows that boxes were scaled and areas were not.
     """
-    sides = np.maximum(table.boxes_xywh[:, 2:], 0)  # [N, 2]
-    boxes = sides.prod(axis=1)  # [N], pixels
-    judged = boxes > 0
-    if judged.sum() < MIN_EVIDENCE:
+    width, height = np.maximum(table.boxes_xywh[:, 2:], 0).T  # [N] each
+    rows = np.flatnonzero(width * height > 0)
+    if len(rows) < MIN_EVIDENCE:
         return
-    area, box = table.area[judged], boxes[judged]
-    larger, tiny = area > 1.05 * box + sides[judged].sum(axis=1) + 1, area < 0.01 * box
-    example = f"annotation {table.annotation_ids[judged][0]}: area {area[0]:.6g}, width * height {box[0]:.6g}"
-    num, of = len(area), f"of {len(area)} areas"
+    area, box = table.area[rows], (width * height)[rows]
+    larger, tiny = area > 1.05 * box + (width + height)[rows] + 1, area < 0.01 * box
+    example = f"annotation {table.annotation_ids[rows[0]]}: area {area[0]:.6g}, width * height {box[0]:.6g}"
+    of = f"of {len(rows)} areas"
     if (larger | tiny).mean() >= _EVERYWHERE:
         message = f"{larger.sum()} {of} exceed their box's, {tiny.sum()} are less than a hundredth of it ({example})"
-        yield Problem("areas_contradict_boxes", message, count=num)
+        yield Problem("areas_contradict_boxes", message, count=len(rows))
     elif not any(record.get("segmentation") for record in records.annotations if isinstance(record, dict)):
-        image = table.image_of_box()[judged]
-        totals = [np.bincount(image, weights, table.num_images) for weights in (area, box)]
-        factor = (totals[0] / np.maximum(totals[1], 1e-9))[image]  # [judged], of each image
-        scaled = (np.abs(area - factor * box) < 2e-3 * area + 1) & (np.abs(factor - 1) > 0.02)
-        scaled &= np.bincount(image, minlength=table.num_images)[image] > 1
+        image = table.image_of_box()[rows]
+        areas, boxes, counts = (np.bincount(image, weights)[image] for weights in (area, box, None))  # of each image
+        factor = areas / boxes  # [rows], like the last three
+        scaled = (np.abs(area - factor * box) < 2e-3 * area + 1) & (np.abs(factor - 1) > 0.02) & (counts > 1)
         if scaled.mean() >= _EVERYWHERE:
             message = f"{scaled.sum()} {of} are their box's times one factor per image, {factor[0]:.3g} ({example})"
-            yield Problem("areas_contradict_boxes", message, count=num)
+            yield Problem("areas_contradict_boxes", message, count=len(rows))
 
 
 class _Boxes:

@@ -32,13 +32,13 @@ class DataSplit:
         """Yield the files that the split is read from, images included."""
         if self.root is None:
             return
-        if not self.one_based:
-            yield self.records.path
         names = (record.get("file_name") for record in self.records.images if isinstance(record, dict))
         yield from (self.root / name for name in names if is_file_name(name) and name_fault(name) is None)
         if self.one_based:
-            texts = (path for path in self.root.rglob("*") if path.suffix in (".xml", ".txt"))
-            yield from (path for path in texts if {"Annotations", "ImageSets"} & set(path.parts))
+            for part in ("Annotations/**/*.xml", "ImageSets/**/*.txt"):
+                yield from self.root.rglob(part)
+        else:
+            yield self.records.path
 
 
 def coco_split(name: str, images: Path, annotations: Path, classes: Sequence[str] | None = None) -> DataSplit:
@@ -72,16 +72,8 @@ def voc_split(
     """Read a split of Pascal VOC and everything that is wrong with its files; refuse only a missing path."""
     records, problems = voc_records(root, split)
     source = f"{root} ({split if isinstance(split, str) else ', '.join(split)})"
-    return DataSplit(
-        name,
-        source,
-        records,
-        Path(root),
-        classes,
-        one_based=True,
-        use_difficult=use_difficult,
-        problems=tuple(problems),
-    )
+    found, root = tuple(problems), Path(root)
+    return DataSplit(name, source, records, root, classes, one_based=True, use_difficult=use_difficult, problems=found)
 
 
 def table_split(name: str, table: AnnotationTable, classes: Sequence[str] | None = None) -> DataSplit:

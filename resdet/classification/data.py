@@ -107,11 +107,11 @@ def read_folder(root: Path, classes: Sequence[str] | None = None) -> LabelledIma
         raise DataError(f"{root}: each class must have one folder, but these names look alike: {name_some(alike)}")
     names = tuple(map(same_form, folders) if classes is None else classes)
     label_of = {same_form(name): label for label, name in enumerate(names)}
-    strange = [folder for folder in folders if same_form(folder) not in label_of]
-    if strange:
+    unknown = [folder for folder in folders if same_form(folder) not in label_of]
+    if unknown:
         raise DataError(
-            f"{root}: {len(strange)} of its {len(folders)} folders are none of the {len(names)} classes: "
-            f"{name_some(strange, 3)}; the classes are {name_some(names, 3)}"
+            f"{root}: {len(unknown)} of its {len(folders)} folders are none of the {len(names)} classes: "
+            f"{name_some(unknown, 3)}; the classes are {name_some(names, 3)}"
         )
     files: list[bytes] = []
     counts: list[int] = []

@@ -222,10 +222,10 @@ class AnnotationTable:
         return self if len(every) == len(self.categories) else replace(self, categories=tuple(every))
 
     def with_classes_of(self, categories: Sequence[Category]) -> AnnotationTable:
-        """Return the table as a model with these classes is judged on it.
+        """Return the table with a model's classes, to evaluate the model on it.
 
-        Classes that it lacks are appended (``add_classes``), as a validation set need not hold every class that was
-        trained on. Those of its own that are not among them go if they have no boxes; otherwise all of them stay.
+        Classes that it lacks are appended (``add_classes``): a validation set need not hold every class. Its own
+        classes that the model lacks are removed if none of them has boxes; otherwise the table is returned unchanged.
         """
         known = set(same_forms(category.name for category in categories))
         kept = [own.name for own in self.categories if own.name in known]

@@ -140,7 +140,7 @@ class DetectionDataset(Dataset[tuple[Tensor, Target]]):
         return chosen
 
     def with_classes_of(self, categories: Sequence[Category]) -> DetectionDataset:
-        """Return this dataset as a model with these classes is judged on it (``AnnotationTable.with_classes_of``)."""
+        """Return this dataset with a model's classes, to evaluate the model (``AnnotationTable.with_classes_of``)."""
         chosen = copy.copy(self)
         chosen.table = self.table.with_classes_of(categories)
         return chosen
