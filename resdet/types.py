@@ -40,6 +40,11 @@ class Category:
     category_id: int
     name: str
 
+    @property
+    def is_placeholder(self) -> bool:
+        """Whether it fills one of the gaps in COCO's ids, as torchvision's detectors of COCO have them."""
+        return self.name == f"N/A ({self.category_id})"
+
 
 class Target(TypedDict):
     """Ground truth of one training image, in the form that torchvision's detectors take.

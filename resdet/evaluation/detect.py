@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -79,7 +79,9 @@ def evaluate(
     table, labels = dataset.table, match_labels(model, dataset.table)
     found = detect(model, dataset, settings, team)
     if labels is not None:
-        found = replace(found, labels=labels[found.labels])
+        matched = labels[found.labels]
+        kept = matched > 0
+        found = Detections(found.image_index[kept], found.boxes[kept], matched[kept], found.scores[kept])
     limit = MAX_DETECTIONS if settings.max_detections is None else settings.max_detections
     coco = coco_metrics(table, found, max_detections=limit)
     return Evaluation(coco, voc_metrics(table, found), found, best_score_threshold(table, found))

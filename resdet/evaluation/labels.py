@@ -19,9 +19,11 @@ def model_categories(model: nn.Module) -> tuple[Category, ...]:
 def with_model_classes(model: nn.Module, dataset: DetectionDataset) -> DetectionDataset:
     """Return a dataset with all classes of a model that knows them; the AP of those without boxes is undefined.
 
+    Placeholders (``Category.is_placeholder``) are not added: ``match_labels`` drops them.
+
     A dataset with a class that the model does not have is returned as it is, for ``match_labels`` to report.
     """
-    categories = model_categories(model)
+    categories = [category for category in model_categories(model) if not category.is_placeholder]
     return dataset.with_classes_of(categories) if categories else dataset
 
 
@@ -30,6 +32,7 @@ def match_labels(model: nn.Module, table: AnnotationTable) -> Ints | None:
 
     Classes are matched by name; if the model has no names (torchvision's own), their numbers are compared. A DataError
     is raised unless model and dataset have the same classes; ``with_model_classes`` adds those that a dataset lacks.
+    A placeholder that the dataset lacks has label 0: its detections are dropped.
     """
     ours, theirs = model_categories(model), table.categories
     if not ours:
@@ -46,6 +49,8 @@ def match_labels(model: nn.Module, table: AnnotationTable) -> Ints | None:
         for categories in (ours, theirs)
     )
     missing = [name for name in label if name not in own_label]
+    placeholders = {category.name for category in ours if category.is_placeholder} - label.keys()
+    own_label = {name: number for name, number in own_label.items() if name not in placeholders}
     unknown = [name for name in own_label if name not in label]
     if missing or unknown:
         only_theirs, only_ours = (name_some(map(repr, names), 10) or "none" for names in (missing, unknown))

@@ -73,9 +73,10 @@ def _losses_of_images(
     model: FasterRCNN, dataset: DetectionDataset, settings: InferenceSettings, team: Processes, device: torch.device
 ) -> list[tuple[int, list[float]]]:
     """Return the row and the four losses of each image of this process's share."""
-    image_ids = dataset.table.image_ids
-    labels = match_labels(model, dataset.table)
-    own_label = None if labels is None else torch.from_numpy(np.argsort(labels))  # the model's, by the dataset's
+    table = dataset.table
+    image_ids, labels = table.image_ids, match_labels(model, table)
+    # The model's label by the dataset's; several of the model's are 0 where it has placeholders, and no target is.
+    own_label = None if labels is None else torch.from_numpy(np.argsort(labels)[-table.num_classes :])
     seen: list[int] = []
     losses: list[Tensor] = []
     with random_states_kept(device), evaluation_mode(model):

@@ -199,6 +199,23 @@ def test_a_dataset_without_one_of_the_models_classes_is_judged_on_the_others(pos
     assert {entry["category_id"] for entry in entries} == {49, 50, absent.category_id}
 
 
+def test_placeholders_of_a_models_classes_are_no_classes():
+    """torchvision's detectors of COCO have rows for the ids that COCO does not use."""
+    dataset = shapes()
+    first, second, third = dataset.categories
+    categories = (first, Category(2, 12, "N/A (12)"), replace(second, label=3), replace(third, label=4))
+    model = Oracle(dataset, categories)
+    for key, (boxes, labels) in model.answers.items():
+        wrong = torch.tensor([2])  # the placeholder's, and the best
+        model.answers[key] = torch.cat([boxes[:1], boxes]), torch.cat([wrong, torch.tensor([0, 1, 3, 4])[labels]])
+    found = evaluate(model, dataset)
+    assert [row.name for row in found.per_class] == [one.name for one in dataset.categories]
+    assert found.metrics["AP"] == pytest.approx(1, abs=1e-9)
+    np.testing.assert_array_equal(found.detections.labels, dataset.table.labels)
+    lacks = lacking(dataset, second.name)
+    assert [row.AP for row in evaluate(model, lacks).per_class] == pytest.approx([1, 1, -1], abs=1e-9)
+
+
 def test_the_id_of_an_absent_class_is_not_another_classs():
     dataset = shapes()
     absent, other, _ = dataset.categories

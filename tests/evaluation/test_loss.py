@@ -201,6 +201,17 @@ def test_classes_are_matched_by_name() -> None:
         validation_loss(detector((replace(dataset.categories[0], name="pentagon"), *dataset.categories[1:])), dataset)
 
 
+def test_a_placeholder_of_the_models_has_no_ground_truth() -> None:
+    dataset = shapes()
+    names = [category.name for category in dataset.categories]
+    fewer = DetectionDataset(
+        dataset.table.select_classes([names[2], names[0]]), ShapesImages(IMAGE_SIZE, SEED), training=False
+    )
+    first, _, third = dataset.categories
+    model = detector((first, Category(2, 12, "N/A (12)"), third))
+    assert validation_loss(model, fewer) == validation_loss(detector(dataset.categories), fewer)
+
+
 def test_other_models_are_refused() -> None:
     with pytest.raises(UserError, match="FasterRCNN or a subclass, got Linear"):
         validation_loss(nn.Linear(1, 1), shapes())
