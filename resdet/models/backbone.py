@@ -20,6 +20,7 @@ from resdet.errors import UserError
 from resdet.models.bodies import Body, make_body
 from resdet.models.convolution import conv
 from resdet.models.loading import load_backbone_weights
+from resdet.models.spec import WeightsOrigin
 from resdet.models.tracing import is_captured, scripted_as
 from resdet.weights.source import WeightsSource
 
@@ -131,6 +132,7 @@ def resnet_fpn(
     extra_blocks: ExtraBlocks = "pool",
     fast: bool = True,
     stride_in_1x1: bool = False,
+    origin: WeightsOrigin | None = None,
 ) -> ResNetFPN:
     """Build a backbone that plugs into torchvision's FasterRCNN, MaskRCNN, RetinaNet and FCOS.
 
@@ -150,6 +152,7 @@ def resnet_fpn(
         fast: Run channels-last with frozen norms folded into the convolutions; off, exactly torchvision's operations.
         stride_in_1x1: Whether bottlenecks stride in their first 1x1 convolution, as MSRA's weights need it, and not in
             the 3x3, as torchvision's do; weights are trained for one of the two. Other blocks have no such choice.
+        origin: What is known of ``weights``, where the file does not say it.
 
     Raises:
         UserError: If an argument is out of its range.
@@ -162,7 +165,7 @@ def resnet_fpn(
     )
     freeze_stages(body, trainable_layers)
     backbone = ResNetFPN(body, out_channels=out_channels, extra_blocks=extra_blocks)
-    load_backbone_weights(body, weights, arch)
+    load_backbone_weights(body, weights, arch, origin)
     return backbone
 
 

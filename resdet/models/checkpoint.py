@@ -25,7 +25,14 @@ from resdet.models.archs import ARCHS
 from resdet.models.detector import Detector, build_detector
 from resdet.models.int8 import Int8Detector
 from resdet.models.loading import LoadReport, fitting_archs, load_strictly
-from resdet.models.spec import CONVENTIONS, WEIGHTS_FACTS, DetectorSpec, WeightsOrigin
+from resdet.models.spec import (
+    ANCHOR_FIELDS,
+    CONVENTIONS,
+    RUN_FIELDS,
+    WEIGHTS_FACTS,
+    DetectorSpec,
+    WeightsOrigin,
+)
 from resdet.types import Category, categories_to_plain
 from resdet.weights.facts import OWN_LAYOUTS, class_names, sees_bytes
 from resdet.weights.files import CLASS_SCORES, DETECTOR_FORMAT, INT8_FORMAT, WeightsFile, WeightsPath, read_weights
@@ -47,12 +54,9 @@ _COCO = [
 ]
 # torchvision's own files, whose conventions are certain.
 _PUBLISHED = {
-    weights.COCO_V1.url.rpartition("/")[2]
-    for weights in (
-        FasterRCNN_ResNet50_FPN_Weights,
-        MaskRCNN_ResNet50_FPN_Weights,
-        KeypointRCNN_ResNet50_FPN_Weights,
-    )
+    entry.url.rpartition("/")[2]
+    for weights in (FasterRCNN_ResNet50_FPN_Weights, MaskRCNN_ResNet50_FPN_Weights, KeypointRCNN_ResNet50_FPN_Weights)
+    for entry in weights
 }
 
 
@@ -91,7 +95,11 @@ def save_int8_detector(
 
 
 def load_detector(
-    path: WeightsPath, device: torch.device | str = "cpu", *, origin: WeightsOrigin | None = None
+    path: WeightsPath,
+    device: torch.device | str = "cpu",
+    *,
+    origin: WeightsOrigin | None = None,
+    settings: Mapping[str, Any] | None = None,
 ) -> Detector:
     """Build the detector that a file holds, in evaluation mode.
 
@@ -104,25 +112,31 @@ def load_detector(
             of ``save_int8_detector`` gives an ``Int8Detector``.
         device: Where to put the model.
         origin: What is known of the weights, where the file does not say it.
+        settings: Of torchvision's or another library's detector, fields of its spec (``RUN_FIELDS``) that are not the
+            library's defaults: ``{"anchor_sizes": (16, 32, 64, 128, 256), "min_size": 512}``.
 
     Raises:
-        WeightsError: If the file is missing, damaged, no checkpoint of a detector, or contradicts itself or ``origin``;
-            or holds another kind of detector.
+        UserError: If a field of ``settings`` is none of ``RUN_FIELDS``.
+        WeightsError: If the file is missing, damaged, no checkpoint of a detector, or contradicts itself, ``origin`` or
+            the anchors in ``settings``; or holds another kind of detector.
     """
-    file = read_weights(path, origin)
+    file, settings = read_weights(path, origin), settings or {}
+    if unknown := settings.keys() - set(RUN_FIELDS):
+        raise UserError(f"settings: must be among {', '.join(RUN_FIELDS)}, got {name_some(sorted(unknown))}")
+    if settings and file.spec is not None:
+        raise WeightsError(f"{file.path}: is a checkpoint of this library, whose settings are its own")
     if file.kind != "int8":
-        file = describe_detector(file)
-    if file.spec is None:
-        file = replace(file, spec=_torchvision_spec(file))
-    assert file.spec is not None
+        file = describe_detector(file, settings)
+    spec = file.spec or _foreign_spec(file, settings)
+    log_assumed_settings(file, spec, settings)
     num_classes = len(class_scores(file))
-    _check_sizes(file, file.spec)
+    _check_sizes(file, spec)
     build = Int8Detector.empty if file.kind == "int8" else build_detector
     try:
-        model: Detector = build(file.spec, num_classes=num_classes, categories=file.categories)
+        model: Detector = build(spec, num_classes=num_classes, categories=file.categories)
     except UserError as error:
         raise WeightsError(f"{file.path}: {error}") from error
-    load_strictly(model, file, what=f"this {file.spec.arch} detector")
+    load_strictly(model, file, what=f"this {spec.arch} detector")
     model.score_threshold = file.score_threshold
     return model.to(device).eval()  # type: ignore[no-any-return]
 
@@ -145,11 +159,11 @@ def load_detector_weights(model: Detector, path: WeightsPath) -> LoadReport:
     return report
 
 
-def describe_detector(file: WeightsFile) -> WeightsFile:
+def describe_detector(file: WeightsFile, settings: Mapping[str, Any] | None = None) -> WeightsFile:
     """Return a detector's file with the classes, and of another library the spec, that its conventions imply.
 
-    Nothing but classes given by ``WeightsFile.origin`` is added to a checkpoint of ours. A detector in int8, or one
-    that torchvision's Faster R-CNN cannot be, is refused.
+    Nothing but classes given by ``WeightsFile.origin`` is added to a checkpoint of ours. ``settings`` are those of
+    ``load_detector``. A detector in int8, or one that torchvision's Faster R-CNN cannot be, is refused.
     """
     if file.kind == "int8":
         raise WeightsError(
@@ -158,26 +172,21 @@ def describe_detector(file: WeightsFile) -> WeightsFile:
     num_classes = len(class_scores(file))
     if file.spec is not None:
         own = tuple(category.name for category in file.categories)
-        if file.origin.classes is not None and file.origin.classes != own:
-            if own:
-                raise WeightsError(
-                    f"{file.path}: names its classes itself ({name_some(own)}): leave origin.classes out"
-                )
-            return replace(file, categories=_named(file, file.origin.classes, num_classes))
-        return file
-    categories, whose = _categories(file, num_classes)
-    if file.facts.get("format", "torchvision") in OWN_LAYOUTS:
+        if file.origin.classes in (None, own):
+            return file
+        if own:
+            raise WeightsError(f"{file.path}: names its classes itself ({name_some(own)}): leave origin.classes out")
+        return replace(file, categories=_named(file, file.origin.classes, num_classes))
+    categories, known_as = _categories(file, num_classes)
+    library = _library(file)
+    if library in OWN_LAYOUTS:
         _check_torchvisions_heads(file)
     else:
         _check_other_heads(file)
-        file = replace(file, spec=_imported_spec(file))
+        file = replace(file, spec=_foreign_spec(file, settings or {}))
+    left_over = name_some(file.left_over) or "none"
     logger.info(
-        "%s: detector of %s, %d classes (%s); left over: %s",
-        file.path,
-        file.facts.get("format", "torchvision"),
-        num_classes - 1,
-        whose,
-        name_some(file.left_over) or "none",
+        "%s: detector of %s, %d classes (%s); left over: %s", file.path, library, num_classes - 1, known_as, left_over
     )
     return replace(file, categories=categories)
 
@@ -234,101 +243,121 @@ def _check_torchvisions_heads(file: WeightsFile) -> None:
         )
 
 
-def _torchvision_spec(file: WeightsFile) -> DetectorSpec:
-    """Describe a state dict of torchvision's Faster R-CNN, whose settings its file does not say."""
-    tensors = file.tensors
-    archs = fitting_archs(tensors)
-    if len(archs) != 1:
-        raise WeightsError(
-            f"{file.path}: its body is {' or '.join(archs) or 'none of ' + ', '.join(ARCHS)}: build it with "
-            "build_detector and load_state_dict"
-        )
-    try:
-        widths = {
-            "out_channels": len(tensors[f"{FPN}inner_blocks.0.0.weight"]),
-            "box_head_channels": len(tensors["roi_heads.box_head.fc6.weight"]),
-        }
-    except KeyError as error:
-        raise WeightsError(
-            f"{file.path}: is not a Faster R-CNN with FPN and two fully connected layers: it has no {error}"
-        ) from error
-    given = file.origin.model_dump(include=set(WEIGHTS_FACTS), exclude_none=True) | file.settings
-    is_published = file.path.name in _PUBLISHED
-    if is_published:  # trained with frozen norms of eps 0: overwrite_eps in torchvision's faster_rcnn.py
-        given = {"norm_eps": 0.0} | given
-    spec = DetectorSpec(arch=archs[0], **widths, **given)
-    if not is_published:
-        assumed = [name for name in WEIGHTS_FACTS if name not in given]
-        logger.warning(
-            "%s: read as torchvision's Faster R-CNN; the file does not say, and it is assumed: %s, anchors of %s, "
-            "images of %d to %d pixels%s (origin=WeightsOrigin(...) states the former otherwise)",
-            file.path,
-            ", ".join(f"{name}={getattr(spec, name)}" for name in assumed),
-            list(spec.anchor_sizes),
-            spec.min_size,
-            spec.max_size,
-            "; torchvision's COCO_V1 was trained with norm_eps=0" if "norm_eps" in assumed else "",
-        )
-        if sees_bytes(tensors, BODY) and "image_std" in assumed:
-            logger.warning("%s: its first filters are for images in 0..255, which torchvision's are not", file.path)
-    return spec
-
-
-def _imported_spec(file: WeightsFile) -> DetectorSpec:
-    """Describe another library's detector, as that library runs it."""
-    library, tensors = file.facts["format"], file.tensors
-    if file.facts["arch"] is None:
+def _foreign_spec(file: WeightsFile, settings: Mapping[str, Any]) -> DetectorSpec:
+    """Describe torchvision's or another library's detector, as that library runs it."""
+    tensors, library = file.tensors, _library(file)
+    if library in OWN_LAYOUTS:
+        archs = fitting_archs(tensors)
+        if len(archs) != 1:
+            raise WeightsError(
+                f"{file.path}: its body is {' or '.join(archs) or 'none of ' + ', '.join(ARCHS)}: build it with "
+                "build_detector and load_state_dict"
+            )
+    elif file.facts["arch"] is None:
         raise WeightsError(f"{file.path}: its body is none of {', '.join(ARCHS)}")
-    if library not in CONVENTIONS:
-        logger.warning(
-            "%s: detectors of %s measure boxes one pixel larger, and only approximately run as they were trained: "
-            "expect to lose some AP, or fine-tune",
-            file.path,
-            library,
+    else:
+        archs = [file.facts["arch"]]
+        if library not in CONVENTIONS:
+            logger.warning(
+                "%s: detectors of %s measure boxes one pixel larger, and only approximately run as they were trained: "
+                "expect to lose some AP, or fine-tune",
+                file.path,
+                library,
+            )
+    stated = {name: file.facts[name] for name in RUN_FIELDS if name in file.facts}
+    for name in ANCHOR_FIELDS:
+        if name in stated and name in settings and list(settings[name]) != stated[name]:
+            raise WeightsError(f"{file.path}: {name} was given as {settings[name]}, but the file says {stated[name]}")
+    if any(isinstance(value, list) for name in ANCHOR_FIELDS for value in stated.get(name, ())):
+        raise WeightsError(
+            f"{file.path}: each level must have anchors of one size, and all levels the same aspect ratios, got "
+            f"{', '.join(f'{name}={stated[name]}' for name in ANCHOR_FIELDS)}"
         )
+    # torchvision sets eps to 0 for its published weights: overwrite_eps in its faster_rcnn.py.
+    published = {"norm_eps": 0.0} if file.path.name in _PUBLISHED else {}
+    origin = file.origin.model_dump(include=set(WEIGHTS_FACTS), exclude_none=True)
+    known = published | CONVENTIONS.get(library, {}) | origin | file.settings | stated | dict(settings)
     try:
-        return DetectorSpec(
-            arch=file.facts["arch"],
-            out_channels=len(tensors["backbone.fpn.inner_blocks.0.0.weight"]),
+        spec = DetectorSpec(
+            arch=archs[0],
+            out_channels=len(tensors[f"{FPN}inner_blocks.0.0.weight"]),
             box_head_channels=len(tensors["roi_heads.box_head.fc6.weight"]),
-            **(CONVENTIONS.get(library, {}) | file.settings),
+            **known,
         )
     except KeyError as error:
         raise WeightsError(
             f"{file.path}: is not a Faster R-CNN with FPN and two fully connected layers: it has no {error}"
         ) from error
     except ValidationError as error:
-        raise WeightsError(f"{file.path}: {error.errors()[0]['msg']}") from error
+        first = error.errors()[0]
+        where = "".join(f"{part}: " for part in first["loc"][:1])
+        raise WeightsError(f"{file.path}: {where}{first['msg']}, got {first['input']!r}") from error
+    return spec
+
+
+def log_assumed_settings(file: WeightsFile, spec: DetectorSpec, settings: Mapping[str, Any] | None = None) -> None:
+    """Log the fields of a detector's spec that another library's file does not state, nor the user in ``settings``."""
+    if file.format in (DETECTOR_FORMAT, INT8_FORMAT) or _is_published(file):
+        return
+    known = {*file.settings, *file.facts, *(settings or ()), *file.origin.model_dump(exclude_none=True)}
+    assumed = [name for name in (*WEIGHTS_FACTS, *RUN_FIELDS) if name not in known]
+    if not assumed:
+        return
+    hints = ["; torchvision's COCO_V1 was trained with norm_eps=0"] if "norm_eps" in assumed else []
+    if "image_std" in assumed and sees_bytes(file.tensors, BODY):
+        hints.append("; its first filters are for images in 0..255, which torchvision's are not")
+    logger.log(
+        logging.WARNING if "anchor_sizes" in assumed else logging.INFO,
+        "%s: read as %s's Faster R-CNN; the file does not say, and it is assumed: %s (origin or settings of "
+        "load_detector, or model.KEY in a configuration, state it otherwise)%s",
+        file.path,
+        _library(file),
+        ", ".join(f"{name}={getattr(spec, name)}" for name in assumed),
+        "".join(hints),
+    )
+
+
+def _library(file: WeightsFile) -> str:
+    return str(file.facts.get("format", "torchvision"))
+
+
+def _is_published(file: WeightsFile) -> bool:
+    """Whether a file is of torchvision's or detectron2's model zoo, where what it does not say is known."""
+    return file.path.name in _PUBLISHED or file.content.get("__author__") == "Detectron2 Model Zoo"
 
 
 def _categories(file: WeightsFile, num_classes: int) -> tuple[tuple[Category, ...], str]:
     """Return a detector's classes, or none, and how they are known."""
+    hint = "origin=WeightsOrigin(classes=...) or model.weights_origin.classes names them"
     if file.origin.classes is not None:
         return _named(file, file.origin.classes, num_classes), "as they were given"
     if names := class_names(file.content):
         if len(names) == num_classes - 1 and len(set(names)) == len(names):
             return _named(file, names, num_classes), "as the file names them"
         logger.warning(
-            "%s: names %d classes (%s), which its scores of %d contradict or which repeat: they are not used; "
-            "origin=WeightsOrigin(classes=...) or model.weights_origin.classes names them",
+            "%s: names %d classes (%s), which its scores of %d contradict or which repeat: they are not used; %s",
             file.path,
             len(names),
             name_some(names),
             num_classes - 1,
+            hint,
         )
         return (), "their names are not known"
-    is_torchvisions = file.facts.get("format", "torchvision") in OWN_LAYOUTS
-    table = _COCO if is_torchvisions else [(number, name) for number, name in _COCO if not name.startswith("N/A")]
+    table = _COCO
+    if any("keypoint" in name for name in file.left_over):
+        table = _COCO[:1]  # Keypoint R-CNN's only class is the person
+    elif _library(file) not in OWN_LAYOUTS:
+        table = [(number, name) for number, name in _COCO if not name.startswith("N/A")]
     if num_classes != len(table) + 1:
         return (), "their names are not known"
     categories = tuple(Category(label, number, name) for label, (number, name) in enumerate(table, 1))
-    if file.path.name in _PUBLISHED or file.content.get("__author__") == "Detectron2 Model Zoo":
+    if _is_published(file):
         return categories, "COCO's"
     logger.warning(
-        "%s: the names of its %d classes are not in the file, and are assumed to be COCO's "
-        "(model.weights_origin.classes or origin=WeightsOrigin(classes=...) names them otherwise)",
+        "%s: the names of its %d classes are not in the file, and are assumed to be COCO's (%s otherwise)",
         file.path,
         num_classes - 1,
+        hint,
     )
     return categories, "assumed to be COCO's"
 

@@ -24,7 +24,7 @@ from resdet.models.proposals import Anchors, FastProposalHead, FastProposalNetwo
 from resdet.models.resnet import ResNet
 from resdet.models.roi_align import FastMultiScaleRoIAlign, MultiScaleRoIAlign
 from resdet.models.seeded import SeededTransform
-from resdet.models.spec import DetectorSpec
+from resdet.models.spec import DetectorSpec, WeightsOrigin
 from resdet.models.tracing import scripted_as
 from resdet.models.transform import PilTransform
 from resdet.types import Category
@@ -155,6 +155,7 @@ def build_detector(
     weights_backbone: WeightsSource = None,
     trainable_layers: int = 3,
     categories: Sequence[Category] = (),
+    origin: WeightsOrigin | None = None,
 ) -> Detector:
     """Build a detector, its heads random.
 
@@ -164,6 +165,7 @@ def build_detector(
         weights_backbone: First weights of the body: None (random), a torchvision weight name or enum, a file or a URL.
         trainable_layers: Number of the body's stages that take gradients, 0 to 5; see ``resnet_fpn``.
         categories: The ``K`` classes by rising label, or none if their names are not known.
+        origin: What is known of ``weights_backbone``, where the file does not say it.
 
     Raises:
         UserError: If an argument is out of its range.
@@ -182,7 +184,7 @@ def build_detector(
         dilate_c5=spec.layout == "dc5" and not is_vgg,
     )
     freeze_stages(body, trainable_layers)
-    load_backbone_weights(body, weights_backbone, spec.arch)
+    load_backbone_weights(body, weights_backbone, spec.arch, origin)
     if spec.layout == "fpn":
         return Detector(spec, ResNetFPN(body, out_channels=spec.out_channels), num_classes, categories)
     conv5 = None

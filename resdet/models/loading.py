@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from resdet.errors import WeightsError, name_some
 from resdet.models.archs import ARCHS, ResNetArch
 from resdet.models.bodies import Body, make_body
+from resdet.models.spec import WeightsOrigin
 from resdet.weights.files import WeightsFile
 from resdet.weights.formats import body_prefix
 from resdet.weights.layouts import count_blocks
@@ -83,7 +84,9 @@ def load_strictly(module: nn.Module, file: WeightsFile, *, what: str, keep: tupl
     return LoadReport(str(file.path), tuple(loaded), file.left_over, kept)
 
 
-def load_backbone_weights(body: Body, source: WeightsSource, arch: str) -> LoadReport:
+def load_backbone_weights(
+    body: Body, source: WeightsSource, arch: str, origin: WeightsOrigin | None = None
+) -> LoadReport:
     """Load a body's weights from wherever they are; what was used and what was left over is logged.
 
     Every file that ``read_weights`` understands will do: a classifier's (its ``fc`` is left over), a backbone's or a
@@ -92,7 +95,7 @@ def load_backbone_weights(body: Body, source: WeightsSource, arch: str) -> LoadR
     """
     if source is None:
         return LoadReport()
-    file = read_first_weights(source, arch)
+    file = read_first_weights(source, arch, origin)
     prefix = body_prefix(file.tensors)
     if prefix is None:
         raise WeightsError(f"{file.path}: holds no body; its tensors are {name_some(file.tensors)}")

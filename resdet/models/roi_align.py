@@ -44,7 +44,14 @@ from torch.jit.annotations import BroadcastingList2
 from torch.nn import functional as F
 from torchvision import ops
 from torchvision.ops._utils import check_roi_boxes_shape, convert_boxes_to_roi_format
-from torchvision.ops.poolers import LevelMapper, _filter_input, _multiscale_roi_align, _onnx_merge_levels, _setup_scales
+from torchvision.ops.poolers import (
+    LevelMapper,
+    _filter_input,
+    _multiscale_roi_align,
+    _onnx_merge_levels,
+    _setup_scales,
+    initLevelMapper,
+)
 
 from resdet.errors import UserError
 from resdet.models.tracing import is_captured, is_scripting, scripted_as
@@ -106,11 +113,9 @@ class MultiScaleRoIAlign(ops.MultiScaleRoIAlign):  # type: ignore[misc]
     ) -> None:
         super().__init__(featmap_names, output_size, sampling_ratio)
         if strides:
-            side = max(strides)
-            levels = [torch.empty(1, 1, side // stride, side // stride) for stride in strides]
-            self.scales, self.map_levels = _setup_scales(
-                levels, [(side, side)], self.canonical_scale, self.canonical_level
-            )
+            self.scales = [1 / stride for stride in strides]
+            finest, coarsest = (stride.bit_length() - 1 for stride in (strides[0], strides[-1]))
+            self.map_levels = initLevelMapper(finest, coarsest, self.canonical_scale, self.canonical_level)
         self.aligned = aligned
 
     def forward(

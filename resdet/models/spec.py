@@ -221,6 +221,10 @@ WEIGHTS_FIELDS = (
     "box_min_size",
 )
 
+# Anchors belong to an RPN's weights; the rest is how a detector is run. Other libraries' files state some of them.
+ANCHOR_FIELDS = ("anchor_sizes", "aspect_ratios")
+RUN_FIELDS = (*ANCHOR_FIELDS, "min_size", "max_size", "box_score_thresh")
+
 
 class WeightsOrigin(BaseModel):
     """What is known of weights whose file does not say it; null leaves it to the file, or to a guess that is logged.

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from resdet.errors import WeightsError
 from resdet.models.archs import ARCHS, ResNetArch
-from resdet.models.spec import WeightsOrigin
+from resdet.models.spec import RUN_FIELDS, WeightsOrigin
 from resdet.weights.layouts import BACKGROUND_LAST, BODY, FORMATS, MEAN, SCORES, STD, Tensors, count_blocks
 
 # Where a converted file carries its facts: an entry next to the state dict, or an attribute of a bare one.
@@ -125,7 +125,8 @@ def facts_of(
     }
     if classes := class_names(content):
         collected["classes"] = list(classes)
-    return collected, assumed
+    # Those of RUN_FIELDS that it states; the sizes of a level's anchors are a list where it has several.
+    return collected | _run_fields(content, source_format, given), assumed
 
 
 def class_names(content: Mapping[str, Any]) -> tuple[str, ...]:
@@ -148,10 +149,7 @@ def mmdetection_style(content: Mapping[str, Any]) -> dict[str, Any]:
 
     Mean and deviation are of RGB images in [0, 1].
     """
-    meta = content.get("meta")
-    config = (meta.get("config") or meta.get("cfg")) if isinstance(meta, dict) else None
-    if not isinstance(config, str):
-        return {}
+    config = _mmdetection_config(content)
     style: dict[str, Any] = {}
     if found := re.search(r"to_rgb\s*=\s*(True|False)", config):
         style["channel_order"] = "bgr" if found[1] == "False" else "rgb"
@@ -159,11 +157,69 @@ def mmdetection_style(content: Mapping[str, Any]) -> dict[str, Any]:
         style["stride_in_1x1"] = found[1] == "caffe"
     if "channel_order" in style:
         for key in ("mean", "std"):
-            if found := re.search(rf"\b{key}\s*=\s*\[([-+.e\d,\s]*)\]", config):
-                values = [float(value) / 255 for value in found[1].split(",") if value.strip()]
-                if len(values) == 3:
-                    style[f"image_{key}"] = values[:: -1 if style["channel_order"] == "bgr" else 1]
+            values = [value / 255 for value in _numbers(config, key)]
+            if len(values) == 3:
+                style[f"image_{key}"] = values[:: -1 if style["channel_order"] == "bgr" else 1]
     return style
+
+
+def _mmdetection_config(content: Mapping[str, Any]) -> str:
+    meta = content.get("meta")
+    config = (meta.get("config") or meta.get("cfg")) if isinstance(meta, dict) else None
+    return config if isinstance(config, str) else ""
+
+
+def _numbers(config: str, key: str) -> list[float]:
+    """Return the number or the flat list of numbers that is first assigned to ``key``; none if there is no such."""
+    number = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
+    found = re.search(rf"\b{key}\s*=\s*(?:[\[(]([^][()]*)[])]|({number}))", config)
+    return [float(value) for value in re.findall(number, found[1] or found[2])] if found else []
+
+
+def _run_fields(content: Mapping[str, Any], source_format: str, given: Tensors) -> dict[str, Any]:
+    """Return the fields of ``RUN_FIELDS`` that a detector's file states."""
+    carried = carried_facts(content)
+    fields = {name: carried[name] for name in RUN_FIELDS if name in carried}
+    if source_format == "detectron2":
+        fields |= _cell_anchors(given)
+    elif source_format.startswith("mmdetection") and (config := _mmdetection_config(content)):
+        found = re.search(r"anchor_generator\s*=\s*dict\(([^()]*)\)", config)
+        anchors = {key: _numbers(found[1], key) for key in ("scales", "strides", "ratios")} if found else {}
+        if anchors and all(anchors.values()):
+            sizes = [[scale * stride for scale in anchors["scales"]] for stride in anchors["strides"]]
+            fields |= {"anchor_sizes": _one_per_level(sizes), "aspect_ratios": anchors["ratios"]}
+        resized = _numbers(config.partition("test_pipeline")[2], "(?:img_)?scale")
+        if len(resized) == 2:
+            fields |= {"min_size": _whole(min(resized)), "max_size": _whole(max(resized))}
+        if threshold := _numbers(config, "score_thr"):
+            fields["box_score_thresh"] = threshold[0]
+    return fields
+
+
+def _cell_anchors(given: Tensors) -> dict[str, Any]:
+    """Read the anchors at one location of each level, which detectron2 stores as corners around 0."""
+    found = {name: corners for name, corners in given.items() if ".anchor_generator.cell_anchors." in name}
+    levels = [found[name] for name in sorted(found, key=lambda name: (len(name), name))]  # [A, 4] each
+    if not levels or any(level.is_meta or level.dim() != 2 or level.shape[1] != 4 for level in levels):
+        return {}
+    sides = [(level[:, 2:] - level[:, :2]).double() for level in levels]  # [A, 2], width and height
+    sizes = [[round(size, 2) for size in level.prod(1).sqrt().tolist()] for level in sides]
+    ratios = [[round(ratio, 4) for ratio in (level[:, 1] / level[:, 0]).tolist()] for level in sides]
+    distinct = [list(dict.fromkeys(level)) for level in ratios]
+    return {
+        "anchor_sizes": _one_per_level([list(dict.fromkeys(level)) for level in sizes]),
+        "aspect_ratios": distinct[0] if all(level == distinct[0] for level in distinct) else distinct,
+    }
+
+
+def _one_per_level(sizes: Sequence[Sequence[float]]) -> list[Any]:
+    """Return the size of each level's anchors, or the sizes where there are several."""
+    levels = [[_whole(size) for size in level] for level in sizes]
+    return [level[0] if len(level) == 1 else level for level in levels]
+
+
+def _whole(number: float) -> float:
+    return int(number) if number.is_integer() else number
 
 
 def sees_bytes(tensors: Mapping[str, Tensor], prefix: str) -> bool | None:

@@ -20,7 +20,7 @@ from safetensors import safe_open
 
 from resdet.errors import WeightsError, first_line
 from resdet.models.archs import ARCHS, ResNetArch
-from resdet.models.spec import CONVENTIONS, WEIGHTS_FIELDS, DetectorSpec, WeightsOrigin
+from resdet.models.spec import ANCHOR_FIELDS, CONVENTIONS, WEIGHTS_FIELDS, DetectorSpec, WeightsOrigin
 from resdet.types import Category, categories_from_plain
 from resdet.weights.arrays import load_pickle
 from resdet.weights.convert import check_class_matrix, find_format, log_assumptions, to_torchvision
@@ -48,10 +48,9 @@ class WeightsFile:
     path: Path
     kind: Literal["detector", "int8", "classifier", "backbone"]  # a backbone has its pyramid or not
     tensors: Tensors  # as torchvision names them; ``resdet.weights.convert.Converted`` says how for each kind
-    # Fields of DetectorSpec under which the weights were trained, as far as the file states or implies them, or it was
-    # assumed: all
-    # WEIGHTS_FIELDS for our checkpoints and other libraries' detectors, some of WEIGHTS_FACTS for other backbones, none
-    # for torchvision's own files, which state nothing.
+    # Fields of DetectorSpec under which the weights were trained, stated, implied or assumed: all WEIGHTS_FIELDS of our
+    # checkpoints and of other libraries' detectors, of these ANCHOR_FIELDS too if they are stated; some of
+    # WEIGHTS_FACTS of other backbones; none of torchvision's own files, which state nothing.
     settings: dict[str, Any]
     # The file's dictionary as it is stored, for entries that only their writer understands: "config" and "training" of
     # a run, "moment" of a broken step, "classes" of a classifier.
@@ -284,7 +283,15 @@ def _settings(stated: Mapping[str, Any], kind: str) -> dict[str, Any]:
     if isinstance(arch, ResNetArch) and arch.block == "basic":
         settings |= {"stride_in_1x1": False} if settings else {}  # whatever its library's other networks do
     library = stated.get("format", "torchvision")
-    if kind != "detector" or library in OWN_LAYOUTS:
+    if kind != "detector":
+        return settings
+    anchors = {name: stated.get(name) for name in ANCHOR_FIELDS}
+    settings |= {
+        name: tuple(values)
+        for name, values in anchors.items()
+        if isinstance(values, list) and all(isinstance(value, int | float) for value in values)
+    }
+    if library in OWN_LAYOUTS:
         return settings
     usual = CONVENTIONS.get(library, {})
     return {name: usual.get(name, DetectorSpec.model_fields[name].default) for name in WEIGHTS_FIELDS} | settings

@@ -14,11 +14,14 @@ from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 
 from resdet.build import build_model
 from resdet.config import ModelConfig
+from resdet.data.coco import read_coco
 from resdet.data.dataset import DetectionDataset
 from resdet.data.shapes import ShapesImages, shapes_table
 from resdet.errors import WeightsError
+from resdet.evaluation.labels import match_labels
 from resdet.models.checkpoint import load_detector
 from resdet.models.spec import WeightsOrigin
+from resdet.types import Category
 
 SIZES: dict[str, Any] = {"min_size": 64, "max_size": 96, "box_score_thresh": 0.0}
 
@@ -59,7 +62,9 @@ def test_torchvisions_faster_rcnn_loads_as_it_is(
     torch.testing.assert_close(ours["scores"], expected["scores"], rtol=0, atol=1e-4)
 
 
-def test_ninety_one_classes_are_cocos_with_its_gaps(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_ninety_one_classes_are_cocos_with_its_gaps(
+    tmp_path: Path, assets: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     state = theirs(num_classes=91).state_dict()
     torch.save(state, tmp_path / "model.pth")
     categories = load_detector(tmp_path / "model.pth").categories
@@ -68,6 +73,15 @@ def test_ninety_one_classes_are_cocos_with_its_gaps(tmp_path: Path, caplog: pyte
     assert [c.label for c in categories if c.name.startswith("N/A")] == [12, 26, 29, 30, 45, 66, 68, 69, 71, 83]
     assert len({category.name for category in categories}) == 90
     assert "names of its 90 classes are not in the file, and are assumed to be COCO's" in caplog.text
+    # Data of COCO's 80 classes: the placeholders are none of them.
+    data = read_coco(assets / "tiny_coco" / "annotations" / "instances_val2017.json")
+    model = load_detector(tmp_path / "model.pth")
+    labels = match_labels(model, data)
+    assert labels is not None
+    ids = {category.label: category.category_id for category in data.categories}
+    assert [ids.get(label) for label in labels[1:]] == [
+        None if category.is_placeholder else category.category_id for category in model.categories
+    ]
     own = tuple(f"part {number}" for number in range(90))
     assert load_detector(tmp_path / "model.pth", origin=WeightsOrigin(classes=own)).categories[0].name == "part 0"
 
@@ -96,6 +110,18 @@ def mask_rcnn() -> dict[str, Tensor]:
 def keypoint_rcnn() -> dict[str, Tensor]:
     model = detection.KeypointRCNN(resnet_fpn_backbone(backbone_name="resnet18", weights=None), 2, **SIZES)
     return dict(model.state_dict())
+
+
+@pytest.mark.parametrize(
+    "name", ["keypointrcnn_resnet50_fpn_coco-fc266e95.pth", "keypointrcnn_resnet50_fpn_coco-9f466800.pth", "mine.pth"]
+)
+def test_keypoint_rcnn_finds_persons(tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture) -> None:
+    torch.save(keypoint_rcnn(), tmp_path / name)
+    model = load_detector(tmp_path / name)
+    assert model.categories == (Category(1, 1, "person"),)
+    assumed = "names of its 1 classes are not in the file, and are assumed to be COCO's" in caplog.text
+    assert assumed == (name == "mine.pth")
+    assert model.spec.norm_eps == (1e-5 if assumed else 0.0)
 
 
 @pytest.mark.parametrize("make", [mask_rcnn, keypoint_rcnn])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from resdet.errors import UserError, WeightsError
 from resdet.models.backbone import resnet_fpn
 from resdet.models.checkpoint import checkpoint_payload, load_detector, load_detector_weights
 from resdet.models.detector import build_detector
+from resdet.models.fasterrcnn import fasterrcnn_resnet101_fpn
 from resdet.models.spec import DetectorSpec, WeightsOrigin
 from resdet.weights.convert import from_torchvision, to_torchvision
 from resdet.weights.convert_file import convert_file
@@ -206,11 +207,24 @@ def test_an_origin_is_a_statement_too(detectron2: tuple[Path, bool]) -> None:
         build_model(section(path, image_std=[0.5] * 3), shapes(), resume_from=None)
 
 
+def cell_anchors(sizes: Sequence[Sequence[int]], ratios: Sequence[float] = (0.5, 1, 2)) -> dict[str, Tensor]:
+    """What detectron2's ``DefaultAnchorGenerator`` keeps: corners around 0, of each level."""
+    sides = [[(size / ratio**0.5, size * ratio**0.5) for size in level for ratio in ratios] for level in sizes]
+    name = "proposal_generator.anchor_generator.cell_anchors"
+    corners = [[(-width / 2, -height / 2, width / 2, height / 2) for width, height in level] for level in sides]
+    return {f"{name}.{number}": torch.tensor(level) for number, level in enumerate(corners)}
+
+
+USUAL = [[32], [64], [128], [256], [512]]
+SMALL = [[16], [32], [64], [128], [256]]
+
+
 @pytest.mark.parametrize("author", ["Detectron2 Model Zoo", "torchvision"])
 def test_what_a_file_says_is_certain(tmp_path: Path, author: str, caplog: pytest.LogCaptureFixture) -> None:
     zoo = author != "torchvision"
     path = tmp_path / "model.pth"
-    torch.save({"model": detectron2_state(msra=not zoo), "__author__": author}, path)  # whatever its filters are
+    state = detectron2_state(msra=not zoo) | cell_anchors(USUAL)  # whatever its filters are
+    torch.save({"model": state, "__author__": author}, path)
     with caplog.at_level(logging.WARNING, "resdet"):
         assert load_detector(path).spec.stride_in_1x1 is zoo
     assert not caplog.records
@@ -329,3 +343,130 @@ def test_only_facts_that_are_missing_are_assumed() -> None:
     tensors = from_torchvision(state, "mmdetection-caffe")
     assert to_torchvision({"state_dict": tensors, "meta": {"cfg": config}}).assumed == ("stride_in_1x1",)
     assert to_torchvision({"state_dict": tensors, "meta": {"cfg": f"{config} style='caffe'"}}).assumed == ()
+
+
+# ---- how a detector is run
+
+
+def test_detectron2s_anchors_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "model_final.pth"
+    torch.save({"model": detectron2_state(msra=True) | cell_anchors(SMALL, (1 / 3, 1, 3))}, path)
+    model = load_detector(path)
+    assert model.spec.anchor_sizes == (16, 32, 64, 128, 256)
+    assert model.spec.aspect_ratios == pytest.approx((1 / 3, 1, 3), abs=1e-4)
+    theirs = cell_anchors(SMALL, (1 / 3, 1, 3)).values()
+    for ours, level in zip(model.rpn.anchor_generator.cell_anchors, theirs, strict=True):
+        torch.testing.assert_close(ours, level, rtol=1e-4, atol=0)
+    built = build_model(section(path), shapes(), resume_from=None)
+    assert built.spec.anchor_sizes == (16, 32, 64, 128, 256)
+    own = build_model(section(path, anchor_sizes=[8, 16, 32, 64, 128]), shapes(), resume_from=None)
+    assert own.spec.anchor_sizes == (8, 16, 32, 64, 128)
+    convert_file(path, "torchvision", tmp_path / "out.pth")
+    assert load_detector(tmp_path / "out.pth").spec.anchor_sizes == (16, 32, 64, 128, 256)
+    with pytest.raises(
+        WeightsError, match=r"anchor_sizes was given as \(8,\), but the file says \[16, 32, 64, 128, 256\]"
+    ):
+        load_detector(path, settings={"anchor_sizes": (8,)})
+
+
+@pytest.mark.parametrize(
+    ("anchors", "message"),
+    [
+        (cell_anchors([[32, 40, 50]] * 5, (1,)), r"anchors of one size.* got anchor_sizes=\[\[32, 40, 50\], "),
+        (cell_anchors([[32.5]] * 5), r"anchor_sizes: .*integer.*, got 32\.5"),
+        (cell_anchors([[32]] * 4), "anchor_sizes must hold one size for each of the 5 levels"),
+        (cell_anchors(USUAL[:4]) | {"proposal_generator.anchor_generator.cell_anchors.4": torch.zeros(3, 4)}, "got"),
+    ],
+    ids=["several of a level", "fractions", "four levels", "no boxes"],
+)
+def test_anchors_that_this_detector_cannot_have_are_refused(
+    tmp_path: Path, anchors: dict[str, Tensor], message: str
+) -> None:
+    path = tmp_path / "model_final.pth"
+    torch.save({"model": detectron2_state(msra=True) | anchors}, path)
+    with pytest.raises(WeightsError, match=rf"model_final\.pth: .*{message}"):
+        load_detector(path)
+
+
+MMDETECTION_2 = """model = dict(
+    type='FasterRCNN',
+    backbone=dict(type='ResNet', depth=18, style='pytorch'),
+    rpn_head=dict(
+        type='RPNHead',
+        anchor_generator=dict(
+            type='AnchorGenerator', scales=[4], ratios=[0.25, 1.0, 4.0], strides=[4, 8, 16, 32, 64])),
+    test_cfg=dict(
+        rpn=dict(nms_pre=1000, max_per_img=1000, nms=dict(type='nms', iou_threshold=0.7), min_bbox_size=0),
+        rcnn=dict(score_thr=0.01, nms=dict(type='nms', iou_threshold=0.5), max_per_img=100)))
+img_norm_cfg = dict(mean=[123.675, 116.28, 103.53], std=[58.395, 57.12, 57.375], to_rgb=True)
+train_pipeline = [dict(type='Resize', img_scale=[(1333, 640), (1333, 800)], keep_ratio=True)]
+test_pipeline = [
+    dict(type='LoadImageFromFile'),
+    dict(type='MultiScaleFlipAug', img_scale=(1000, 600), flip=False, transforms=[])
+]
+"""
+MMDETECTION_3 = MMDETECTION_2.replace("type='MultiScaleFlipAug', img_scale", "type='Resize', scale")
+
+
+@pytest.mark.parametrize("meta", [{"config": MMDETECTION_2}, {"cfg": MMDETECTION_3}], ids=["2.x", "3.x"])
+def test_mmdetections_configuration_is_read(
+    tmp_path: Path, meta: dict[str, str], caplog: pytest.LogCaptureFixture
+) -> None:
+    path = mmdetection_file(tmp_path / "epoch_12.pth", meta | {"CLASSES": NAMES})
+    with caplog.at_level(logging.INFO, "resdet"):
+        spec = load_detector(path).spec
+    assert (spec.anchor_sizes, spec.aspect_ratios) == ((16, 32, 64, 128, 256), (0.25, 1.0, 4.0))
+    assert (spec.min_size, spec.max_size, spec.box_score_thresh) == (600, 1000, 0.01)
+    assert "assumed" not in caplog.text
+    assert load_detector(path, settings={"min_size": 320}).spec.min_size == 320
+    built = build_model(section(path, arch="resnet18", calibration_images=1), shapes(), resume_from=None).spec
+    assert (built.anchor_sizes, built.min_size) == ((16, 32, 64, 128, 256), 64)
+
+
+def test_what_a_file_does_not_say_of_its_settings_is_assumed_in_one_line(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = mmdetection_file(tmp_path / "w.pth", {"cfg": MMDETECTION_3.partition("rpn_head")[0] + "to_rgb=True"})
+    load_detector(path)
+    lines = [record.message for record in caplog.records if "anchor" in record.message]
+    assert len(lines) == 1
+    assert (
+        "read as mmdetection's Faster R-CNN; the file does not say, and it is assumed: anchor_sizes=(32, 64, 128, 256, "
+        "512), aspect_ratios=(0.5, 1.0, 2.0), min_size=800, max_size=1333, box_score_thresh=0.05 (origin or settings"
+    ) in lines[0]
+    caplog.clear()
+    chosen = {"anchor_sizes": (8, 16, 32, 64, 128), "aspect_ratios": (1.0, 2.0, 3.0), "min_size": 320, "max_size": 480}
+    spec = load_detector(path, settings=chosen).spec
+    assert spec.model_dump(include=set(chosen)) == chosen
+    assert "anchor" not in caplog.text
+
+
+def test_settings_are_for_other_libraries_detectors(tmp_path: Path) -> None:
+    path = mmdetection_file(tmp_path / "w.pth", {})
+    with pytest.raises(UserError, match=r"settings: must be among anchor_sizes, .*, got norm_eps"):
+        load_detector(path, settings={"norm_eps": 0.1})
+    torch.save(checkpoint_payload(load_detector(path)), tmp_path / "best.pt")
+    with pytest.raises(WeightsError, match=r"best\.pt: is a checkpoint of this library, whose settings are its own"):
+        load_detector(tmp_path / "best.pt", settings={"min_size": 320})
+
+
+# ---- where the log's argument exists
+
+
+def test_builders_take_the_origin_that_the_log_names(bare: Path, resnet50: dict[str, Tensor]) -> None:
+    origin, stem = WeightsOrigin(channel_order="bgr"), resnet50["conv1.weight"].flip(1)
+    built = build_detector(DetectorSpec(arch="resnet50", **NARROW), num_classes=3, weights_backbone=bare, origin=origin)
+    for backbone in (built.backbone, resnet_fpn("resnet50", weights=bare, origin=origin)):
+        assert torch.equal(backbone.body.conv1.weight, stem)
+
+
+def test_the_builder_of_a_resnet_101_takes_it_too(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    spec = DetectorSpec(**NARROW)
+    state = build_detector(spec, num_classes=3).state_dict()
+    path, stem = tmp_path / "weights.pth", state["backbone.body.conv1.weight"]
+    torch.save(state, path)
+    origin = WeightsOrigin(channel_order="bgr")
+    for given in ({"weights": path}, {"weights_backbone": path, "num_classes": 3}):
+        model = fasterrcnn_resnet101_fpn(**given, spec=spec, origin=origin)
+        assert torch.equal(model.backbone.body.conv1.weight, stem.flip(1))
+    assert "anchor_sizes" not in caplog.text  # they are in the spec
