@@ -618,6 +618,7 @@ def test_a_run_resizes_in_its_workers(resized_in: list[int], tmp_path: Path) -> 
         optim=OptimConfig(),
         best_metric="AP",
         num_images=8,
+        num_val_images=8,
     )
     team = Processes(0, 1, torch.device("cpu"))
     loader, inference_settings = LoaderConfig(num_workers=1), InferenceSettings()
