@@ -189,7 +189,7 @@ class ImageFolder:
         return {stem: name for stem, _, name in known}
 
     def _folder_in_any_form(self, folder: str) -> str | None:
-        if os.path.isdir(self.root / folder):
+        if not folder or os.path.isdir(self.root / folder):
             return folder
         above, name = os.path.split(folder)
         real = self._real_folder(above)

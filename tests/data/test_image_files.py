@@ -14,7 +14,7 @@ from resdet.data.annotations import FileNames
 from resdet.data.image_files import ImageFolder, check_files, find_images, list_folder
 from resdet.data.images import FolderImages
 from resdet.data.shapes import shapes_table
-from resdet.errors import DataError
+from resdet.errors import DataError, UnreadableImageError
 
 
 def nfc(text):
@@ -92,6 +92,15 @@ def test_several_names_that_look_like_a_missing_one_are_refused(tmp_path):
     for read in (lambda: check_files(tmp_path, table), lambda: FolderImages(tmp_path, table)(0)):
         with pytest.raises(DataError, match=message):
             read()
+
+
+@pytest.mark.parametrize("name", ["a.png", "ä.png", "ö/ä.png"])
+def test_a_folder_that_vanishes_leaves_images_unreadable(tmp_path, name):
+    picture(tmp_path / "images" / name)
+    images = FolderImages(tmp_path / "images", table_of(name))
+    (tmp_path / "images").rename(tmp_path / "unmounted")
+    with pytest.raises(UnreadableImageError, match=r"^image \d+: .*\.png: no such image file$"):
+        images(0)
 
 
 def test_another_letter_is_another_name(tmp_path):
