@@ -246,24 +246,20 @@ def _check_torchvisions_heads(file: WeightsFile) -> None:
 def _foreign_spec(file: WeightsFile, settings: Mapping[str, Any]) -> DetectorSpec:
     """Describe torchvision's or another library's detector, as that library runs it."""
     tensors, library = file.tensors, _library(file)
-    if library in OWN_LAYOUTS:
-        archs = fitting_archs(tensors)
-        if len(archs) != 1:
-            raise WeightsError(
-                f"{file.path}: its body is {' or '.join(archs) or 'none of ' + ', '.join(ARCHS)}: build it with "
-                "build_detector and load_state_dict"
-            )
-    elif file.facts["arch"] is None:
+    archs = fitting_archs(tensors) if library in OWN_LAYOUTS else [file.facts["arch"]]
+    if archs in ([], [None]):
         raise WeightsError(f"{file.path}: its body is none of {', '.join(ARCHS)}")
-    else:
-        archs = [file.facts["arch"]]
-        if library not in CONVENTIONS:
-            logger.warning(
-                "%s: detectors of %s measure boxes one pixel larger, and only approximately run as they were trained: "
-                "expect to lose some AP, or fine-tune",
-                file.path,
-                library,
-            )
+    if len(archs) > 1:
+        raise WeightsError(
+            f"{file.path}: its body is {' or '.join(archs)}: build it with build_detector and load_state_dict"
+        )
+    if library not in (*OWN_LAYOUTS, *CONVENTIONS):
+        logger.warning(
+            "%s: detectors of %s measure boxes one pixel larger, and only approximately run as they were trained: "
+            "expect to lose some AP, or fine-tune",
+            file.path,
+            library,
+        )
     stated = {name: file.facts[name] for name in RUN_FIELDS if name in file.facts}
     for name in ANCHOR_FIELDS:
         if name in stated and name in settings and list(settings[name]) != stated[name]:
@@ -278,7 +274,7 @@ def _foreign_spec(file: WeightsFile, settings: Mapping[str, Any]) -> DetectorSpe
     origin = file.origin.model_dump(include=set(WEIGHTS_FACTS), exclude_none=True)
     known = published | CONVENTIONS.get(library, {}) | origin | file.settings | stated | dict(settings)
     try:
-        spec = DetectorSpec(
+        return DetectorSpec(
             arch=archs[0],
             out_channels=len(tensors[f"{FPN}inner_blocks.0.0.weight"]),
             box_head_channels=len(tensors["roi_heads.box_head.fc6.weight"]),
@@ -292,7 +288,6 @@ def _foreign_spec(file: WeightsFile, settings: Mapping[str, Any]) -> DetectorSpe
         first = error.errors()[0]
         where = "".join(f"{part}: " for part in first["loc"][:1])
         raise WeightsError(f"{file.path}: {where}{first['msg']}, got {first['input']!r}") from error
-    return spec
 
 
 def log_assumed_settings(file: WeightsFile, spec: DetectorSpec, settings: Mapping[str, Any] | None = None) -> None:

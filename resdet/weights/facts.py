@@ -109,16 +109,14 @@ def facts_of(
             raise WeightsError(f"its origin was given as {name}={value}, but the file itself says {certain[name]}")
     known = {**stated, **certain}
     assumed = tuple(name for name in _READ if name not in known)
-    facts = {**guess, **known}
     counted = next((tensors[name] for name in (f"{SCORES}weight", *CLASSIFIERS) if name in tensors), None)
     collected = {
         "format": source_format,
         "arch": arch,  # torchvision's name; None if it is none of ours
-        "stride_in_1x1": facts["stride_in_1x1"],  # bottlenecks stride in their first 1x1 convolution, not in the 3x3
-        "channel_order": facts["channel_order"],  # of the source's images; converted tensors always take RGB
-        "image_mean": facts["image_mean"],  # of RGB images in [0, 1], as torchvision's FasterRCNN takes them
-        "image_std": facts["image_std"],  # the same
-        "norm_eps": facts["norm_eps"],  # added to the variance by every norm
+        # stride_in_1x1, channel_order (of the source's images; converted tensors always take RGB), image_mean and
+        # image_std (of RGB images in [0, 1]), norm_eps: as in WeightsOrigin.
+        **guess,
+        **known,
         "background": "last" if BACKGROUND_LAST in source.rules else "first",  # its row in the source; converted: first
         # A detector's with the background, a classifier's without; None for a backbone.
         "num_classes": None if counted is None or counted.dim() == 0 else len(counted),
@@ -313,13 +311,10 @@ def _guess_arch(tensors: Tensors) -> tuple[str | None, int]:
 
 def _pixel_statistics(given: Tensors) -> dict[str, Any]:
     """Read the mean and deviation that a detectron2 checkpoint holds: BGR where the mean rises as ImageNet's does."""
-    if "pixel_mean" not in given or "pixel_std" not in given:
+    found = [given[name] for name in ("pixel_mean", "pixel_std") if name in given]  # [3, 1, 1] each
+    if len(found) != 2 or any(tensor.is_meta or tensor.numel() != 3 for tensor in found):
         return {}
-    if given["pixel_mean"].is_meta or given["pixel_std"].is_meta:
-        return {}
-    mean, std = given["pixel_mean"].flatten().tolist(), given["pixel_std"].flatten().tolist()  # [3, 1, 1] each
-    if len(mean) != 3 or len(std) != 3:
-        return {}
+    mean, std = (tensor.flatten().tolist() for tensor in found)
     order = -1 if mean[0] <= mean[2] else 1
     statistics = {"image_mean": [value / 255 for value in mean], "image_std": [value / 255 for value in std]}
     return {"channel_order": "bgr" if order < 0 else "rgb"} | {name: v[::order] for name, v in statistics.items()}

@@ -141,7 +141,7 @@ def _interpreted(
         # Names alone do not decide: mmdetection's bodies have torchvision's, and other channels.
         is_plain = facts["format"] in OWN_LAYOUTS
     else:
-        is_plain = body_prefix(tensors) is not None and not (not exported and not stated and is_caffe_resnet(tensors))
+        is_plain = body_prefix(tensors) is not None and bool(exported or stated or not is_caffe_resnet(tensors))
     if not is_plain:
         try:
             converted = to_torchvision(content, origin=origin, settings=settings, network=network)

@@ -59,13 +59,13 @@ def find_network(content: Mapping[str, Any], source: str, prefix: str | None = N
     stored = stored_tensors(content)
     everything = dict(_flat(content, "", set()))
     found = list(dict.fromkeys(_prefixes(everything)))
-    if prefix is None and _is_plain(stored):
+    if prefix is not None:
+        found = _under(found, prefix, source)
+    elif "" in _prefixes(_without_module(stored)):
         others = [root for root in found if root.removesuffix("module.").rstrip(".") not in ("", *WRAPPERS)]
         if others:
             logger.info("%s: not taking the networks under %s", source, name_some(map(repr, others)))
-        return Network(_without(stored, "module."), "", ())
-    if prefix is not None:
-        found = _under(found, prefix, source)
+        found = []
     if len(found) > 1:
         raise WeightsError(
             f"{source}: holds {len(found)} networks, under the prefixes {name_some(map(repr, found), 10)}: say which "
@@ -74,7 +74,7 @@ def find_network(content: Mapping[str, Any], source: str, prefix: str | None = N
     if not found:
         if not stored:
             raise WeightsError(f"{source}: holds no tensors; its keys are {name_some(map(str, content)) or 'none'}")
-        return Network(_without(stored, "module."), "", ())
+        return Network(_without_module(stored), "", ())
     root = found[0]
     if root:
         logger.info("%s: taking the network under the prefix %r", source, root)
@@ -103,15 +103,11 @@ def _under(found: list[str], prefix: str, source: str) -> list[str]:
     return fitting
 
 
-def _is_plain(tensors: Tensors) -> bool:
-    """Whether a network that is known here has these names, or ``module.`` before all of them."""
-    return "" in _prefixes(_without(tensors, "module."))
-
-
-def _without(tensors: Tensors, prefix: str) -> Tensors:
-    if not all(name.startswith(prefix) for name in tensors):
+def _without_module(tensors: Tensors) -> Tensors:
+    """Drop ``module.``, which DataParallel puts before every name."""
+    if not all(name.startswith("module.") for name in tensors):
         return tensors
-    return {name.removeprefix(prefix): value for name, value in tensors.items()}
+    return {name.removeprefix("module."): value for name, value in tensors.items()}
 
 
 def _flat(content: Mapping[str, Any], path: str, seen: set[int]) -> Iterator[tuple[str, Tensor]]:
@@ -150,12 +146,10 @@ def _root(before: str, first: str, tensors: Mapping[str, Tensor]) -> str:
         root = before.removesuffix(body)
         if root == before or (root and root[-1] != "."):
             continue
-        if body == "backbone." and first.startswith(("features", "stem", "conv1.0")):
+        if body != "backbone.":
+            return root
+        if first.startswith(("features", "stem", "conv1.0")):
             continue  # no library has them there
-        if (
-            body != "backbone."
-            or not root
-            or any(name.startswith(root) and _HEADS.match(name.removeprefix(root)) for name in tensors)
-        ):
+        if not root or any(name.startswith(root) and _HEADS.match(name.removeprefix(root)) for name in tensors):
             return root
     return before

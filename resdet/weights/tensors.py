@@ -30,7 +30,8 @@ def check_weights(tensors: Mapping[str, Tensor], source: str, *, int8: bool = Fa
     """
     judged = {name: tensor for name, tensor in tensors.items() if not name.endswith(COUNTER)}
     faults = {name: fault for name, tensor in judged.items() if (fault := _fault(tensor, int8))}
-    for first in faults.values():
+    if faults:
+        first = next(iter(faults.values()))
         raise WeightsError(f"{source}: {first}: {name_some(name for name in faults if faults[name] == first)}")
 
 
