@@ -12,6 +12,7 @@ configuration unless overridden. Several runs must share one dataset; report.htm
 import os
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from resdet.commands.run import checkpoint_in, command_parser, show
@@ -68,7 +69,6 @@ def main(arguments: Sequence[str]) -> None:
     check_same_ground_truth([(name, dataset.table) for name, dataset in zip(names, datasets, strict=True)])
     dataset = datasets[0]
     runs: list[ReportedRun] = []
-    lines = []
     for name, file, config, log, folder in zip(names, files, configs, logs, folders, strict=True):
         model = load_detector(file)
         settings = inference_settings(config, device=device_for(model, config.train.device), progress=True)
@@ -79,11 +79,12 @@ def main(arguments: Sequence[str]) -> None:
         evaluation = evaluate(model, dataset, settings)
         write_evaluation(folder, evaluation, dataset.table)
         runs.append(ReportedRun(name, evaluation, config_to_plain(config), log))
-        lines += [name] if len(paths) > 1 else []
-        lines.append(metrics_table(evaluation))
-        lines.append("written: " + ", ".join(str(folder / file_name) for file_name in EVALUATION_FILES))
+        written = ", ".join(str(folder / file_name) for file_name in EVALUATION_FILES)
+        # What stdout refuses (a full disk) it refuses again at the end, when all files are written.
+        with suppress(OSError):
+            show("\n".join([*([name] if len(paths) > 1 else []), metrics_table(evaluation), f"written: {written}"]))
     write_report(output / "report.html", dataset, runs)
-    show("\n".join([*lines, f"written: {output / 'report.html'}"]))
+    show(f"written: {output / 'report.html'}")
 
 
 def name_runs(checkpoints: Sequence[Path]) -> list[str]:

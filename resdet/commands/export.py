@@ -48,7 +48,7 @@ def main(arguments: Sequence[str]) -> None:
     from resdet.data.image_files import find_images
     from resdet.data.images import read_image
     from resdet.export.backbone import export_backbone
-    from resdet.export.compare import report_file
+    from resdet.export.compare import is_report, report_file
     from resdet.export.detector import export_detector
     from resdet.files import check_outputs
     from resdet.models.checkpoint import load_detector
@@ -58,7 +58,13 @@ def main(arguments: Sequence[str]) -> None:
     if options.what == "backbone" and options.images:
         raise UserError("--images is for a detector; a backbone is compared on random input")
     checkpoint, files = checkpoint_in(options.checkpoint), find_images(options.images) if options.images else []
-    check_outputs([options.output, report_file(options.output)], [checkpoint, *files])
+    report_path = report_file(options.output)
+    check_outputs([options.output, report_path], [checkpoint, *files])
+    if report_path.exists() and not is_report(report_path):
+        raise UserError(
+            f"{report_path}: would be replaced by the report of this export, but is none of an earlier one; give "
+            "another --output"
+        )
     model = load_detector(checkpoint)
     if options.what == "backbone":
         report = export_backbone(
@@ -67,4 +73,4 @@ def main(arguments: Sequence[str]) -> None:
     else:
         images = [read_image(file, upright=True) for file in files[:8]] or None
         report = export_detector(model, options.output, format=options.format or "onnx", images=images)
-    show(f"{report}\nwritten: {options.output} and {report_file(options.output)}")
+    show(f"{report}\nwritten: {options.output} and {report_path}")

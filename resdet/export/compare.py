@@ -76,6 +76,15 @@ class ExportReport:
         write_text(report_file(self.path), json.dumps(content, indent=2, default=str) + "\n")
 
 
+def is_report(path: Path) -> bool:
+    """Return whether a file was written by ``ExportReport.write``."""
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(content, dict) and {"what", "format", "checked", "versions"} <= content.keys()
+
+
 def report_file(path: Path) -> Path:
     """Return where the report of an exported file stands: beside it, as ``<file>.json``."""
     return path.with_name(f"{path.name}.json")

@@ -76,8 +76,9 @@ def checkpoint_to_resume(folder: Path, resume: str | None) -> Path | None:
     """
     if resume == "auto":
         return newest_whole(folder)
-    if resume is not None:
-        return Path(resume)
-    if (folder / LAST).exists() or (folder / LOG).exists():
-        raise UserError(f"{folder}: already holds a run; resume=auto continues it, output_dir=... starts another")
-    return None
+    path = None if resume is None else Path(resume)
+    is_of_folder = path is not None and path.parent.resolve().is_relative_to(folder.resolve())
+    if not is_of_folder and ((folder / LAST).exists() or (folder / LOG).exists()):
+        other = "" if path is None else f", and {path} is not of it"
+        raise UserError(f"{folder}: already holds a run{other}; resume=auto continues it, output_dir=... starts another")
+    return path

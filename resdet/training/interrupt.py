@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 import time
@@ -14,6 +15,7 @@ from typing_extensions import Self
 from resdet.errors import Interrupted
 
 ECHO_SECONDS = 5.0
+GRACE_SECONDS = 10  # torchrun and Slurm kill 30 s after the first signal
 
 
 class StopNow(KeyboardInterrupt):
@@ -33,9 +35,10 @@ class StopSignals:
 
     def __init__(self, world_size: int = 1) -> None:
         self.received = 0  # number of the last signal; 0 for none
-        self._at_once = False
-        self._echo_seconds = ECHO_SECONDS if world_size > 1 else 0.0
         self._received_at = 0.0
+        self._at_once = False
+        self._is_alone = world_size == 1
+        self._second: threading.Timer | None = None
 
     def __enter__(self) -> Self:
         """Install the handlers."""
@@ -53,26 +56,40 @@ class StopSignals:
             signal.signal(number, handler)
         if isinstance(error, StopNow):
             raise Interrupted(
-                f"ended at once by a second signal, {signal.Signals(self.received).name}: what was saved before is "
-                "whole, and the same command with resume=auto continues from it",
+                f"ended at once by {signal.Signals(self.received).name}: what was saved before is whole, and the same "
+                "command with resume=auto continues from it",
                 self.received,
             ) from None
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
-        """Raise ``StopNow`` in the block as soon as a signal comes, or now if one has come before."""
+        """Raise ``StopNow`` in the block as soon as a signal comes, or now if one has come before.
+
+        Several processes stop together, between blocks: one that is still in the block ``GRACE_SECONDS`` later hangs.
+        """
         self._at_once = True
         try:
             if self.received:
-                raise StopNow
+                self._stop()
             yield
         finally:
             self._at_once = False
+            if self._second is not None:
+                self._second.cancel()
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
-        ends_now = self._at_once or self.received != 0
-        if self.received and time.monotonic() - self._received_at < self._echo_seconds:
+        is_second = self.received != 0
+        if is_second and not self._is_alone and time.monotonic() - self._received_at < ECHO_SECONDS:
             return
-        self.received, self._received_at, self._at_once = number, time.monotonic(), False
-        if ends_now:
+        self.received, self._received_at = number, time.monotonic()
+        if is_second:
             raise StopNow
+        if self._at_once:
+            self._stop()
+
+    def _stop(self) -> None:
+        if self._is_alone:
+            raise StopNow
+        self._second = threading.Timer(GRACE_SECONDS, os.kill, (os.getpid(), self.received))
+        self._second.daemon = True
+        self._second.start()

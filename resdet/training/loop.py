@@ -259,15 +259,14 @@ def log_interval(task: Task[BatchT], learner: Learner, state: RunState, log: Run
 def stoppable(task: Task[BatchT], learner: Learner, state: RunState, stop: StopSignals) -> Iterator[None]:
     """Let a signal end the run in the middle of the block, of which last.pt needs nothing.
 
-    Several processes stop at the same step, between blocks; torchrun kills those that hang for 30 s.
+    Several processes stop at the same step, between blocks; where one hangs, all end with what was saved before.
     """
-    if learner.team.world_size > 1:
-        yield
-        return
     try:
         with stop.at_once():
             yield
     except StopNow:
+        if learner.team.world_size > 1:
+            raise
         if state.saved != state.step:
             save(task, learner, state)
         raise interrupted(stop, state, learner.settings) from None

@@ -18,6 +18,7 @@ from pydantic import BaseModel
 
 from resdet.config_reading import config_to_plain, parse_settings
 from resdet.errors import ConfigError, UserError, WeightsError, name_some
+from resdet.models.spec import WeightsOrigin
 from resdet.weights.files import WeightsFile
 
 logger = logging.getLogger(__name__)
@@ -44,6 +45,7 @@ REFUSED: dict[str, str] = {
         _MEANING,
     ),
     **dict.fromkeys(_keys("model", "weights calibration_images measured_mean measured_images"), _BEGUN),
+    **dict.fromkeys((f"model.weights_origin.{name}" for name in WeightsOrigin.model_fields), _BEGUN),
     "model.trainable_layers": "the checkpoint's optimizer has a state for the old one's layers",
     "optim.name": "the checkpoint's optimizer state is the old one's",
     "data.train.format": "a run's training data may grow, but not become another dataset",

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,6 +26,7 @@ from resdet.commands import eval as eval_command
 from resdet.config import load_config
 from resdet.config_reading import config_to_plain
 from resdet.errors import UserError, WeightsError
+from resdet.evaluation.detect import Evaluation
 from resdet.models.checkpoint import checkpoint_payload
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -243,6 +245,42 @@ def test_files_are_written_before_stdout_is_tried(command: str, place: Path, mon
     with pytest.raises(OSError, match="No space left on device: 'standard output'"):
         call(f"{called} {{}}/out{suffix}", place)
     assert (place / files.get(command, f"out{suffix}")).is_file()
+
+
+def test_a_table_is_shown_before_the_next_evaluation(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(place / "run", place / "other")
+    detect = importlib.import_module("resdet.evaluation.detect")  # the package has a function of this name
+    real, calls = detect.evaluate, []
+
+    def evaluate(*arguments: Any) -> Evaluation:
+        calls.append(capsys.readouterr().out)
+        if len(calls) == 2:
+            raise UserError("the second fails")
+        result: Evaluation = real(*arguments)
+        return result
+
+    monkeypatch.setattr(detect, "evaluate", evaluate)
+    with pytest.raises(UserError, match="the second fails"):
+        call("eval {}/run {}/other --output {}/out", place)
+    assert calls[1].startswith("run\nclass ")
+    assert calls[1].endswith(f"written: {place}/out/run/metrics.json, {place}/out/run/detections.json\n")
+
+
+@pytest.mark.parametrize("text", ['{"what": "my notes"}', "[1]", "no JSON"])
+def test_an_exports_report_replaces_no_other_file(text: str, place: Path) -> None:
+    (place / "x.json").write_text(text)
+    before = contents(place)
+    with pytest.raises(UserError) as caught:
+        call("export {}/run --output {}/x", place)
+    assert str(caught.value) == (
+        f"{place}/x.json: would be replaced by the report of this export, but is none of an earlier one; give another "
+        "--output"
+    )
+    assert contents(place) == before
+    for _ in range(2):  # the second replaces the report of the first
+        call("export {}/run --output {}/y", place)
 
 
 def test_names_of_runs_differ_by_more_than_case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

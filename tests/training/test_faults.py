@@ -90,6 +90,16 @@ def test_a_flipped_bit_is_found_and_the_checkpoint_before_it_used(finished: Path
     assert differences(finished / "last.pt", run / "last.pt") == []
 
 
+def test_a_damaged_checkpoint_given_by_its_path_is_refused(finished: Path, tmp_path: Path) -> None:
+    content = bytearray((finished / "last.pt").read_bytes())
+    content[len(content) // 2] ^= 4
+    damaged = tmp_path / "damaged.pt"
+    damaged.write_bytes(content)
+    done = train(tmp_path / "run", *SHORT, f"resume={damaged}", expected=2)
+    assert f"{damaged}: is damaged: the checksum of data/" in done.stderr
+    assert not (tmp_path / "run" / "last.pt").exists()
+
+
 def test_checkpoints_that_are_all_damaged_are_refused(finished: Path, tmp_path: Path) -> None:
     whole = (finished / "last.pt").read_bytes()
     (tmp_path / "last.pt").write_bytes(whole[:-100])

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from small_runs import ROOT, command, differences, environment, logged, train
 
+from resdet.training.checkpoint import newest_whole
+
 RUN = ("train.steps=12", "train.save_every=1", "train.eval_every=6", "resume=auto")
 
 
@@ -22,9 +24,11 @@ def free_port() -> int:
         return port
 
 
-def start(folder: Path, *torchrun: str, num_processes: int = 1) -> subprocess.Popen[str]:
+def start(
+    folder: Path, *torchrun: str, num_processes: int = 1, overrides: tuple[str, ...] = ()
+) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        command(folder, *RUN, num_processes=num_processes, torchrun=torchrun),
+        command(folder, *RUN, *overrides, num_processes=num_processes, torchrun=torchrun),
         cwd=ROOT,
         env=environment(),
         stdout=subprocess.DEVNULL,
@@ -88,3 +92,24 @@ def test_a_signal_to_all_processes_ends_them_in_good_order(tmp_path: Path) -> No
     assert told.count("stopped by SIGTERM after step ") == 1, told
     done = train(folder, *RUN, num_processes=2)
     assert "resumed from" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_signal_ends_all_processes_while_a_data_worker_of_one_hangs(rank: int, tmp_path: Path) -> None:
+    """By themselves, before torchrun kills them."""
+    folder = tmp_path / "run"
+    agent = start(folder, "--standalone", num_processes=2, overrides=("train.steps=2000", "loader.num_workers=1"))
+    while not (folder / "previous.pt").exists():
+        assert agent.poll() is None
+        time.sleep(0.05)
+    processes = workers_of(agent.pid)
+    os.kill(workers_of(processes[rank])[0], signal.SIGSTOP)
+    time.sleep(5)
+    agent.send_signal(signal.SIGTERM)
+    begun = time.monotonic()
+    _, told = agent.communicate(timeout=120)
+    assert time.monotonic() - begun < 25, "torchrun kills after 30 s"
+    assert "ended at once by SIGTERM: what was saved before is whole" in told
+    assert newest_whole(folder) == folder / "last.pt"
+    assert not any(Path(f"/proc/{process}").exists() for process in processes)

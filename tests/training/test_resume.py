@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
@@ -238,6 +239,30 @@ def test_first_weights_that_were_moved_are_no_change(begun: Path, tmp_path: Path
     with pytest.raises(UserError, match=r'model.weights was "/old/r18.pth" and is "/old/r34.pth"'):
         run(tmp_path / "other", *sgd, "model.weights=/old/r34.pth")
     assert run(tmp_path / "moved", *sgd, "model.weights=/new/r18.pth", "train.steps=2").steps == 2
+
+
+def test_a_checkpoint_from_elsewhere_does_not_replace_another_run(begun: Path, tmp_path: Path) -> None:
+    for name in ("last.pt", "metrics.jsonl"):
+        shutil.copy(begun / name, tmp_path)
+        before = (tmp_path / name).read_bytes()
+        with pytest.raises(UserError) as caught:
+            go_on(begun, tmp_path, "train.steps=2")
+        assert str(caught.value) == (
+            f"{tmp_path}: already holds a run, and {begun / 'last.pt'} is not of it; resume=auto continues it, "
+            "output_dir=... starts another"
+        )
+        assert (tmp_path / name).read_bytes() == before
+        (tmp_path / name).unlink()
+
+
+def test_a_checkpoint_in_a_run_s_own_folder_continues_it(begun: Path, tmp_path: Path) -> None:
+    shutil.copytree(begun, tmp_path / "run")
+    (tmp_path / "link").symlink_to(tmp_path / "run", target_is_directory=True)
+    (tmp_path / "run" / "kept").mkdir()
+    shutil.copy(begun / "last.pt", tmp_path / "run" / "kept" / "step_1.pt")
+    for steps, path in enumerate(("link/last.pt", "run/kept/step_1.pt"), start=2):
+        settings = ("optim.name=sgd", "optim.lr=0.001", f"resume={tmp_path / path}", f"train.steps={steps}")
+        assert run(tmp_path / "run", *settings).steps == steps
 
 
 def changed(begun: Path, folder: Path, change: Any) -> Path:
