@@ -80,5 +80,7 @@ def checkpoint_to_resume(folder: Path, resume: str | None) -> Path | None:
     is_of_folder = path is not None and path.parent.resolve().is_relative_to(folder.resolve())
     if not is_of_folder and ((folder / LAST).exists() or (folder / LOG).exists()):
         other = "" if path is None else f", and {path} is not of it"
-        raise UserError(f"{folder}: already holds a run{other}; resume=auto continues it, output_dir=... starts another")
+        raise UserError(
+            f"{folder}: already holds a run{other}; resume=auto continues it, output_dir=... starts another"
+        )
     return path

@@ -266,6 +266,7 @@ def stoppable(task: Task[BatchT], learner: Learner, state: RunState, stop: StopS
             yield
     except StopNow:
         if learner.team.world_size > 1:
+            logger.warning("process %d: ended while it waited for images or evaluated", learner.team.rank)
             raise
         if state.saved != state.step:
             save(task, learner, state)
