@@ -15,6 +15,7 @@ import pickle
 import shutil
 import signal
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -33,6 +34,8 @@ logger = logging.getLogger(__name__)
 
 STALL_SECONDS = 60.0
 """After this long without a batch, and again after each such time, a warning is logged."""
+
+_MAX_TEMPORARY_FOLDER = 107 - len("/pymp-12345678/listener-12345678")  # bytes; a socket's path has 107 at most
 
 Keys = Sequence[tuple[int, int]]
 """The images of a batch: ``(image index, seed)`` each."""
@@ -109,10 +112,13 @@ def _num_bytes(value: Any) -> int:
 def _fits_in_shared_memory(num_bytes: int, num_workers: int) -> bool:
     """Return whether /dev/shm has room for a batch: containers often have 64 MB, and exceeding it kills a worker.
 
-    Other workers, also of other processes, may be about to write as much at this moment, hence the factor.
+    Other workers, also of other processes, may be about to write as much at this moment, hence the factor. There is no
+    way to pass shared memory on where the folder for temporary files has a long path: torch does it by a socket there.
     """
     if num_workers == 0 or not os.path.isdir("/dev/shm"):
         return True
+    if len(os.fsencode(tempfile.gettempdir())) > _MAX_TEMPORARY_FOLDER:
+        return False
     return 4 * num_workers * num_bytes <= shutil.disk_usage("/dev/shm").free
 
 
