@@ -295,9 +295,9 @@ class Config(Section):
     output_dir: Path
     """Folder of the run: config.yaml, metrics.jsonl, last.pt, best.pt, TensorBoard events, pictures."""
     resume: str | None = None
-    """``auto`` resumes from output_dir/last.pt if it exists; a path resumes from that checkpoint; null starts a new run.
-    The last two refuse a folder that already holds another. Changed keys are logged and applied, or refused where the checkpoint's
-    weights depend on them."""
+    """``auto`` resumes from output_dir/last.pt if it exists; a path resumes from that checkpoint; null starts a new
+    run. The last two refuse a folder that already holds another. Changed keys are logged and applied, or refused where
+    the checkpoint's weights depend on them."""
     seed: int = Field(0, ge=0)
     """Seed of all random numbers: weights, order of images, augmentation, sampling of boxes."""
 

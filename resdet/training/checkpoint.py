@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -79,32 +79,37 @@ def load_training_state(path: WeightsPath, model: nn.Module) -> dict[str, Any]:
     return _checked_state(file.content["training"], file.path)
 
 
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _is_mapping_of_numbers(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(v, int | float) for v in value.values())
+
+
+def _is_mapping_of_scalars(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(v, Tensor) and v.dim() == 0 for v in value.values())
+
+
+_ENTRIES: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    **dict.fromkeys(("step", "num_worse", "log_steps"), ("a whole number that is not negative", _is_count)),
+    "evaluated": ("a whole number that is not negative, or None", lambda value: value is None or _is_count(value)),
+    "best": ("a number, or None", lambda value: value is None or isinstance(value, int | float)),
+    **dict.fromkeys(("metrics", "schedule"), ("a mapping of numbers", _is_mapping_of_numbers)),
+    "log_sums": ("a mapping of single numbers in tensors", _is_mapping_of_scalars),
+    **dict.fromkeys(("optimizer", "scaler", "ema"), ("a mapping", lambda value: isinstance(value, dict))),
+}
+"""What entries of a training state must be."""
+
+
 def _checked_state(saved: Any, path: Path) -> dict[str, Any]:
     """Return a training state whose entries are of the right types; which of them it must have, the run knows."""
     if not isinstance(saved, dict):
-        raise WeightsError(f"{path}: its training state must be a mapping, got a {type(saved).__name__}")
-    must_be = {
-        **dict.fromkeys(("step", "num_worse", "log_steps"), "a whole number that is not negative"),
-        "evaluated": "a whole number that is not negative, or None",
-        "best": "a number, or None",
-        **dict.fromkeys(("metrics", "schedule"), "a mapping of numbers"),
-        "log_sums": "a mapping of single numbers in tensors",
-        **dict.fromkeys(("optimizer", "scaler", "ema"), "a mapping"),
-    }
+        raise WeightsError(f"{path}: its training state must be a mapping, got {type(saved).__name__}")
     for name, value in saved.items():
-        values = list(value.values()) if isinstance(value, dict) else []
-        is_count = type(value) is int and value >= 0
-        sound = {
-            "a whole number that is not negative": is_count,
-            "a whole number that is not negative, or None": is_count or value is None,
-            "a number, or None": isinstance(value, int | float) or value is None,
-            "a mapping of numbers": isinstance(value, dict) and all(isinstance(v, int | float) for v in values),
-            "a mapping of single numbers in tensors": isinstance(value, dict)
-            and all(isinstance(v, Tensor) and v.dim() == 0 for v in values),
-            "a mapping": isinstance(value, dict),
-        }
-        if name in must_be and not sound[must_be[name]]:
-            raise WeightsError(f"{path}: {name!r} of its training state must be {must_be[name]}")
+        must_be, is_sound = _ENTRIES.get(name, ("anything", lambda _: True))
+        if not is_sound(value):
+            raise WeightsError(f"{path}: {name!r} of its training state must be {must_be}")
     return saved
 
 

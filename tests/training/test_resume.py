@@ -279,7 +279,7 @@ def changed(begun: Path, folder: Path, change: Any) -> Path:
         (lambda c: c.update(config=[1]), "its configuration is not one of this command: "),
         (lambda c: c["config"].update(oven="hot"), "its configuration is not one of this command: "),
         (lambda c: c["training"]["optimizer"].update(param_groups=[]), "its training state does not fit this run: "),
-        (lambda c: c["training"].update(log_sums=[]), "its training state does not fit this run: "),
+        (lambda c: c["training"].update(log_sums=[]), "'log_sums' of its training state must be a mapping of single"),
         (lambda c: c["training"].update(more=1), "its training state is another version's: "),
         (lambda c: c.update(training=3), "its training state must be a mapping, got int"),
         (lambda c: c.pop("training"), "holds no training state to resume from"),

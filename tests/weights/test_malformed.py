@@ -108,7 +108,7 @@ def test_a_configuration_that_is_no_mapping(kind: str, payload: dict[str, Any], 
 
 
 STATES: dict[str, tuple[Any, str]] = {
-    "no mapping": ([1], "its training state must be a mapping, got a list"),
+    "no mapping": ([1], "its training state must be a mapping, got list"),
     "a step that is a text": ({"step": "3"}, "'step' of its training state must be a whole number"),
     "a step below zero": ({"step": -3}, "'step' of its training state must be a whole number"),
     "a best that is a tensor": ({"best": torch.ones(1)}, "'best' of its training state must be a number, or None"),
