@@ -103,9 +103,12 @@ def shown_from(evaluated: object) -> tuple[float, str]:
 
 
 def legible_scale(image: npt.NDArray[np.uint8]) -> int:
-    """Return the scale for ``draw`` that makes the shorter side 320 px or more: names do not cover such an image."""
-    shorter = int(min(image.shape[:2]))
-    return max(1, math.ceil(320 / shorter))
+    """Return the scale for ``draw`` that makes the shorter side 320 px or more: names do not cover such an image.
+
+    The longer side is enlarged to 2,048 px at most, so that a strip of 1x5000 is no picture of 500 megapixels.
+    """
+    shorter, longer = sorted(image.shape[:2])
+    return max(1, min(math.ceil(320 / shorter), 2048 // longer))
 
 
 def class_color(label: int) -> tuple[int, int, int]:

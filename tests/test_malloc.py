@@ -37,6 +37,7 @@ def page_faults(what: str) -> int:
     return int(run.stdout)
 
 
+@pytest.mark.slow
 def test_freed_memory_is_used_again() -> None:
     if not keep_freed_memory():
         pytest.skip("this C library cannot be told to keep memory")
@@ -44,6 +45,7 @@ def test_freed_memory_is_used_again() -> None:
     assert page_faults("keep") < 30 < page_faults("leave")
 
 
+@pytest.mark.slow
 def test_what_was_kept_can_be_returned() -> None:
     if not keep_freed_memory():
         pytest.skip("this C library cannot be told to keep memory")

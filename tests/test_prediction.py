@@ -251,6 +251,8 @@ def test_small_images_are_enlarged_with_their_boxes():
     image = np.full((100, 128, 3), 128, dtype=np.uint8)
     assert legible_scale(image) == 4
     assert legible_scale(np.zeros((320, 640, 3), dtype=np.uint8)) == 1
+    assert legible_scale(np.zeros((1, 5000, 3), dtype=np.uint8)) == 1  # 320 would make 512 megapixels of it
+    assert legible_scale(np.zeros((300, 2, 3), dtype=np.uint8)) == 6
     drawn = draw(image, prediction([[40, 50, 80, 90]], [1], [0.9]), CATEGORIES, scale=4)
     assert drawn.shape == (400, 512, 3)
     marked = np.argwhere((drawn[200:360] == np.array(class_color(1))).all(axis=2))

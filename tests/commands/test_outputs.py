@@ -205,7 +205,7 @@ ON_A_FULL_DISK = {
 
 
 @pytest.mark.usefixtures("capsys")  # progress bars are written to memory, not to pytest's file
-@pytest.mark.parametrize("num_bytes", [0, 300])
+@pytest.mark.parametrize("num_bytes", [pytest.param(0, marks=pytest.mark.slow), 300])
 @pytest.mark.parametrize("case", ON_A_FULL_DISK)
 def test_a_full_disk_is_an_error_that_names_the_file_and_leaves_nothing(case: str, num_bytes: int, place: Path) -> None:
     if case == "quantize" and not HAS_VNNI:

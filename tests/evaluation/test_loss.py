@@ -265,6 +265,7 @@ RUN = (
 )
 
 
+@pytest.mark.slow
 def test_a_run_with_and_without_it_ends_bit_equal(tmp_path: Path) -> None:
     quickstart = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
     payloads, lines = [], []

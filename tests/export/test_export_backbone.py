@@ -151,7 +151,13 @@ SUFFIXES = {"torchscript": ".pt", "export": ".pt2", "onnx": ".onnx"}
 
 @pytest.mark.parametrize(
     ("format", "include_fpn"),
-    [("torchscript", False), ("torchscript", True), ("export", False), ("export", True), ("onnx", True)],
+    [
+        ("torchscript", False),
+        pytest.param("torchscript", True, marks=pytest.mark.slow),
+        ("export", False),
+        pytest.param("export", True, marks=pytest.mark.slow),
+        ("onnx", True),
+    ],
 )
 def test_exported_networks_take_any_batch_and_size(tmp_path: Path, format: Any, include_fpn: bool) -> None:
     """Odd sizes too, and not only those that the export itself compares."""

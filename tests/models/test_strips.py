@@ -130,9 +130,9 @@ def test_data_workers_scale_a_strip_as_the_detector_does(size: tuple[int, int]) 
     assert target["boxes"][0, 2:].tolist() == [image.shape[2], image.shape[1]]
 
 
-@pytest.mark.parametrize("resize", ["torch", "pil"])
-@pytest.mark.parametrize("fast", [True, False], ids=["fast", "plain"])
-@pytest.mark.parametrize("batch_size", [1, 3])
+@pytest.mark.parametrize(
+    ("fast", "resize", "batch_size"), [(True, "torch", 1), (True, "pil", 3), (False, "torch", 3), (False, "pil", 1)]
+)
 def test_they_are_evaluated_and_predicted_on(
     strips: Path, tmp_path: Path, fast: bool, resize: str, batch_size: int
 ) -> None:
@@ -151,8 +151,7 @@ def test_they_are_evaluated_and_predicted_on(
     assert len(list((tmp_path / "out").glob("*.png"))) == len(files)
 
 
-@pytest.mark.parametrize("fast", ["true", "false"])
-@pytest.mark.parametrize("resize", ["torch", "pil"])
+@pytest.mark.parametrize(("fast", "resize"), [("true", "pil"), ("false", "torch")])
 def test_they_are_trained_on(strips: Path, tmp_path: Path, fast: str, resize: str) -> None:
     source = f"{{format: coco, images: {strips}, annotations: {strips / 'a.json'}}}"
     text = f"""

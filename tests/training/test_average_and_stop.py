@@ -15,13 +15,24 @@ from resdet.models.spec import DetectorSpec
 STILL = ("optim.warmup_steps=0", "optim.schedule=constant")
 
 
-def test_best_pt_holds_the_average(tmp_path: Path) -> None:
+def run_twice(folder: Path, norm: str) -> Path:
+    """Train one step, and two steps with an average of decay 0.75."""
+    settings = (*STILL, f"model.norm={norm}", "model.calibration_images=8")
+    train(folder / "one", *settings, "train.steps=1")
+    train(folder / "two", *settings, "train.steps=2", "train.ema_decay=0.75")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def frozen(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return run_twice(tmp_path_factory.mktemp("averaged"), "frozen")
+
+
+def test_best_pt_holds_the_average(frozen: Path) -> None:
     """After two steps it is ``decay * first + (1 - decay) * second``: the average begins with the first weights."""
-    train(tmp_path / "one", *STILL, "train.steps=1")
-    train(tmp_path / "two", *STILL, "train.steps=2", "train.ema_decay=0.75")
-    first = torch.load(tmp_path / "one" / "last.pt", weights_only=True)["model"]
-    second = torch.load(tmp_path / "two" / "last.pt", weights_only=True)
-    best = torch.load(tmp_path / "two" / "best.pt", weights_only=True)["model"]
+    first = torch.load(frozen / "one" / "last.pt", weights_only=True)["model"]
+    second = torch.load(frozen / "two" / "last.pt", weights_only=True)
+    best = torch.load(frozen / "two" / "best.pt", weights_only=True)["model"]
     assert best.keys() == second["model"].keys() == first.keys()
     for name, value in best.items():
         torch.testing.assert_close(value, 0.75 * first[name] + 0.25 * second["model"][name], rtol=1e-6, atol=1e-8)
@@ -53,29 +64,21 @@ def test_an_average_computes_with_its_newest_weights(norm: str) -> None:
     assert not torch.allclose(before, after, rtol=1e-3)
 
 
-def averaged_run(tmp_path: Path, norm: str) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """Return the weights after one step, and the average (0.75) of these and those after the second."""
-    settings = (*STILL, f"model.norm={norm}", "model.calibration_images=8")
-    train(tmp_path / "one", *settings, "train.steps=1")
-    train(tmp_path / "two", *settings, "train.steps=2", "train.ema_decay=0.75")
+def test_statistics_of_trained_norms_are_averaged_too(tmp_path: Path) -> None:
+    """The last weights' statistics are not those of the averaged weights."""
+    run_twice(tmp_path, "batch")
     first = torch.load(tmp_path / "one" / "last.pt", weights_only=True)["model"]
     second = torch.load(tmp_path / "two" / "last.pt", weights_only=True)["model"]
     best = torch.load(tmp_path / "two" / "best.pt", weights_only=True)["model"]
-    return {name: 0.75 * first[name] + 0.25 * second[name] for name in first}, best
-
-
-def test_statistics_of_trained_norms_are_averaged_too(tmp_path: Path) -> None:
-    """The last weights' statistics are not those of the averaged weights."""
-    expected, best = averaged_run(tmp_path, "batch")
     statistics = [name for name in best if name.endswith(("running_mean", "running_var"))]
     assert len(statistics) > 10
     for name in statistics:
-        torch.testing.assert_close(best[name], expected[name], rtol=1e-6, atol=1e-8)
+        torch.testing.assert_close(best[name], 0.75 * first[name] + 0.25 * second[name], rtol=1e-6, atol=1e-8)
 
 
-def test_frozen_statistics_stay_bit_equal(tmp_path: Path) -> None:
-    _, best = averaged_run(tmp_path, "frozen")
-    last = torch.load(tmp_path / "two" / "last.pt", weights_only=True)["model"]
+def test_frozen_statistics_stay_bit_equal(frozen: Path) -> None:
+    best = torch.load(frozen / "two" / "best.pt", weights_only=True)["model"]
+    last = torch.load(frozen / "two" / "last.pt", weights_only=True)["model"]
     statistics = [name for name in best if name.endswith(("running_mean", "running_var"))]
     assert len(statistics) > 10
     assert all(torch.equal(best[name].view(torch.int32), last[name].view(torch.int32)) for name in statistics)

@@ -56,6 +56,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
+@pytest.mark.slow
 def test_full_disk_leaves_the_last_good_checkpoint(finished: Path, small_disk: Path) -> None:
     size = (finished / "last.pt").stat().st_size
     subprocess.run(["mount", "-o", f"remount,size={int(1.5 * size)}", str(small_disk)], check=True)

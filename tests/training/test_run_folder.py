@@ -201,13 +201,13 @@ def fill_disk(place: str, patched: pytest.MonkeyPatch) -> None:
     "place",
     [
         "config.yaml",
-        "metrics.jsonl",
-        "tensorboard from the start",
+        pytest.param("metrics.jsonl", marks=pytest.mark.slow),
+        pytest.param("tensorboard from the start", marks=pytest.mark.slow),
         "tensorboard",
-        "tensorboard at the end",
+        pytest.param("tensorboard at the end", marks=pytest.mark.slow),
         "last.pt",
-        "pictures",
-        "report.html",
+        pytest.param("pictures", marks=pytest.mark.slow),
+        pytest.param("report.html", marks=pytest.mark.slow),
     ],
 )
 def test_a_disk_that_is_full_is_one_line_and_the_run_goes_on_later(

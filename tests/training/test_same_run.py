@@ -38,6 +38,7 @@ def batch_of_four(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_accumulation_is_the_same_run(batch_of_four: Path, tmp_path: Path) -> None:
     train(tmp_path / "two", *TEN_STEPS, "train.accumulate=2")
     assert_same_run(batch_of_four, tmp_path / "two")
@@ -129,6 +130,7 @@ def test_killed_at_any_moment_a_run_ends_bit_equal(
         sys.stdout.write(f"\n{num_kills} SIGKILLs in {num_runs} runs, {num_writing} of them while a file was written\n")
 
 
+@pytest.mark.slow
 def test_a_signal_leaves_a_checkpoint_and_a_clear_line(untouched: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     process = subprocess.Popen(

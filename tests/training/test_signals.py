@@ -75,7 +75,12 @@ def stop_worker_after(num_images: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGINT, 130)], ids=["TERM", "HUP", "INT"]
+    ("number", "code"),
+    [
+        pytest.param(signal.SIGTERM, 143, id="TERM"),
+        pytest.param(signal.SIGHUP, 129, id="HUP", marks=pytest.mark.slow),
+        pytest.param(signal.SIGINT, 130, id="INT", marks=pytest.mark.slow),
+    ],
 )
 def test_a_signal_is_granted_while_a_worker_hangs(
     number: int, code: int, untouched: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -184,7 +189,7 @@ def test_handlers_are_there_around_the_steps_alone(tmp_path: Path, monkeypatch: 
     assert seen["evaluate"] != before
 
 
-@pytest.mark.parametrize("num_signals", [1, 2])
+@pytest.mark.parametrize("num_signals", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_ctrl_c_with_workers(num_signals: int, tmp_path: Path) -> None:
     """It reaches the whole process group; once or twice, the run ends with its code and no traceback."""
     process = subprocess.Popen(
@@ -207,6 +212,7 @@ def test_ctrl_c_with_workers(num_signals: int, tmp_path: Path) -> None:
     assert "by SIGINT" in told.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_stop_and_continue_go_on(tmp_path: Path) -> None:
     process = subprocess.Popen(
         command(tmp_path, "train.steps=8", "train.save_every=1", "loader.num_workers=1"),

@@ -217,7 +217,7 @@ def started(tmp_path: Path, url: str) -> subprocess.Popen[str]:
     return process
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM])
 def test_a_signal_ends_a_stalled_download_at_once_and_the_next_removes_what_is_left(
     number: signal.Signals, server: tuple[str, Path], hub: Path, tmp_path: Path
 ) -> None:
@@ -239,6 +239,7 @@ def test_a_signal_ends_a_stalled_download_at_once_and_the_next_removes_what_is_l
     assert files_in(hub) == []
 
 
+@pytest.mark.slow
 def test_two_processes_at_once_download_once(server: tuple[str, Path], hub: Path, tmp_path: Path) -> None:
     address, root = server
     weights(root / "slow.pth")

@@ -138,6 +138,7 @@ def test_streams_of_the_same_kinds_that_are_sound_are_read(container: str, tmp_p
     assert read_checkpoint(path) == content
 
 
+@pytest.mark.slow
 def test_reading_hostile_files_takes_little_memory_and_time(tmp_path: Path) -> None:
     """In a process of its own that may take half a gigabyte more than it needs to start."""
     paths = [
