@@ -107,7 +107,7 @@ def legible_scale(image: npt.NDArray[np.uint8]) -> int:
 
     The longer side is enlarged to 2,048 px at most, so that a strip of 1x5000 is no picture of 500 megapixels.
     """
-    shorter, longer = sorted(image.shape[:2])
+    shorter, longer = int(min(image.shape[:2])), int(max(image.shape[:2]))
     return max(1, min(math.ceil(320 / shorter), 2048 // longer))
 
 
