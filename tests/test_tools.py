@@ -123,7 +123,11 @@ def test_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoin
 
 @pytest.mark.parametrize(
     "setting",
-    [pytest.param("train.precision=fp16", marks=pytest.mark.slow), "train.accumulate=2", "loader.num_workers=2"],
+    [
+        pytest.param("train.precision=fp16", marks=pytest.mark.slow),
+        pytest.param("train.accumulate=2", marks=pytest.mark.slow),
+        "loader.num_workers=2",
+    ],
 )
 def test_other_ways_to_compute_train_too(setting: str, tmp_path: Path) -> None:
     train_tiny(tmp_path, "train.steps=2", setting)

@@ -69,8 +69,10 @@ def test_resnet101_state_dicts_are_exchangeable() -> None:
     assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("trainable_layers", [3, 5])
-@pytest.mark.parametrize("arch", ["resnet18", "resnet101"])
+@pytest.mark.parametrize(
+    ("arch", "trainable_layers"),
+    [("resnet18", 3), ("resnet18", 5), ("resnet101", 3), pytest.param("resnet101", 5, marks=pytest.mark.slow)],
+)
 def test_outputs_and_gradients_are_torchvisions(
     arch: str, trainable_layers: int, randomise_norms: RandomiseNorms
 ) -> None:

@@ -151,7 +151,7 @@ def test_they_are_evaluated_and_predicted_on(
     assert len(list((tmp_path / "out").glob("*.png"))) == len(files)
 
 
-@pytest.mark.parametrize(("fast", "resize"), [("true", "pil"), ("false", "torch")])
+@pytest.mark.parametrize(("fast", "resize"), [("true", "pil"), pytest.param("false", "torch", marks=pytest.mark.slow)])
 def test_they_are_trained_on(strips: Path, tmp_path: Path, fast: str, resize: str) -> None:
     source = f"{{format: coco, images: {strips}, annotations: {strips / 'a.json'}}}"
     text = f"""

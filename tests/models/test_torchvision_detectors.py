@@ -42,7 +42,9 @@ def tame(state: dict[str, Tensor]) -> None:
             tensor.normal_(std=0.1)
 
 
-@pytest.mark.parametrize(("arch", "num_classes"), [("resnet18", 4), ("resnet50", 91), ("resnet101", 2)])
+@pytest.mark.parametrize(
+    ("arch", "num_classes"), [("resnet18", 4), ("resnet50", 91), pytest.param("resnet101", 2, marks=pytest.mark.slow)]
+)
 def test_torchvisions_faster_rcnn_loads_as_it_is(
     tmp_path: Path, arch: str, num_classes: int, caplog: pytest.LogCaptureFixture
 ) -> None:

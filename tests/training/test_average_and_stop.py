@@ -97,6 +97,7 @@ def test_patience_ends_a_run_that_no_longer_gains(tmp_path: Path) -> None:
     assert len(logged(tmp_path, "AP")) == 3
 
 
+@pytest.mark.slow
 def test_telemetry_is_logged(tmp_path: Path) -> None:
     train(tmp_path, "train.steps=1")
     for name in ("grad_norm", "data_s", "step_s", "memory_mb", "rpn_positives", "box_positives", "images_per_s"):

@@ -11,13 +11,8 @@ from small_runs import ROOT, command, environment
 FEW_FILES = ["sh", "-c", 'ulimit -n 40; exec "$@"', "sh"]
 
 
-@pytest.mark.parametrize(
-    "kind",
-    [
-        pytest.param("long names, blanks and letters, python -O", marks=pytest.mark.slow),
-        "missing or read-only, 40 open files",
-    ],
-)
+@pytest.mark.parametrize("kind", ["long names, blanks and letters, python -O", "missing or read-only, 40 open files"])
+@pytest.mark.slow
 def test_a_run_ends_well(kind: str, tmp_path: Path) -> None:
     folder = tmp_path / "Übung 1 日本 with a path that is too long for a socket"
     folder.mkdir()

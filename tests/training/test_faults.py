@@ -71,6 +71,7 @@ def test_full_disk_leaves_the_last_good_checkpoint(finished: Path, small_disk: P
     assert differences(finished / "last.pt", small_disk / "run" / "last.pt") == []
 
 
+@pytest.mark.slow
 def test_read_only_folder_is_told_before_anything_is_computed(small_disk: Path) -> None:
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     done = train(small_disk / "run", *SHORT, expected=2)
