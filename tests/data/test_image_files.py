@@ -121,7 +121,7 @@ MEANT = [
     ("sub%2Fmy%20a.jpg", "sub/my a.jpg", "sub/my a.jpg (without escapes as in a URL)"),
     ("train/a.jpg", "a.jpg", "a.jpg (without train/ before it)"),
     ("a.jpg", "images/a.jpg", "images/a.jpg (then the image folder is {root}/images)"),
-    ("root/a.jpg", "a.jpg", "{above}/root/a.jpg (then the image folder is {above})"),
+    ("photos/a.jpg", "a.jpg", "{root}/a.jpg (then the image folder is {above})"),
     ("val/a.jpg", "../val/a.jpg", "{above}/val/a.jpg (then the image folder is {above})"),
     ("JPEGImages/a.jpg", "JPEGImages/sub/A.png", "JPEGImages/sub/A.png (another folder)"),
     ("/home/me/a.jpg", "a.jpg", "a.jpg (without home/me/ before it)"),
@@ -131,7 +131,7 @@ MEANT = [
 
 @pytest.mark.parametrize(("name", "existing", "meant"), MEANT)
 def test_the_file_that_a_missing_name_was_perhaps_meant_for_is_named(tmp_path, name, existing, meant):
-    root = tmp_path / "root"
+    root = tmp_path / "photos"
     root.mkdir()
     picture(root / existing)
     picture(root / "._a.jpg")
