@@ -11,6 +11,10 @@ from typing import Any
 
 import torch
 
+from resdet.config import load_config
+from resdet.training import detection
+from resdet.training.loop import TrainResult
+
 ROOT = Path(__file__).resolve().parents[2]
 
 # Group norm: batch statistics would make an image depend on its neighbours in the batch. Few boxes are sampled of each
@@ -68,6 +72,12 @@ def train(
     )
     assert done.returncode == expected, done.stderr
     return done
+
+
+def train_here(output_dir: Path, *overrides: str) -> TrainResult:
+    """Run it in this process, where parts can be replaced."""
+    settings = [*SMALL, f"output_dir={output_dir}", *overrides]
+    return detection.train(load_config(ROOT / "configs" / "quickstart.yaml", settings))
 
 
 def logged(folder: Path, key: str) -> list[float]:

@@ -11,13 +11,12 @@ from typing import Any, get_args
 import pytest
 import torch
 from pydantic import BaseModel
-from small_runs import ROOT, SMALL, logged
+from small_runs import logged, train_here
 
 from resdet.classification.config import PretrainConfig
-from resdet.config import Config, load_config
+from resdet.config import Config
 from resdet.data.shapes import ShapesImages, shapes_table
 from resdet.errors import UserError, WeightsError
-from resdet.training.detection import train
 from resdet.training.loop import TrainResult
 from resdet.training.resume import APPLIED, REFUSED, REJUDGED
 
@@ -25,8 +24,7 @@ SHORT = ("train.steps=1", "loader.num_workers=0", "optim.warmup_steps=0", "optim
 
 
 def run(folder: Path, *overrides: str) -> TrainResult:
-    settings = [*SMALL, *SHORT, f"output_dir={folder}", *overrides]
-    return train(load_config(ROOT / "configs" / "quickstart.yaml", settings))
+    return train_here(folder, *SHORT, *overrides)
 
 
 @pytest.fixture(scope="module")

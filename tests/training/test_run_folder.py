@@ -14,11 +14,10 @@ from typing import Any
 
 import pytest
 from PIL import Image
-from small_runs import ROOT, SMALL, command, differences, logged
+from small_runs import ROOT, command, differences, logged, train_here
 
 from resdet.commands.run import run_tool
 from resdet.commands.train import main
-from resdet.config import load_config
 from resdet.errors import UserError
 from resdet.evaluation.report_runs import read_log
 from resdet.training import checkpoint, detection, loop
@@ -30,8 +29,7 @@ RUN = ("train.steps=2", "train.save_every=1", "loader.num_workers=0", "resume=au
 
 
 def run(folder: Path, *overrides: str) -> TrainResult:
-    settings = [*SMALL, *RUN, f"output_dir={folder}", *overrides]
-    return detection.train(load_config(ROOT / "configs" / "quickstart.yaml", settings))
+    return train_here(folder, *RUN, *overrides)
 
 
 @pytest.fixture(scope="module")

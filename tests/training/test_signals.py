@@ -16,9 +16,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-from small_runs import ROOT, SMALL, command, differences, environment
+from small_runs import ROOT, command, differences, environment, train_here
 
-from resdet.config import load_config
 from resdet.data.shapes import ShapesImages
 from resdet.errors import Interrupted
 from resdet.training import detection, interrupt
@@ -29,8 +28,7 @@ RUN = ("train.steps=6", "train.eval_every=4", "loader.num_workers=1", "resume=au
 
 
 def run(folder: Path, *overrides: str) -> TrainResult:
-    settings = [*SMALL, *RUN, f"output_dir={folder}", *overrides]
-    return detection.train(load_config(ROOT / "configs" / "quickstart.yaml", settings))
+    return train_here(folder, *RUN, *overrides)
 
 
 @pytest.fixture(scope="module")
