@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import subprocess
@@ -49,6 +50,17 @@ def _remove_what_a_file_wrote(
     if request.session.testsfailed == failed:
         for folder in set(base.iterdir()) - kept:
             shutil.rmtree(folder) if folder.is_dir() and not folder.is_symlink() else folder.unlink()
+
+
+@pytest.fixture(autouse=True)
+def _logging_as_before() -> Iterator[None]:
+    """Restore what a command sets for its process: the next test of this process decides anew what is logged."""
+    root, package = logging.getLogger(), logging.getLogger("resdet")
+    level, handlers, package_level = root.level, root.handlers[:], package.level
+    yield
+    root.setLevel(level)
+    root.handlers[:] = handlers
+    package.setLevel(package_level)
 
 
 def make_weights(arch: str, assets: Path, folder: Path) -> Path:

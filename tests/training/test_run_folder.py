@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import errno
 import json
-import logging
 import os
 import threading
 import uuid
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,14 +35,6 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "finished"
     run(folder)
     return folder
-
-
-@pytest.fixture(autouse=True)
-def _level_of_the_log_is_kept() -> Iterator[None]:
-    """Commands raise it."""
-    before = logging.getLogger("resdet").level
-    yield
-    logging.getLogger("resdet").setLevel(before)
 
 
 # What a killed run left --------------------------------------------------------------------------------------------
