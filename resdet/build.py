@@ -23,8 +23,9 @@ from resdet.config import CocoSource, Config, ModelConfig, ShapesSource, Source,
 from resdet.data.augment.pipeline import MIN_VISIBILITY, build_augment
 from resdet.data.coco import read_coco
 from resdet.data.dataset import DetectionDataset
-from resdet.data.image_files import check_files, on_disk
+from resdet.data.image_files import check_files
 from resdet.data.images import FolderImages
+from resdet.data.names import on_disk
 from resdet.data.shapes import ShapesImages, shapes_table
 from resdet.data.voc import read_voc
 from resdet.errors import DataError, UserError, WeightsError

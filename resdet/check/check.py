@@ -12,8 +12,6 @@ from resdet.check.boxes import area_problems, box_problems
 from resdet.check.classes import box_counts, class_problems, differing_classes
 from resdet.check.duplicates import duplicate_problems
 from resdet.check.files import (
-    ImageFacts,
-    all_image_facts,
     decoded_problems,
     find_files,
     image_problem,
@@ -28,6 +26,7 @@ from resdet.check.splits import DataSplit
 from resdet.data.annotations import AnnotationTable
 from resdet.data.coco import usable_table
 from resdet.data.coco_rules import Problem
+from resdet.data.image_facts import ImageFacts, all_image_facts
 from resdet.errors import DataError
 
 

@@ -2,29 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image
-from tqdm import tqdm
-
 from resdet.check.splits import DataSplit
-from resdet.data.annotations import AnnotationTable, same_form
+from resdet.data.annotations import AnnotationTable
 from resdet.data.coco_rules import Problem, is_file_name
-from resdet.data.image_files import IMAGE_SUFFIXES, ImageFolder, list_folder, name_fault
-from resdet.data.images import ImageHeader, read_header, read_image
+from resdet.data.image_facts import ImageFacts
+from resdet.data.image_files import ImageFolder, name_fault
+from resdet.data.names import IMAGE_SUFFIXES, list_folder, same_form
 from resdet.errors import DataError
-
-THUMBNAIL_SIZE = (16, 17)
-"""``(height, width)``: each row has 16 pairs of neighbours."""
-
-_CHUNK = 16  # images that a process takes at a time
 
 
 def image_problem(kind: str, table: AnnotationTable, index: int, what: str, file: str = "") -> Problem:
@@ -129,60 +118,3 @@ def decoded_problems(
             yield image_problem("size_mismatch", table, index, what, path)
     for mode, ids in modes.items():
         yield Problem("not_rgb", f"{len(ids)} images of mode {mode}", tuple(ids), count=len(ids))
-
-
-@dataclass(frozen=True)
-class ImageFacts:
-    """What decoding an image file gave: an error, or all but that."""
-
-    path: str
-    error: str = ""
-    header: ImageHeader | None = None
-    digest: bytes = b""  # of the decoded pixels and their shape
-    thumbnail: bytes = b""  # gray levels, THUMBNAIL_SIZE
-
-
-def image_facts(path: str) -> ImageFacts:
-    """Decode an image file as training does; an exception becomes ``error``."""
-    try:
-        header = read_header(Path(path))
-        pixels = read_image(Path(path))
-    except DataError as error:
-        return ImageFacts(path, error=str(error))
-    digest = hashlib.blake2b(repr(pixels.shape).encode(), digest_size=16)
-    digest.update(pixels.data)
-    gray = Image.fromarray(pixels).convert("L")
-    thumbnail = gray.resize(THUMBNAIL_SIZE[::-1], Image.Resampling.BOX)
-    return ImageFacts(path, "", header, digest.digest(), thumbnail.tobytes())
-
-
-def all_image_facts(paths: Sequence[str], *, num_workers: int, progress: bool) -> dict[str, ImageFacts]:
-    """Decode image files in ``num_workers`` processes (0: in this one), and return what was found by path."""
-    found = _in_processes(paths, num_workers) if num_workers else map(image_facts, paths)
-    bar = tqdm(found, total=len(paths), desc="images", unit="image", disable=not progress, leave=False)
-    return {facts.path: facts for facts in bar}
-
-
-def _in_processes(paths: Sequence[str], num_workers: int) -> Iterator[ImageFacts]:
-    num_done = 0
-    try:
-        with ProcessPoolExecutor(num_workers) as pool:
-            for found in pool.map(image_facts, paths, chunksize=_CHUNK):
-                num_done += 1
-                yield found
-        return
-    except BrokenProcessPool:
-        suspects = paths[num_done : num_done + _CHUNK * (2 * num_workers + 1)]
-    # A decoder has crashed its process. One process for each image finds which image it was.
-    for path in suspects:
-        try:
-            with ProcessPoolExecutor(1) as pool:
-                yield pool.submit(image_facts, path).result()
-        except BrokenProcessPool:
-            yield ImageFacts(path, error=f"{path}: cannot be decoded: the decoder crashes")
-    yield from _in_processes(paths[num_done + len(suspects) :], num_workers)
-
-
-def default_num_workers() -> int:
-    """Return the number of processors that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

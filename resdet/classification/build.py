@@ -25,7 +25,7 @@ from resdet.classification.model import ImageClassifier, load_first_weights, mak
 from resdet.classification.spec import ClassifierSpec
 from resdet.classification.views import TrainView, centre_views
 from resdet.config_reading import parse_settings
-from resdet.data.image_files import on_disk
+from resdet.data.names import on_disk
 from resdet.errors import WeightsError
 from resdet.weights.files import WeightsPath, read_weights
 from resdet.weights.pickles import is_plain

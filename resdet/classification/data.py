@@ -15,9 +15,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from resdet.data.annotations import same_form
-from resdet.data.image_files import IMAGE_SUFFIXES, is_hidden
 from resdet.data.images import read_image
+from resdet.data.names import IMAGE_SUFFIXES, is_hidden, same_form
 from resdet.errors import DataError, UserError, name_some, shortened
 from resdet.weights.arrays import read_pickle
 

@@ -43,10 +43,10 @@ def main(arguments: Sequence[str]) -> int:
 
     from resdet.build import anchor_layout, build_browse_page, build_split, detector_limits
     from resdet.check.check import check_dataset
-    from resdet.check.files import default_num_workers
     from resdet.check.repair import write_fixed
     from resdet.check.report import report_text
     from resdet.config import load_config
+    from resdet.data.image_facts import default_num_workers
     from resdet.errors import DataError
     from resdet.files import check_outputs, write_text
 

@@ -12,6 +12,7 @@ from typing import Any, overload
 import numpy as np
 import numpy.typing as npt
 
+from resdet.data.names import same_form
 from resdet.data.sharing import reduce_for_worker
 from resdet.errors import DataError
 from resdet.types import Bools, Category, Floats, Ints
@@ -21,14 +22,6 @@ Arrays = dict[str, npt.NDArray[Any]]
 MIN_TRAINABLE_SIDE = 0.1
 """Pixels. A box thinner than this inside its image teaches nothing and can vanish when the image is resized in
 float32, where torchvision refuses it ("positive height and width"). Training leaves it out and logs it."""
-
-
-def same_form(name: str) -> str:
-    """Return a name in Unicode's composed form (NFC), in which names that look identical are equal.
-
-    Macs write the letters of file names decomposed (NFD), most other programs composed.
-    """
-    return name if name.isascii() else unicodedata.normalize("NFC", name)
 
 
 def same_forms(names: Iterable[str]) -> list[str]:

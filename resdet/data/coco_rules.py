@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, TypeGuard
 
 import numpy as np
 
-from resdet.data.image_files import similar_path
+from resdet.data.names import similar_path
 from resdet.errors import DataError, shortened
 from resdet.types import Bools, Floats, Ints
 

@@ -13,13 +13,10 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, NamedTuple
 from urllib.parse import unquote
 
-from resdet.data.annotations import AnnotationTable, same_form
+from resdet.data.annotations import AnnotationTable
+from resdet.data.names import IMAGE_SUFFIXES, is_hidden, list_folder, same_form, similar_path
 from resdet.errors import DataError, shortened
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif")
-"""What folders are searched for; the decoder goes by a file's content, not its name."""
-
-_CLUTTER = ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found")
 _MAX_FOLDERS = 2000
 """Subfolders that are searched for a file like a missing one."""
 _MAX_NAME = 1024
@@ -27,15 +24,6 @@ _MAX_NAME = 1024
 # Unicode's line breaks too: a name with one would break messages and lists of names. Of the halves of surrogate pairs,
 # those are allowed that stand for bytes that are not UTF-8.
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udc7f\udd00-\udfff]")
-
-
-def is_hidden(name: str) -> bool:
-    """Check whether a name in a folder is an operating system's and no part of a dataset.
-
-    It begins with a dot (``._a.jpg`` holds a Mac's attributes of ``a.jpg``, not pixels) or is a folder such as
-    ``__MACOSX``.
-    """
-    return name.startswith(".") or name in _CLUTTER
 
 
 def is_file(path: Path | str) -> bool:
@@ -96,33 +84,6 @@ def _leaves_folder(name: str) -> bool:
         return False
     windows = PureWindowsPath(name)
     return ".." in windows.parts or bool(windows.drive or windows.root) or PurePosixPath(name).is_absolute()
-
-
-def list_folder(folder: Path) -> set[str]:
-    """Return the names in a folder without hidden ones, none where it cannot be read."""
-    try:
-        return {name for name in os.listdir(folder) if not is_hidden(name)}
-    except (OSError, ValueError):
-        return set()
-
-
-def on_disk(path: Path) -> Path:
-    """Return a path as the disk has it if its names differ from the disk's in Unicode's form alone, else as it is."""
-    if str(path).isascii() or os.path.exists(path):
-        return path
-    folder = on_disk(path.parent)
-    same = [name for name in list_folder(folder) if same_form(name) == same_form(path.name)]
-    return folder / same[0] if len(same) == 1 else path
-
-
-def similar_path(path: Path) -> str:
-    """Return the end of a message on a missing path: what lies beside it under a similar name, or nothing.
-
-    Names are similar that differ in upper and lower case or in Unicode's form alone.
-    """
-    wanted = same_form(path.name).casefold()
-    similar = [name for name in list_folder(path.parent) if same_form(name).casefold() == wanted]
-    return f"; did you mean {path.parent / similar[0]}?" if len(similar) == 1 else ""
 
 
 class Meant(NamedTuple):

@@ -11,8 +11,9 @@ from pathlib import Path
 from resdet.data.annotations import AnnotationTable
 from resdet.data.coco import usable_table
 from resdet.data.coco_rules import CocoRecords, Problem, Record
-from resdet.data.image_files import IMAGE_SUFFIXES, ImageFolder, list_folder, name_fault
+from resdet.data.image_files import ImageFolder, name_fault
 from resdet.data.images import read_size
+from resdet.data.names import IMAGE_SUFFIXES, list_folder
 from resdet.data.voc_xml import (
     AnnotationFileError,
     class_name,

@@ -9,8 +9,8 @@ import re
 from pathlib import Path
 from xml.etree import ElementTree
 
-from resdet.data.annotations import same_form
 from resdet.data.coco_rules import Record
+from resdet.data.names import same_form
 
 MAX_XML_BYTES = 8 * 2**20
 """Annotation files larger than this are refused; 8 MiB hold 25 000 objects."""

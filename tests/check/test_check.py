@@ -12,17 +12,16 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import box_iou
 
 from resdet.build import anchor_layout
-from resdet.check import files
 from resdet.check.anchor_coverage import anchor_coverage, best_iou
 from resdet.check.check import check_dataset
-from resdet.check.duplicates import near_duplicates
-from resdet.check.files import ImageFacts, all_image_facts, image_facts
 from resdet.check.kinds import KINDS
 from resdet.check.repair import repaired, write_fixed
 from resdet.check.report import report_text
 from resdet.check.splits import coco_split, table_split, voc_split
 from resdet.config import ModelConfig
+from resdet.data import image_facts as facts_module
 from resdet.data.coco import read_coco
+from resdet.data.image_facts import ImageFacts, all_image_facts, image_facts, near_duplicates
 from resdet.data.shapes import shapes_table
 from resdet.errors import UserError
 from resdet.models.proposals import Anchors
@@ -461,8 +460,8 @@ def deadly(path):
 
 @pytest.mark.skipif(multiprocessing.get_start_method() != "fork", reason="the stand-in does not reach other processes")
 def test_an_image_that_ends_its_process_is_found(monkeypatch):
-    monkeypatch.setattr(files, "image_facts", deadly)
-    monkeypatch.setattr(files, "_CHUNK", 2)
+    monkeypatch.setattr(facts_module, "image_facts", deadly)
+    monkeypatch.setattr(facts_module, "_CHUNK", 2)
     paths = [f"{i}.png" for i in range(12)]
     paths[5] = "deadly.png"
     facts = all_image_facts(paths, num_workers=1, progress=False)

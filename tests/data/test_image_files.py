@@ -11,8 +11,9 @@ import pytest
 from PIL import Image
 
 from resdet.data.annotations import FileNames
-from resdet.data.image_files import ImageFolder, check_files, find_images, list_folder
+from resdet.data.image_files import ImageFolder, check_files, find_images
 from resdet.data.images import FolderImages
+from resdet.data.names import list_folder
 from resdet.data.shapes import shapes_table
 from resdet.errors import DataError, UnreadableImageError
 
