@@ -12,7 +12,7 @@ from typing import Any, overload
 import numpy as np
 import numpy.typing as npt
 
-from resdet.data.names import same_form
+from resdet.data.names import same_forms
 from resdet.data.sharing import reduce_for_worker
 from resdet.errors import DataError
 from resdet.types import Bools, Category, Floats, Ints
@@ -22,13 +22,6 @@ Arrays = dict[str, npt.NDArray[Any]]
 MIN_TRAINABLE_SIDE = 0.1
 """Pixels. A box thinner than this inside its image teaches nothing and can vanish when the image is resized in
 float32, where torchvision refuses it ("positive height and width"). Training leaves it out and logs it."""
-
-
-def same_forms(names: Iterable[str]) -> list[str]:
-    """Return class names in composed Unicode, or as they are if two of them would become one."""
-    names = list(names)
-    composed = [same_form(name) for name in names]
-    return composed if len(set(composed)) == len(set(names)) else names
 
 
 def bare_name(name: str) -> str:

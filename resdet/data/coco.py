@@ -14,7 +14,7 @@ from typing import Literal
 import msgspec
 import numpy as np
 
-from resdet.data.annotations import AnnotationTable, FileNames, same_forms
+from resdet.data.annotations import AnnotationTable, FileNames
 from resdet.data.cache import cached_table
 from resdet.data.coco_rules import (
     HOW_TO_FIX,
@@ -29,6 +29,7 @@ from resdet.data.coco_rules import (
     load_records,
     record_problems,
 )
+from resdet.data.names import same_forms
 from resdet.errors import DataError
 from resdet.types import Bools, Category, Floats, Ints
 

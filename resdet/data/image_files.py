@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from urllib.parse import unquote
 
 from resdet.data.annotations import AnnotationTable
-from resdet.data.names import IMAGE_SUFFIXES, is_hidden, list_folder, same_form, similar_path
+from resdet.data.names import IMAGE_SUFFIXES, is_file, is_hidden, list_folder, same_form, similar_path
 from resdet.errors import DataError, shortened
 
 _MAX_FOLDERS = 2000
@@ -24,14 +24,6 @@ _MAX_NAME = 1024
 # Unicode's line breaks too: a name with one would break messages and lists of names. Of the halves of surrogate pairs,
 # those are allowed that stand for bytes that are not UTF-8.
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udc7f\udd00-\udfff]")
-
-
-def is_file(path: Path | str) -> bool:
-    """Check that a file exists; a name that no file can have (too long, with a NUL) is that of none."""
-    try:
-        return os.path.isfile(path)
-    except (OSError, ValueError):
-        return False
 
 
 def find_images(paths: Iterable[Path | str]) -> list[Path]:

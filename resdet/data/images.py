@@ -16,7 +16,8 @@ import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 
 from resdet.data.annotations import AnnotationTable
-from resdet.data.image_files import ImageFolder, check_names, is_file
+from resdet.data.image_files import ImageFolder, check_names
+from resdet.data.names import is_file
 from resdet.errors import DataError, UnreadableImageError
 
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")

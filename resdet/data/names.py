@@ -1,18 +1,24 @@
-"""Names in folders: which are images, which are no part of a dataset, which look alike.
+"""Names and texts on the disk: which names are images' or no part of a dataset, which are alike, how texts are encoded.
 
 Reading a configuration imports this module, so it imports no NumPy.
 """
 
 from __future__ import annotations
 
+import codecs
 import os
+import re
 import unicodedata
+from collections.abc import Iterable
 from pathlib import Path
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif")
 """What folders are searched for; the decoder goes by a file's content, not its name."""
 
 _CLUTTER = ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found")
+
+# What XML writers declare, by the names of Python's codecs. Others are left out because decoding them can be costly.
+_ENCODINGS = ("utf-8", "ascii", "iso8859", "cp", "mac-", "koi8", "gb", "big5", "shift_jis", "euc_")
 
 
 def is_hidden(name: str) -> bool:
@@ -30,6 +36,21 @@ def same_form(name: str) -> str:
     Macs write the letters of file names decomposed (NFD), most other programs composed.
     """
     return name if name.isascii() else unicodedata.normalize("NFC", name)
+
+
+def same_forms(names: Iterable[str]) -> list[str]:
+    """Return class names in composed Unicode, or as they are if two of them would become one."""
+    names = list(names)
+    composed = [same_form(name) for name in names]
+    return composed if len(set(composed)) == len(set(names)) else names
+
+
+def is_file(path: Path | str) -> bool:
+    """Check that a file exists; a name that no file can have (too long, with a NUL) is that of none."""
+    try:
+        return os.path.isfile(path)
+    except (OSError, ValueError):
+        return False
 
 
 def list_folder(folder: Path) -> set[str]:
@@ -57,3 +78,21 @@ def similar_path(path: Path) -> str:
     wanted = same_form(path.name).casefold()
     similar = [name for name in list_folder(path.parent) if same_form(name).casefold() == wanted]
     return f"; did you mean {path.parent / similar[0]}?" if len(similar) == 1 else ""
+
+
+def decode_text(data: bytes) -> str:
+    """Decode a file by the byte order mark, else by XML's declaration, else as UTF-8.
+
+    The text that is checked for entities is thus the one that the parser sees.
+    """
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return data.decode("utf-16")
+    declared = re.match(rb"""\s*<\?xml[^>]{,200}?encoding\s*=\s*["']([A-Za-z0-9._-]{1,40})["']""", data)
+    encoding = "utf-8-sig"
+    # A declaration that can be read byte by byte is not UTF-16: some writers declare that and save as UTF-8.
+    if declared and not declared[1].lower().startswith((b"utf-16", b"utf16")):
+        encoding = declared[1].decode()
+        name = codecs.lookup(encoding).name
+        if not name.startswith(_ENCODINGS):
+            raise LookupError(f"encoding {encoding} is not among those read; save it as UTF-8")
+    return data.decode(encoding)

@@ -13,11 +13,10 @@ from resdet.data.coco import usable_table
 from resdet.data.coco_rules import CocoRecords, Problem, Record
 from resdet.data.image_files import ImageFolder, name_fault
 from resdet.data.images import read_size
-from resdet.data.names import IMAGE_SUFFIXES, list_folder
+from resdet.data.names import IMAGE_SUFFIXES, decode_text, list_folder
 from resdet.data.voc_xml import (
     AnnotationFileError,
     class_name,
-    decode_text,
     objects_of,
     parse_annotation,
     read_object,

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import codecs
 import math
 import os
-import re
 from pathlib import Path
 from xml.etree import ElementTree
 
 from resdet.data.coco_rules import Record
-from resdet.data.names import same_form
+from resdet.data.names import decode_text, same_form
 
 MAX_XML_BYTES = 8 * 2**20
 """Annotation files larger than this are refused; 8 MiB hold 25 000 objects."""
 
-# What XML writers declare, by the names of Python's codecs. Others are left out because decoding them can be costly.
-_ENCODINGS = ("utf-8", "ascii", "iso8859", "cp", "mac-", "koi8", "gb", "big5", "shift_jis", "euc_")
 _MAX_CORNER = 2.0**31
 """Pixels. Far outside any image, and far too small for differences and products of corners to overflow."""
 
@@ -25,24 +21,6 @@ _FLAGS = {"": False, "false": False, "no": False, "true": True, "yes": True}
 
 class AnnotationFileError(Exception):
     """Tells what is wrong with an annotation file, without its name."""
-
-
-def decode_text(data: bytes) -> str:
-    """Decode a file by the byte order mark, else by XML's declaration, else as UTF-8.
-
-    The text that is checked for entities is thus the one that the parser sees.
-    """
-    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        return data.decode("utf-16")
-    declared = re.match(rb"""\s*<\?xml[^>]{,200}?encoding\s*=\s*["']([A-Za-z0-9._-]{1,40})["']""", data)
-    encoding = "utf-8-sig"
-    # A declaration that can be read byte by byte is not UTF-16: some writers declare that and save as UTF-8.
-    if declared and not declared[1].lower().startswith((b"utf-16", b"utf16")):
-        encoding = declared[1].decode()
-        name = codecs.lookup(encoding).name
-        if not name.startswith(_ENCODINGS):
-            raise LookupError(f"encoding {encoding} is not among those read; save it as UTF-8")
-    return data.decode(encoding)
 
 
 def parse_annotation(path: Path) -> ElementTree.Element:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 from torch import nn
 
-from resdet.data.annotations import AnnotationTable, same_forms
+from resdet.data.annotations import AnnotationTable
 from resdet.data.dataset import DetectionDataset
+from resdet.data.names import same_forms
 from resdet.errors import DataError, name_some
 from resdet.types import Category, Ints
 
