@@ -22,7 +22,9 @@ from .models.detector import Detector as Detector, build_detector as build_detec
 from .models.fasterrcnn import fasterrcnn_resnet101_fpn as fasterrcnn_resnet101_fpn
 from .models.int8_calibration import quantize_detector as quantize_detector
 from .models.spec import DetectorSpec as DetectorSpec, Tricks as Tricks, WeightsOrigin as WeightsOrigin
-from .prediction import predict as predict
+from .prediction import predict as predict, predict_each as predict_each
+from .prediction_files import predict_files as predict_files
+from .result import Result as Result
 from .training.detection import train as train
 from .types import Category as Category, Detections as Detections, Prediction as Prediction, Target as Target
 

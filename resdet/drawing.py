@@ -20,12 +20,13 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
-from resdet.errors import printable_name
+from resdet.errors import UserError, printable_name
 from resdet.files import written_whole
 from resdet.types import Category, Prediction
 
 _Rect = tuple[int, int, int, int]  # left, top, right and bottom in whole pixels, the last two excluded
 
+_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 _DRAWN_BY = "resdet"  # in the PNG text "Software" of pictures
 
 
@@ -145,10 +146,15 @@ def picture_names(files: Iterable[PurePath | str]) -> list[str]:
 
 
 def save_picture(path: Path, picture: npt.NDArray[np.uint8]) -> None:
-    """Write a uint8 RGB picture ``[H, W, 3]`` as a PNG, whole or not at all; ``is_drawing`` knows it again."""
+    """Write a uint8 RGB picture ``[H, W, 3]`` as its suffix says, whole or not at all.
+
+    ``is_drawing`` knows a PNG of it again. A UserError is raised for a suffix other than .png, .jpg, .jpeg and .webp.
+    """
+    if path.suffix.lower() not in _FORMATS:
+        raise UserError(f"{path}: a picture's suffix must be one of {', '.join(_FORMATS)}")
     buffer, info = io.BytesIO(), PngInfo()
     info.add_text("Software", _DRAWN_BY)
-    Image.fromarray(picture).save(buffer, "PNG", pnginfo=info)
+    Image.fromarray(picture).save(buffer, _FORMATS[path.suffix.lower()], pnginfo=info, quality=90)
     with written_whole(path) as temporary:
         temporary.write_bytes(buffer.getvalue())
 

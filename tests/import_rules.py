@@ -25,7 +25,16 @@ NEVER: Mapping[str, tuple[str, ...]] = {
 EXCEPT: Mapping[str, tuple[str, ...]] = {"weights": ("models.archs", "models.spec")}
 """Modules of a forbidden part that are allowed all the same."""
 
-OPTIONAL = ("albumentations", "onnx", "onnxruntime", "onnxscript", "matplotlib", "sklearn", "torch.utils.tensorboard")
+OPTIONAL = (
+    "supervision",
+    "albumentations",
+    "onnx",
+    "onnxruntime",
+    "onnxscript",
+    "matplotlib",
+    "sklearn",
+    "torch.utils.tensorboard",
+)
 """Slow packages that not every run needs: only these are imported inside functions."""
 
 PLATFORM = ("fcntl", "resource")

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,9 @@ from resdet.drawing import above, class_color, draw, is_drawing, legible_scale, 
 from resdet.errors import DataError, UserError
 from resdet.evaluation.coco import read_coco_detections
 from resdet.evaluation.settings import InferenceSettings
-from resdet.prediction import predict, predict_files, to_coco_json
+from resdet.prediction import predict, predict_each
+from resdet.prediction_files import predict_files
+from resdet.result import Result, coco_entries
 from resdet.types import Category, Prediction
 
 CATEGORIES = (Category(1, 7, "cat"), Category(2, 3, "dog"))
@@ -89,21 +92,21 @@ def test_predictions_come_in_order_with_their_images(tmp_path):
     paths = [write_image(tmp_path / f"{i}.png", height=8 + i) for i in range(4)]
     array = np.zeros((20, 30, 3), dtype=np.uint8)
     model = Corner().train()
-    results = list(predict(model, [*paths, array], InferenceSettings(batch_size=2), score_threshold=0.5))
+    results = predict(model, [*paths, array], InferenceSettings(batch_size=2), score_threshold=0.5)
     assert model.batch_sizes == [2, 2, 1]
-    assert [path for path, _, _ in results] == [*paths, None]
+    assert [result.path for result in results] == [*paths, None]
     assert model.training
-    for i, (_, image, found) in enumerate(results[:4]):
-        assert image.shape == (8 + i, 12, 3)
-        np.testing.assert_array_equal(image, np.asarray(Image.open(paths[i])))
-        assert found["boxes"].tolist() == [[0, 0, 12, 8 + i]]
-        assert found["labels"].tolist() == [1]
-    assert len(next(predict(model, [array]))[2]["scores"]) == 2
+    for i, result in enumerate(results[:4]):
+        assert result.image.shape == (8 + i, 12, 3)
+        np.testing.assert_array_equal(result.image, np.asarray(Image.open(paths[i])))
+        assert result.boxes.tolist() == [[0, 0, 12, 8 + i]]
+        assert result.labels.tolist() == [1]
+    assert len(predict(model, [array])[0]) == 2
 
 
 def test_predicting_leaves_the_callers_gradients_alone_and_ends_cleanly():
     model = Corner().train()
-    results = predict(model, [np.zeros((4, 4, 3), dtype=np.uint8)] * 3)
+    results = predict_each(model, [np.zeros((4, 4, 3), dtype=np.uint8)] * 3)
     next(results)
     assert torch.is_grad_enabled()
     results.close()
@@ -117,9 +120,9 @@ def test_unreadable_images_are_named(tmp_path):
     with pytest.raises(DataError, match=r"broken\.jpg"):
         list(predict(Corner(), [broken]))
     good = np.zeros((4, 4, 3), dtype=np.uint8)
-    for bad in (np.zeros((4, 4), np.uint8), np.zeros((4, 4, 3), np.float32), np.zeros((4, 4, 4), np.uint8)):
-        with pytest.raises(DataError, match=r"images\[1\]: expected uint8 RGB \[H, W, 3\], got"):
-            list(predict(Corner(), [good, bad]))
+    for bad in (np.zeros((4, 4, 3), np.float32), np.zeros((4, 4, 4), np.uint8)):
+        with pytest.raises(DataError, match=r"images\[1\]: expected uint8 RGB \[H, W, 3\] or gray \[H, W\], got"):
+            predict(Corner(), [good, bad])
 
 
 def test_unreadable_files_are_left_out_and_reported(tmp_path):
@@ -128,9 +131,9 @@ def test_unreadable_files_are_left_out_and_reported(tmp_path):
         bad.write_bytes(b"no image")
     model, errors = Corner(), {}
     settings = InferenceSettings(batch_size=2)
-    results = list(predict(model, files, settings, on_unreadable=errors.__setitem__))
-    assert model.batch_sizes == [1, 1], "the first batch is empty"
-    assert [(path, image.shape[0]) for path, image, _ in results] == [(files[2], 10), (files[4], 12)]
+    results = list(predict_each(model, files, settings, on_unreadable=errors.__setitem__))
+    assert model.batch_sizes == [2], "batches are of images that could be read"
+    assert [(result.path, result.image.shape[0]) for result in results] == [(files[2], 10), (files[4], 12)]
     assert list(errors) == [files[0], files[1], files[3]]
     assert all(str(path) in str(error) for path, error in errors.items())
     with pytest.raises(UserError, match="batch_size must be at least 1, got 0"):
@@ -181,13 +184,14 @@ def test_photographs_are_detected_in_and_drawn_as_they_are_seen(tmp_path, orient
     exif[0x0112] = orientation
     path = tmp_path / "photo.png"
     stored.save(path, exif=exif)
-    ((_, image, found),) = predict(Corner(), [path])
-    np.testing.assert_array_equal(image, upright)
-    assert found["boxes"][0].tolist() == [0, 0, 60, 40]
-    ((_, image, found),) = predict(Corner(), [path], stored_pixels=True)
-    np.testing.assert_array_equal(image, np.asarray(stored))
     width, height = stored.size
-    assert found["boxes"][0].tolist() == [0, 0, width, height]
+    for source in (path, Image.open(path)):
+        (result,) = predict(Corner(), [source])
+        np.testing.assert_array_equal(result.image, upright)
+        assert result.boxes[0].tolist() == [0, 0, 60, 40]
+        (result,) = predict(Corner(), [source], stored_pixels=True)
+        np.testing.assert_array_equal(result.image, np.asarray(stored))
+        assert result.boxes[0].tolist() == [0, 0, width, height]
     assert (width, height) == ((40, 60) if orientation >= 5 else (60, 40))
     predict_files(Corner(), [path], tmp_path / "out")
     assert Image.open(tmp_path / "out" / "photo.png").size == (8 * 60, 8 * 40)
@@ -316,9 +320,13 @@ def test_colors_are_fixed_and_distinct():
     assert len({class_color(label) for label in range(1, 81)}) == 80
 
 
-def test_coco_json_names_images_by_number_or_position():
+def result(path: str | Path, found: Prediction, categories: tuple[Category, ...] = CATEGORIES) -> Result:
+    return Result(np.zeros((8, 12, 3), dtype=np.uint8), **found, categories=categories, path=Path(path))
+
+
+def test_coco_entries_name_images_by_number_or_position():
     found = [prediction([[1, 2, 4, 6], [0, 0, 1, 1]], [1, 2], [0.5, 0.25]), prediction([], [], [])]
-    entries = to_coco_json([Path("a/000139.jpg"), Path("7.png")], found, CATEGORIES)
+    entries = list(coco_entries([result("a/000139.jpg", found[0]), result("7.png", found[1])]))
     assert entries[0] == {
         "image_id": 139,
         "file_name": "000139.jpg",
@@ -330,27 +338,21 @@ def test_coco_json_names_images_by_number_or_position():
     assert [entry["category_id"] for entry in entries] == [7, 3]
     # One name is not a number, or two are the same number: images are numbered, so that no two share an id.
     for names in (["139.jpg", "b.jpg"], ["x/1.jpg", "y/1.jpg"], ["2.jpg", "\u00b2.jpg"]):
-        entries = to_coco_json(list(map(Path, names)), [found[0], found[0]], CATEGORIES)
+        entries = list(coco_entries([result(name, found[0]) for name in names]))
         assert [entry["image_id"] for entry in entries] == [1, 1, 2, 2]
-    assert to_coco_json([Path("x.jpg")], found[:1], ())[0]["category_id"] == 1
-    assert "category_name" not in to_coco_json([Path("x.jpg")], found[:1], ())[0]
-    with pytest.raises(ValueError, match="zip"):
-        to_coco_json([Path("x.jpg")], found, CATEGORIES)
+    (first, _) = coco_entries([result("x.jpg", found[0], ())])
+    assert first["category_id"] == 1
+    assert "category_name" not in first
 
 
-def test_coco_json_is_read_back_as_detections(tmp_path):
+def test_coco_entries_are_read_back_as_detections(tmp_path):
     table = shapes_table(3, 64, 0)
     images = ShapesImages(image_size=64, seed=0)
-    paths = []
     for index in range(3):
-        paths.append(tmp_path / f"{index + 1:06d}.png")
-        Image.fromarray(images(index)).save(paths[-1])
-    results = list(predict(Corner(), find_images([tmp_path])))
-    entries = to_coco_json(
-        [path for path, _, _ in results if path], [found for _, _, found in results], table.categories
-    )
+        Image.fromarray(images(index)).save(tmp_path / f"{index + 1:06d}.png")
+    results = [replace(one, categories=table.categories) for one in predict(Corner(), tmp_path)]
     path = tmp_path / "detections.json"
-    path.write_text(json.dumps(entries))
+    path.write_text(json.dumps(list(coco_entries(results))))
     read = read_coco_detections(path, table)
     assert read.image_index.tolist() == [0, 0, 1, 1, 2, 2]
     assert read.boxes[0].tolist() == [0, 0, 64, 64]

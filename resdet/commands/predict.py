@@ -50,7 +50,7 @@ def main(arguments: Sequence[str]) -> None:
     from resdet.evaluation.settings import InferenceSettings
     from resdet.files import check_output, make_output_folder
     from resdet.models.checkpoint import load_detector
-    from resdet.prediction import predict_files
+    from resdet.prediction_files import predict_files
 
     tricks = parse_tricks(options.tricks)
     checkpoint, files = checkpoint_in(options.checkpoint), find_images(options.images)
@@ -69,7 +69,7 @@ def main(arguments: Sequence[str]) -> None:
     report = predict_files(
         model, files, options.output, settings, score_threshold=score, stored_pixels=options.stored_pixels
     )
-    num_images, failed = len(files) - len(report.unreadable), list(report.unreadable.values())
+    num_images, failed = report.num_images, list(report.unreadable.values())
     show(f"{num_images} images, {report.num_detections} detections; drawn those of score >= {score:.3g} ({source})")
     show(f"written: {options.output / 'detections.json'} and {options.output}/*.png")
     if failed:

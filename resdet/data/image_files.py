@@ -17,6 +17,9 @@ from resdet.data.annotations import AnnotationTable
 from resdet.data.names import IMAGE_SUFFIXES, is_file, is_hidden, list_folder, same_form, similar_path
 from resdet.errors import DataError, shortened
 
+VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".wmv")
+"""Files with one of these are videos."""
+
 _MAX_FOLDERS = 2000
 """Subfolders that are searched for a file like a missing one."""
 _MAX_NAME = 1024
@@ -26,13 +29,14 @@ _MAX_NAME = 1024
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udc7f\udd00-\udfff]")
 
 
-def find_images(paths: Iterable[Path | str]) -> list[Path]:
-    """List image files, each once, in the order of ``paths``.
+def find_images(paths: Iterable[Path | str], *, videos: bool = False) -> list[Path]:
+    """List image files, with ``videos`` also those, each once, in the order of ``paths``.
 
     Files may have any name; a folder stands for its image files by name, without hidden ones and subfolders, and a
     pattern such as ``photos/**/*.jpg`` for its matches, for shells that do not expand it. A DataError is raised for a
     path that does not exist, matches nothing or holds no image.
     """
+    suffixes, wanted = (IMAGE_SUFFIXES, "image") if not videos else (IMAGE_SUFFIXES + VIDEO_SUFFIXES, "image or video")
     found: list[Path] = []
     for path in map(Path, paths):
         if is_file(path):
@@ -40,13 +44,13 @@ def find_images(paths: Iterable[Path | str]) -> list[Path]:
             continue
         if os.path.isdir(path):
             matches = [entry for entry in path.iterdir() if not is_hidden(entry.name)]
-            missing = f"no images in this folder (looked for {', '.join(IMAGE_SUFFIXES)})"
+            missing = f"no {wanted.replace(' ', 's ')}s in this folder (looked for {', '.join(suffixes)})"
         elif glob.has_magic(str(path)):
             matches = [Path(match) for match in glob.glob(str(path), recursive=True)]
-            missing = "no image matches this pattern"
+            missing = f"no {wanted} matches this pattern"
         else:
             raise DataError(f"{shortened(path)}: no such file or folder")
-        files = [file for file in matches if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file()]
+        files = [file for file in matches if file.suffix.lower() in suffixes and file.is_file()]
         if not files:
             raise DataError(f"{path}: {missing}")
         found += sorted(files, key=str)

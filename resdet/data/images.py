@@ -18,7 +18,7 @@ from PIL import Image, UnidentifiedImageError
 from resdet.data.annotations import AnnotationTable
 from resdet.data.image_files import ImageFolder, check_names
 from resdet.data.names import is_file
-from resdet.errors import DataError, UnreadableImageError
+from resdet.errors import DataError, UnreadableImageError, first_line
 
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
 """Pillow's names of the formats that are read. Its other forty decoders stay off: one of them runs Ghostscript."""
@@ -80,18 +80,34 @@ def read_image(path: Path, *, upright: bool = False) -> npt.NDArray[np.uint8]:
             holds no 8- or 16-bit pixels.
     """
     with _opened(path) as image:
-        if image.mode.startswith("I"):
-            pixels = _from_deep_gray(image, path)
-        elif image.mode in ("F", "LAB"):
-            raise UnreadableImageError(f"{path}: {_PIXELS}, got mode {image.mode}")
-        else:
-            pixels = np.array(image.convert("RGB"))
-        return _turned(pixels, _orientation(image)) if upright else pixels
+        return _pixels(image, path, upright)
 
 
-def _from_deep_gray(image: Image.Image, path: Path) -> npt.NDArray[np.uint8]:
-    if image.mode == "I" and image.format == "TIFF":
-        raise UnreadableImageError(f"{path}: {_PIXELS}, got signed or 32-bit gray")
+def image_to_rgb(image: Image.Image, where: str, *, upright: bool = False) -> npt.NDArray[np.uint8]:
+    """Convert a Pillow image of any format to 8-bit RGB, as ``read_image`` does; errors name it as ``where``."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return _pixels(image, where, upright)
+    except DataError:
+        raise
+    except Exception as error:  # a file that Pillow has opened is decoded only here
+        raise UnreadableImageError(f"{where}: cannot be decoded: {first_line(error)}") from error
+
+
+def _pixels(image: Image.Image, where: Path | str, upright: bool) -> npt.NDArray[np.uint8]:
+    if image.mode.startswith("I"):
+        pixels = _from_deep_gray(image, where)
+    elif image.mode in ("F", "LAB"):
+        raise UnreadableImageError(f"{where}: {_PIXELS}, got mode {image.mode}")
+    else:
+        pixels = np.array(image.convert("RGB"))
+    return _turned(pixels, _orientation(image)) if upright else pixels
+
+
+def _from_deep_gray(image: Image.Image, where: Path | str) -> npt.NDArray[np.uint8]:
+    if image.mode == "I" and image.format in (None, "TIFF"):  # older Pillow has 16-bit PNG in mode "I" too
+        raise UnreadableImageError(f"{where}: {_PIXELS}, got signed or 32-bit gray")
     tags = getattr(image, "tag_v2", {})
     bits = int(tags.get(_TIFF_BITS, (16,))[0])
     values = np.array(image).astype(np.int32) >> (bits - 8)  # [H, W]

@@ -89,3 +89,10 @@ class _Redirections(urllib.request.HTTPRedirectHandler):
 
 
 _OPENER = urllib.request.build_opener(_Redirections)
+
+
+def open_url(url: str) -> http.client.HTTPResponse:
+    """Open an http or https URL, as ``download`` does, to read from it; connections raise OSErrors, HTTPExceptions."""
+    request = urllib.request.Request(url, headers={"User-Agent": f"resdet/{VERSION}"})
+    response: http.client.HTTPResponse = _OPENER.open(request, timeout=TIMEOUT)
+    return response

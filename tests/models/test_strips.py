@@ -30,7 +30,7 @@ from resdet.models.norm import calibrate_norm
 from resdet.models.seeded import SeededTransform
 from resdet.models.spec import DetectorSpec, Tricks
 from resdet.models.transform import host_resize, scaled_size
-from resdet.prediction import predict_files
+from resdet.prediction_files import predict_files
 from resdet.training import detection
 from resdet.types import Target
 

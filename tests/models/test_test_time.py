@@ -405,7 +405,8 @@ def test_datasets_and_arrays_are_gone_through_with_tricks(build):
     found = detect(model, dataset, InferenceSettings(batch_size=2, tricks=tricks))
     [*results] = predict(model, [dataset.image(index) for index in range(3)], InferenceSettings(tricks=tricks))
     other = detect(model, dataset, InferenceSettings(batch_size=2))
-    for index, (_, _, prediction) in enumerate(results):
+    for index, result in enumerate(results):
+        prediction = Prediction(boxes=result.boxes, labels=result.labels, scores=result.scores)
         assert_same([prediction], [found.of_image(index)], atol=1e-3)
         assert_different([prediction], [other.of_image(index)])
 
