@@ -17,9 +17,9 @@ from torch import Tensor
 from resdet.check.anchor_coverage import AnchorLayout
 from resdet.check.browse import write_browse_page
 from resdet.check.limits import DetectorLimits
-from resdet.check.splits import DataSplit, coco_split, table_split, voc_split
+from resdet.check.splits import DataSplit, coco_split, table_split, voc_split, yolo_split
 from resdet.classification.config import PretrainConfig
-from resdet.config import CocoSource, Config, ModelConfig, ShapesSource, Source, config_from_plain
+from resdet.config import CocoSource, Config, ModelConfig, ShapesSource, Source, YoloSource, config_from_plain
 from resdet.data.augment.pipeline import MIN_VISIBILITY, build_augment
 from resdet.data.coco import read_coco
 from resdet.data.dataset import DetectionDataset
@@ -28,6 +28,7 @@ from resdet.data.images import FolderImages
 from resdet.data.names import on_disk
 from resdet.data.shapes import ShapesImages, shapes_table
 from resdet.data.voc import read_voc
+from resdet.data.yolo import read_yolo
 from resdet.errors import DataError, UserError, WeightsError
 from resdet.evaluation.settings import InferenceSettings
 from resdet.models.checkpoint import load_detector_weights
@@ -61,14 +62,16 @@ def build_dataset(
         if source.classes is not None:
             table = table.select_classes(source.classes)
         return DetectionDataset(table, ShapesImages(source.image_size, source.seed), steps, training=training)
-    source = _on_disk(source)
+    source, use_difficult = _on_disk(source), False
+    skip = training and source.unreadable == "skip"
     if isinstance(source, CocoSource):
-        table = read_coco(source.annotations, classes=source.classes)
-        root, use_difficult = source.images, False
+        table, root = read_coco(source.annotations, classes=source.classes), source.images
+    elif isinstance(source, YoloSource):
+        table, root = read_yolo(source.root, source.split, classes=source.classes, skip_unreadable=skip)
     else:
-        table = read_voc(source.root, source.split, classes=source.classes)
-        root, use_difficult = source.root, source.use_difficult
-    images, skip = FolderImages(root, table), training and source.unreadable == "skip"
+        table, root = read_voc(source.root, source.split, classes=source.classes), source.root
+        use_difficult = source.use_difficult
+    images = FolderImages(root, table, upright=isinstance(source, YoloSource))
     try:
         check_files(root, table)
     except DataError as error:
@@ -144,6 +147,8 @@ def build_split(source: Source, name: str) -> DataSplit:
     source = _on_disk(source)
     if isinstance(source, CocoSource):
         return coco_split(name, source.images, source.annotations, source.classes)
+    if isinstance(source, YoloSource):
+        return yolo_split(name, source.root, source.split, source.classes)
     return voc_split(name, source.root, source.split, source.classes, use_difficult=source.use_difficult)
 
 

@@ -107,6 +107,23 @@ class VocSource(Section):
     """As for coco: error ends the run, skip trains on another image in place of one that cannot be read."""
 
 
+class YoloSource(Section):
+    """A data set in YOLO's layout."""
+
+    format: Literal["yolo"]
+    """YOLO's layout, by the conventions of Ultralytics: a folder of images, one of label files (.txt), a data.yaml."""
+    root: Path
+    """The folder of the data set or its data.yaml. Without one, splits are folders such as train/images or
+    images/train, and class names are in classes.txt or obj.names."""
+    split: str | None = None
+    """train, val (also valid) or test. If not stated, that of the section: data.train takes train, data.val takes val.
+    A stated null takes all images of the folder."""
+    classes: list[str] | None = None
+    """Names of the classes to use, in label order; null uses all. A class without boxes may be named too."""
+    unreadable: Literal["error", "skip"] = "error"
+    """As for coco: error ends the run, skip trains on another image in place of one that cannot be read."""
+
+
 class ShapesSource(Section):
     """Generated images of shapes: nothing to download."""
 
@@ -122,7 +139,7 @@ class ShapesSource(Section):
     """Names of the classes to use, in label order; null uses all."""
 
 
-Source = Annotated[Union[CocoSource, VocSource, ShapesSource], Field(discriminator="format")]  # noqa: UP007
+Source = Annotated[Union[CocoSource, VocSource, YoloSource, ShapesSource], Field(discriminator="format")]  # noqa: UP007
 
 
 class DataConfig(Section):
@@ -132,6 +149,14 @@ class DataConfig(Section):
     """Training data."""
     val: Source
     """Validation data, for evaluation during training and by tools/eval.py."""
+
+    @model_validator(mode="after")
+    def _each_section_has_its_split(self) -> Self:
+        for name in ("train", "val"):
+            source = getattr(self, name)
+            if isinstance(source, YoloSource) and "split" not in source.model_fields_set:
+                self.__dict__[name] = source.model_copy(update={"split": name})  # the model is frozen
+        return self
 
     @model_validator(mode="after")
     def _every_image_is_evaluated(self) -> Self:

@@ -51,7 +51,8 @@ def check_dataset(
     for split in splits:
         table, problems = tables[split.name], found[split.name]
         problems.extend(box_problems(table, one_based=split.one_based))
-        problems.extend(area_problems(table, split.records))
+        if not split.upright:  # YOLO's areas are computed
+            problems.extend(area_problems(table, split.records))
         problems.extend(class_problems(table, split.name, use_difficult=split.use_difficult))
         if limits is not None:
             problems.extend(dense_images(table, limits))
@@ -74,7 +75,8 @@ def check_dataset(
         every = list(dict.fromkeys(path for of_split in paths.values() for path in of_split.values()))
         facts = all_image_facts(every, num_workers=num_workers, progress=progress)
         for name, of_split in paths.items():
-            found[name].extend(decoded_problems(tables[name], of_split, facts))
+            upright = next(split.upright for split in splits if split.name == name)
+            found[name].extend(decoded_problems(tables[name], of_split, facts, upright=upright))
         for owner, problem in duplicate_problems(tables, paths, facts):
             (shared if owner is None else found[owner]).append(problem)
     summaries = []

@@ -13,6 +13,7 @@ from resdet.data.coco_rules import Problem, is_file_name
 from resdet.data.image_facts import ImageFacts
 from resdet.data.image_files import ImageFolder, name_fault
 from resdet.data.names import IMAGE_SUFFIXES, list_folder, same_form
+from resdet.data.yolo_layout import label_folder
 from resdet.errors import DataError
 
 
@@ -63,7 +64,7 @@ def find_files(table: AnnotationTable, root: Path) -> tuple[dict[int, str], list
 def unlisted_files(root: Path, sharing: Sequence[DataSplit]) -> Iterator[Problem]:
     """Yield the image files that none of the splits in one folder names.
 
-    In VOC's layout a list names a part of a folder, so files with an annotation count as named.
+    In VOC's layout and in YOLO's a list may name a part of a folder, so files with an annotation count as named.
     """
     entries = (record.get("file_name") for one in sharing for record in one.records.images if isinstance(record, dict))
     names = [name for name in entries if is_file_name(name) and not os.path.normpath(name).startswith(("..", "/"))]
@@ -72,6 +73,9 @@ def unlisted_files(root: Path, sharing: Sequence[DataSplit]) -> Iterator[Problem
         annotated: set[str] = set()
         if sharing[0].one_based:
             annotated = {same_form(Path(name).stem) for name in list_folder(root / Path(folder).parent / "Annotations")}
+        elif sharing[0].upright:
+            labels = label_folder(os.path.join(root, folder))
+            annotated = {same_form(Path(name).stem) for name in list_folder(Path(labels)) if name.endswith(".txt")}
         for name in sorted(list_folder(root / folder)):
             path = os.path.join(folder, name)
             stem, suffix = os.path.splitext(same_form(name))
@@ -94,9 +98,12 @@ def shared_files(tables: Mapping[str, AnnotationTable], paths: Mapping[str, Mapp
 
 
 def decoded_problems(
-    table: AnnotationTable, paths: Mapping[int, str], facts: Mapping[str, ImageFacts]
+    table: AnnotationTable, paths: Mapping[int, str], facts: Mapping[str, ImageFacts], *, upright: bool = False
 ) -> Iterator[Problem]:
-    """Yield what is wrong with decoded images (``paths`` by image index), or does not fit their annotations."""
+    """Yield what is wrong with decoded images (``paths`` by image index), or does not fit their annotations.
+
+    With ``upright``, these mean images as their EXIF orientation shows them.
+    """
     modes: dict[str, list[int]] = defaultdict(list)
     for index, path in paths.items():
         found = facts[path]
@@ -107,14 +114,13 @@ def decoded_problems(
         height, width = size = tuple(table.sizes[index].tolist())
         if header.mode != "RGB":
             modes[header.mode].append(int(table.image_ids[index]))
-        orientation = f"EXIF orientation {header.orientation}"
-        if header.size == size:
-            if header.orientation != 1:
-                yield image_problem("exif_rotation", table, index, orientation, path)
-        elif header.size == size[::-1] and header.orientation >= 5:
-            yield image_problem("exif_turned", table, index, orientation, path)
-        else:
+        on_side = header.orientation >= 5
+        turned = header.orientation != 1 if upright else on_side and header.size != size
+        if header.size != (size[::-1] if turned and on_side else size):
             what = f"the file has {header.size[1]}x{header.size[0]} pixels, the annotations say {width}x{height}"
             yield image_problem("size_mismatch", table, index, what, path)
+        elif header.orientation != 1:
+            what = f"EXIF orientation {header.orientation}"
+            yield image_problem("exif_turned" if turned else "exif_rotation", table, index, what, path)
     for mode, ids in modes.items():
         yield Problem("not_rgb", f"{len(ids)} images of mode {mode}", tuple(ids), count=len(ids))

@@ -117,6 +117,7 @@ KINDS = {
         "warning", "boxes pile up one pixel before the far border and none reaches it: xmax - xmin without the + 1?"
     ),
     "repeated_box": Kind("warning", "the same box and class again; --fix keeps the first"),
+    "shared_label_file": Kind("warning", "two images of one name but for the suffix; the same boxes in both?"),
     "train_val_overlap": Kind("warning", "the same picture in train and val: results on val are too good"),
     "duplicate_image": Kind("warning", "the same pixels under several names"),
     "near_duplicate_image": Kind("info", "the same picture at another scale or compression"),
@@ -137,6 +138,9 @@ KINDS = {
     ),
     "unlisted_file": Kind("info", "in the image folder, but in no annotation"),
     "not_rgb": Kind("info", "converted to 8-bit RGB when read"),
-    "exif_turned": Kind("info", "rotated upright when read, as the size in the annotations requires"),
+    "exif_turned": Kind("info", "turned upright when read, as the annotations mean it"),
+    "guessed_layout": Kind("info", "how a path or name in data.yaml is understood"),
+    "missing_label_file": Kind("info", "taken for an image without objects; right if nothing is on it"),
+    "label_without_image": Kind("info", "not read: was its image lost or renamed?"),
 }
 """In the order of a report, within each severity."""

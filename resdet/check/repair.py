@@ -82,7 +82,9 @@ def repaired(split: DataSplit, report: Report) -> tuple[Record, list[str]]:
             raise UserError(f"{split.source}: {finding.problems[0].message}: correct what writes the file")
         if finding.kind in _REFUSED_FILES:
             refused.update((image, problem.message) for problem in finding.problems for image in problem.image_ids)
-    damaged = [problem for problem in split.problems if split.one_based and KINDS[problem.kind].severity == "error"]
+    damaged = [
+        problem for problem in split.problems if split.has_file_per_image and KINDS[problem.kind].severity == "error"
+    ]
     changes = [f"{problem.file}: left out: {problem.message}" for problem in damaged]
     repair = _Repair(split.records, split.root, refused, changes)
     categories = repair.categories()

@@ -6,12 +6,13 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from resdet.data.annotations import AnnotationTable
-from resdet.data.coco_rules import CocoRecords, Problem, is_file_name, load_records, record_problems
+from resdet.data.coco import coco_document
+from resdet.data.coco_rules import SECTIONS, CocoRecords, Problem, is_file_name, load_records, record_problems
 from resdet.data.image_files import check_folder, name_fault
 from resdet.data.voc import voc_records
+from resdet.data.yolo import yolo_files
 from resdet.errors import DataError
 
 
@@ -26,7 +27,14 @@ class DataSplit:
     classes: Sequence[str] | None = None  # names of the classes that are used; all if None
     one_based: bool = False  # whether its files count pixels from 1, as VOC does
     use_difficult: bool = False  # whether VOC's difficult objects are trained on
+    upright: bool = False  # whether its boxes mean images as their EXIF orientation shows them, as YOLO's do
+    label_files: tuple[Path, ...] = ()  # YOLO's
     problems: tuple[Problem, ...] = ()  # what is wrong with the files themselves
+
+    @property
+    def has_file_per_image(self) -> bool:
+        """Whether each image has an annotation file of its own, as in VOC's and YOLO's layouts."""
+        return self.one_based or self.upright
 
     def input_files(self) -> Iterator[Path]:
         """Yield the files that the split is read from, images included."""
@@ -39,6 +47,7 @@ class DataSplit:
                 yield from self.root.rglob(part)
         else:
             yield self.records.path
+            yield from self.label_files
 
 
 def coco_split(name: str, images: Path, annotations: Path, classes: Sequence[str] | None = None) -> DataSplit:
@@ -76,18 +85,27 @@ def voc_split(
     return DataSplit(name, source, records, root, classes, one_based=True, use_difficult=use_difficult, problems=found)
 
 
+def yolo_split(name: str, root: Path, split: str | None, classes: Sequence[str] | None = None) -> DataSplit:
+    """Read a split in YOLO's layout and everything that is wrong with its files; refuse only a missing path."""
+    found, problems = yolo_files(root, split)
+    problems += [Problem("guessed_layout", note) for note in found.notes]
+    return DataSplit(
+        name,
+        found.table.name,
+        _records_of(found.table),
+        found.root,
+        classes,
+        upright=True,
+        label_files=found.label_files,
+        problems=tuple(problems),
+    )
+
+
 def table_split(name: str, table: AnnotationTable, classes: Sequence[str] | None = None) -> DataSplit:
     """Make a split of a table whose pictures are drawn, not read."""
-    of_image = (table.image_ids, *table.sizes.T, table.file_names)
-    images: list[Any] = [
-        {"id": image_id, "file_name": file_name, "height": height, "width": width}
-        for image_id, height, width, file_name in zip(*(column.tolist() for column in of_image), strict=True)
-    ]
-    categories: list[Any] = [{"id": category.category_id, "name": category.name} for category in table.categories]
-    of_box = (table.annotation_ids, table.image_of_box(), table.labels, table.boxes_xywh)
-    annotations: list[Any] = [
-        {"id": number, "image_id": images[image]["id"], "category_id": categories[label - 1]["id"], "bbox": box}
-        for number, image, label, box in zip(*(column.tolist() for column in of_box), strict=True)
-    ]
-    records = CocoRecords(Path(table.name), {}, images, annotations, categories)
-    return DataSplit(name, table.name, records, None, classes)
+    return DataSplit(name, table.name, _records_of(table), None, classes)
+
+
+def _records_of(table: AnnotationTable) -> CocoRecords:
+    document = coco_document(table)
+    return CocoRecords(Path(table.name), {}, *(document[section] for section in SECTIONS))

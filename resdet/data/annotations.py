@@ -246,14 +246,17 @@ class AnnotationTable:
         new_label = np.zeros(len(self.categories) + 1, dtype=np.int64)  # [K + 1], 0 for classes left out
         for label, name in enumerate(names, start=1):
             new_label[known[name].label] = label
-        keep = new_label[self.labels] > 0  # [N]
-        kept_before = np.concatenate([[0], np.cumsum(keep)])  # [N + 1]
-        columns = {name: getattr(self, name) for name in _BOX_COLUMNS}
-        if not keep.all():
-            columns = {name: column[keep] for name, column in columns.items()}
-        columns["labels"] = new_label[columns["labels"]]
+        kept = self.select_boxes(new_label[self.labels] > 0)
         categories = tuple(replace(known[name], label=label) for label, name in enumerate(names, start=1))
-        return replace(self, categories=categories, offsets=kept_before[self.offsets].astype(np.int64), **columns)
+        return replace(kept, categories=categories, labels=new_label[kept.labels])
+
+    def select_boxes(self, keep: Bools) -> AnnotationTable:
+        """Return a table of the boxes in a mask ``[N]``, with every image; all boxes share this table's memory."""
+        if keep.all():
+            return self
+        kept_before = np.concatenate([[0], np.cumsum(keep)])  # [N + 1]
+        columns = {name: getattr(self, name)[keep] for name in _BOX_COLUMNS}
+        return replace(self, offsets=kept_before[self.offsets].astype(np.int64), **columns)
 
     def to_arrays(self) -> Arrays:
         """Return everything but name, categories and notes as arrays by name, without copying."""

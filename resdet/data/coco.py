@@ -76,6 +76,35 @@ def usable_table(records: CocoRecords, name: str, *, difficult: bool = False) ->
     return _to_table(_usable_columns(records, difficult=difficult), name)
 
 
+def coco_document(table: AnnotationTable) -> Record:
+    """Return a table as the plain values of a COCO json, whose reading gives the table again.
+
+    Difficult objects, which COCO does not know, carry ``difficult: 1``, as VOC's records do.
+    """
+    of_image = (table.image_ids, *table.sizes.T)
+    images = [
+        {"id": image_id, "file_name": file_name, "height": height, "width": width}
+        for image_id, height, width, file_name in zip(*(c.tolist() for c in of_image), table.file_names, strict=True)
+    ]
+    categories = [{"id": category.category_id, "name": category.name} for category in table.categories]
+    image_of_box = table.image_ids[table.image_of_box()]
+    of_box = (table.annotation_ids, image_of_box, table.labels, table.boxes_xywh, table.area, table.crowd)
+    annotations: list[Record] = [
+        {
+            "id": number,
+            "image_id": image_id,
+            "category_id": categories[label - 1]["id"],
+            "bbox": box,
+            "area": area,
+            "iscrowd": int(crowd),
+        }
+        for number, image_id, label, box, area, crowd in zip(*(column.tolist() for column in of_box), strict=True)
+    ]
+    for row in np.flatnonzero(table.difficult).tolist():
+        annotations[row]["difficult"] = 1
+    return {"images": images, "annotations": annotations, "categories": categories}
+
+
 @dataclass(frozen=True)
 class _Columns:
     """The file's values in its own order: ``I`` images, ``N`` annotations, ``K`` categories."""

@@ -131,6 +131,17 @@ def read_size(path: Path) -> tuple[int, int]:
         return image.height, image.width
 
 
+def read_upright_size(path: Path) -> tuple[int, int]:
+    """Return the ``(height, width)`` of what ``read_image`` returns ``upright``; raises as ``read_header`` does.
+
+    No pixels are decoded, so the orientation of a PNG that has it behind them, as few writers do, is not seen.
+    """
+    with _opened(path) as image:
+        seen = image.format != "PNG" or "exif" in image.info
+        size = image.height, image.width
+        return size[::-1] if seen and _orientation(image) >= 5 else size
+
+
 def _orientation(image: Image.Image) -> int:
     # Pillow applies a TIFF's own orientation.
     value = 1 if image.format == "TIFF" else image.getexif().get(_EXIF_ORIENTATION, 1)
@@ -201,14 +212,17 @@ class FolderImages:
     detectron2 and mmdetection turn every image, and refuse or misread annotations of the stored one.
     ``tools/check_data.py`` lists the images that carry an orientation.
 
+    With ``upright`` the table is known to mean upright images, as YOLO's does: every image is turned.
+
     File names of the table are relative to ``root`` and may differ from the disk's in Unicode's form
     (``ImageFolder.find``); one that leads out of ``root``, or cannot be a file's name, raises a DataError.
     """
 
-    def __init__(self, root: Path, table: AnnotationTable) -> None:
+    def __init__(self, root: Path, table: AnnotationTable, *, upright: bool = False) -> None:
         check_names(root, table)
         self._folder = ImageFolder(root)
         self._table = table
+        self._upright = upright
 
     def __call__(self, index: int) -> npt.NDArray[np.uint8]:
         """Read image ``index``: uint8 RGB ``[H, W, 3]``.
@@ -218,13 +232,14 @@ class FolderImages:
         image_id = self._table.image_ids[index]
         path = self._path(self._table.file_names[index])
         try:
-            image = read_image(path)
+            image = read_image(path, upright=self._upright)
         except UnreadableImageError as error:
             raise UnreadableImageError(f"image {image_id}: {error}") from error
         height, width = (int(side) for side in self._table.sizes[index])
         if image.shape[:2] == (height, width):
             return image
-        if image.shape[:2] == (width, height) and (orientation := read_header(path).orientation) >= 5:
+        on_side = image.shape[:2] == (width, height) and not self._upright
+        if on_side and (orientation := read_header(path).orientation) >= 5:
             return _turned(image, orientation)
         raise DataError(
             f"image {image_id}: {path} is {image.shape[1]}x{image.shape[0]} pixels (width x height), "
