@@ -331,13 +331,13 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a configuration and check all of it.
 
     Args:
-        path: A YAML file.
+        path: A YAML file, or the name of a recipe (``resdet recipes`` lists them).
         overrides: ``key=value`` with dotted keys, as in ``optim.lr=0.01``; the value is read as YAML. Later ones win.
 
     Raises:
         ConfigError: With every problem found, each with its file and line or its override.
     """
-    return load_settings(Config, path, overrides)
+    return load_settings(Config, path, overrides, command="train")
 
 
 def parse_config(text: str, overrides: Sequence[str] = (), *, source: str = "<text>") -> Config:

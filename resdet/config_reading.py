@@ -12,6 +12,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from resdet.errors import ConfigError
+from resdet.recipes import find_config
 from resdet.yaml12 import KeyPath, dotted, read_yaml
 
 _Settings = TypeVar("_Settings", bound=BaseModel)
@@ -25,16 +26,12 @@ class Section(BaseModel):
     )
 
 
-def load_settings(root: type[_Settings], path: str | Path, overrides: Sequence[str] = ()) -> _Settings:
-    """Read the settings of a run from a YAML file and ``key=value`` overrides; see ``load_config``."""
-    path = Path(path)
+def load_settings(
+    root: type[_Settings], path: str | Path, overrides: Sequence[str] = (), *, command: str | None = None
+) -> _Settings:
+    """Read the settings of a run from a YAML file or recipe and ``key=value`` overrides; see ``load_config``."""
     try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        siblings = [file.name for file in sorted(path.parent.glob("*.yaml"))]
-        near = difflib.get_close_matches(path.name, siblings, n=1)
-        hint = f"; did you mean {path.parent / near[0]}?" if near else ""
-        raise ConfigError(str(path), [f"no such file{hint}"]) from None
+        text = find_config(path, command).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(str(path), [f"cannot be read: {error}"]) from None
     return parse_settings(root, text, overrides, source=str(path))

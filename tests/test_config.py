@@ -175,7 +175,7 @@ def test_override_replaces_a_section() -> None:
 
 
 def test_missing_file_names_its_neighbour() -> None:
-    with pytest.raises(ConfigError, match=r"no such file; did you mean .*quickstart\.yaml\?"):
+    with pytest.raises(ConfigError, match=r"no such file or recipe; did you mean .*quickstart\.yaml or quickstart\?"):
         load_config(ROOT / "configs" / "quikstart.yaml")
 
 

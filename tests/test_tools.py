@@ -4,10 +4,12 @@ import importlib
 import json
 import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -15,9 +17,11 @@ from PIL import Image
 
 import resdet
 from resdet.build import config_of_checkpoint
-from resdet.commands.run import run_tool
+from resdet.commands.main import COMMANDS
+from resdet.commands.run import AS_MODULE, run_tool
 
 ROOT = Path(__file__).resolve().parents[1]
+HEAVY = ("torch", "numpy", "pydantic", "yaml")
 
 # A few steps of a small model: what is tested is the path, not the result.
 TINY = [
@@ -230,7 +234,15 @@ def test_export_gives_a_backbone_torchvision_loads(finished: Path, tmp_path: Pat
 
 
 TOOLS = sorted(path.name for path in (ROOT / "tools").glob("*.py"))
-COMMANDS = sorted(path.stem for path in (ROOT / "resdet" / "commands").glob("[a-z]*.py") if path.stem != "run")
+WITHOUT_TOOL = ("recipes", "config")
+
+
+def module(command: str) -> ModuleType:
+    return importlib.import_module(f"resdet.commands.{command.replace('-', '_')}")
+
+
+def tool_of(command: str) -> str:
+    return "check_data.py" if command == "check" else f"{command.replace('-', '_')}.py"
 
 
 @pytest.mark.parametrize("tool", ["train.py", "eval.py", "predict.py", "export.py"])
@@ -240,36 +252,37 @@ def test_help_is_complete_and_quick(tool: str) -> None:
     assert "python tools/" in text
 
 
+@pytest.mark.parametrize("command", COMMANDS)
 def test_help_shows_the_command_as_it_was_started(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for command in COMMANDS:
-        main = importlib.import_module(f"resdet.commands.{command}").main
-        script = "check_data" if command == "check" else command
-        for program, shown, other in (
-            (f"tools/{script}.py", f"python tools/{script}.py ", f"resdet {command}"),
-            ("/usr/bin/resdet", f"resdet {command} ", "tools/"),
-        ):
-            monkeypatch.setattr(sys, "argv", [program])
-            with pytest.raises(SystemExit) as end:
-                main(["--help"])
-            text = capsys.readouterr().out
-            assert end.value.code == 0
-            assert shown in text.split("\n\n", 1)[1], command
-            assert other not in text, command
+    started = {"/usr/bin/resdet": f"resdet {command} ", AS_MODULE: f"python -m resdet {command} "}
+    if command not in WITHOUT_TOOL:
+        started[f"tools/{tool_of(command)}"] = f"python tools/{tool_of(command)} "
+    for program, shown in started.items():
+        monkeypatch.setattr(sys, "argv", [program])
+        with pytest.raises(SystemExit) as end:
+            module(command).main(["--help"])
+        text = capsys.readouterr().out
+        assert end.value.code == 0
+        assert shown in text.split("\n\n", 1)[1]
+        if "tools" in program:
+            assert not re.search(r"(?<!-m )\bresdet [a-z]", text)
+        else:
+            assert "tools/" not in text
+            assert ("-m resdet" in text) == (program == AS_MODULE)
+            assert text.count("-m resdet ") in (0, len(re.findall(r"\bresdet [a-z]", text)))
 
 
 def test_importing_commands_is_quick() -> None:
-    names = ", ".join(f"resdet.commands.{command}" for command in COMMANDS)
-    script = f"import json, sys, {names}; print(json.dumps([n for n in ('torch', 'numpy') if n in sys.modules]))"
+    names = ", ".join(["resdet.commands.main", *(module(command).__name__ for command in COMMANDS)])
+    script = f"import json, sys, {names}; print(json.dumps([n for n in {HEAVY} if n in sys.modules]))"
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
     assert json.loads(done.stdout) == []
 
 
 def test_every_command_has_its_tool() -> None:
-    assert [tool for tool in TOOLS if tool != "benchmark.py"] == sorted(
-        "check_data.py" if command == "check" else f"{command}.py" for command in COMMANDS
-    )
+    assert sorted(tool_of(command) for command in COMMANDS if command not in WITHOUT_TOOL) == TOOLS
 
 
 @pytest.fixture(scope="module")

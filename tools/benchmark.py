@@ -1,9 +1,9 @@
 """Measure what the documentation claims, on this machine.
 
-    python tools/benchmark.py work=annotations
-    python tools/benchmark.py work=annotations num_images=5000 num_boxes=36000 output=annotations.json
-    python tools/benchmark.py work=inference images=val2017 weights=best.pt
-    python tools/benchmark.py work=training images=train2017 annotations=instances_train2017.json weights=resnet101.pth
+    resdet benchmark work=annotations
+    resdet benchmark work=annotations num_images=5000 num_boxes=36000 output=annotations.json
+    resdet benchmark work=inference images=val2017 weights=best.pt
+    resdet benchmark work=training images=train2017 annotations=instances_train2017.json weights=resnet101.pth
 
 work=annotations  loading a made-up annotation file of COCO train2017's size, against pycocotools, and the memory that
                   its table takes in data-loading workers; num_images=, num_boxes=, num_workers=, repeats=,
@@ -35,18 +35,17 @@ warmup=1, seed=0  runs of each that do not count; what random weights follow fro
 output=FILE writes the figures as json too.
 """
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from resdet.commands.run import run_tool, show
+from resdet.commands.run import command_parser, run_tool, show
 
 
 def main(arguments: Sequence[str]) -> None:
     """Run ``benchmark.py``."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser("benchmark", __doc__)
     parser.add_argument("settings", nargs="+", metavar="key=value", help="work=NAME, output=FILE, settings of the work")
-    settings = parser.parse_args(arguments).settings
+    settings = parser.parse_intermixed_args(arguments).settings
 
     from benchmarks import run_benchmark
 

@@ -1,4 +1,4 @@
-"""Run ``resdet eval_classifier`` in a checkout: ``python tools/eval_classifier.py --help``."""
+"""Run ``resdet eval-classifier`` in a checkout: ``python tools/eval_classifier.py --help``."""
 
 from resdet.commands.eval_classifier import main
 from resdet.commands.run import run_tool

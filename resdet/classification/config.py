@@ -225,7 +225,7 @@ class PretrainConfig(Section):
 
 def load_pretrain_config(path: str | Path, overrides: Sequence[str] = ()) -> PretrainConfig:
     """Read the configuration of a classification run and check all of it, as ``resdet.load_config`` does."""
-    return load_settings(PretrainConfig, path, overrides)
+    return load_settings(PretrainConfig, path, overrides, command="pretrain")
 
 
 if __name__ == "__main__":

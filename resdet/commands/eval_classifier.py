@@ -1,8 +1,8 @@
 """Evaluate a classifier: top-1 and top-5 accuracy and loss, on one view of each image or on several.
 
-    resdet eval_classifier runs/imagenet_resnet50/best.pt eval.views=ten_crop
-    resdet eval_classifier runs/cifar10_resnet56/best.pt data.val.split=test
-    resdet eval_classifier resnet50.pth --arch resnet50 --images FOLDER eval.views=dense
+    resdet eval-classifier runs/imagenet_resnet50/best.pt eval.views=ten_crop
+    resdet eval-classifier runs/cifar10_resnet56/best.pt data.val.split=test
+    resdet eval-classifier resnet50.pth --arch resnet50 --images FOLDER eval.views=dense
 
 The dataset is data.val of the checkpoint's own configuration unless overridden. --images takes any folder with one
 subfolder of images per class, named by WordNet id or class name, as the model has them.
@@ -15,8 +15,8 @@ from resdet.commands.run import checkpoint_in, command_parser, show
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Run ``resdet eval_classifier``."""
-    parser = command_parser("eval_classifier", __doc__)
+    """Run ``resdet eval-classifier``."""
+    parser = command_parser("eval-classifier", __doc__)
     parser.add_argument(
         "weights", type=Path, metavar="WEIGHTS", help="a run's folder or best.pt, or torchvision's weights"
     )

@@ -19,23 +19,31 @@ from typing_extensions import Never
 
 from resdet.errors import Interrupted, UserError, printable
 
+AS_MODULE = "python -m resdet"
+"""The program's name where it was started so."""
+
 _SCRIPTS = {"check": "check_data"}  # tools/NAME.py where NAME is not the command's
+_WITHOUT_SCRIPT = ("recipes", "config")  # of commands
 
 
 def command_parser(name: str, description: str, arguments: str | None = None) -> argparse.ArgumentParser:
     """Return the parser of ``resdet NAME``.
 
-    Examples in ``description`` read ``resdet NAME ...``; they are shown as ``python tools/NAME.py ...`` if that is how
-    the command was started. ``arguments`` is what the usage line shows where argparse would not put it well.
+    Examples in ``description`` read ``resdet NAME ...``; they are shown as ``python tools/NAME.py ...`` or ``python -m
+    resdet NAME ...`` if that is how the command was started. ``arguments`` is what the usage line shows where argparse
+    would not put it well.
 
     Parse with ``parse_intermixed_args``: ``parse_args`` refuses positional arguments after an option
     (``CONFIG --json out.json key=value``), though the usage line shows them there.
     """
-    prog = f"resdet {name}"
-    if sys.argv[0].endswith(".py"):
+    prog = f"resdet {name}".rstrip()
+    if sys.argv[0] == AS_MODULE:
+        prog = prog.replace("resdet", AS_MODULE, 1)
+        description = description.replace("--no-python resdet ", "-m resdet ")
+        description = re.sub(r"(?<!-m )\bresdet (?=[\w-])", f"{AS_MODULE} ", description)
+    elif sys.argv[0].endswith(".py"):
         prog = Path(sys.argv[0]).name
-        description = re.sub(r"--no-python resdet (\w+)", lambda match: _script(match[1]), description)
-        description = re.sub(r"\bresdet (\w+)", lambda match: f"python {_script(match[1])}", description)
+        description = re.sub(r"(--no-python )?\bresdet ([\w-]+)", _in_checkout, description)
     usage = None if arguments is None else f"%(prog)s {arguments}"
     formatter = argparse.RawDescriptionHelpFormatter
     return _Parser(prog=prog, usage=usage, description=description, formatter_class=formatter)
@@ -124,5 +132,10 @@ class _PrintableFormatter(logging.Formatter):
         return printable(super().format(record))
 
 
-def _script(name: str) -> str:
-    return f"tools/{_SCRIPTS.get(name, name)}.py"
+def _in_checkout(example: re.Match[str]) -> str:
+    """Return how ``resdet NAME`` (after torchrun's ``--no-python``, perhaps) is started in a checkout."""
+    of_torchrun, name = example.groups()
+    if name in _WITHOUT_SCRIPT:
+        return f"{AS_MODULE} {name}"
+    script = f"tools/{_SCRIPTS.get(name, name).replace('-', '_')}.py"
+    return script if of_torchrun else f"python {script}"

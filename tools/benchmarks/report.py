@@ -4,55 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from resdet.files import write_text
-
-# What decides how fast a CPU multiplies in bfloat16.
-_BF16_FLAGS = ("avx512_bf16", "amx_bf16", "bf16")
-
-
-def _machine() -> dict[str, Any]:
-    machine = {
-        "platform": platform.platform(),
-        "python": platform.python_version(),
-        **_processor(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        **{name: version(name) for name in ("torch", "torchvision", "numpy")},
-    }
-    if torch.cuda.is_available():
-        machine |= {
-            "gpu": torch.cuda.get_device_name(),
-            "cuda": torch.version.cuda,
-            "cudnn": torch.backends.cudnn.version(),  # type: ignore[no-untyped-call]
-            "cudnn.benchmark": torch.backends.cudnn.benchmark,
-            "tf32 in convolutions": torch.backends.cudnn.allow_tf32,
-            "float32 matrix products": torch.get_float32_matmul_precision(),
-        }
-    return machine
-
-
-def _processor() -> dict[str, Any]:
-    """Return the CPU's name and its instructions for bfloat16, where the system reports them."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
-    except OSError:
-        return {"cpu": platform.processor()}
-    facts = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in reversed(lines))}
-    flags = (facts.get("flags") or facts.get("Features") or "").split()
-    return {
-        "cpu": facts.get("model name") or platform.machine(),
-        "bf16 instructions": [flag for flag in _BF16_FLAGS if flag in flags],
-    }
+from resdet.machine import describe_machine
 
 
 @dataclass(frozen=True)
@@ -69,7 +27,7 @@ class Report:
     work: str
     settings: Mapping[str, Any]
     tables: Mapping[str, Sequence[Mapping[str, str | float]]]
-    machine: Mapping[str, Any] = field(default_factory=_machine)
+    machine: Mapping[str, Any] = field(default_factory=describe_machine)
 
     def write(self, path: Path) -> None:
         """Write everything as json.

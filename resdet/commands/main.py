@@ -1,0 +1,83 @@
+"""The command ``resdet``: find the subcommand and leave the rest to its module."""
+
+import difflib
+import importlib
+import platform
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from resdet.commands.run import command_parser, run_tool, show
+from resdet.errors import UserError, first_line
+from resdet.version import VERSION
+
+COMMANDS = (
+    *("train", "eval", "predict", "export", "check", "convert", "quantize"),
+    *("pretrain", "eval-classifier", "describe", "recipes", "config", "benchmark"),
+)
+"""The subcommands in the order of ``resdet --help``; each is the module of its name, whose docstring begins with what
+it does."""
+
+_HELP = """Fine-tune Faster R-CNN on your own images, evaluate it, and use the detector elsewhere.
+
+    resdet train quickstart                    a first detector: generated images, minutes on a CPU, no download
+    resdet recipes                             what else can be trained: each is a name that train takes
+    resdet check frcnn_r101 data.train.images=my/images data.train.annotations=my/train.json \\
+        data.val.images=my/images data.val.annotations=my/val.json    what is wrong with your own data
+    resdet train frcnn_r101 ... output_dir=runs/mine                  train on it, with the same keys
+    resdet eval runs/mine                                             metrics and a report
+    resdet predict runs/mine photo.jpg                                boxes on photographs
+
+commands (`resdet COMMAND --help` documents each):
+"""
+
+
+def start() -> None:
+    """Run ``resdet`` with the arguments of this process, and exit."""
+    run_tool(main)
+
+
+def main(arguments: Sequence[str]) -> int | None:
+    """Run ``resdet``: one of its subcommands, or what its own options ask for.
+
+    Raises:
+        UserError: If there is no such subcommand.
+    """
+    if not arguments or arguments[0].startswith("-"):
+        return _options(arguments)
+    name, *rest = arguments
+    if name in COMMANDS:
+        code: int | None = _module(name).main(rest)
+        return code
+    near = difflib.get_close_matches(name, COMMANDS, n=1)
+    hint = f"did you mean {near[0]}? " if near else ""
+    raise UserError(f"no such command: {name!r}; {hint}`resdet --help` lists them")
+
+
+def _options(arguments: Sequence[str]) -> int:
+    lines = [f"  {name:15}  {(_module(name).__doc__ or '').splitlines()[0]}" for name in COMMANDS]
+    parser = command_parser("", "\n".join([_HELP.rstrip("\n"), *lines]), arguments="[-h] [--version] COMMAND ...")
+    parser.add_argument("--version", action="store_true", help="versions and device, as a bug report needs them")
+    if not parser.parse_intermixed_args(arguments).version:
+        parser.print_help(sys.stderr)
+        return 2
+    show(_versions())
+    return 0
+
+
+def _module(name: str) -> Any:
+    return importlib.import_module(f"resdet.commands.{name.replace('-', '_')}")
+
+
+def _versions() -> str:
+    """Return what a bug report needs to say of the machine, also where torch cannot be imported."""
+    package = Path(__file__).resolve().parents[1]
+    lines = [f"resdet {VERSION} ({package})", f"Python {platform.python_version()} on {platform.platform()}"]
+    try:
+        from resdet.machine import describe_machine, machine_text
+
+        lines.append(machine_text(describe_machine()))
+    except Exception as error:  # the very thing that a bug report is about
+        lines.append(f"torch or torchvision cannot be imported: {type(error).__name__}: {first_line(error)}")
+    return "\n".join(lines)
