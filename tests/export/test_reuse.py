@@ -28,7 +28,7 @@ from resdet.models.bodies import make_body
 from resdet.models.resnet import ResNet
 from resdet.weights.convert import from_torchvision
 
-ARCHS = ["resnet18", "resnet101"]
+ARCHS = ["resnet18", pytest.param("resnet101", marks=pytest.mark.slow)]
 STAGES = {"layer1": "0", "layer2": "1", "layer3": "2", "layer4": "3"}
 
 # BatchNorm in evaluation mode multiplies and adds in another order than a frozen norm, and a ResNet-101 of random

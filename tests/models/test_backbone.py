@@ -115,7 +115,7 @@ def distance(values: dict[str, Tensor], exact: dict[str, Tensor]) -> float:
     return float(torch.linalg.vector_norm(torch.stack(errors_)))
 
 
-@pytest.mark.parametrize("arch", ["resnet18", "resnet101"])
+@pytest.mark.parametrize("arch", ["resnet18", pytest.param("resnet101", marks=pytest.mark.slow)])
 def test_folded_real_weights_are_torchvisions(arch: str, request: pytest.FixtureRequest) -> None:
     """Levels within 1e-4 of their scale in float32; levels and gradients to rounding in float64.
 

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_runs import logged, train
+from small_runs import ROOT, command, logged, train_here
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from resdet.commands.train import main
 from resdet.models.detector import build_detector
 from resdet.models.spec import DetectorSpec
 
@@ -18,8 +19,8 @@ STILL = ("optim.warmup_steps=0", "optim.schedule=constant")
 def run_twice(folder: Path, norm: str) -> Path:
     """Train one step, and two steps with an average of decay 0.75."""
     settings = (*STILL, f"model.norm={norm}", "model.calibration_images=8")
-    train(folder / "one", *settings, "train.steps=1")
-    train(folder / "two", *settings, "train.steps=2", "train.ema_decay=0.75")
+    train_here(folder / "one", *settings, "train.steps=1")
+    train_here(folder / "two", *settings, "train.steps=2", "train.ema_decay=0.75")
     return folder
 
 
@@ -84,22 +85,31 @@ def test_frozen_statistics_stay_bit_equal(frozen: Path) -> None:
     assert all(torch.equal(best[name].view(torch.int32), last[name].view(torch.int32)) for name in statistics)
 
 
-def test_patience_ends_a_run_that_no_longer_gains(tmp_path: Path) -> None:
+def test_patience_ends_a_run_that_no_longer_gains(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     """With a rate that moves nothing every evaluation is as good as the first, and none is better."""
     settings = (*STILL, "optim.lr=1e-12", "train.steps=40", "train.eval_every=1", "train.patience=2", "resume=auto")
-    done = train(tmp_path, *settings, "eval.best_metric=AP50")
-    assert "stopped early: AP50 has not risen in 2 evaluations" in done.stderr
-    assert "(best AP50 " in done.stdout
-    assert "after 3 steps" in done.stdout
+    arguments = command(tmp_path, *settings, "eval.best_metric=AP50")[2:]
+    monkeypatch.chdir(ROOT)
+    caplog.set_level("INFO")
+    main(arguments)
+    assert any("stopped early: AP50 has not risen in 2 evaluations" in message for message in caplog.messages)
+    told = capsys.readouterr().out
+    assert "(best AP50 " in told
+    assert "after 3 steps" in told
     assert len(logged(tmp_path, "AP")) == 3
-    again = train(tmp_path, *settings, "eval.best_metric=AP50")
-    assert "after 3 steps" in again.stdout, "what has stopped stays so"
+    main(arguments)
+    assert "after 3 steps" in capsys.readouterr().out, "what has stopped stays so"
     assert len(logged(tmp_path, "AP")) == 3
 
 
 @pytest.mark.slow
 def test_telemetry_is_logged(tmp_path: Path) -> None:
-    train(tmp_path, "train.steps=1")
+    train_here(tmp_path, "train.steps=1")
     for name in ("grad_norm", "data_s", "step_s", "memory_mb", "rpn_positives", "box_positives", "images_per_s"):
         (value,) = logged(tmp_path, name)
         assert value > 0, name
