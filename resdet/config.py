@@ -275,6 +275,10 @@ class EvalConfig(Section):
     """Detections that count of each class in an image, best first; 100 makes numbers comparable with published ones.
     Any other number is also how many the model returns for an image, of all classes together (by itself
     ``model.box_detections_per_img``), and at least how many proposals it looks at. Images with more objects need it."""
+    reference: bool = True
+    """Let pycocotools compute COCO's twelve numbers too in every final evaluation (of ``resdet eval``, and at the end
+    of training): metrics.json has both, and a difference above 1e-9 is an error. Interim evaluations go without: at the
+    size of COCO's val2017 pycocotools takes half a minute and holds every detection as Python objects."""
     tricks: Tricks = Tricks()
     """Test-time tricks: more computation for each image, for better detections from the same weights."""
     num_pictures: int = Field(8, ge=0)

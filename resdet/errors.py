@@ -42,6 +42,10 @@ class TrainingError(UserError):
     """Training cannot continue with these settings (a non-finite loss, too high a learning rate)."""
 
 
+class InternalError(RuntimeError):
+    """A check of our own results has failed: nothing that a user can correct, but something to report."""
+
+
 class Interrupted(Exception):  # noqa: N818 - not an error: the user asked for it
     """A run stopped on a signal, with all its work saved.
 

@@ -35,14 +35,6 @@ def test_wrong_settings_are_named(arguments, message):
         run_benchmark(arguments)
 
 
-def test_what_it_compares_with_must_be_installed(monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"evaluation .* pycocotools, .* not installed: pip install 'resdet\[dev\]'"):
-        run_benchmark(["work=evaluation"])
-    monkeypatch.setitem(WORK, "fake", lambda: Report("fake", {}, {}))
-    assert run_benchmark(["work=fake"]).work == "fake"
-
-
 def test_figures_are_not_written_over_what_is_measured(tmp_path):
     path = tmp_path / "instances.json"
     path.write_text("{}")

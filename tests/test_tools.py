@@ -84,6 +84,7 @@ def test_train_leaves_its_tree(finished: Path) -> None:
     assert tree(finished) == {
         "config.yaml",
         "metrics.jsonl",
+        "metrics.json",
         "last.pt",
         "previous.pt",
         "best.pt",
@@ -98,6 +99,18 @@ def test_train_leaves_its_tree(finished: Path) -> None:
     payload = torch.load(finished / "best.pt", weights_only=True)
     assert "training" not in payload
     assert torch.load(finished / "last.pt", weights_only=True)["training"]["step"] == 4
+    assert_agrees(finished / "metrics.json", finished / "report.html")
+    assert json.loads((finished / "metrics.json").read_text())["metrics"]["AP"] == logged(finished, "AP")[-1]
+
+
+def assert_agrees(metrics: Path, report: Path) -> None:
+    """The numbers of a final evaluation are pycocotools' too, and the page says so."""
+    document = json.loads(metrics.read_text())
+    numbers = document["reference"]
+    version = numbers.pop("pycocotools")
+    assert {name: document["metrics"][name] for name in numbers} == pytest.approx(numbers, rel=0, abs=1e-9)
+    assert len(numbers) == 12
+    assert f"COCO's twelve numbers equal those of pycocotools {version} to 1e-9." in report.read_text()
 
 
 def test_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path: Path) -> None:
@@ -186,18 +199,22 @@ def test_eval_writes_its_numbers(finished: Path, tmp_path: Path) -> None:
     assert -1 <= document["metrics"]["AP"] <= 1
     assert isinstance(json.loads((tmp_path / "eval" / "detections.json").read_text()), list)
     assert tree(tmp_path / "eval") == {"metrics.json", "detections.json", "report.html"}
+    assert_agrees(tmp_path / "eval" / "metrics.json", tmp_path / "eval" / "report.html")
 
 
 def test_eval_puts_runs_side_by_side(finished: Path, tmp_path: Path) -> None:
     """A folder stands for its best.pt, an override is one wherever it stands, and a folder may have = in its name."""
     other = tmp_path / "lr=0.1"
     shutil.copytree(finished, other)
-    succeeds("eval.py", finished, "data.val.num_images=3", other, "--output", tmp_path / "eval", finished / "last.pt")
+    command = ("eval.py", finished, "data.val.num_images=3", other, "--output", tmp_path / "eval")
+    succeeds(*command, finished / "last.pt", "eval.max_detections=300")
     runs = ["whole_best", "lr=0.1", "whole_last"]
     expected = {f"{name}/{file}.json" for name in runs for file in ("metrics", "detections")}
     assert tree(tmp_path / "eval") == {"report.html", *expected}
     assert f"<h1>{' / '.join(runs)}</h1>" in (tmp_path / "eval" / "report.html").read_text()
     assert json.loads((tmp_path / "eval" / "lr=0.1" / "metrics.json").read_text())["num_images"] == 3
+    for name in runs:
+        assert_agrees(tmp_path / "eval" / name / "metrics.json", tmp_path / "eval" / "report.html")
 
 
 def test_predict_draws_and_lists(finished: Path, tmp_path: Path) -> None:

@@ -178,7 +178,7 @@ class ClassificationTask:
         )
         return metrics.as_dict()
 
-    def report(self, log: RunLog, step: int) -> None:
+    def report(self, log: RunLog, step: int, *, is_final: bool) -> None:
         """Write nothing: the metrics say all there is."""
 
     def payload(self, model: nn.Module) -> dict[str, Any]:

@@ -77,6 +77,8 @@ def main(arguments: Sequence[str]) -> None:
             raise UserError(f"{name}: its classes are not those of {names[0]}; one report cannot show both")
         dataset = judged
         evaluation = evaluate(model, dataset, settings)
+        if config.eval.reference:
+            evaluation = evaluation.with_reference(dataset.table)
         write_evaluation(folder, evaluation, dataset.table)
         runs.append(ReportedRun(name, evaluation, config_to_plain(config), log))
         written = ", ".join(str(folder / file_name) for file_name in EVALUATION_FILES)
@@ -85,6 +87,9 @@ def main(arguments: Sequence[str]) -> None:
             show("\n".join([*([name] if len(paths) > 1 else []), metrics_table(evaluation), f"written: {written}"]))
     write_report(output / "report.html", dataset, runs)
     show(f"written: {output / 'report.html'}")
+    for run, folder in zip(runs, folders, strict=True):
+        if run.evaluation.reference is not None:
+            run.evaluation.reference.check(str(folder / "metrics.json"))
 
 
 def name_runs(checkpoints: Sequence[Path]) -> list[str]:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from typing_extensions import Never
 
-from resdet.errors import Interrupted, UserError, printable
+from resdet.errors import InternalError, Interrupted, UserError, printable
 
 AS_MODULE = "python -m resdet"
 """The program's name where it was started so."""
@@ -77,6 +77,9 @@ def run_tool(main: Callable[[Sequence[str]], int | None]) -> None:
     except UserError as error:
         _complain(f"{program}: {error}")
         code = 2
+    except InternalError as error:
+        _complain(f"{program}: {error}")
+        code = 1
     except Interrupted as interruption:
         for name in ("SIGTERM", "SIGINT", "SIGHUP"):  # granted already
             if hasattr(signal, name):

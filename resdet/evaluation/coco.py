@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from resdet.data.annotations import AnnotationTable
 from resdet.errors import DataError
@@ -109,6 +111,11 @@ def detections_to_coco(table: AnnotationTable, detections: Detections) -> list[d
         "bbox": to_xywh(detections.boxes),  # [D, 4]
         "score": detections.scores,
     }
+    return rows_of(columns)
+
+
+def rows_of(columns: Mapping[str, npt.NDArray[Any]]) -> list[dict[str, Any]]:
+    """Return columns of equal length as a dict of plain values for each row."""
     rows = zip(*(column.tolist() for column in columns.values()), strict=True)
     return [dict(zip(columns, row, strict=True)) for row in rows]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -11,12 +11,14 @@ from torch import Tensor, nn
 from torch.utils.data import Subset
 from tqdm import tqdm
 
+from resdet.data.annotations import AnnotationTable
 from resdet.data.dataset import DetectionDataset, without_subset
 from resdet.data.loader import eval_loader
 from resdet.evaluation.coco import MAX_DETECTIONS, ClassMetrics, CocoMetrics, coco_metrics
 from resdet.evaluation.curves import best_score_threshold
 from resdet.evaluation.inference import inference
 from resdet.evaluation.labels import match_labels, with_model_classes
+from resdet.evaluation.reference import Reference, reference_of
 from resdet.evaluation.settings import InferenceSettings
 from resdet.evaluation.state import placed, random_states_kept
 from resdet.evaluation.voc import VocMetrics, voc_metrics
@@ -33,6 +35,7 @@ class Evaluation:
     detections: Detections  # images in the dataset's order, by falling score in each
     # The score from which showing detections gives the best F1 at IoU 0.5, all classes pooled; None if none is right.
     score_threshold: float | None
+    reference: Reference | None = None  # pycocotools' numbers, of a final evaluation
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -46,6 +49,10 @@ class Evaluation:
     def per_class(self) -> tuple[ClassMetrics, ...]:
         """COCO's rows per class, in the dataset's label order."""
         return self.coco.per_class
+
+    def with_reference(self, table: AnnotationTable) -> Evaluation:
+        """Return this evaluation, measured on ``table``, with the numbers that pycocotools computes (``Reference``)."""
+        return replace(self, reference=reference_of(self.coco, table, self.detections))
 
 
 def evaluate(

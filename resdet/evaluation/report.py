@@ -78,6 +78,7 @@ def _content(table: AnnotationTable, measured: Sequence[MeasuredRun]) -> dict[st
         "num_boxes": int(np.count_nonzero(~(table.crowd | table.difficult))),
         "runs": [run.name for run in runs],
         "classes": classes,
+        "references": [run.evaluation.reference for run in runs],
         "max_detections": runs[0].evaluation.coco.max_detections,
         "metrics": tables.metric_rows(runs),
         "iou_thresholds": IOU_THRESHOLDS,

@@ -16,15 +16,24 @@ EVALUATION_FILES = ("metrics.json", "detections.json")
 
 
 def write_evaluation(output_dir: Path, evaluation: Evaluation, table: AnnotationTable) -> None:
-    """Write ``metrics.json`` (all metrics, per class too) and ``detections.json`` (COCO's result format) into a folder.
+    """Write ``metrics.json`` (``write_metrics``) and ``detections.json`` (COCO's result format) into a folder.
 
     The folder is created if it does not exist. ``table`` is the ground truth that the evaluation was measured on.
     """
     make_output_folder(output_dir)
+    write_metrics(output_dir / "metrics.json", evaluation, table)
+    detections = detections_to_coco(table, evaluation.detections)
+    write_text(output_dir / "detections.json", json.dumps(detections) + "\n")
+
+
+def write_metrics(path: Path, evaluation: Evaluation, table: AnnotationTable) -> None:
+    """Write all metrics of an evaluation, per class too, and pycocotools' numbers if it has them."""
+    reference = evaluation.reference
     document = {
         "dataset": table.name,
         "num_images": table.num_images,
         "metrics": evaluation.metrics,
+        **({} if reference is None else {"reference": {"pycocotools": reference.version, **reference.metrics}}),
         "score_threshold": evaluation.score_threshold,
         "per_class": {
             row.name: {"num_boxes": row.num_boxes}
@@ -33,9 +42,7 @@ def write_evaluation(output_dir: Path, evaluation: Evaluation, table: Annotation
             for row, voc in zip(evaluation.per_class, evaluation.voc.per_class, strict=True)
         },
     }
-    write_text(output_dir / "metrics.json", json.dumps(document, indent=2) + "\n")
-    detections = detections_to_coco(table, evaluation.detections)
-    write_text(output_dir / "detections.json", json.dumps(detections) + "\n")
+    write_text(path, json.dumps(document, indent=2) + "\n")
 
 
 def metrics_table(evaluation: Evaluation) -> str:

@@ -25,6 +25,7 @@ from resdet.evaluation.labels import match_labels, with_model_classes
 from resdet.evaluation.loss import validation_loss
 from resdet.evaluation.report import write_run_report
 from resdet.evaluation.settings import InferenceSettings
+from resdet.evaluation.write import write_metrics
 from resdet.models.checkpoint import checkpoint_payload, load_detector
 from resdet.models.detector import Detector
 from resdet.models.seeded import image_seeds
@@ -33,7 +34,7 @@ from resdet.precision import Precision, autocast
 from resdet.processes import Processes
 from resdet.training import guards
 from resdet.training.checkpoint import load_training_state
-from resdet.training.folder import PICTURES
+from resdet.training.folder import METRICS, PICTURES
 from resdet.training.launch import launched
 from resdet.training.loop import TrainResult, run
 from resdet.training.resume import check_configuration, check_data
@@ -176,12 +177,21 @@ class DetectionTask:
             metrics |= validation_loss(model, self.val_set, self.inference, self.team)
         return metrics
 
-    def report(self, log: RunLog, step: int) -> None:
-        """Draw the last evaluation's detections on the first images and write report.html."""
+    def report(self, log: RunLog, step: int, *, is_final: bool) -> None:
+        """Draw the last evaluation's detections on the first images; write metrics.json and report.html.
+
+        The numbers of the run's end are compared with pycocotools' (``eval.reference``) when all is written.
+        """
         assert self.last is not None
+        path, table = self.settings.output_dir / METRICS, self.val_set.table
+        if is_final and self.eval.reference:
+            self.last = self.last.with_reference(table)
+        write_metrics(path, self.last, table)
         if self.eval.num_pictures:
             self._draw_pictures(self.last, log, step)
         write_run_report(self.settings.output_dir, self.val_set, self.last, self.settings.config)
+        if self.last.reference is not None:
+            self.last.reference.check(str(path))
 
     def payload(self, model: nn.Module) -> dict[str, Any]:
         """Return a detector as checkpoints hold it."""

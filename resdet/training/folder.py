@@ -16,7 +16,7 @@ from resdet.errors import UserError
 from resdet.files import make_output_folder, remove_temporary
 from resdet.training.checkpoint import BEST, LAST, PREVIOUS, newest_whole
 
-LOCK, CONFIG, LOG, REPORT = ".lock", "config.yaml", "metrics.jsonl", "report.html"
+LOCK, CONFIG, LOG, METRICS, REPORT = ".lock", "config.yaml", "metrics.jsonl", "metrics.json", "report.html"
 EVENTS, PICTURES = "tensorboard", "pictures"  # folders
 
 
@@ -58,7 +58,7 @@ def claimed(folder: Path) -> Iterator[None]:
 
 
 def _check_kinds(folder: Path) -> None:
-    for name in (LOCK, CONFIG, LOG, LAST, PREVIOUS, BEST, REPORT):
+    for name in (LOCK, CONFIG, LOG, METRICS, LAST, PREVIOUS, BEST, REPORT):
         path = folder / name
         if path.exists() and not path.is_file():
             kind = "a folder" if path.is_dir() else "something else"

@@ -64,8 +64,8 @@ class Task(Protocol[BatchT]):
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         """Return the metrics of ``self.model`` or its average; every process calls this."""
 
-    def report(self, log: RunLog, step: int) -> None:
-        """Write files on the last evaluation, in the main process."""
+    def report(self, log: RunLog, step: int, *, is_final: bool) -> None:
+        """Write files on the last evaluation, in the main process; ``is_final`` says whether it ends the run."""
 
     def payload(self, model: nn.Module) -> dict[str, Any]:
         """Return the model, or its average, as checkpoints hold it; its state dict is ``model``."""
@@ -206,7 +206,7 @@ def evaluate(task: Task[BatchT], learner: Learner, state: RunState, log: RunLog)
         learner.rate.after_evaluation(state.step, state.num_worse, state.schedule)
     if is_main:
         with reported_disk_errors(settings.output_dir, f"the report in {settings.output_dir}"):
-            task.report(log, state.step)
+            task.report(log, state.step, is_final=is_over(state, settings))
 
 
 def save(task: Task[BatchT], learner: Learner, state: RunState) -> None:

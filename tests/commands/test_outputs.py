@@ -11,6 +11,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from resdet.classification import plots
 from resdet.commands import eval as eval_command
 from resdet.config import load_config
 from resdet.config_reading import config_to_plain
-from resdet.errors import UserError, WeightsError
+from resdet.errors import InternalError, UserError, WeightsError
 from resdet.evaluation.detect import Evaluation
 from resdet.models.checkpoint import checkpoint_payload
 
@@ -245,6 +246,29 @@ def test_files_are_written_before_stdout_is_tried(command: str, place: Path, mon
     with pytest.raises(OSError, match="No space left on device: 'standard output'"):
         call(f"{called} {{}}/out{suffix}", place)
     assert (place / files.get(command, f"out{suffix}")).is_file()
+
+
+def test_numbers_that_are_not_pycocotools_own_end_an_evaluation_when_all_is_written(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a fault of ours, code 1; each of several runs is compared, and eval.reference=false compares none."""
+    shutil.copytree(place / "run", place / "other")
+    detect = importlib.import_module("resdet.evaluation.detect")
+    real = detect.coco_metrics
+    monkeypatch.setattr(detect, "coco_metrics", lambda *a, **k: replace(real(*a, **k), AR_10=0.5))
+    with pytest.raises(
+        InternalError, match=r"out/run/metrics\.json: our numbers and those of pycocotools .* AR_10 0\.5"
+    ):
+        call("eval {}/run {}/other --output {}/out", place)
+    for name in ("run", "other"):
+        document = json.loads((place / "out" / name / "metrics.json").read_text())
+        assert document["metrics"]["AR_10"] == 0.5 != document["reference"]["AR_10"]
+        assert (place / "out" / name / "detections.json").is_file()
+    page = (place / "out" / "report.html").read_text()
+    assert page.count("computes other values of AR_10: do not cite them.") == 2
+    call("eval {}/run --output {}/alone eval.reference=false", place)
+    assert "reference" not in json.loads((place / "alone" / "metrics.json").read_text())
+    assert "of pycocotools" not in (place / "alone" / "report.html").read_text()
 
 
 def test_a_table_is_shown_before_the_next_evaluation(

@@ -14,7 +14,7 @@ import pytest
 
 import resdet.commands
 from resdet.commands.run import checkpoint_in, command_parser, run_tool, show
-from resdet.errors import UserError, printable
+from resdet.errors import InternalError, UserError, printable
 
 ROOT = Path(__file__).resolve().parents[2]
 ESCAPES = "cat\x1b]0;owned\x07\x9b31m\u202egpj.exe\r"
@@ -38,6 +38,14 @@ def test_an_error_of_the_disk_is_one_line(tmp_path: Path, capsys: pytest.Capture
 
     assert code_of(main) == 2
     assert capsys.readouterr().err == f"resdet: {tmp_path / 'no' / 'file'}: No such file or directory\n"
+
+
+def test_a_fault_of_ours_that_a_check_found_is_one_line_and_code_1(capsys: pytest.CaptureFixture[str]) -> None:
+    def main(_: Sequence[str]) -> None:
+        raise InternalError("m.json: the numbers differ")
+
+    assert code_of(main) == 1
+    assert capsys.readouterr().err.endswith(": m.json: the numbers differ\n")
 
 
 def test_no_name_steers_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:

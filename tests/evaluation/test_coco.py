@@ -15,6 +15,7 @@ from resdet.data.annotations import AnnotationTable
 from resdet.data.coco import read_coco
 from resdet.errors import DataError
 from resdet.evaluation.coco import coco_metrics, detections_to_coco, read_coco_detections
+from resdet.evaluation.reference import coco_dataset, coco_results, pycocotools_evaluator, twelve_numbers
 from resdet.types import Category, Detections
 
 # COCO's own record of what these detections score (val2014_fake_eval_res.txt of cocodataset/cocoapi).
@@ -25,66 +26,16 @@ NAMES += ["AR_1", "AR_10", "AR_100", "AR_small", "AR_medium", "AR_large"]
 EXACT = 1e-12
 
 
-def pycocotools_evaluator(ground_truth: dict, results: list[dict], max_detections: int = 100):
-    """Evaluate as pycocotools' own demo does: two COCO objects, evaluate, accumulate; and summarize, where it can."""
-    from pycocotools.coco import COCO
-    from pycocotools.cocoeval import COCOeval
+def evaluator_of(table: AnnotationTable, detections: Detections, max_detections: int = 100):
+    """What pycocotools computes in a final evaluation."""
+    return pycocotools_evaluator(coco_dataset(table), coco_results(table, detections), max_detections)
 
+
+def summarized(evaluator) -> np.ndarray:
+    """The numbers that pycocotools itself makes of its arrays."""
     with contextlib.redirect_stdout(io.StringIO()):
-        truth = COCO()
-        truth.dataset = ground_truth
-        truth.createIndex()
-        if results:
-            found = truth.loadRes([dict(result) for result in results])
-        else:  # loadRes fails on an empty list
-            found = COCO()
-            found.dataset = {**ground_truth, "annotations": []}
-            found.createIndex()
-        evaluator = COCOeval(truth, found, "bbox")
-        evaluator.params.maxDets = [1, 10, max_detections]
-        evaluator.evaluate()
-        evaluator.accumulate()
-        if max_detections == 100:
-            evaluator.summarize()
-    return evaluator
-
-
-def pycocotools_stats(ground_truth: dict, results: list[dict]) -> np.ndarray:
-    return pycocotools_evaluator(ground_truth, results).stats
-
-
-def twelve_of(evaluator, category_id: int | None = None, max_detections: int = 100) -> list[float]:
-    """Compute what summarize() does for one class, or for all and any limit, from the arrays that it reads."""
-    limits = {limit: column for column, limit in enumerate(evaluator.params.maxDets)}
-    k = slice(None) if category_id is None else [list(evaluator.params.catIds).index(category_id)]
-    precision = evaluator.eval["precision"][:, :, k]  # [IoU, recall, class, area, max detections]
-    recall = evaluator.eval["recall"][:, k]
-    m = limits[max_detections]
-    parts = [precision[..., 0, m], precision[0, ..., 0, m], precision[5, ..., 0, m]]
-    parts += [precision[..., area, m] for area in (1, 2, 3)]
-    parts += [recall[..., 0, limits[1]], recall[..., 0, limits[10]], recall[..., 0, m]]
-    parts += [recall[..., area, m] for area in (1, 2, 3)]
-    return [float(part[part > -1].mean()) if (part > -1).any() else -1.0 for part in parts]
-
-
-def as_coco(table: AnnotationTable) -> dict:
-    ids = {category.label: category.category_id for category in table.categories}
-    image_ids = table.image_ids[table.image_of_box()]
-    return {
-        "images": [{"id": int(i)} for i in table.image_ids],
-        "categories": [{"id": c.category_id, "name": c.name} for c in table.categories],
-        "annotations": [
-            {
-                "id": row + 1,
-                "image_id": int(image_ids[row]),
-                "category_id": ids[int(table.labels[row])],
-                "bbox": table.boxes_xywh[row].tolist(),
-                "area": float(table.area[row]),
-                "iscrowd": int(table.crowd[row]),
-            }
-            for row in range(table.num_boxes)
-        ],
-    }
+        evaluator.summarize()
+    return evaluator.stats
 
 
 def assert_same(table: AnnotationTable, detections: Detections, stats: np.ndarray) -> None:
@@ -93,18 +44,18 @@ def assert_same(table: AnnotationTable, detections: Detections, stats: np.ndarra
     np.testing.assert_allclose(list(metrics.values()), stats, rtol=0, atol=EXACT)
 
 
-def assert_same_per_class(table: AnnotationTable, detections: Detections, evaluator) -> None:
+def assert_same_per_class(table: AnnotationTable, detections: Detections, evaluator, ids: str = "label") -> None:
     rows = coco_metrics(table, detections).per_class
     for row, category in zip(rows, table.categories, strict=True):
         numbers = [getattr(row, name) for name in [*NAMES[:8], "AR_max", *NAMES[9:]]]
-        np.testing.assert_allclose(numbers, twelve_of(evaluator, category.category_id), rtol=0, atol=EXACT)
+        np.testing.assert_allclose(numbers, twelve_numbers(evaluator, 100, getattr(category, ids)), rtol=0, atol=EXACT)
 
 
 @pytest.mark.parametrize("seed", range(200))
 def test_twelve_numbers_equal_pycocotools_overall_and_per_class(case, seed):
     table, detections = case(seed)
-    evaluator = pycocotools_evaluator(as_coco(table), detections_to_coco(table, detections))
-    assert_same(table, detections, evaluator.stats)
+    evaluator = evaluator_of(table, detections)
+    assert_same(table, detections, summarized(evaluator))
     assert_same_per_class(table, detections, evaluator)
 
 
@@ -112,10 +63,10 @@ def test_twelve_numbers_equal_pycocotools_overall_and_per_class(case, seed):
 @pytest.mark.parametrize("seed", [3, 10])
 def test_any_limit_of_detections_equals_pycocotools(case, seed, max_detections):
     table, detections = case(seed)
-    evaluator = pycocotools_evaluator(as_coco(table), detections_to_coco(table, detections), max_detections)
+    evaluator = evaluator_of(table, detections, max_detections)
     metrics = coco_metrics(table, detections, max_detections=max_detections).as_dict()
     assert f"AR_{max_detections}" in metrics
-    expected = twelve_of(evaluator, max_detections=max_detections)
+    expected = twelve_numbers(evaluator, max_detections)
     np.testing.assert_allclose(list(metrics.values()), expected, rtol=0, atol=EXACT)
     other = coco_metrics(table, detections, max_detections=1).as_dict().values()
     with pytest.raises(AssertionError):
@@ -151,11 +102,17 @@ def test_dense_images_equal_pycocotools_at_any_limit(max_detections):
         labels=table.labels[twice],
         scores=rng.random(len(twice)),
     )
-    evaluator = pycocotools_evaluator(as_coco(table), detections_to_coco(table, detections), max_detections)
+    evaluator = evaluator_of(table, detections, max_detections)
     metrics = coco_metrics(table, detections, max_detections=max_detections).as_dict()
-    expected = twelve_of(evaluator, max_detections=max_detections)
+    expected = twelve_numbers(evaluator, max_detections)
     np.testing.assert_allclose(list(metrics.values()), expected, rtol=0, atol=EXACT)
     assert metrics["AP"] > coco_metrics(table, detections, max_detections=50).AP
+
+
+def test_the_numbers_are_those_that_pycocotools_prints(case):
+    """Ours are compared with ``summarize`` above; the arrays that it reads have any other limit and each class too."""
+    evaluator = evaluator_of(*case(3))
+    np.testing.assert_array_equal(twelve_numbers(evaluator, 100), summarized(evaluator))
 
 
 def test_cases_cover_what_they_claim(case):
@@ -170,7 +127,7 @@ def test_cases_cover_what_they_claim(case):
 @pytest.mark.parametrize("perturb", ["score", "box", "crowd", "area"])
 def test_equality_notices_one_changed_value(case, perturb):
     table, detections = case(3)
-    evaluator = pycocotools_evaluator(as_coco(table), detections_to_coco(table, detections))
+    evaluator = evaluator_of(table, detections)
     assert_same_per_class(table, detections, evaluator)
     if perturb == "score":
         scores = detections.scores.copy()
@@ -189,7 +146,7 @@ def test_equality_notices_one_changed_value(case, perturb):
         area[0] = 1e4 if area[0] < 1024 else 1
         table = replace(table, area=area)
     with pytest.raises(AssertionError):
-        assert_same(table, detections, evaluator.stats)
+        assert_same(table, detections, summarized(evaluator))
     with pytest.raises(AssertionError):
         assert_same_per_class(table, detections, evaluator)
 
@@ -205,9 +162,9 @@ def test_fake_detections_of_cocoapi_score_as_published(assets):
     # The results cover 99 of the 100 images; the last one has no detections, and counts.
     assert len(np.unique(detections.image_index)) == 99
     assert table.num_images == 100
-    evaluator = pycocotools_evaluator(json.loads(annotations.read_text()), json.loads(results.read_text()))
-    assert_same(table, detections, evaluator.stats)
-    assert_same_per_class(table, detections, evaluator)
+    evaluator = pycocotools_evaluator(json.loads(annotations.read_text()), json.loads(results.read_text()), 100)
+    assert_same(table, detections, summarized(evaluator))
+    assert_same_per_class(table, detections, evaluator, ids="category_id")
     assert sum(row.num_boxes for row in metrics.per_class) == int((~table.crowd).sum())
     defined = [row.AP for row in metrics.per_class if row.num_boxes]
     assert abs(metrics.AP - np.mean(defined)) < EXACT
@@ -241,7 +198,7 @@ def test_no_detections_score_zero_and_no_ground_truth_is_undefined(case, no_dete
     table, detections = case(5)
     assert coco_metrics(table, no_detections).AP == 0
     np.testing.assert_array_equal(
-        list(coco_metrics(table, no_detections).as_dict().values()), pycocotools_stats(as_coco(table), [])
+        list(coco_metrics(table, no_detections).as_dict().values()), summarized(evaluator_of(table, no_detections))
     )
     empty = replace(table, offsets=np.zeros_like(table.offsets), boxes_xywh=np.zeros((0, 4)))
     empty = replace(empty, **{name: getattr(table, name)[:0] for name in ("labels", "area", "crowd", "difficult")})
@@ -313,11 +270,12 @@ def test_files_with_odd_ids_and_areas_equal_pycocotools(image_ids, category_ids,
     table = read_coco(path)
     (tmp_path / "results.json").write_text(json.dumps(results))
     found = read_coco_detections(tmp_path / "results.json", table)
-    evaluator = pycocotools_evaluator(document, results)
-    assert 0 < evaluator.stats[0] < 1
-    assert (evaluator.stats[3:6] > 0).all()
-    assert_same(table, found, evaluator.stats)
-    assert_same_per_class(table, found, evaluator)
+    evaluator = pycocotools_evaluator(document, results, 100)
+    stats = summarized(evaluator)
+    assert 0 < stats[0] < 1
+    assert (stats[3:6] > 0).all()
+    assert_same(table, found, summarized(evaluator))
+    assert_same_per_class(table, found, evaluator, ids="category_id")
 
 
 def test_limit_of_detections_can_be_raised(case):
@@ -345,7 +303,7 @@ def test_some_of_the_images_and_one_of_them_twice(case):
     found = detections_at(detections, np.concatenate(rows), image_index)
     metrics = coco_metrics(table.select_images(chosen), found)
     apart = replace(table.select_images(chosen), image_ids=np.array([8, 3, 11]))
-    assert_same(apart, found, pycocotools_stats(as_coco(apart), detections_to_coco(apart, found)))
+    assert_same(apart, found, summarized(evaluator_of(apart, found)))
     assert metrics.AR_max == coco_metrics(apart, found).AR_max
     assert sum(row.num_boxes for row in metrics.per_class) == (~table.select_images(chosen).crowd).sum()
 
@@ -356,7 +314,7 @@ def test_file_without_area_and_iscrowd_equals_one_that_states_the_defaults(asset
     for annotation in data["annotations"]:
         annotation["area"], annotation["iscrowd"] = annotation["bbox"][2] * annotation["bbox"][3], 0
     results = json.loads((folder / "instances_val2014_fakebbox100_results.json").read_text())
-    stats = pycocotools_stats(json.loads(json.dumps(data)), results)
+    stats = summarized(pycocotools_evaluator(json.loads(json.dumps(data)), results, 100))
     for annotation in data["annotations"]:
         del annotation["area"], annotation["iscrowd"]
     bare = tmp_path / "bare.json"
@@ -421,7 +379,7 @@ def test_two_processes_and_an_odd_number_of_images_equal_pycocotools(tmp_path):
         found = evaluation.detections
         assert table.num_images == 7
         np.testing.assert_array_equal(np.bincount(found.image_index), 3 * np.diff(table.offsets))
-        stats = pycocotools_stats(as_coco(table), detections_to_coco(table, found))
+        stats = summarized(evaluator_of(table, found))
         np.testing.assert_allclose(list(evaluation.coco.as_dict().values()), stats, rtol=0, atol=EXACT)
         assert 0 < evaluation.coco.AP < 1
         twice = detections_at(found, np.repeat(np.arange(len(found)), 2))

@@ -6,7 +6,6 @@ A benchmark is a function of keyword arguments with defaults (int, float, bool, 
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -33,15 +32,12 @@ WORK: dict[str, Callable[..., Report]] = {
 }
 """Every kind of work, by its name on the command line."""
 
-_WITH_PYCOCOTOOLS = ("annotations", "evaluation")
-
 
 def run_benchmark(arguments: Sequence[str]) -> Report:
     """Run the benchmark that ``work=NAME`` names, with its settings changed by further ``key=value``.
 
     Raises:
-        UserError: If the work or a key is unknown or given twice, a value is not of its type, or the work compares with
-            pycocotools and that is not installed.
+        UserError: If the work or a key is unknown or given twice, or a value is not of its type.
     """
     given: dict[str, str] = {}
     for argument in arguments:
@@ -59,8 +55,6 @@ def run_benchmark(arguments: Sequence[str]) -> Report:
     for key in given:
         if key not in known:
             raise UserError(f"work={work} has no setting {key!r}; its settings are {', '.join(known)}")
-    if work in _WITH_PYCOCOTOOLS and importlib.util.find_spec("pycocotools") is None:
-        raise UserError(f"work={work} compares with pycocotools, which is not installed: pip install 'resdet[dev]'")
     return WORK[work](**{key: _parse(key, value, types[key]) for key, value in given.items()})
 
 
