@@ -105,6 +105,7 @@ def inference_settings(
         device=device,
         precision=config.eval.precision or config.train.precision,
         tricks=config.eval.tricks if isinstance(config, Config) else None,
+        tiles=config.eval.tiles if isinstance(config, Config) else None,
         max_detections=_max_detections(config) if isinstance(config, Config) else None,
         progress=progress,
     )

@@ -17,7 +17,7 @@ from typing_extensions import Self
 
 from resdet.config_reading import Section, json_schema, load_settings, parse_settings
 from resdet.models.archs import VGGArch, find_arch
-from resdet.models.spec import WEIGHTS_FIELDS, DetectorSpec, Tricks, WeightsOrigin
+from resdet.models.spec import WEIGHTS_FIELDS, DetectorSpec, Tiles, Tricks, WeightsOrigin
 
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 
@@ -266,7 +266,8 @@ class EvalConfig(Section):
     """Evaluation of the model."""
 
     batch_size: int = Field(1, ge=1)
-    """Images per forward pass. Images of a batch are padded to one size, which can move scores a little."""
+    """Images (with ``tiles``, tiles) per forward pass. Those of a batch are padded to one size, which can move scores a
+    little."""
     precision: Literal["fp32", "bf16", "fp16"] | None = None
     """Precision of evaluation; null uses ``train.precision``."""
     loss: bool = False
@@ -281,6 +282,11 @@ class EvalConfig(Section):
     size of COCO's val2017 pycocotools takes half a minute and holds every detection as Python objects."""
     tricks: Tricks = Tricks()
     """Test-time tricks: more computation for each image, for better detections from the same weights."""
+    tiles: Tiles | None = None
+    """``[side, overlap]``, as in ``[800, 0.2]``: detect in square tiles of ``side`` pixels, which overlap by this part
+    of their side or a bit more, and in the whole image scaled down. For large images with small objects. The detector
+    scales a tile like any image: one whose side is ``model.min_size`` keeps its pixels as they are. null detects in
+    images as they are. ``loss`` always does."""
     num_pictures: int = Field(8, ge=0)
     """Pictures of detections on the first images of ``data.val``, written to output_dir/pictures and TensorBoard."""
     picture_score: float | None = Field(None, ge=0, le=1)

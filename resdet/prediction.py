@@ -37,6 +37,7 @@ def predict(
     images: Source | Iterable[Source],
     settings: InferenceSettings = InferenceSettings(),
     *,
+    tiles: tuple[int, float] | None = None,
     score_threshold: float = 0.0,
     stored_pixels: bool = False,
 ) -> list[Result]:
@@ -57,6 +58,7 @@ def predict(
             * uint8 arrays, RGB ``[H, W, 3]`` or gray ``[H, W]`` (OpenCV's are BGR: ``image[:, :, ::-1]``);
             * tensors ``[3, H, W]``, uint8 or floating-point in [0, 1], which are rounded to 8 bits.
         settings: How to run the model; ``num_workers`` has no effect.
+        tiles: ``(side, overlap)``, as in ``(800, 0.2)``, for large images with small objects; None: ``settings.tiles``.
         score_threshold: Detections below it are dropped, in [0, 1]. The model's own ``roi_heads.score_thresh`` (by
             default 0.05) applies before.
         stored_pixels: Take files and PIL images as they are stored, as COCO's annotations mean them and pycocotools
@@ -71,13 +73,13 @@ def predict(
             not as above.
         WeightsError: If a model cannot be loaded, or computes NaN or infinity.
         UserError: If an element of ``images`` is none of the above, a video is among them, this model does not support
-            ``settings.tricks``, or ``settings.batch_size`` is below 1.
+            ``settings.tricks``, ``settings.batch_size`` is below 1, or ``tiles`` are no tiles.
     """
     entries = list(find_sources(images))
     for entry in entries:
         if entry.is_video:
             raise UserError(f"{entry.where}: is a video: loop over resdet.predict_each, which yields frame after frame")
-    return list(_results(model, entries, settings, score_threshold, stored_pixels))
+    return list(_results(model, entries, _tiled(settings, tiles), score_threshold, stored_pixels))
 
 
 def predict_each(
@@ -85,6 +87,7 @@ def predict_each(
     images: Source | Iterable[Source],
     settings: InferenceSettings = InferenceSettings(),
     *,
+    tiles: tuple[int, float] | None = None,
     every: int = 1,
     score_threshold: float = 0.0,
     stored_pixels: bool = False,
@@ -100,6 +103,7 @@ def predict_each(
         model: As for ``predict``.
         images: As for ``predict``, and paths of videos, for their frames (``Result.frame``).
         settings: As for ``predict``.
+        tiles: As for ``predict``.
         every: Of a video's frames, take each ``every``-th.
         score_threshold: As for ``predict``.
         stored_pixels: As for ``predict``; frames of videos are not turned either.
@@ -117,7 +121,11 @@ def predict_each(
         raise UserError(f"every must be at least 1, got {every}")
     found = find_sources(images)
     entries = found if isinstance(images, Iterator) else list(found)
-    return _results(model, entries, settings, score_threshold, stored_pixels, every, on_unreadable)
+    return _results(model, entries, _tiled(settings, tiles), score_threshold, stored_pixels, every, on_unreadable)
+
+
+def _tiled(settings: InferenceSettings, tiles: tuple[int, float] | None) -> InferenceSettings:
+    return settings if tiles is None else replace(settings, tiles=tiles)
 
 
 def _results(
@@ -147,7 +155,7 @@ def _detected(
 ) -> Iterator[Result]:
     categories, threshold = model_categories(model), shown_from(model)[0]
     with inference(model, settings) as run, tqdm(total=total, unit="image", disable=not settings.progress) as bar:
-        while batch := list(itertools.islice(images, settings.batch_size)):
+        while batch := list(itertools.islice(images, settings.num_images_read)):
             tensors = [torch.from_numpy(image.transpose(2, 0, 1).copy()) for _, _, image in batch]  # [3, H, W]
             predictions = run(tensors, ", ".join(_where(entry, frame) for entry, frame, _ in batch))
             for (entry, frame, image), found in zip(batch, predictions, strict=True):

@@ -2,6 +2,7 @@
 
     resdet predict runs/quickstart/best.pt photo.jpg folder/ --output out
     resdet predict runs/quickstart/best.pt folder/ --tricks refine=1 voting=0.8 flip=true
+    resdet predict runs/aerial/best.pt photo_6000x4000.jpg --tiles 800 0.2
 
 Photographs are turned as their EXIF orientation says and viewers show them; pictures and boxes are upright too. COCO's
 annotations mean the stored pixels: --stored-pixels. Files that cannot be read are listed at the end, and the exit code
@@ -36,6 +37,13 @@ def main(arguments: Sequence[str]) -> None:
         "--max-detections", type=int, metavar="N", help="detections per image (default: the model's, usually 100)"
     )
     parser.add_argument("--tricks", nargs="+", default=[], metavar="key=value", help="more computation for each image")
+    parser.add_argument(
+        "--tiles",
+        nargs=2,
+        type=float,
+        metavar=("SIDE", "OVERLAP"),
+        help="detect in overlapping tiles of SIDE pixels, as in 800 0.2; --batch-size then counts tiles",
+    )
     parser.add_argument("--stored-pixels", action="store_true", help="do not turn images by their EXIF orientation")
     options = parser.parse_intermixed_args(arguments)
     if options.batch_size < 1:
@@ -48,11 +56,12 @@ def main(arguments: Sequence[str]) -> None:
     from resdet.drawing import shown_from
     from resdet.evaluation.inference import device_for
     from resdet.evaluation.settings import InferenceSettings
+    from resdet.evaluation.tiles import checked_tiles
     from resdet.files import check_output, make_output_folder
     from resdet.models.checkpoint import load_detector
     from resdet.prediction_files import predict_files
 
-    tricks = parse_tricks(options.tricks)
+    tricks, tiles = parse_tricks(options.tricks), checked_tiles(options.tiles)
     checkpoint, files = checkpoint_in(options.checkpoint), find_images(options.images)
     make_output_folder(options.output)
     check_output(options.output / "detections.json", [checkpoint, *files])
@@ -63,6 +72,7 @@ def main(arguments: Sequence[str]) -> None:
         device=device_for(model, options.device),
         precision=options.precision,
         tricks=tricks,
+        tiles=tiles,
         max_detections=options.max_detections,
         progress=True,
     )

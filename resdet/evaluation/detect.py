@@ -80,7 +80,7 @@ def evaluate(
     Raises:
         DataError: If the dataset has a class that the model does not have, or there is no image.
         WeightsError: If the model computes NaN or infinity.
-        UserError: If this model does not support ``settings.tricks``.
+        UserError: If this model does not support ``settings.tricks``, or ``settings.tiles`` are no tiles.
     """
     dataset = with_model_classes(model, without_subset(dataset))
     table, labels = dataset.table, match_labels(model, dataset.table)
@@ -116,7 +116,7 @@ def detect(
         inference(model, settings) as run,
         tqdm(total=num_images, unit="image", disable=not settings.progress or not team.is_main) as bar,
     ):
-        for batch in eval_loader(dataset, team, batch_size=settings.batch_size, num_workers=settings.num_workers):
+        for batch in eval_loader(dataset, team, batch_size=settings.num_images_read, num_workers=settings.num_workers):
             where = f"image_id={image_ids[batch.indices].tolist()} of {dataset.table.name}"
             predictions += run(batch.images, where)
             seen += batch.indices

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from resdet.errors import WeightsError
 from resdet.evaluation.settings import InferenceSettings
 from resdet.evaluation.state import evaluation_mode, placed
+from resdet.evaluation.tiles import Detect, TiledDetection, checked_tiles
 from resdet.malloc import keep_freed_memory
 from resdet.models.finite import broken_tensor
 from resdet.models.int8 import Int8Detector
+from resdet.models.spec import Tiles, Tricks
 from resdet.models.test_time import detect_with_tricks, detections_limited
 from resdet.models.transform import model_images
 from resdet.precision import Precision, autocast
@@ -23,9 +25,6 @@ from resdet.processes import choose_device
 from resdet.types import Prediction
 
 logger = logging.getLogger(__name__)
-
-Detect = Callable[[Sequence[Tensor], str], list[Prediction]]
-"""Takes uint8 images ``[3, H, W]`` and what to call them in messages; returns their detections, on the CPU."""
 
 
 def device_for(model: nn.Module, name: Literal["auto", "cpu", "cuda"]) -> torch.device:
@@ -39,7 +38,7 @@ def device_for(model: nn.Module, name: Literal["auto", "cpu", "cuda"]) -> torch.
 
 @contextmanager
 def inference(model: nn.Module, settings: InferenceSettings = InferenceSettings()) -> Iterator[Detect]:
-    """Put a model into evaluation mode and yield a function that runs it on uint8 images.
+    """Put a model into evaluation mode and yield a function that runs it on uint8 images, or on their tiles.
 
     Every module's training flag is restored at the end. Gradients are off inside that function only, and by
     ``no_grad``: tensors that a model caches in ``inference_mode`` could not take part in training afterwards.
@@ -47,6 +46,7 @@ def inference(model: nn.Module, settings: InferenceSettings = InferenceSettings(
     The function raises a WeightsError if the model computes NaN or infinity. Thresholds drop such boxes, so unless the
     heads' raw outputs are checked, a diverged model would pass for one that finds nothing.
     """
+    tiles = checked_tiles(settings.tiles)
     device = placed(model, settings.device)
     if device.type == "cpu":
         keep_freed_memory()
@@ -71,10 +71,23 @@ def inference(model: nn.Module, settings: InferenceSettings = InferenceSettings(
     handles = [model.get_submodule(name).register_forward_hook(watch) for name in watched]
     try:
         with evaluation_mode(model), detections_limited(model, settings.max_detections):
-            yield run
+            yield run if tiles is None else _by_tiles(model, run, tiles, settings)
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _by_tiles(model: nn.Module, run: Detect, tiles: Tiles, settings: InferenceSettings) -> TiledDetection:
+    tricks = settings.tricks or Tricks()
+    own: float = getattr(getattr(model, "roi_heads", None), "nms_thresh", 0.5)
+    return TiledDetection(
+        run,
+        tiles,
+        settings.batch_size,
+        iou_threshold=own if tricks.nms_threshold is None else tricks.nms_threshold,
+        class_agnostic=tricks.class_agnostic,
+        limit=settings.max_detections,
+    )
 
 
 def _to_cpu(outputs: Sequence[Prediction]) -> list[Prediction]:

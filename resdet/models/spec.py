@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
 
@@ -292,3 +292,10 @@ class Tricks(BaseModel):
         if len(set(scales)) < len(scales):
             raise ValueError(f"must differ from each other, got {list(scales)}")
         return scales
+
+
+class Tiles(NamedTuple):
+    """How a large image is cut into overlapping tiles that are detected in one by one."""
+
+    side: Annotated[int, Field(ge=32)]  # of the square tiles, in pixels of the image
+    overlap: Annotated[float, Field(ge=0, le=0.9)] = 0.2  # of neighbours at least, as a share of the side

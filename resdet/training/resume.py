@@ -93,7 +93,7 @@ REJUDGED = frozenset(
             "rpn_score_thresh rpn_min_size box_score_thresh box_nms_thresh box_detections_per_img box_min_size",
         ),
         *_keys("data", "val"),
-        *_keys("eval", "tricks best_metric max_detections resize views scales"),
+        *_keys("eval", "tricks tiles best_metric max_detections resize views scales"),
     ]
 )
 """Keys, or whole sections, whose change is applied and makes evaluations incomparable with earlier ones."""
