@@ -19,7 +19,10 @@ from .malloc import keep_freed_memory as keep_freed_memory
 from .models.backbone import ResNetFPN as ResNetFPN, resnet_fpn as resnet_fpn
 from .models.checkpoint import load_detector as load_detector, save_int8_detector as save_int8_detector
 from .models.detector import Detector as Detector, build_detector as build_detector
-from .models.fasterrcnn import fasterrcnn_resnet101_fpn as fasterrcnn_resnet101_fpn
+from .models.fasterrcnn import (
+    FasterRCNN_ResNet101_FPN_Weights as FasterRCNN_ResNet101_FPN_Weights,
+    fasterrcnn_resnet101_fpn as fasterrcnn_resnet101_fpn,
+)
 from .models.int8_calibration import quantize_detector as quantize_detector
 from .models.spec import DetectorSpec as DetectorSpec, Tricks as Tricks, WeightsOrigin as WeightsOrigin
 from .prediction import predict as predict, predict_each as predict_each

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 from torch import Tensor
+from torchvision.models import WeightsEnum
 from torchvision.models.detection import (
     FasterRCNN_ResNet50_FPN_Weights,
     KeypointRCNN_ResNet50_FPN_Weights,
@@ -37,7 +38,9 @@ from resdet.types import Category, categories_to_plain
 from resdet.weights.facts import OWN_LAYOUTS, class_names, sees_bytes
 from resdet.weights.files import CLASS_SCORES, DETECTOR_FORMAT, INT8_FORMAT, WeightsFile, WeightsPath, read_weights
 from resdet.weights.layouts import BODY, FPN
+from resdet.weights.source import locate
 from resdet.weights.tensors import COUNTER
+from resdet.weights.zoo import find_published
 
 logger = logging.getLogger(__name__)
 
@@ -52,10 +55,13 @@ _COCO = [
     for number, name in enumerate(FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"])
     if number
 ]
-# torchvision's own files, whose conventions are certain.
-_PUBLISHED = {
+COCO_NAMES = tuple(name for _, name in _COCO if not name.startswith("N/A"))
+"""COCO's 80 classes in the order of their ids."""
+
+# torchvision's files of detectors with other heads too, whose conventions are as certain as those of published ones.
+_TORCHVISIONS = {
     entry.url.rpartition("/")[2]
-    for weights in (FasterRCNN_ResNet50_FPN_Weights, MaskRCNN_ResNet50_FPN_Weights, KeypointRCNN_ResNet50_FPN_Weights)
+    for weights in (MaskRCNN_ResNet50_FPN_Weights, KeypointRCNN_ResNet50_FPN_Weights)
     for entry in weights
 }
 
@@ -95,7 +101,7 @@ def save_int8_detector(
 
 
 def load_detector(
-    path: WeightsPath,
+    source: WeightsPath | WeightsEnum,
     device: torch.device | str = "cpu",
     *,
     origin: WeightsOrigin | None = None,
@@ -104,12 +110,14 @@ def load_detector(
     """Build the detector that a file holds, in evaluation mode.
 
     Args:
-        path: A file with the entries of ``checkpoint_payload``; a state dict of torchvision's Faster R-CNN on a ResNet
-            with FPN (the boxes of its Mask and Keypoint R-CNN, too); or the Faster R-CNN of another library that
-            ``resdet.weights.convert`` reads, such as ``model_final_f6e8b1.pkl`` of detectron2's model zoo. Such a model
-            is run as its library runs it (``CONVENTIONS``), and stays so when it is saved here. What its file does not
-            say is assumed, and logged: 80 classes without names (91 of torchvision) to be COCO's, for instance. A file
-            of ``save_int8_detector`` gives an ``Int8Detector``.
+        source: The name of a published detector (``"detectron2_r101_fpn_3x"``; ``resdet.weights.zoo`` lists them) or a
+            member of a weights enum, which is downloaded once; or a path or URL of a file. That may have the entries of
+            ``checkpoint_payload``; be a state dict of torchvision's Faster R-CNN on a ResNet with FPN (the boxes of its
+            Mask and Keypoint R-CNN, too); or the Faster R-CNN of another library that ``resdet.weights.convert`` reads,
+            such as ``model_final_f6e8b1.pkl`` of detectron2's model zoo. Such a model is run as its library runs it
+            (``CONVENTIONS``), and stays so when it is saved here. What its file does not say is assumed, and logged: 80
+            classes without names (91 of torchvision) to be COCO's, for instance. A file of ``save_int8_detector`` gives
+            an ``Int8Detector``.
         device: Where to put the model.
         origin: What is known of the weights, where the file does not say it.
         settings: Of torchvision's or another library's detector, fields of its spec (``RUN_FIELDS``) that are not the
@@ -118,8 +126,9 @@ def load_detector(
     Raises:
         UserError: If a field of ``settings`` is none of ``RUN_FIELDS``.
         WeightsError: If the file is missing, damaged, no checkpoint of a detector, or contradicts itself, ``origin`` or
-            the anchors in ``settings``; or holds another kind of detector.
+            the anchors in ``settings``; or holds another kind of detector; or a name is unknown, or cannot be had.
     """
+    path = source if isinstance(source, WeightsFile) else locate(source)
     file, settings = read_weights(path, origin), settings or {}
     if unknown := settings.keys() - set(RUN_FIELDS):
         raise UserError(f"settings: must be among {', '.join(RUN_FIELDS)}, got {name_some(sorted(unknown))}")
@@ -270,7 +279,7 @@ def _foreign_spec(file: WeightsFile, settings: Mapping[str, Any]) -> DetectorSpe
             f"{', '.join(f'{name}={stated[name]}' for name in ANCHOR_FIELDS)}"
         )
     # torchvision sets eps to 0 for its published weights: overwrite_eps in its faster_rcnn.py.
-    published = {"norm_eps": 0.0} if file.path.name in _PUBLISHED else {}
+    published = {"norm_eps": 0.0} if _is_published(file) and library in OWN_LAYOUTS else {}
     origin = file.origin.model_dump(include=set(WEIGHTS_FACTS), exclude_none=True)
     known = published | CONVENTIONS.get(library, {}) | origin | file.settings | stated | dict(settings)
     try:
@@ -318,7 +327,8 @@ def _library(file: WeightsFile) -> str:
 
 def _is_published(file: WeightsFile) -> bool:
     """Whether a file is of torchvision's or detectron2's model zoo, where what it does not say is known."""
-    return file.path.name in _PUBLISHED or file.content.get("__author__") == "Detectron2 Model Zoo"
+    named = file.path.name in _TORCHVISIONS or find_published(file.path.name) is not None
+    return named or file.content.get("__author__") == "Detectron2 Model Zoo"
 
 
 def _categories(file: WeightsFile, num_classes: int) -> tuple[tuple[Category, ...], str]:
@@ -365,5 +375,5 @@ def _named(file: WeightsFile, names: Sequence[str], num_classes: int) -> tuple[C
             f"{len(names)}: {name_some(names)}"
         )
     ids = {name: number for number, name in _COCO}
-    are_cocos = list(names) == [name for name in ids if not name.startswith("N/A")]
+    are_cocos = tuple(names) == COCO_NAMES
     return tuple(Category(label, ids[name] if are_cocos else label, name) for label, name in enumerate(names, 1))

@@ -281,9 +281,9 @@ def test_builder_takes_whole_detectors(tmp_path: Path) -> None:
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), theirs.parameters(), strict=True))
     assert not any(p.requires_grad for p in model.backbone.body.layer2.parameters())
     assert fasterrcnn_resnet101_fpn(weights=(tmp_path / "w.pth").as_uri(), num_classes=4).categories == ()
-    with pytest.raises(WeightsError, match=r"was made for 4 classes \(background included\), num_classes is 91"):
+    with pytest.raises(WeightsError, match=r"w\.pth: The parameter 'num_classes' expected value 4 but got 91 instead"):
         fasterrcnn_resnet101_fpn(weights=tmp_path / "w.pth", num_classes=91)
-    with pytest.raises(WeightsError, match="there is no such file"):
+    with pytest.raises(WeightsError, match="'COCO_V1' is no file, no URL and no published detector; known are det"):
         fasterrcnn_resnet101_fpn(weights="COCO_V1")
     with pytest.raises(UserError, match=r"spec.arch must be 'resnet101' here, got 'resnet50'"):
         fasterrcnn_resnet101_fpn(spec=DetectorSpec(arch="resnet50"))

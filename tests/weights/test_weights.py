@@ -194,7 +194,7 @@ def test_unknown_names_are_corrected() -> None:
     for source, message in [
         ("IMAGENET1K_V3", "no weights of resnet50; did you mean 'IMAGENET1K_V"),
         ("imagenet1k_v1", "did you mean 'IMAGENET1K_V1'"),
-        ("coco", "resnet50 has IMAGENET1K_V1, IMAGENET1K_V2, DEFAULT"),
+        ("coco", "no weights of resnet50; known are IMAGENET1K_V1, IMAGENET1K_V2, DEFAULT, detectron2_r50_fpn_1x, "),
         (ResNet18_Weights.DEFAULT, "are not for resnet50, whose weights are ResNet50_Weights.IMAGENET1K_V1"),
     ]:
         with pytest.raises(WeightsError, match=message):
