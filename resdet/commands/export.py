@@ -23,7 +23,9 @@ def main(arguments: Sequence[str]) -> None:
     """Run ``resdet export``."""
     parser = command_parser("export", __doc__)
     parser.add_argument(
-        "checkpoint", type=Path, metavar="CHECKPOINT", help="a run's folder, or a checkpoint (best.pt, last.pt)"
+        "checkpoint",
+        metavar="CHECKPOINT",
+        help="a run's folder, a checkpoint, or the name of a published detector (resdet weights)",
     )
     parser.add_argument("--what", choices=["backbone", "detector"], default="backbone")
     parser.add_argument(

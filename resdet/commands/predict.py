@@ -21,7 +21,9 @@ def main(arguments: Sequence[str]) -> None:
     """Run ``resdet predict``."""
     parser = command_parser("predict", __doc__)
     parser.add_argument(
-        "checkpoint", type=Path, metavar="CHECKPOINT", help="a run's folder, or a checkpoint (best.pt, last.pt)"
+        "checkpoint",
+        metavar="CHECKPOINT",
+        help="a run's folder, a checkpoint, or the name of a published detector (resdet weights)",
     )
     parser.add_argument("images", nargs="+", metavar="IMAGE_OR_FOLDER", help="image files, folders, or glob patterns")
     parser.add_argument("--output", type=Path, default=Path("predictions"), help="folder for the results")

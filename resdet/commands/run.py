@@ -49,13 +49,14 @@ def command_parser(name: str, description: str, arguments: str | None = None) ->
     return _Parser(prog=prog, usage=usage, description=description, formatter_class=formatter)
 
 
-def checkpoint_in(path: Path) -> Path:
-    """Return the best.pt of a run whose folder is given, or the checkpoint that is."""
-    if not path.is_dir():
-        return path
-    if not (path / "best.pt").is_file():
-        raise UserError(f"{path}: must be a checkpoint or the folder of a run, but this folder holds no best.pt")
-    return path / "best.pt"
+def checkpoint_in(source: str | Path) -> Path:
+    """Return the file that an argument names: a checkpoint, a run's folder (its best.pt), a URL, a published detector.
+
+    Call it when all options are parsed: it imports torch, and may download.
+    """
+    from resdet.weights.source import locate
+
+    return locate(str(source))
 
 
 def run_tool(main: Callable[[Sequence[str]], int | None]) -> None:

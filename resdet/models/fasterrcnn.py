@@ -124,9 +124,7 @@ def fasterrcnn_resnet101_fpn(  # noqa: D417 - the rest is documented by Detector
     given = {name: arguments[name] for name in DetectorSpec.model_fields if arguments.get(name) is not None}
     layers = 3 if trainable_backbone_layers is None else trainable_backbone_layers
     if weights is None:
-        first = weights_backbone
-        if first is not None:
-            first = read_first_weights(first, _ARCH, origin, progress=progress)
+        first = weights_backbone and read_first_weights(weights_backbone, _ARCH, origin, progress=progress)
         return build_detector(
             _with(spec or DetectorSpec(), given),
             num_classes=91 if num_classes is None else num_classes,

@@ -39,7 +39,7 @@ def locate(source: str | os.PathLike[str] | WeightsEnum, arch: str | None = None
 
     Args:
         source: A published detector's name (``resdet.weights.zoo``); a torchvision weight name for ``arch``, or a
-            member of torchvision's enums; a file; or an http, https or file URL.
+            member of torchvision's enums; a file; a run's folder, for its best.pt; or an http, https or file URL.
         arch: What the weights must be for, if they say it; None takes any detector.
         progress: Show how a download gets on.
 
@@ -60,7 +60,7 @@ def locate(source: str | os.PathLike[str] | WeightsEnum, arch: str | None = None
     if is_path or path.exists():
         if path.exists() and (entry := find_published(text)):
             _log_licence(entry.name)
-        return path
+        return _best_of(path) if path.is_dir() else path
     if text in PUBLISHED:
         return _fetched(PUBLISHED[text].url, arch, progress)
     if member := _member(text, arch):
@@ -71,6 +71,12 @@ def locate(source: str | os.PathLike[str] | WeightsEnum, arch: str | None = None
     known = f"known are {', '.join(names.values())}" if names else f"{arch} has none in torchvision"
     whose = "published detector" if arch is None else f"weights of {arch}"
     raise WeightsError(f"weights: {text!r} is no file, no URL and no {whose}; {hint}{known}")
+
+
+def _best_of(run: Path) -> Path:
+    if not (run / "best.pt").is_file():
+        raise WeightsError(f"{run}: must be a checkpoint or the folder of a run, but this folder holds no best.pt")
+    return run / "best.pt"
 
 
 def _fetched(url: str, arch: str | None, progress: bool) -> Path:

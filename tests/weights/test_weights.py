@@ -160,7 +160,7 @@ def test_unreadable_files_are_one_line(tmp_path: Path, file: Path) -> None:
     torch.save({"conv1.weight": torch.zeros(1), "optimizer": Path("x").parent}, tmp_path / "code.pth")
     for name, message in [
         ("absent.pth", "there is no such file"),
-        ("", "is a directory"),
+        ("", "must be a checkpoint or the folder of a run, but this folder holds no best.pt"),
         ("short.pth", "damaged"),
         ("short.safetensors", "damaged"),
         ("text.pth", "damaged"),
