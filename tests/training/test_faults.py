@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import time
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from small_runs import ROOT, command, differences, environment, train
+from small_runs import ROOT, command, differences, environment, train, train_here
 from torch import Tensor, nn
 
 from resdet.data.loader import Batch
@@ -97,8 +98,8 @@ def test_a_damaged_checkpoint_given_by_its_path_is_refused(finished: Path, tmp_p
     content[len(content) // 2] ^= 4
     damaged = tmp_path / "damaged.pt"
     damaged.write_bytes(content)
-    done = train(tmp_path / "run", *SHORT, f"resume={damaged}", expected=2)
-    assert f"{damaged}: is damaged: the checksum of data/" in done.stderr
+    with pytest.raises(WeightsError, match=re.escape(f"{damaged}: is damaged: the checksum of data/")):
+        train_here(tmp_path / "run", *SHORT, f"resume={damaged}")
     assert not (tmp_path / "run" / "last.pt").exists()
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from small_runs import ROOT, command, differences, environment, logged, train
+from small_runs import ROOT, command, differences, environment, logged, train, train_here
 
 # Float32 sums in another order, a relative error of 1e-7, until one of them changes which proposal survives
 # non-maximum suppression; a small learning rate keeps that away for ten steps. The twin below differs by far more.
@@ -34,13 +34,13 @@ def assert_same_run(one: Path, other: Path) -> None:
 @pytest.fixture(scope="module")
 def batch_of_four(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("four")
-    train(folder, *TEN_STEPS)
+    train_here(folder, *TEN_STEPS)
     return folder
 
 
 @pytest.mark.slow
 def test_accumulation_is_the_same_run(batch_of_four: Path, tmp_path: Path) -> None:
-    train(tmp_path / "two", *TEN_STEPS, "train.accumulate=2")
+    train_here(tmp_path / "two", *TEN_STEPS, "train.accumulate=2")
     assert_same_run(batch_of_four, tmp_path / "two")
 
 
@@ -52,7 +52,7 @@ def test_two_processes_are_the_same_run(batch_of_four: Path, tmp_path: Path) -> 
 
 def test_another_seed_is_another_run(batch_of_four: Path, tmp_path: Path) -> None:
     """What must fail where the others pass."""
-    train(tmp_path / "other", *TEN_STEPS, "train.accumulate=2", "seed=1")
+    train_here(tmp_path / "other", *TEN_STEPS, "train.accumulate=2", "seed=1")
     with pytest.raises(AssertionError):
         assert_same_run(batch_of_four, tmp_path / "other")
 
@@ -152,9 +152,10 @@ def test_a_signal_leaves_a_checkpoint_and_a_clear_line(untouched: Path, tmp_path
         assert_equal_runs(untouched, tmp_path / "other")
 
 
-def test_a_finished_run_has_nothing_left_to_do(untouched: Path) -> None:
-    before = (untouched / "metrics.jsonl").read_text()
-    done = train(untouched, *KILLED_RUN, "resume=auto")
-    assert "after 12 steps" in done.stdout
-    assert json.loads(before.splitlines()[-1])["step"] == 12
-    assert (untouched / "metrics.jsonl").read_text() == before
+def test_a_finished_run_has_nothing_left_to_do(tmp_path: Path) -> None:
+    settings = ("train.steps=2", "train.eval_every=1", "resume=auto")
+    assert train_here(tmp_path, *settings).steps == 2
+    before = (tmp_path / "metrics.jsonl").read_text()
+    assert json.loads(before.splitlines()[-1])["step"] == 2
+    assert train_here(tmp_path, *settings).steps == 2
+    assert (tmp_path / "metrics.jsonl").read_text() == before
