@@ -19,7 +19,16 @@ from resdet.check.browse import write_browse_page
 from resdet.check.limits import DetectorLimits
 from resdet.check.splits import DataSplit, coco_split, table_split, voc_split, yolo_split
 from resdet.classification.config import PretrainConfig
-from resdet.config import CocoSource, Config, ModelConfig, ShapesSource, Source, YoloSource, config_from_plain
+from resdet.config import (
+    CocoSource,
+    Config,
+    HeldOut,
+    ModelConfig,
+    ShapesSource,
+    Source,
+    YoloSource,
+    config_from_plain,
+)
 from resdet.data.augment.pipeline import MIN_VISIBILITY, build_augment
 from resdet.data.coco import read_coco
 from resdet.data.dataset import DetectionDataset
@@ -27,6 +36,7 @@ from resdet.data.image_files import check_files
 from resdet.data.images import FolderImages
 from resdet.data.names import on_disk
 from resdet.data.shapes import ShapesImages, shapes_table
+from resdet.data.split import held_out_images
 from resdet.data.voc import read_voc
 from resdet.data.yolo import read_yolo
 from resdet.errors import DataError, UserError, WeightsError
@@ -50,11 +60,12 @@ def build_dataset(
     training: bool,
     augment: Sequence[dict[str, dict[str, Any]]] = (),
     min_visibility: float = MIN_VISIBILITY,
+    divided: HeldOut | None = None,
 ) -> DetectionDataset:
     """Read a dataset's annotations and check that its images exist; ``augment`` it if it is for ``training``.
 
-    A DataError reports whatever is missing or damaged, except that missing images are only logged in training with
-    ``unreadable: skip``.
+    Of a dataset that is ``divided``, the held-out images are taken, or for ``training`` the others. A DataError reports
+    whatever is missing or damaged, except that missing images are only logged in training with ``unreadable: skip``.
     """
     steps = build_augment(list(augment), min_visibility=min_visibility) if augment and training else None
     if isinstance(source, ShapesSource):
@@ -67,10 +78,19 @@ def build_dataset(
     if isinstance(source, CocoSource):
         table, root = read_coco(source.annotations, classes=source.classes), source.images
     elif isinstance(source, YoloSource):
-        table, root = read_yolo(source.root, source.split, classes=source.classes, skip_unreadable=skip)
+        # Both parts of a dataset must be parts of one table.
+        left_out = skip if divided is None else source.unreadable == "skip"
+        table, root = read_yolo(source.root, source.split, classes=source.classes, skip_unreadable=left_out)
     else:
         table, root = read_voc(source.root, source.split, classes=source.classes), source.root
         use_difficult = source.use_difficult
+    if divided is not None:
+        if source.unreadable != "skip" or not os.path.isdir(root):
+            check_files(root, table)
+        held_out, notes = held_out_images(table, root, fraction=divided.fraction, seed=divided.seed)
+        table = table.select_images(np.flatnonzero(~held_out if training else held_out))
+        for note in () if training else notes:
+            logger.info("%s", note)
     images = FolderImages(root, table, upright=isinstance(source, YoloSource))
     try:
         check_files(root, table)
@@ -79,6 +99,26 @@ def build_dataset(
             raise
         logger.warning("%s; other images will replace them (unreadable: skip)", error)
     return DetectionDataset(table, images, steps, training=training, use_difficult=use_difficult, skip_unreadable=skip)
+
+
+def build_train_set(config: Config, *, augmented: bool = True) -> DetectionDataset:
+    """Build the dataset of ``data.train``, without the images that ``data.val`` holds out of it."""
+    val = config.data.val
+    return build_dataset(
+        config.data.train,
+        training=True,
+        augment=config.augment if augmented else (),
+        min_visibility=config.min_visibility,
+        divided=val if isinstance(val, HeldOut) else None,
+    )
+
+
+def build_val_set(config: Config) -> DetectionDataset:
+    """Build the dataset of ``data.val``."""
+    data = config.data
+    if isinstance(data.val, HeldOut):
+        return build_dataset(data.train, training=False, divided=data.val)
+    return build_dataset(data.val, training=False)
 
 
 def annotation_files(config: Config) -> list[Path]:
@@ -124,7 +164,7 @@ def build_browse_page(config: Config, path: Path, *, num_images: int) -> None:
     sides = f"{resize}" if isinstance(resize, int) else f"one of {', '.join(map(str, resize))}"
     write_browse_page(
         path,
-        build_dataset(config.data.train, training=True, augment=config.augment, min_visibility=config.min_visibility),
+        build_train_set(config),
         num_images=num_images,
         batch_size=config.train.batch_size,
         sampling=loader.sampling,
@@ -136,6 +176,20 @@ def build_browse_page(config: Config, path: Path, *, num_images: int) -> None:
             ("afterwards", f"the detector resizes: short side {sides}, long side at most {config.model.max_size} px"),
         ],
     )
+
+
+def build_splits(config: Config) -> list[DataSplit]:
+    """Read ``data.train`` and ``data.val`` to check them, as ``build_split`` does."""
+    train, val = build_split(config.data.train, "train"), config.data.val
+    if not isinstance(val, HeldOut):
+        return [train, build_split(val, "val")]
+    table, ids = train.usable_table()[0], set[int]()
+    if table.num_images and train.root is not None:
+        held_out, notes = held_out_images(table, train.root, fraction=val.fraction, seed=val.seed)
+        ids.update(table.image_ids[held_out].tolist())
+        for note in notes:
+            logger.info("%s", note)
+    return list(train.divided(ids))
 
 
 def build_split(source: Source, name: str) -> DataSplit:

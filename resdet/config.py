@@ -15,7 +15,8 @@ import yaml
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 from typing_extensions import Self
 
-from resdet.config_reading import Section, json_schema, load_settings, parse_settings
+from resdet.config_reading import Section, json_schema, load_settings, or_text, parse_settings
+from resdet.data.folder import folder_sections
 from resdet.models.archs import VGGArch, find_arch
 from resdet.models.spec import WEIGHTS_FIELDS, DetectorSpec, Tiles, Tricks, WeightsOrigin
 
@@ -139,16 +140,52 @@ class ShapesSource(Section):
     """Names of the classes to use, in label order; null uses all."""
 
 
-Source = Annotated[Union[CocoSource, VocSource, YoloSource, ShapesSource], Field(discriminator="format")]  # noqa: UP007
+class HeldOut(Section):
+    """A part of data.train that is not trained on. ``fraction`` alone makes it one: ``val: {fraction: 0.2}``."""
+
+    format: Literal["held_out"] = "held_out"
+    """A part of data.train; need not be stated."""
+    fraction: Fraction
+    """Share of the images of data.train, approximately: each is held out or not by a hash of its own file, whatever the
+    others are, so that renamed, reordered and added images move none. Images that look alike, frames of one video and
+    copies that Roboflow made of one image stay together, and a class is on both sides if it can be
+    (``resdet/data/split.py``). The log says what came of it, and train_images.txt and val_images.txt in the run's
+    folder list it. All images are decoded for it, once; of more than 20,000 only parts of the files are read, and those
+    that look alike are not found."""
+    seed: int = Field(0, ge=0)
+    """Another seed holds out other images."""
+
+
+_Labelled = Union[CocoSource, VocSource, YoloSource, ShapesSource]  # noqa: UP007
+Source = Annotated[_Labelled, Field(discriminator="format")]
 
 
 class DataConfig(Section):
-    """Where the images and boxes are."""
+    """Where the images and boxes are: a dataset's folder, whose layout is then recognised and logged, or both sections.
+
+    A folder holds COCO's, Roboflow's, YOLO's or Pascal VOC's layout (``resdet/data/folder.py``).
+    """
 
     train: Source
     """Training data."""
-    val: Source
+    val: Annotated[Union[_Labelled, HeldOut], Field(discriminator="format", examples=[{"fraction": 0.2}])]  # noqa: UP007
     """Validation data, for evaluation during training and by tools/eval.py."""
+
+    @classmethod
+    def in_full(cls, value: Any) -> Any:
+        """Return the sections that a folder's path stands for, or that a bare ``fraction`` does."""
+        if isinstance(value, (str, Path)):
+            return folder_sections(str(value))
+        val = value.get("val") if isinstance(value, dict) else None
+        if isinstance(val, dict) and "fraction" in val and "format" not in val:
+            return {**value, "val": {"format": "held_out", **val}}
+        return value
+
+    @model_validator(mode="after")
+    def _nothing_drawn_is_held_out(self) -> Self:
+        if isinstance(self.val, HeldOut) and isinstance(self.train, ShapesSource):
+            raise ValueError("val.fraction: shapes are drawn, not divided: give val format shapes with another seed")
+        return self
 
     @model_validator(mode="after")
     def _each_section_has_its_split(self) -> Self:
@@ -160,7 +197,7 @@ class DataConfig(Section):
 
     @model_validator(mode="after")
     def _every_image_is_evaluated(self) -> Self:
-        if not isinstance(self.val, ShapesSource) and self.val.unreadable == "skip":
+        if not isinstance(self.val, (ShapesSource, HeldOut)) and self.val.unreadable == "skip":
             raise ValueError(
                 "val.unreadable must be error: a metric over fewer images is not that of the dataset. Remove images "
                 "that cannot be read from the annotations (tools/check_data.py --fix writes such a copy)"
@@ -308,8 +345,8 @@ class Config(Section):
 
     model: ModelConfig = ModelConfig()
     """The detector and its first weights."""
-    data: DataConfig
-    """Training and validation data."""
+    data: DataConfig = Field(json_schema_extra=or_text, examples=["path/to/my_dataset"])
+    """Training and validation data: a dataset's folder, or sections for both."""
     augment: list[dict[str, dict[str, Any]]] = Field([{"HorizontalFlip": {"p": 0.5}}])
     """Steps applied in this order to training images: ``- HorizontalFlip: {p: 0.5}``. Any transform of albumentations
     by its name (ColorJitter for colours, GaussianBlur, CoarseDropout for cutout, ...), and LargeScaleJitter, Mosaic and
@@ -358,6 +395,17 @@ def parse_config(text: str, overrides: Sequence[str] = (), *, source: str = "<te
 def config_from_plain(plain: Mapping[str, Any], overrides: Sequence[str] = (), *, source: str) -> Config:
     """Rebuild a configuration from the plain values that a checkpoint carries; ``source`` is what messages call it."""
     return parse_config(yaml.safe_dump(dict(plain), sort_keys=False), overrides, source=source)
+
+
+def folder_config(folder: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Return the configuration of a dataset's folder with defaults for all else, for what does not train.
+
+    Raises:
+        DataError: If the folder's layout is not recognised.
+        ConfigError: As ``load_config``, for the overrides.
+    """
+    plain = {"data": folder_sections(str(folder)), "train": {"steps": 1}, "output_dir": "runs"}
+    return config_from_plain(plain, overrides, source=str(folder))
 
 
 def parse_tricks(settings: Sequence[str]) -> Tricks:

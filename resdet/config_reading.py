@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
-from resdet.errors import ConfigError
+from resdet.errors import ConfigError, UserError
 from resdet.recipes import find_config
 from resdet.yaml12 import KeyPath, dotted, read_yaml
 
@@ -24,6 +24,16 @@ class Section(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
+
+    @classmethod
+    def in_full(cls, value: Any) -> Any:
+        """Return what a shorter spelling of this section stands for, anything else as it is."""
+        return value
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_in_full(cls, value: Any) -> Any:
+        return cls.in_full(value)
 
 
 def load_settings(
@@ -47,7 +57,7 @@ def parse_settings(
     if not isinstance(tree, dict):
         raise ConfigError(source, problems or [f"must be a mapping of sections, got {_describe(tree)}"])
     for override in overrides:
-        _apply_override(tree, override, problems, places)
+        _apply_override(tree, override, problems, places, root)
     try:
         # JSON mode is the one in which strict typing still takes a string for a Path and a list for a tuple.
         config = root.model_validate_json(json.dumps(tree), strict=True)
@@ -74,8 +84,15 @@ def json_schema(root: type[BaseModel]) -> str:
     return json.dumps(schema, indent=1) + "\n"
 
 
-def _apply_override(tree: dict[str, Any], override: str, problems: list[str], places: dict[KeyPath, str]) -> None:
-    """Set one ``key=value`` in the tree; replace whatever is no mapping on the way by one."""
+def or_text(schema: dict[str, Any]) -> None:
+    """Let the JSON Schema of a section take a text too, which ``Section.in_full`` reads."""
+    schema["anyOf"] = [{"type": "string"}, {"$ref": schema.pop("$ref")}]
+
+
+def _apply_override(
+    tree: dict[str, Any], override: str, problems: list[str], places: dict[KeyPath, str], root: type[BaseModel]
+) -> None:
+    """Set one ``key=value`` in the tree; replace whatever is no mapping on the way by one, a short section in full."""
     place = f"command line ({override})"
     key, equals, text = override.partition("=")
     keys = key.split(".")
@@ -88,6 +105,13 @@ def _apply_override(tree: dict[str, Any], override: str, problems: list[str], pl
         problems.extend(f"{place}: {problem}" for problem in error.problems)
         return
     node = tree
+    if keys[1:] and isinstance(tree.get(keys[0]), str):
+        section = root.model_fields[keys[0]].annotation if keys[0] in root.model_fields else None
+        try:
+            if isinstance(section, type) and issubclass(section, Section):
+                tree[keys[0]] = section.in_full(tree[keys[0]])
+        except UserError:
+            return  # validation of the section reports it, with its place
     for name in keys[:-1]:
         if not isinstance(node.get(name), dict):
             node[name] = {}
@@ -113,10 +137,11 @@ def _explain(item: Any, tree: Any, places: Mapping[KeyPath, str], source: str, r
         hint = f"; did you mean {near[0]}?" if near else f"; known here: {', '.join(known)}"
         return f"{where}: unknown key{hint}"
     if kind == "missing":
-        return f"{where}: missing"
+        example = (_sections_at(path[:-1], tree, root)[0].model_fields[str(path[-1])].examples or [None])[0]
+        return f"{where}: missing" + (f"; for example {dotted(path)}={_inline(example)}" if example else "")
     if kind in ("union_tag_invalid", "union_tag_not_found"):
         got = item["input"].get("format") if isinstance(item["input"], dict) else item["input"]
-        formats = [name for section in _sections_at(path, tree, root) for name in _formats(section)]
+        formats = [name for section in _sections_at(path, {}, root) for name in _formats(section)]
         return f"{where}.format: must be one of {', '.join(formats)}; got {_describe(got)}"
     message = item["msg"].removeprefix("Value error, ").removeprefix("Input should be ").removeprefix("a valid ")
     if kind == "value_error":
@@ -150,12 +175,18 @@ def _sections_at(path: KeyPath, tree: Any, root: type[BaseModel]) -> list[type[B
         sections = [member for member in members if isinstance(member, type) and issubclass(member, BaseModel)]
         node = node.get(part) if isinstance(node, dict) else None
         if len(sections) > 1 and isinstance(node, dict):
-            sections = [section for section in sections if node.get("format") in _formats(section)] or sections
+            formats = ((one, node.get("format", one.model_fields["format"].default)) for one in sections)
+            sections = [section for section, stated in formats if stated in _formats(section)] or sections
     return sections
 
 
 def _formats(source: type[BaseModel]) -> tuple[str, ...]:
     return get_args(source.model_fields["format"].annotation)
+
+
+def _inline(value: Any) -> str:
+    text: str = yaml.safe_dump(value, default_flow_style=True)
+    return text.removesuffix("...\n").strip()
 
 
 def _describe(value: Any) -> str:

@@ -23,11 +23,8 @@ from resdet.check.kinds import SEVERITIES, UNREACHED
 from resdet.check.limits import DetectorLimits, dense_images, strips
 from resdet.check.report import Report, SplitSummary, grouped
 from resdet.check.splits import DataSplit
-from resdet.data.annotations import AnnotationTable
-from resdet.data.coco import usable_table
 from resdet.data.coco_rules import Problem
 from resdet.data.image_facts import ImageFacts, all_image_facts
-from resdet.errors import DataError
 
 
 def check_dataset(
@@ -46,7 +43,10 @@ def check_dataset(
     file is decoded, in ``num_workers`` processes (0: in this one); otherwise only its existence is checked.
     """
     found = {split.name: list(split.problems) for split in splits}
-    tables = {split.name: _usable_table(split, found[split.name]) for split in splits}
+    tables = {}
+    for split in splits:
+        tables[split.name], problems = split.usable_table()
+        found[split.name].extend(problems)
     paths: dict[str, dict[int, str]] = {}  # of each split by image index
     for split in splits:
         table, problems = tables[split.name], found[split.name]
@@ -97,15 +97,3 @@ def check_dataset(
         findings.extend(grouped(split.name, named))
     findings.extend(grouped(" and ".join(found), shared))
     return Report(tuple(summaries), tuple(sorted(findings, key=lambda finding: SEVERITIES.index(finding.severity))))
-
-
-def _usable_table(split: DataSplit, problems: list[Problem]) -> AnnotationTable:
-    """Return the images and annotations that obey the format; the split's problems name the others."""
-    table = usable_table(split.records, split.source, difficult=split.one_based)
-    if split.classes is None:
-        return table
-    try:
-        return table.select_classes(list(split.classes))
-    except DataError as error:
-        problems.append(Problem("unknown_class", str(error).removeprefix(f"{table.name}: "), file=table.name))
-        return table

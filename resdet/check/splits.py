@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence, Set
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from resdet.data.annotations import AnnotationTable
-from resdet.data.coco import coco_document
+from resdet.data.coco import coco_document, usable_table
 from resdet.data.coco_rules import SECTIONS, CocoRecords, Problem, is_file_name, load_records, record_problems
 from resdet.data.image_files import check_folder, name_fault
 from resdet.data.voc import voc_records
@@ -36,6 +37,29 @@ class DataSplit:
         """Whether each image has an annotation file of its own, as in VOC's and YOLO's layouts."""
         return self.one_based or self.upright
 
+    def usable_table(self) -> tuple[AnnotationTable, list[Problem]]:
+        """Return the images and annotations that obey the format; the problem, if classes are named that it lacks."""
+        table = usable_table(self.records, self.source, difficult=self.one_based)
+        try:
+            return (table if self.classes is None else table.select_classes(list(self.classes))), []
+        except DataError as error:
+            message = str(error).removeprefix(f"{table.name}: ")
+            return table, [Problem("unknown_class", message, file=table.name)]
+
+    def divided(self, held_out: Set[int]) -> tuple[DataSplit, DataSplit]:
+        """Return the split without the images of these ids, and "val", the split of these, with their annotations.
+
+        Whatever is wrong with the files themselves remains a problem of the first.
+        """
+        parts = []
+        for is_val in (False, True):
+            images, objects = (
+                [one for one in section if (isinstance(one, dict) and _is_among(one.get(key), held_out)) == is_val]
+                for section, key in ((self.records.images, "id"), (self.records.annotations, "image_id"))
+            )
+            parts.append(replace(self.records, images=images, annotations=objects))
+        return replace(self, records=parts[0]), replace(self, name="val", records=parts[1], problems=())
+
     def input_files(self) -> Iterator[Path]:
         """Yield the files that the split is read from, images included."""
         if self.root is None:
@@ -48,6 +72,10 @@ class DataSplit:
         else:
             yield self.records.path
             yield from self.label_files
+
+
+def _is_among(value: Any, ids: Set[int]) -> bool:
+    return isinstance(value, (int, float)) and value in ids
 
 
 def coco_split(name: str, images: Path, annotations: Path, classes: Sequence[str] | None = None) -> DataSplit:

@@ -1,5 +1,6 @@
-"""Report every problem of a configuration's datasets before training meets it.
+"""Report every problem of a configuration's datasets, or of a dataset's folder, before training meets it.
 
+    resdet check my_dataset
     resdet check configs/frcnn_r101.yaml
     resdet check configs/frcnn_r101.yaml --no-images --json report.json
     resdet check configs/frcnn_r101.yaml --fix train_fixed.json --split train
@@ -25,7 +26,7 @@ from resdet.commands.run import command_parser, show
 def main(arguments: Sequence[str]) -> int:
     """Run ``resdet check``."""
     parser = command_parser("check", __doc__)
-    parser.add_argument("config", type=Path, metavar="CONFIG", help="YAML file of a run")
+    parser.add_argument("config", type=Path, metavar="CONFIG", help="YAML file of a run, or a dataset's folder")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted keys, as in data.train.root=my")
     parser.add_argument("--json", type=Path, metavar="OUT.json", help="write every finding with all its ids")
     parser.add_argument("--fix", type=Path, metavar="OUT.json", help="write a repaired copy of a split as a COCO json")
@@ -41,17 +42,18 @@ def main(arguments: Sequence[str]) -> int:
     if options.browse_images < 1:
         parser.error(f"--browse-images must be at least 1, got {options.browse_images}")
 
-    from resdet.build import anchor_layout, build_browse_page, build_split, detector_limits
+    from resdet.build import anchor_layout, build_browse_page, build_splits, detector_limits
     from resdet.check.check import check_dataset
     from resdet.check.repair import write_fixed
     from resdet.check.report import report_text
-    from resdet.config import load_config
+    from resdet.config import folder_config, load_config
     from resdet.data.image_facts import default_num_workers
     from resdet.errors import DataError
     from resdet.files import check_outputs, write_text
 
-    config = load_config(options.config, options.overrides)
-    splits = [build_split(config.data.train, "train"), build_split(config.data.val, "val")]
+    read = folder_config if options.config.is_dir() else load_config
+    config = read(options.config, options.overrides)
+    splits = build_splits(config)
     outputs = [path for path in (options.json, options.fix, options.browse) if path is not None]
     for path in outputs:
         if sum(os.path.realpath(path) == os.path.realpath(other) for other in outputs) > 1:

@@ -43,8 +43,10 @@ def main(arguments: Sequence[str]) -> None:
     checkpoints = [checkpoint_in(path) for path in paths]
     names = name_runs(checkpoints)
 
-    from resdet.build import annotation_files, build_dataset, config_of_checkpoint, inference_settings
+    from resdet.build import annotation_files, build_val_set, config_of_checkpoint, inference_settings
+    from resdet.config import HeldOut
     from resdet.config_reading import config_to_plain
+    from resdet.data.split import check_lists
     from resdet.evaluation.detect import evaluate
     from resdet.evaluation.inference import device_for
     from resdet.evaluation.labels import with_model_classes
@@ -65,7 +67,10 @@ def main(arguments: Sequence[str]) -> None:
     inputs = [file for config in configs for file in annotation_files(config)]
     check_outputs(outputs, [*checkpoints, *inputs])
     logs = [read_log(file.path.parent) for file in files]
-    datasets = [build_dataset(config.data.val, training=False) for config in configs]
+    datasets = [build_val_set(config) for config in configs]
+    for checkpoint, config, dataset in zip(checkpoints, configs, datasets, strict=True):
+        if isinstance(config.data.val, HeldOut):
+            check_lists(checkpoint.parent, None, dataset.table)
     check_same_ground_truth([(name, dataset.table) for name, dataset in zip(names, datasets, strict=True)])
     dataset = datasets[0]
     runs: list[ReportedRun] = []

@@ -29,7 +29,7 @@ def main(arguments: Sequence[str]) -> None:
     import torch
     from tqdm import tqdm
 
-    from resdet.build import annotation_files, build_dataset, config_of_checkpoint
+    from resdet.build import annotation_files, build_train_set, config_of_checkpoint
     from resdet.config_reading import config_to_plain
     from resdet.files import check_output
     from resdet.models.checkpoint import load_detector, save_int8_detector
@@ -42,7 +42,7 @@ def main(arguments: Sequence[str]) -> None:
     config = config_of_checkpoint(file, options.overrides)
     check_output(output, [checkpoint, *annotation_files(config)])
     model = load_detector(file)
-    dataset = build_dataset(config.data.train, training=False)
+    dataset = build_train_set(config, augmented=False)
     # Seeded: the same images every time.
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(config.seed))
     chosen = order[: options.images].tolist()

@@ -42,7 +42,7 @@ from safetensors.numpy import save
 from resdet.data.annotations import AnnotationTable, Arrays
 from resdet.data.sharing import header_of, is_private, map_file
 from resdet.errors import UserError
-from resdet.files import one_at_a_time, written_whole
+from resdet.files import one_at_a_time, write_text, written_whole
 from resdet.types import categories_from_plain, categories_to_plain
 
 logger = logging.getLogger(__name__)
@@ -57,7 +57,7 @@ MAX_UNUSED_DAYS = 30
 MAX_TOTAL = 4 << 30
 _LONGEST_WAIT = 600
 _SETTLED_NS = 2_000_000_000
-_SUFFIX = ".table"
+_SUFFIX, _TEXT = ".table", ".text"
 _DTYPES = {"F64": np.float64, "I64": np.int64, "I32": np.int32, "U8": np.uint8, "BOOL": np.bool_}
 # What each column is: its type in the file, how its rows are counted, and the length of a row (0: a number).
 _COLUMNS = {
@@ -123,6 +123,34 @@ def cached_table(source: Path, read: Callable[[bytes], AnnotationTable]) -> Anno
         logger.info("%s: read, and cached in %s", source, folder)
         # The mapped table takes the place of the one in this process's own memory.
         return _find(entry, source, real, logged=True) or table
+
+
+def cached_text(name: str, state: str, make: Callable[[], str]) -> str:
+    """Return what ``make`` returns from the cache if it was made for the same ``state``, or make and cache it.
+
+    ``name`` begins the name of the entry. Processes that ask for the same text at once wait for the first to make it.
+    """
+    folder = cache_folder()
+    if folder is None:
+        return make()
+    if folder.exists() and not is_private(folder.stat()):
+        _log_shared(folder)
+        return make()
+    entry = folder / f"{name[:64]}-{hashlib.sha256(state.encode(errors='surrogatepass')).hexdigest()[:32]}{_TEXT}"
+    _make_folder(folder)
+    with one_at_a_time(entry.with_suffix(".lock"), timeout=_LONGEST_WAIT):
+        with contextlib.suppress(OSError, UnicodeDecodeError):
+            digest, _, text = entry.read_text(encoding="utf-8").partition("\n")
+            if digest == hashlib.sha256(text.encode()).hexdigest():
+                os.utime(entry)  # counts as used now
+                return text
+        text = make()
+        try:
+            write_text(entry, f"{hashlib.sha256(text.encode()).hexdigest()}\n{text}")
+            _prune(folder, keep=entry)
+        except (OSError, UserError) as error:
+            _log_unwritable(folder, str(error))
+    return text
 
 
 @dataclass(frozen=True)
@@ -288,12 +316,12 @@ def _prune(folder: Path, *, keep: Path) -> None:
             found.append((path.stat().st_mtime, path.stat().st_size, path))
     for used, size, path in sorted(found, reverse=True):
         days = (now - used) / 86400
-        if path.suffix == _SUFFIX and not path.name.startswith("."):
+        if path.suffix in (_SUFFIX, _TEXT) and not path.name.startswith("."):
             total += size
             remove = path != keep and (days > MAX_UNUSED_DAYS or total > MAX_TOTAL)
         else:
             # Unfinished files of a process that was killed, and locks, which only matter while a file is read.
-            remove = days > 1 and (path.suffix == ".lock" or path.name.endswith(_SUFFIX))
+            remove = days > 1 and (path.suffix in (".lock", _SUFFIX, _TEXT))
         if remove:
             with contextlib.suppress(OSError):
                 path.unlink()

@@ -15,6 +15,13 @@ from pathlib import Path
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif")
 """What folders are searched for; the decoder goes by a file's content, not its name."""
 
+SPLITS = {
+    "train": ("train", "training"),
+    "val": ("val", "valid", "validation", "eval"),
+    "test": ("test", "testing"),
+}
+"""The splits of a dataset by the names that they have in files and folders, usual ones first."""
+
 _CLUTTER = ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found")
 
 # What XML writers declare, by the names of Python's codecs. Others are left out because decoding them can be costly.

@@ -10,6 +10,7 @@ from typing import Any
 
 from resdet.data.names import (
     IMAGE_SUFFIXES,
+    SPLITS,
     decode_text,
     is_file,
     is_hidden,
@@ -20,9 +21,6 @@ from resdet.data.names import (
 )
 from resdet.errors import ConfigError, DataError, name_some, shortened
 from resdet.yaml12 import read_yaml
-
-SPLITS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
-"""The splits by the names that they also have in files and folders."""
 
 NAME_FILES = ("classes.txt", "obj.names", "_darknet.labels")
 """Lists of class names, one a line: Label Studio's and labelImg's, darknet's and CVAT's, Roboflow's."""

@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from resdet.build import build_dataset, build_model, detector_limits, inference_settings
-from resdet.config import Config, EvalConfig, LoaderConfig
+from resdet.build import build_model, build_train_set, build_val_set, detector_limits, inference_settings
+from resdet.config import Config, EvalConfig, HeldOut, LoaderConfig
 from resdet.config_reading import config_to_plain
 from resdet.data.annotations import AnnotationTable
 from resdet.data.dataset import DetectionDataset
 from resdet.data.loader import Batch, train_loader
+from resdet.data.split import check_lists, write_lists
 from resdet.drawing import draw, legible_scale, picture_names, save_picture, shown_from
 from resdet.errors import TrainingError, WeightsError, printable
 from resdet.evaluation.detect import Evaluation, evaluate
@@ -64,14 +65,15 @@ def train(config: Config) -> TrainResult:
     with launched(config.output_dir, config.train, config.resume) as (team, resume_from):
         resumed = None if resume_from is None else read_weights(resume_from)  # once: it can be large
         is_rejudged = resumed is not None and check_configuration(resumed, config)
-        train_set = build_dataset(
-            config.data.train, training=True, augment=config.augment, min_visibility=config.min_visibility
-        )
-        val_set = build_dataset(config.data.val, training=False)
+        train_set, val_set = build_train_set(config), build_val_set(config)
         num_images = {"train": train_set.table.num_images, "val": val_set.table.num_images}
         if resumed is not None:
             before, now = ([c.name for c in categories] for categories in (resumed.categories, train_set.categories))
             is_rejudged |= check_data(resumed, before, now, num_images)
+        if isinstance(config.data.val, HeldOut):
+            if resumed is not None:
+                check_lists(resumed.path.parent, train_set.table, val_set.table)
+            team.on_main(lambda: write_lists(config.output_dir, train_set.table, val_set.table))
         if team.is_main:
             warn_of_dense_images(config, {"train": train_set.table, "val": val_set.table})
         torch.manual_seed(config.seed)

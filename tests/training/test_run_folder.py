@@ -99,7 +99,7 @@ def test_an_output_dir_that_cannot_be_is_told_before_the_data_is_read(
     place: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr(detection, "build_dataset", None)
+    monkeypatch.setattr(detection, "build_train_set", None)
     with pytest.raises(UserError) as caught:
         run(tmp_path / place)
     assert str(caught.value) == f"{tmp_path / place}: {told}"

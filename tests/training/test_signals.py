@@ -179,11 +179,11 @@ def test_handlers_are_there_around_the_steps_alone(tmp_path: Path, monkeypatch: 
 
         return noted
 
-    for name in ("build_dataset", "build_model", "evaluate"):
+    for name in ("build_train_set", "build_model", "evaluate"):
         monkeypatch.setattr(detection, name, noting(name))
     before = signal.getsignal(signal.SIGTERM)
     run(tmp_path, "train.steps=1")
-    assert seen["build_dataset"] == seen["build_model"] == before == signal.getsignal(signal.SIGTERM)
+    assert seen["build_train_set"] == seen["build_model"] == before == signal.getsignal(signal.SIGTERM)
     assert seen["evaluate"] != before
 
 
