@@ -181,6 +181,11 @@ class DataConfig(Section):
             return {**value, "val": {"format": "held_out", **val}}
         return value
 
+    @model_validator(mode="before")
+    @classmethod
+    def _read_in_full(cls, value: Any) -> Any:
+        return cls.in_full(value)
+
     @model_validator(mode="after")
     def _nothing_drawn_is_held_out(self) -> Self:
         if isinstance(self.val, HeldOut) and isinstance(self.train, ShapesSource):

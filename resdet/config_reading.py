@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from resdet.errors import ConfigError, UserError
 from resdet.recipes import find_config
@@ -29,11 +29,6 @@ class Section(BaseModel):
     def in_full(cls, value: Any) -> Any:
         """Return what a shorter spelling of this section stands for, anything else as it is."""
         return value
-
-    @model_validator(mode="before")
-    @classmethod
-    def _read_in_full(cls, value: Any) -> Any:
-        return cls.in_full(value)
 
 
 def load_settings(

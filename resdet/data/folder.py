@@ -284,7 +284,7 @@ def _voc(root: _Folder) -> Iterator[_Found]:
 
 
 def _has_yolo_labels(root: _Folder) -> bool:
-    """Check for a data.yaml or obj.data, for a folder of labels, and for labels beside images with a list of classes."""
+    """Check for a data.yaml or obj.data, for .txt files in a folder of labels, or beside images of the same names."""
     if any("names" in (text := _ends_of(root.path / name)) or "nc" in text for name in root.ending(*_YOLO_CONFIGS)):
         return True
     for folder in root.within(2):
