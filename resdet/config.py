@@ -175,7 +175,7 @@ class DataConfig(Section):
     def in_full(cls, value: Any) -> Any:
         """Return the sections that a folder's path stands for, or that a bare ``fraction`` does."""
         if isinstance(value, (str, Path)):
-            return folder_sections(str(value))
+            value = folder_sections(str(value))
         val = value.get("val") if isinstance(value, dict) else None
         if isinstance(val, dict) and "fraction" in val and "format" not in val:
             return {**value, "val": {"format": "held_out", **val}}

@@ -9,7 +9,8 @@ by its lowest hash:
 * frames of a video, by name (``NAME_frame_12``, ``NAME_mp4-12``, and ``frame_12`` in a folder of its own); a video that
   holds more than the fraction of all images is cut into stretches of ``_STRETCH`` numbers.
 
-Then whole groups change sides where a class would be on one side only. Files that cannot be read are trained on, where
+Then whole groups change sides where a class would be on one side only, as far as that leaves ``_MOST`` times the
+fraction or less held out. Files that cannot be read are trained on, where
 ``unreadable`` decides about them. Results are the same on every machine and for every number of workers.
 
 Cost: each image is decoded once, about as in one epoch, and the groups are kept in the cache of annotation tables until
@@ -50,6 +51,7 @@ TRAIN_LIST, VAL_LIST = "train_images.txt", "val_images.txt"
 _VERSION = 1  # goes up whenever the same files would be told apart otherwise
 _END = 16 << 10  # bytes read at each end of a file
 _STRETCH = 100
+_MOST = 1.5  # times the fraction: how much is held out at most so that every class is
 _ROBOFLOW = re.compile(r"\.rf\.[0-9a-zA-Z]{8,}$")
 _FRAME = re.compile(
     r"^(?P<video>.*?[._](?:mp4|mov|avi|mkv|webm|m4v|mpe?g|wmv)|(?:.*[-_ .])?frame)[-_ .]*(?P<number>\d+)"
@@ -83,7 +85,7 @@ def held_out_images(table: AnnotationTable, root: Path, *, fraction: float, seed
         )
     boxes = table.trainable(use_difficult=True)
     pairs = np.stack([groups[table.image_of_box()[boxes]], table.labels[boxes]], axis=1)  # [N, 2]
-    held_out = _sides(numbers, movable, np.unique(pairs, axis=0), fraction)[groups]
+    held_out = _sides(numbers, sizes, movable, np.unique(pairs, axis=0), fraction)[groups]
     return held_out, [*_told(table, held_out, sizes, fraction, seed), *videos]
 
 
@@ -184,9 +186,10 @@ def _groups(table: AnnotationTable, files: Sequence[_File], fraction: float) -> 
     return _joined(len(names), [*_repeated(families), *_repeated(file.alike for file in files)]), told
 
 
-def _sides(numbers: Floats, movable: Bools, pairs: Ints, fraction: float) -> Bools:
+def _sides(numbers: Floats, sizes: Ints, movable: Bools, pairs: Ints, fraction: float) -> Bools:
     """Return which groups are held out, bool ``[G]``; ``pairs`` ``[P, 2]`` are the groups and labels that occur."""
     held_out = movable & (numbers < fraction)
+    most = max(_MOST * fraction * sizes.sum(), 1)
     groups_of: dict[int, list[int]] = defaultdict(list)
     labels_of: dict[int, list[int]] = defaultdict(list)
     for group, label in pairs.tolist():
@@ -200,7 +203,8 @@ def _sides(numbers: Floats, movable: Bools, pairs: Ints, fraction: float) -> Boo
         if held_out[groups_of[label]].any():
             continue
         for group in sorted(groups_of[label], key=numbers.__getitem__):
-            if movable[group] and all((~held_out[groups_of[other]]).sum() > 1 for other in labels_of[group]):
+            is_trained_on = all((~held_out[groups_of[other]]).sum() > 1 for other in labels_of[group])
+            if movable[group] and is_trained_on and sizes[held_out].sum() + sizes[group] <= most:
                 held_out[group] = True
                 break
     if not held_out.any():
@@ -222,7 +226,7 @@ def _told(table: AnnotationTable, held_out: Bools, sizes: Ints, fraction: float,
     labels = table.labels[held_out[table.image_of_box()] & table.trainable(use_difficult=True)]
     absent = [repr(category.name) for category in table.categories if category.label not in labels]
     if absent:
-        yield f"{table.name}: no box in data.val, and so no AP, for {name_some(absent, 8)}: too few images have one"
+        yield f"{table.name}: no box in data.val, and so no AP, for {name_some(absent, 8)}"
 
 
 def write_lists(folder: Path, train: AnnotationTable, val: AnnotationTable) -> None:
