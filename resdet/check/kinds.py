@@ -132,6 +132,7 @@ KINDS = {
     "unclear_difficult": Kind("info", "a <difficult> that is neither yes nor no, taken as not difficult"),
     "class_imbalance": Kind("info", "rare classes are learned late, or not at all"),
     "image_without_boxes": Kind("info", "trained on as background; right if nothing is on it"),
+    "root_category": Kind("info", "left out of the classes, as Roboflow's exports mean it"),
     "file_name_from_url": Kind("info", "the end of coco_url, such as train2017/000000391895.jpg, is taken"),
     "other_unicode_form": Kind(
         "info", "the same name in another form (NFC, or NFD as Macs write it): the file is taken"

@@ -95,6 +95,8 @@ def coco_split(name: str, images: Path, annotations: Path, classes: Sequence[str
         if num_named := records.num_named_by_url:
             message = f"{num_named} of {len(records.images)} images have no file_name, but a coco_url"
             problems.append(Problem("file_name_from_url", message, file=str(annotations), count=num_named))
+        if records.root_note:
+            problems.append(Problem("root_category", records.root_note, file=str(annotations)))
     return DataSplit(name, str(annotations), records, images, classes, problems=tuple(problems))
 
 

@@ -47,7 +47,7 @@ from resdet.types import categories_from_plain, categories_to_plain
 
 logger = logging.getLogger(__name__)
 
-VERSION = 3
+VERSION = 4
 """Goes up whenever the same annotation file would be read as another table."""
 
 SMALLEST = 4 << 20

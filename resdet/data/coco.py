@@ -28,6 +28,8 @@ from resdet.data.coco_rules import (
     file_name_in,
     load_records,
     record_problems,
+    root_category,
+    root_category_note,
 )
 from resdet.data.names import same_forms
 from resdet.errors import DataError
@@ -41,7 +43,8 @@ def read_coco(annotations: Path, *, classes: Sequence[str] | None = None) -> Ann
     as width * height. Images without annotations, crowd regions and degenerate boxes stay in the table, so that
     evaluation sees what pycocotools sees; ``AnnotationTable.trainable`` leaves them out of training. Boxes are the
     file's numbers, not rounded. Names of classes are in Unicode's composed form, unless two would become one. Where
-    ``file_name`` is missing, as in LVIS, it is the end of ``coco_url``, such as ``train2017/000000391895.jpg``.
+    ``file_name`` is missing, as in LVIS, it is the end of ``coco_url``, such as ``train2017/000000391895.jpg``. The
+    root of the categories is no class if no box has it (``root_category``).
 
     Large files are read once and then taken from a cache, see ``resdet.data.cache``.
 
@@ -109,6 +112,8 @@ def coco_document(table: AnnotationTable) -> Record:
 class _Columns:
     """The file's values in its own order: ``I`` images, ``N`` annotations, ``K`` categories."""
 
+    notes: tuple[str, ...]
+
     image_ids: Ints  # [I]
     file_names: list[str]  # [I]
     sizes: Ints  # [I, 2], (height, width)
@@ -149,6 +154,7 @@ def _to_table(columns: _Columns, name: str | Path) -> AnnotationTable:
         crowd=columns.crowd[order],
         difficult=columns.difficult[order],
         annotation_ids=columns.annotation_ids[order],
+        notes=columns.notes,
     )
 
 
@@ -199,6 +205,7 @@ def _usable_columns(records: CocoRecords, *, difficult: bool = False) -> _Column
     keep &= ~np.isnan(boxes_xywh[:, 0])
     annotation_ids, has_id = integers(objects, "id")
     return _Columns(
+        notes=(records.root_note,) if records.root_note else (),
         image_ids=image_ids,
         file_names=[str(file_names[row]) for row in image_rows],
         sizes=np.stack(sides, axis=1)[image_rows],
@@ -243,6 +250,7 @@ class _Annotation(msgspec.Struct, gc=False):
 class _Category(msgspec.Struct, gc=False):
     id: int
     name: str
+    supercategory: str | None = None
 
 
 class _File(msgspec.Struct, gc=False):
@@ -271,12 +279,18 @@ def _read_plain(data: bytes) -> _Columns | None:
 
 def _to_columns(file: _File) -> _Columns:
     images, objects, categories = file.images, file.annotations, file.categories
+    notes: tuple[str, ...] = ()
+    row = root_category([(one.id, one.name, one.supercategory) for one in categories])
+    if row is not None and all(one.category_id != categories[row].id for one in objects):
+        notes = (root_category_note(categories[row].id, categories[row].name),)
+        categories = categories[:row] + categories[row + 1 :]
 
     def integers(records: Sequence[object], key: str) -> Ints:
         return np.fromiter(map(attrgetter(key), records), dtype=np.int64, count=len(records))
 
     numbers = itertools.chain.from_iterable(record.bbox for record in objects)
     return _Columns(
+        notes=notes,
         image_ids=integers(images, "id"),
         file_names=[str(file_name_in(image.file_name, image.coco_url) or "") for image in images],
         sizes=np.stack([integers(images, "height"), integers(images, "width")], axis=1),

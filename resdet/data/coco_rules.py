@@ -61,6 +61,7 @@ class CocoRecords:
     annotations: list[Any]
     categories: list[Any]
     num_named_by_url: int = 0  # images without file_name, which has been taken from their coco_url
+    root_note: str = ""  # what was left out of the categories, if any (root_category)
 
 
 def load_records(path: Path) -> CocoRecords:
@@ -104,7 +105,33 @@ def _sections_of(data: object, path: Path) -> CocoRecords:
         if name := file_name_in(None, record.get("coco_url")):
             record["file_name"] = name
             num_named += 1
-    return CocoRecords(path, data, data["images"], data["annotations"], data["categories"], num_named)
+    categories, note = data["categories"], ""
+    plain = [(row.get("id"), row.get("name"), row.get("supercategory")) for row in categories if isinstance(row, dict)]
+    row = root_category(plain) if len(plain) == len(categories) else None
+    used = (record.get("category_id") for record in data["annotations"] if isinstance(record, dict))
+    if row is not None and plain[row][0] not in used:
+        categories, note = categories[:row] + categories[row + 1 :], root_category_note(*plain[row][:2])
+    return CocoRecords(path, data, data["images"], data["annotations"], categories, num_named, note)
+
+
+def root_category(categories: Sequence[tuple[object, object, object]]) -> int | None:
+    """Return the position of the one category that all others name as their supercategory, None if there is none.
+
+    ``categories`` are ``(id, name, supercategory)``. Without annotations it is no class: Roboflow puts such a root, the
+    project's name with the supercategory "none", before the classes of every COCO export.
+    """
+    roots = [row for row, (_, _, above) in enumerate(categories) if above in (None, "", "none")]
+    if len(categories) < 2 or len(roots) != 1 or not isinstance(name := categories[roots[0]][1], str):
+        return None
+    others = (above for row, (_, _, above) in enumerate(categories) if row != roots[0])
+    return roots[0] if all(above == name for above in others) else None
+
+
+def root_category_note(category_id: object, name: object) -> str:
+    """Return the note that the root of the categories is no class."""
+    return (
+        f"category {show_value(category_id)} {show_value(name)} is no class: no box has it, and all others lie below it"
+    )
 
 
 def file_name_in(file_name: object, coco_url: object) -> object:

@@ -9,6 +9,7 @@ import unicodedata
 import pytest
 from PIL import Image
 
+from resdet.check.splits import coco_split
 from resdet.data import cache
 from resdet.data.coco import read_coco
 from resdet.data.coco_rules import load_records, record_problems
@@ -115,18 +116,43 @@ def test_an_image_without_name_and_url_is_refused(tmp_path, url, got):
         read_coco(path)
 
 
+ROOT = {"id": 0, "name": "animals", "supercategory": "none"}
+CAT = {"id": 2, "name": "cat", "supercategory": "animals"}
+
+
 @pytest.mark.usefixtures("any_way")
-def test_a_root_category_without_boxes_is_a_class_like_any_other(tmp_path, caplog):
-    categories = [
-        {"id": 0, "name": "animals", "supercategory": "none"},
-        {"id": 2, "name": "cat", "supercategory": "animals"},
-    ]
-    table = read_coco(write(tmp_path / "a.json", coco(categories=categories)))
-    assert [(one.label, one.category_id, one.name) for one in table.categories] == [(1, 0, "animals"), (2, 2, "cat")]
-    assert table.labels.tolist() == [2]
-    with caplog.at_level("WARNING"):
-        DetectionDataset(table, FolderImages(tmp_path, table), training=True)
-    assert caplog.messages == [f"{tmp_path}/a.json: no box to train on for 'animals': never learned"]
+@pytest.mark.parametrize(
+    "root", [ROOT, ROOT | {"name": "cat"}, {"id": 0, "name": "animals"}, ROOT | {"supercategory": ""}]
+)
+def test_the_root_category_of_roboflow_is_no_class(tmp_path, root):
+    categories = [root, CAT | {"supercategory": root["name"]}, {"id": 3, "name": "dog", "supercategory": root["name"]}]
+    path = write(tmp_path / "a.json", coco(categories=categories))
+    table = read_coco(path)
+    assert [(one.label, one.category_id, one.name) for one in table.categories] == [(1, 2, "cat"), (2, 3, "dog")]
+    assert table.labels.tolist() == [1]
+    assert table.notes == (f"category 0 '{root['name']}' is no class: no box has it, and all others lie below it",)
+    assert list(record_problems(load_records(path))) == []
+    picture(tmp_path / "a.png")
+    problems = coco_split("train", tmp_path, path).problems
+    assert [(problem.kind, problem.message) for problem in problems] == [("root_category", table.notes[0])]
+
+
+@pytest.mark.usefixtures("any_way")
+@pytest.mark.parametrize(
+    ("categories", "used"),
+    [
+        ([ROOT, CAT], 0),  # it has a box
+        ([ROOT, CAT, {"id": 3, "name": "car", "supercategory": "vehicles"}], 2),  # not the supercategory of all
+        ([ROOT, CAT, {"id": 3, "name": "thing", "supercategory": "none"}], 2),  # two roots
+        ([{"id": 0, "name": "animals"}, {"id": 2, "name": "cat"}], 2),  # no supercategories
+        ([ROOT], 0),
+    ],
+)
+def test_any_other_category_without_boxes_is_a_class(tmp_path, categories, used):
+    annotation = coco()["annotations"][0] | {"category_id": used}
+    table = read_coco(write(tmp_path / "a.json", coco(categories=categories, annotations=[annotation])))
+    assert [one.name for one in table.categories] == [one["name"] for one in categories]
+    assert table.notes == ()
 
 
 # ---- Ids ------------------------------------------------------------------------------------------------------------
