@@ -96,9 +96,10 @@ class VocSource(Section):
     """Pascal VOC's layout: Annotations/*.xml, ImageSets/Main/*.txt, JPEGImages/*."""
     root: Path
     """A folder with Annotations, ImageSets and JPEGImages, or the parent of several (VOCdevkit)."""
-    split: str | list[str]
+    split: str | list[str] | None = None
     """Name of a list in ImageSets/Main (``train``), or several to join; ``VOC2007/trainval`` below a parent folder. A
-    list's lines are names without suffix, with the subfolder of Annotations and JPEGImages if there is one."""
+    list's lines are names without suffix, with the subfolder of Annotations and JPEGImages if there is one. In a folder
+    without lists, as Roboflow and labelImg leave it, the name of a subfolder, or null for all of it."""
     classes: list[str] | None = None
     """Names of the classes to use, in label order; null uses VOC's 20, or those of the annotations. A class without
     boxes may be named too."""

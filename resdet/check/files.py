@@ -72,7 +72,9 @@ def unlisted_files(root: Path, sharing: Sequence[DataSplit]) -> Iterator[Problem
     for folder in sorted({os.path.dirname(name) for name in names}):
         annotated: set[str] = set()
         if sharing[0].one_based:
-            annotated = {same_form(Path(name).stem) for name in list_folder(root / Path(folder).parent / "Annotations")}
+            beside = (root / folder, root / Path(folder).parent / "Annotations")
+            texts = (name for place in beside for name in list_folder(place) if name.lower().endswith(".xml"))
+            annotated = {same_form(Path(name).stem) for name in texts}
         elif sharing[0].upright:
             labels = label_folder(os.path.join(root, folder))
             annotated = {same_form(Path(name).stem) for name in list_folder(Path(labels)) if name.endswith(".txt")}

@@ -12,7 +12,7 @@ from resdet.data.annotations import AnnotationTable
 from resdet.data.coco import coco_document, usable_table
 from resdet.data.coco_rules import SECTIONS, CocoRecords, Problem, is_file_name, load_records, record_problems
 from resdet.data.image_files import check_folder, name_fault
-from resdet.data.voc import voc_records
+from resdet.data.voc import voc_name, voc_records
 from resdet.data.yolo import yolo_files
 from resdet.errors import DataError
 
@@ -67,7 +67,7 @@ class DataSplit:
         names = (record.get("file_name") for record in self.records.images if isinstance(record, dict))
         yield from (self.root / name for name in names if is_file_name(name) and name_fault(name) is None)
         if self.one_based:
-            for part in ("Annotations/**/*.xml", "ImageSets/**/*.txt"):
+            for part in ("*.xml", "ImageSets/**/*.txt", "labelmap.txt"):
                 yield from self.root.rglob(part)
         else:
             yield self.records.path
@@ -103,15 +103,14 @@ def coco_split(name: str, images: Path, annotations: Path, classes: Sequence[str
 def voc_split(
     name: str,
     root: Path,
-    split: str | Sequence[str],
+    split: str | Sequence[str] | None,
     classes: Sequence[str] | None = None,
     *,
     use_difficult: bool = False,
 ) -> DataSplit:
     """Read a split of Pascal VOC and everything that is wrong with its files; refuse only a missing path."""
     records, problems = voc_records(root, split)
-    source = f"{root} ({split if isinstance(split, str) else ', '.join(split)})"
-    found, root = tuple(problems), Path(root)
+    source, found, root = voc_name(root, split), tuple(problems), Path(root)
     return DataSplit(name, source, records, root, classes, one_based=True, use_difficult=use_difficult, problems=found)
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from resdet.data.coco import usable_table
 from resdet.data.coco_rules import CocoRecords, Problem, Record
 from resdet.data.image_files import ImageFolder, name_fault
 from resdet.data.images import read_size
-from resdet.data.names import IMAGE_SUFFIXES, decode_text, list_folder
+from resdet.data.names import IMAGE_SUFFIXES, SPLITS, decode_text, is_file, is_hidden, list_folder, same_form
 from resdet.data.voc_xml import (
     AnnotationFileError,
     class_name,
@@ -35,6 +36,7 @@ UNCLEAR_DIFFICULT, OTHER_UNICODE_FORM = "unclear_difficult", "other_unicode_form
 """The kinds of problems that are no errors."""
 
 _LISTS = "ImageSets/Main"
+_IMAGE_FOLDERS = ("jpegimages", "images", "imgs")  # beside Annotations
 VOC_LAYOUT = f"Annotations/*.xml, {_LISTS}/<split>.txt and JPEGImages/*"
 HOW_TO_GET_VOC = (
     "VOC is VOCtrainval_06-Nov-2007.tar, VOCtest_06-Nov-2007.tar and VOCtrainval_11-May-2012.tar from "
@@ -45,15 +47,20 @@ HOW_TO_GET_VOC = (
 _Report = Callable[[str, str, Path], None]  # takes the kind of a problem, the message, and the file concerned
 
 
-def read_voc(root: Path, split: str | Sequence[str], *, classes: Sequence[str] | None = None) -> AnnotationTable:
+def read_voc(root: Path, split: str | Sequence[str] | None, *, classes: Sequence[str] | None = None) -> AnnotationTable:
     """Read one or several splits of Pascal VOC, or of any folder laid out like it.
 
     VOC counts pixels from 1 and its corners are the first and the last pixel inside the object, so the box covers
     ``[xmin - 1, xmax] x [ymin - 1, ymax]`` in continuous coordinates and is ``xmax - xmin + 1`` wide.
 
-    Classes are VOC's 20 in their usual order if every name in the annotations is one of them, otherwise the names in
-    alphabetical order. Names are taken from all annotations of a folder, not only from the split's, so that ``train``
-    and ``val``, read separately, agree on their labels; of its subfolders, from those that the split's images lie in.
+    Classes are those of labelmap.txt, which CVAT and datumaro write, in its order, and after them others that the
+    annotations name; without that file VOC's 20 in their usual order if every name in the annotations is one of them,
+    otherwise the names in alphabetical order. Names are taken from all annotations of a folder, not only from the
+    split's, so that ``train`` and ``val``, read separately, agree on their labels; of its subfolders, from those that
+    the split's images lie in.
+
+    A folder without ImageSets is read too, as Roboflow, Label Studio and labelImg leave it: every annotation at any
+    depth, with the image of the same name beside it, or in JPEGImages or images beside its Annotations.
 
     Hidden files are skipped. Names in lists may differ from the disk's in Unicode's form (``ImageFolder.find``). An
     object is difficult if ``<difficult>`` is 1, 1.0, true or yes; the table's notes count texts that are neither yes
@@ -72,7 +79,8 @@ def read_voc(root: Path, split: str | Sequence[str], *, classes: Sequence[str] |
         split: A list in ImageSets/Main (``"train"``) of names without suffix (``000012``, ``sub/000012``); below a
             VOCdevkit with the folder before it (``"VOC2007/trainval"``). Several are joined: ``["VOC2007/trainval",
             "VOC2012/trainval"]`` is "07+12". Lists of one class (``"aeroplane_train"``) give all images that they name,
-            including those without the class.
+            including those without the class. In a folder without ImageSets it names a subfolder, such as Roboflow's
+            train and valid; None takes the whole folder.
         classes: Names of the classes to keep, labelled 1..len(classes) in this order; all of them if ``None``.
 
     Raises:
@@ -91,9 +99,9 @@ def read_voc(root: Path, split: str | Sequence[str], *, classes: Sequence[str] |
         elif kind != OTHER_UNICODE_FORM:
             raise DataError(message)
 
-    root, splits = Path(root), _as_list(split)
-    records = _read_files(root, splits, refuse)
-    name = f"{root} ({', '.join(splits)})"
+    root = Path(root)
+    records = _read_files(root, _as_list(split), refuse)
+    name = voc_name(root, split)
     if not records.categories:
         raise DataError(f"{name}: none of the annotations holds an object, so there are no classes to learn")
 
@@ -121,7 +129,12 @@ def _note(what: str, stems: list[str]) -> list[str]:
     return [f"{len(stems)} {'box' if len(stems) == 1 else 'boxes'} {what}: {listed}"] if stems else []
 
 
-def voc_records(root: Path, split: str | Sequence[str]) -> tuple[CocoRecords, list[Problem]]:
+def voc_name(root: Path, split: str | Sequence[str] | None) -> str:
+    """Return what messages call splits of a folder."""
+    return f"{root} ({', '.join(_as_list(split) or [])})" if split else str(root)
+
+
+def voc_records(root: Path, split: str | Sequence[str] | None) -> tuple[CocoRecords, list[Problem]]:
     """Read splits as ``read_voc`` does, but continue after damaged files, and keep boxes without extent.
 
     The result is what a COCO json of the same content would hold, and a problem for each file that cannot be read.
@@ -136,23 +149,61 @@ def voc_records(root: Path, split: str | Sequence[str]) -> tuple[CocoRecords, li
     return _read_files(Path(root), _as_list(split), note), problems
 
 
-def _as_list(split: str | Sequence[str]) -> list[str]:
-    return [split] if isinstance(split, str) else list(split)
+def _as_list(split: str | Sequence[str] | None) -> list[str] | None:
+    return [split] if isinstance(split, str) else None if split is None else list(split)
 
 
-def _read_files(root: Path, splits: list[str], report: _Report) -> CocoRecords:
+def _read_files(root: Path, splits: list[str] | None, report: _Report) -> CocoRecords:
     """Read the images of splits, and the class names in all annotations of their folders.
 
     Whatever is wrong with a file is reported; the file is left out if ``report`` returns. A missing folder or split
     raises a DataError.
     """
-    if not splits:
+    if splits == []:
         raise DataError(f"{root}: at least one split must be named")
     images: list[Record] = []
     objects: list[Record] = []
-    listed: dict[str, str] = {}
     outside: dict[Path, None] = {}
     inside: set[Path] = set()
+    listed = _loose_images(root, splits, outside)
+    for path, file_name in _listed_images(root, splits or [], outside, report) if listed is None else listed:
+        inside.add(path)
+        try:
+            annotation = parse_annotation(path)
+            height, width = stated_size(annotation) or read_size(root / file_name)
+            items = objects_of(annotation)
+            of_image = [read_object(item) for item in items]
+        except (AnnotationFileError, DataError) as error:
+            message = str(error) if isinstance(error, DataError) else f"{path}: {error}"
+            report("bad_annotation_file", message, path)
+            continue
+        images.append({"id": len(images) + 1, "file_name": file_name, "height": height, "width": width})
+        for item, record in zip(items, of_image, strict=True):
+            objects.append({"id": len(objects) + 1, "image_id": len(images)} | record)
+            if text := unclear_difficult(item):
+                what = f"object {objects[-1]['id']}: <difficult> {text!r} is taken as 0"
+                report(UNCLEAR_DIFFICULT, f"{path}: {what}", path)
+    names = {record["category_id"] for record in objects}
+    for path in (path for path in outside if path not in inside):
+        try:
+            names.update(class_name(item) for item in objects_of(parse_annotation(path)))
+        except AnnotationFileError as error:
+            report("bad_annotation_file", f"{path}: {error}", path)
+    # A class of which a split has only boxes without extent is a class all the same: the other splits have it.
+    folders = [root, *(root.joinpath(*split.split("/")[:-1]) for split in splits or [])]
+    category_id = {name: number for number, name in enumerate(_class_names(names, folders), start=1)}
+    for record in objects:
+        record["category_id"] = category_id[record["category_id"]]
+    categories: list[Record] = [{"id": number, "name": name} for name, number in category_id.items()]
+    document: Record = {"images": images, "annotations": objects, "categories": categories}
+    return CocoRecords(root, document, images, objects, categories)
+
+
+def _listed_images(
+    root: Path, splits: list[str], outside: dict[Path, None], report: _Report
+) -> Iterator[tuple[Path, str]]:
+    """Yield the annotation and the file name of each image in lists; ``outside`` receives all annotations there."""
+    listed: dict[str, str] = {}
     for one_split in splits:
         *parents, list_name = one_split.split("/")
         folder = root.joinpath(*parents)
@@ -179,40 +230,81 @@ def _read_files(root: Path, splits: list[str], report: _Report) -> CocoRecords:
                 report(*_no_annotation(annotations, stem, one_split))
                 continue
             path = annotations.root / xml_name
-            inside.add(path)
             for found in (path, root / file_name):
                 if found.stem != os.path.basename(stem):
                     what = f"{one_split} lists {stem!a}, the disk has {found.stem!a}"
                     report(OTHER_UNICODE_FORM, f"{found}: {what}", found)
-            try:
-                annotation = parse_annotation(path)
-                height, width = stated_size(annotation) or read_size(root / file_name)
-                items = objects_of(annotation)
-                of_image = [read_object(item) for item in items]
-            except (AnnotationFileError, DataError) as error:
-                message = str(error) if isinstance(error, DataError) else f"{path}: {error}"
-                report("bad_annotation_file", message, path)
-                continue
-            images.append({"id": len(images) + 1, "file_name": file_name, "height": height, "width": width})
-            for item, record in zip(items, of_image, strict=True):
-                objects.append({"id": len(objects) + 1, "image_id": len(images)} | record)
-                if text := unclear_difficult(item):
-                    what = f"object {objects[-1]['id']}: <difficult> {text!r} is taken as 0"
-                    report(UNCLEAR_DIFFICULT, f"{path}: {what}", path)
-    names = {record["category_id"] for record in objects}
-    for path in (path for path in outside if path not in inside):
-        try:
-            names.update(class_name(item) for item in objects_of(parse_annotation(path)))
-        except AnnotationFileError as error:
-            report("bad_annotation_file", f"{path}: {error}", path)
-    # A class of which a split has only boxes without extent is a class all the same: the other splits have it.
-    class_names = VOC_CLASSES if names and names <= set(VOC_CLASSES) else sorted(names)
-    category_id = {name: number for number, name in enumerate(class_names, start=1)}
-    for record in objects:
-        record["category_id"] = category_id[record["category_id"]]
-    categories: list[Record] = [{"id": number, "name": name} for name, number in category_id.items()]
-    document: Record = {"images": images, "annotations": objects, "categories": categories}
-    return CocoRecords(root, document, images, objects, categories)
+            yield path, file_name
+
+
+def _loose_images(root: Path, splits: list[str] | None, outside: dict[Path, None]) -> list[tuple[Path, str]] | None:
+    """Return annotations and file names of a folder without lists, None if it has lists or no such subfolders.
+
+    ``outside`` receives all annotations of the folder.
+    """
+    lists = ImageFolder(root / _LISTS, (".txt",)).files()
+    if lists and splits is None:
+        names = ", ".join(os.path.splitext(name)[0] for name in lists)
+        raise DataError(f"{root}: has lists of images in {_LISTS}: split must name one or several of {names}")
+    if lists:
+        return None
+    folders = [root] if splits is None else [_subfolder_of(root, split) for split in splits]
+    if None in folders:
+        return None
+    if splits is None and not os.path.isdir(root / "Annotations"):
+        _check_kits(root, "split")
+    pictures = functools.cache(lambda folder: ImageFolder(folder, IMAGE_SUFFIXES))
+    every = {path: None for folder in (root, *folders) if folder for path in _annotations_below(folder)}
+    outside.update(every)
+    found = [(path, _image_of(path, pictures)) for path in every if any(f and f in path.parents for f in folders)]
+    if not found:
+        where = root if splits is None else ", ".join(map(str, folders))
+        raise DataError(f"{where}: no annotations (*.xml) in this folder; a folder in VOC's layout holds {VOC_LAYOUT}")
+    return [(path, image.relative_to(root).as_posix()) for path, image in found]
+
+
+def _subfolder_of(root: Path, split: str) -> Path | None:
+    """Return the folder of a split, as Roboflow has them, if it holds annotations."""
+    spellings = next((names for names in SPLITS.values() if split in names), ())
+    folders = [root / name for name in (split, *spellings) if name and os.path.isdir(root / name)]
+    return next((folder for folder in folders if any(True for _ in _annotations_below(folder))), None)
+
+
+def _annotations_below(folder: Path) -> Iterator[Path]:
+    for parent, folders, names in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not is_hidden(name))
+        for name in sorted(names):
+            if name.lower().endswith(".xml") and not is_hidden(name):
+                yield Path(parent, name)
+
+
+def _image_of(annotation: Path, pictures: Callable[[Path], ImageFolder]) -> Path:
+    """Return the image of an annotation: beside it, or in a folder of images beside its folder Annotations."""
+    folder = annotation.parent
+    places = [folder]
+    for above in (folder, *folder.parents):
+        if above.name.lower() == "annotations":
+            beside = [name for name in sorted(list_folder(above.parent)) if name.lower() in _IMAGE_FOLDERS]
+            places += [above.parent / name / folder.relative_to(above) for name in beside]
+    for place in places:
+        if name := pictures(place).find(annotation.stem):
+            return place / name
+    return places[-1] / f"{annotation.stem}.jpg"
+
+
+def _class_names(names: set[str], folders: Sequence[Path]) -> Sequence[str]:
+    """Return the classes in order: of labelmap.txt (``name:color:parts:actions``), of VOC, or of the alphabet."""
+    mapped: dict[str, None] = {}
+    for path in (folder / "labelmap.txt" for folder in dict.fromkeys(folders)):
+        if is_file(path):
+            lines = decode_text(path.read_bytes()).splitlines()
+            stated = [line.rsplit(":", 3)[0].strip() for line in lines if ":" in line and not line.startswith("#")]
+            mapped.update(
+                (same_form(name), None) for name in stated if name and (name != "background" or name in names)
+            )
+    if mapped:
+        return [*mapped, *sorted(names - mapped.keys())]
+    return VOC_CLASSES if names and names <= set(VOC_CLASSES) else sorted(names)
 
 
 def _no_annotation(annotations: ImageFolder, stem: str, split: str) -> tuple[str, str, Path]:
@@ -234,14 +326,22 @@ def _check_layout(folder: Path, root: Path) -> None:
     for part in ("Annotations", _LISTS, "JPEGImages"):
         if os.path.isdir(folder / part):
             continue
-        children = [above / name for above in (root, root / "VOCdevkit") for name in sorted(list_folder(above))]
-        below = [path for path in children if os.path.isdir(path / "Annotations") and os.path.isdir(path / _LISTS)]
-        if below and folder == root:
-            found = ", ".join(path.relative_to(root).as_posix() for path in below)
-            raise DataError(f"{folder}: has no {part}; below it lie {found}: name the split as <folder>/<split>")
+        if folder == root:
+            _check_kits(root, part)
         alike = [name for name in sorted(list_folder(folder)) if name.casefold() == part.split("/")[0].casefold()]
         hint = f"did you mean {alike[0]} (upper and lower case differ)?" if alike else HOW_TO_GET_VOC
+        if part == _LISTS and not alike:
+            hint = f"Without lists of images, split: null takes every annotation of the folder. {HOW_TO_GET_VOC}"
         raise DataError(f"{shortened(folder / part)}: no such folder. {hint}")
+
+
+def _check_kits(root: Path, missing: str) -> None:
+    """Raise a DataError if folders in VOC's layout lie below ``root``, whose splits are named with their folder."""
+    children = [above / name for above in (root, root / "VOCdevkit") for name in sorted(list_folder(above))]
+    below = [path for path in children if os.path.isdir(path / "Annotations") and os.path.isdir(path / _LISTS)]
+    if below:
+        found = ", ".join(path.relative_to(root).as_posix() for path in below)
+        raise DataError(f"{root}: has no {missing}; below it lie {found}: name the split as <folder>/<split>")
 
 
 def _read_list(folder: Path, list_name: str, annotations: ImageFolder) -> list[str]:
