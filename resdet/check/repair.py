@@ -29,7 +29,8 @@ from resdet.data.coco_rules import (
     show_value,
 )
 from resdet.data.image_files import ImageFolder
-from resdet.data.images import read_image, read_size
+from resdet.data.images import read_image, read_orientation, read_size, size_tells, turned_boxes
+from resdet.data.names import on_disk
 from resdet.errors import DataError, UserError
 from resdet.files import check_output, write_text
 
@@ -100,8 +101,26 @@ def repaired(split: DataSplit, report: Report) -> tuple[Record, list[str]]:
     if any((finding.split, finding.kind) == (split.name, "areas_contradict_boxes") for finding in report.findings):
         num_areas = sum(record.pop("area", None) is not None for record in annotations)
         changes.append(f"areas of {num_areas} annotations removed: width * height counts")
+    if split.upright:
+        changes += _as_stored(images, annotations, split.root)
     sections = {"images": images, "annotations": annotations, "categories": categories}
     return {**split.records.document, **sections}, changes
+
+
+def _as_stored(images: list[Record], annotations: list[Record], root: Path) -> list[str]:
+    """Turn the boxes of images that readers of COCO take as stored, though their EXIF orientation says otherwise."""
+    boxes_of = defaultdict(list)
+    for record in annotations:
+        boxes_of[record["image_id"]].append(record)
+    changes = []
+    for image in images:
+        size, orientation = (image["height"], image["width"]), read_orientation(on_disk(root / image["file_name"]))
+        if orientation == 1 or size_tells(orientation, size):
+            continue
+        for record in boxes_of[image["id"]]:
+            record["bbox"] = turned_boxes(as_boxes([record["bbox"]]), size, orientation, back=True)[0].tolist()
+        changes.append(f"image {image['id']} ({image['file_name']}): boxes turned as its pixels are stored")
+    return changes
 
 
 class _Repair:

@@ -29,7 +29,7 @@ class DataSplit:
     one_based: bool = False  # whether its files count pixels from 1, as VOC does
     use_difficult: bool = False  # whether VOC's difficult objects are trained on
     upright: bool = False  # whether its boxes mean images as their EXIF orientation shows them, as YOLO's do
-    label_files: tuple[Path, ...] = ()  # YOLO's
+    label_files: tuple[Path, ...] = ()  # YOLO's, and data.yaml
     problems: tuple[Problem, ...] = ()  # what is wrong with the files themselves
 
     @property
@@ -125,7 +125,7 @@ def yolo_split(name: str, root: Path, split: str | None, classes: Sequence[str] 
         found.root,
         classes,
         upright=True,
-        label_files=found.label_files,
+        label_files=found.files,
         problems=tuple(problems),
     )
 

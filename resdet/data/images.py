@@ -19,6 +19,7 @@ from resdet.data.annotations import AnnotationTable
 from resdet.data.image_files import ImageFolder, check_names
 from resdet.data.names import is_file
 from resdet.errors import DataError, UnreadableImageError, first_line
+from resdet.types import Floats
 
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
 """Pillow's names of the formats that are read. Its other forty decoders stay off: one of them runs Ghostscript."""
@@ -137,9 +138,37 @@ def read_upright_size(path: Path) -> tuple[int, int]:
     No pixels are decoded, so the orientation of a PNG that has it behind them, as few writers do, is not seen.
     """
     with _opened(path) as image:
-        seen = image.format != "PNG" or "exif" in image.info
         size = image.height, image.width
-        return size[::-1] if seen and _orientation(image) >= 5 else size
+        return size[::-1] if _seen_orientation(image) >= 5 else size
+
+
+def read_orientation(path: Path) -> int:
+    """Return an image's EXIF orientation, 1 to 8, as ``read_upright_size`` sees it."""
+    with _opened(path) as image:
+        return _seen_orientation(image)
+
+
+def size_tells(orientation: int, size: tuple[int, int]) -> bool:
+    """Return whether the size in a table tells if it means the upright image: a turn by 90 degrees, no square."""
+    return orientation >= 5 and size[0] != size[1]
+
+
+def turned_boxes(boxes_xywh: Floats, size: tuple[int, int], orientation: int, *, back: bool) -> Floats:
+    """Return boxes ``[N, 4]`` of a stored image in its upright one, or ``back``; ``size`` is that of the given ones."""
+    transposed = orientation >= 5
+    x, y, w, h = boxes_xywh.T
+    height, width = size
+    if transposed and not back:
+        x, y, w, h, height, width = y, x, h, w, width, height
+    if orientation in (3, 4, 7, 8):
+        y = height - y - h
+    if orientation in (2, 3, 6, 7):
+        x = width - x - w
+    return np.stack([y, x, h, w] if transposed and back else [x, y, w, h], axis=1)
+
+
+def _seen_orientation(image: Image.Image) -> int:
+    return 1 if image.format == "PNG" and "exif" not in image.info else _orientation(image)
 
 
 def _orientation(image: Image.Image) -> int:

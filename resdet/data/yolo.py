@@ -96,7 +96,7 @@ class YoloFiles:
 
     table: AnnotationTable
     root: Path  # of the table's file names
-    label_files: tuple[Path, ...]
+    files: tuple[Path, ...]  # data.yaml and the label files
     notes: tuple[str, ...]  # what was guessed about the layout
 
 
@@ -227,7 +227,8 @@ def _read_files(layout: YoloLayout, split: str | None, report: _Report) -> YoloF
     names = FileNames(Path(os.path.relpath(path, root)).as_posix() for path in paths)
     table = _table(name, layout.names, names, sizes, rows)
     notes = (*layout.notes, *(layout.notes_on[source] for source in sources if source in layout.notes_on))
-    return YoloFiles(table, root, tuple(map(Path, dict.fromkeys(found))), notes)
+    config = () if layout.config is None else (layout.config,)
+    return YoloFiles(table, root, (*config, *map(Path, dict.fromkeys(found))), notes)
 
 
 class _Labels:

@@ -129,14 +129,19 @@ def image_paths(sources: tuple[Path, ...]) -> Iterator[tuple[str, Path]]:
                     yield os.path.join(folder, name), source
 
 
-def label_folder(folder: str) -> str:
-    """Return where the labels of the images in a folder lie: the last ``/images/`` of the path is ``/labels/``.
+def label_path(image: str) -> str:
+    """Return where Ultralytics looks for an image's labels: the last ``/images/`` of its path is ``/labels/``."""
+    head, found, tail = os.path.splitext(os.path.abspath(image))[0].rpartition(f"{os.sep}images{os.sep}")
+    return f"{os.path.join(head, 'labels', tail) if found else tail}.txt"
 
-    That is Ultralytics' rule. Where there is no such folder, labels lie beside the images, as darknet has them.
+
+def label_folder(folder: str) -> str:
+    """Return where the labels of the images in a folder lie, by ``label_path``.
+
+    Where there is no such folder, labels lie beside the images, as darknet has them.
     """
-    head, found, tail = os.path.join(os.path.abspath(folder), "").rpartition(f"{os.sep}images{os.sep}")
-    labels = os.path.join(head, "labels", tail)
-    return labels if found and os.path.isdir(labels) else folder
+    labels = os.path.dirname(label_path(os.path.join(folder, "image")))
+    return labels if os.path.isdir(labels) else folder
 
 
 def read_names(path: Path) -> tuple[str, ...]:
@@ -261,11 +266,11 @@ def _listed_names(config: Path, stated: Any) -> tuple[str, ...]:
         stated = [positions[index] for index in range(len(stated))]
     if not isinstance(stated, list) or not stated:
         raise DataError(
-            f"{config}: names must be a list, a mapping from 0, 1, ... or a file, got {shortened(stated)!r}"
+            f"{config}: names must be a list, a mapping from 0, 1, ... or a file, got {shortened(repr(stated))}"
         )
     wrong = next((name for name in stated if name in (None, "") or isinstance(name, (list, dict))), stated)
     if wrong is not stated:
-        raise DataError(f"{config}: each of names must be a text, got {shortened(wrong)!r}")
+        raise DataError(f"{config}: each of names must be a text, got {shortened(repr(wrong))}")
     return _distinct([str(name) for name in stated], config)
 
 
@@ -282,7 +287,7 @@ def _keypoints(config: Path, content: dict[str, Any]) -> int:
     if shape is None:
         return 0
     if not isinstance(shape, list) or len(shape) != 2 or not all(type(n) is int and n > 0 for n in shape):
-        raise DataError(f"{config}: kpt_shape must be two whole numbers, got {shortened(shape)!r}")
+        raise DataError(f"{config}: kpt_shape must be two whole numbers, got {shortened(repr(shape))}")
     return int(shape[0] * shape[1])
 
 

@@ -7,6 +7,8 @@ import unicodedata
 import pytest
 from PIL import Image
 
+from resdet.check.check import check_dataset
+from resdet.check.splits import voc_split
 from resdet.data.image_files import check_files
 from resdet.data.images import FolderImages
 from resdet.data.voc import read_voc, voc_records
@@ -246,3 +248,90 @@ def test_a_split_that_no_file_can_have_is_refused(tmp_path, split):
             read(tmp_path, split)
         assert len(str(caught.value)) < 1500
         assert "\n" not in str(caught.value)
+
+
+# ---- Folders without lists -------------------------------------------------------------------------------------------
+
+
+def loose(root, *places):
+    """Write annotations and images by ``(annotation, image)``, without lists of images."""
+    for annotation, image in places:
+        for path in (root / annotation, root / image):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        (root / annotation).write_text(CAT, encoding="utf-8")
+        Image.new("RGB", (60, 40)).save(root / image)
+    return root
+
+
+@pytest.mark.parametrize(
+    ("tool", "annotation", "image"),
+    [
+        ("Roboflow", "train/a.xml", "train/a.jpg"),
+        ("labelImg", "a.xml", "a.png"),
+        ("Label Studio", "Annotations/a.xml", "images/a.jpg"),
+        ("lower case", "annotations/sub/a.xml", "images/sub/a.jpg"),
+        ("VOC without ImageSets", "Annotations/a.xml", "JPEGImages/a.jpg"),
+    ],
+)
+def test_a_folder_without_lists_is_read(tmp_path, tool, annotation, image):
+    table = read_and_open(loose(tmp_path, (annotation, image)), None)
+    assert table.file_names.tolist() == [image], tool
+    assert table.boxes_xywh.tolist() == CAT_BOX
+    split = voc_split("train", tmp_path, None)
+    report = check_dataset([split])
+    assert not report.wrong
+    assert "unlisted_file" not in {finding.kind for finding in report.findings}
+    assert {tmp_path / annotation, tmp_path / image} <= set(split.input_files())
+
+
+def test_subfolders_of_a_folder_without_lists_are_splits(tmp_path):
+    loose(tmp_path, ("train/a.xml", "train/a.jpg"), ("valid/b.xml", "valid/b.jpg"))
+    other = CAT.replace("cat", "owl")
+    (tmp_path / "valid" / "b.xml").write_text(other, encoding="utf-8")
+    for split, image in (("train", "train/a.jpg"), ("valid", "valid/b.jpg"), ("val", "valid/b.jpg")):
+        table = read_and_open(tmp_path, split)
+        assert table.file_names.tolist() == [image]
+        assert [category.name for category in table.categories] == ["cat", "owl"]
+    assert read_and_open(tmp_path, ["train", "valid"]).num_images == 2
+    with pytest.raises(DataError, match=r"Annotations: no such folder"):
+        read_voc(tmp_path, "test")
+
+
+def test_a_missing_image_of_a_folder_without_lists_is_named(tmp_path):
+    loose(tmp_path, ("a.xml", "b.jpg"))
+    with pytest.raises(DataError, match=r"1 of the 1 images of .* are missing: a\.jpg"):
+        read_and_open(tmp_path, None)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda root: voc(root, {"a": CAT}), "has lists of images in ImageSets/Main: split must name one or several"),
+        (lambda root: voc(root / "VOC2007", {"a": CAT}), "has no split; below it lie VOC2007: name the split as"),
+        (lambda root: None, "no annotations (*.xml) in this folder; a folder in VOC's layout holds Annotations/*.xml"),
+    ],
+)  # fmt: skip
+def test_null_takes_no_folder_with_lists_and_none_without_annotations(tmp_path, make, message):
+    make(tmp_path)
+    with pytest.raises(DataError) as caught:
+        read_voc(tmp_path, None)
+    assert message in str(caught.value)
+
+
+def test_a_split_of_a_folder_without_lists_says_that_null_takes_it(tmp_path):
+    loose(tmp_path, ("Annotations/a.xml", "JPEGImages/a.jpg"))
+    with pytest.raises(DataError, match="Without lists of images, split: null takes every annotation of the folder"):
+        read_voc(tmp_path, "train")
+
+
+# ---- The order of classes --------------------------------------------------------------------------------------------
+
+
+def test_labelmap_gives_the_order_of_the_classes(tmp_path):
+    """CVAT and datumaro write all labels of a task, with a background that is no class."""
+    root = voc(tmp_path, {"a": CAT, "b": CAT.replace("cat", "extra")})
+    lines = ["# label:color_rgb:parts:actions", "background:0,0,0::", "owl:1,2,3::", "cat:4,5,6:head,tail:sit", ""]
+    (root / "labelmap.txt").write_text("\n".join(lines), encoding="utf-8")
+    assert [category.name for category in read_voc(root, "train").categories] == ["owl", "cat", "extra"]
+    (root / "Annotations" / "b.xml").write_text(CAT.replace("cat", "background"), encoding="utf-8")
+    assert [category.name for category in read_voc(root, "train").categories] == ["background", "owl", "cat"]
