@@ -6,6 +6,7 @@ import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from operator import length_hint
 from pathlib import Path
 from typing import TypeAlias
 
@@ -16,8 +17,8 @@ from torch import nn
 from tqdm import tqdm
 
 from resdet.commands.run import checkpoint_in
-from resdet.data.sources import Entry, Source, find_sources
-from resdet.data.video import Frame
+from resdet.data.sources import Found, Source, find_sources, read_source
+from resdet.data.video import Frame, is_video
 from resdet.drawing import shown_from
 from resdet.errors import DataError, UserError
 from resdet.evaluation.inference import device_for, inference
@@ -75,11 +76,10 @@ def predict(
         UserError: If an element of ``images`` is none of the above, a video is among them, this model does not support
             ``settings.tricks``, ``settings.batch_size`` is below 1, or ``tiles`` are no tiles.
     """
-    entries = list(find_sources(images))
-    for entry in entries:
-        if entry.is_video:
-            raise UserError(f"{entry.where}: is a video: loop over resdet.predict_each, which yields frame after frame")
-    return list(_results(model, entries, _tiled(settings, tiles), score_threshold, stored_pixels))
+    found = list(find_sources(images))
+    if video := next((one.where for one in found if is_video(one.source)), None):
+        raise UserError(f"{video}: is a video: loop over resdet.predict_each, which yields frame after frame")
+    return list(_results(model, found, _tiled(settings, tiles), 1, score_threshold, stored_pixels))
 
 
 def predict_each(
@@ -93,35 +93,23 @@ def predict_each(
     stored_pixels: bool = False,
     on_unreadable: OnUnreadable | None = None,
 ) -> Iterator[Result]:
-    """Detect objects in images and in the frames of videos, yielding each result as soon as it is known.
+    """Detect objects as ``predict`` does, in frames of videos too, and yield each result as soon as it is known.
 
-    One batch is held in memory, so nothing bounds the number of images. Paths are looked up before the first result,
-    unless ``images`` is an iterator. The model is in evaluation mode until this iterator ends or is closed; then its
-    training flags are restored.
+    One batch is held in memory, so nothing bounds the number of images. If ``images`` is one or a list, its paths are
+    looked up at once, else one by one. The model is in evaluation mode until the iterator ends or is closed; then its
+    training flags are restored. Arguments and errors are those of ``predict``, and
 
-    Args:
-        model: As for ``predict``.
-        images: As for ``predict``, and paths of videos, for their frames (``Result.frame``).
-        settings: As for ``predict``.
-        tiles: As for ``predict``.
-        every: Of a video's frames, take each ``every``-th.
-        score_threshold: As for ``predict``.
-        stored_pixels: As for ``predict``; frames of videos are not turned either.
-        on_unreadable: Called with each file or URL that cannot be read and the error; it is left out. By default the
-            error is raised.
-
-    Returns:
-        An iterator over the results, in order.
-
-    Raises:
-        DataError, WeightsError: As ``predict``.
-        UserError: As ``predict``, but for videos; or if ``every`` is below 1.
+    * ``images`` may hold paths of videos, which stand for their frames (``Result.frame``);
+    * ``every`` takes each ``every``-th frame, and ``stored_pixels`` those as stored; a UserError if it is below 1;
+    * ``on_unreadable`` is called with each file or URL that cannot be read and the error, and goes on without it. By
+      default the error is raised.
     """
     if every < 1:
         raise UserError(f"every must be at least 1, got {every}")
     found = find_sources(images)
-    entries = found if isinstance(images, Iterator) else list(found)
-    return _results(model, entries, _tiled(settings, tiles), score_threshold, stored_pixels, every, on_unreadable)
+    if isinstance(images, Sequence | os.PathLike):
+        found = iter(list(found))
+    return _results(model, found, _tiled(settings, tiles), every, score_threshold, stored_pixels, on_unreadable)
 
 
 def _tiled(settings: InferenceSettings, tiles: tuple[int, float] | None) -> InferenceSettings:
@@ -130,11 +118,11 @@ def _tiled(settings: InferenceSettings, tiles: tuple[int, float] | None) -> Infe
 
 def _results(
     model: Model,
-    entries: Iterable[Entry],
+    found: Iterable[Found],
     settings: InferenceSettings,
+    every: int,
     score_threshold: float,
     stored_pixels: bool,
-    every: int = 1,
     on_unreadable: OnUnreadable | None = None,
 ) -> Iterator[Result]:
     if settings.batch_size < 1:
@@ -142,13 +130,26 @@ def _results(
     if not isinstance(model, nn.Module):
         model = load_detector(checkpoint_in(Path(model)))
         settings = replace(settings, device=settings.device or device_for(model, "auto"))
-    images = _images(entries, upright=not stored_pixels, every=every, on_unreadable=on_unreadable)
-    return _detected(model, images, _num_images(entries), settings, score_threshold)
+    total = length_hint(found) or None
+    return _detected(model, _images(found, every, not stored_pixels, on_unreadable), total, settings, score_threshold)
+
+
+def _images(
+    found: Iterable[Found], every: int, upright: bool, on_unreadable: OnUnreadable | None
+) -> Iterator[tuple[Found, Frame | None, npt.NDArray[np.uint8]]]:
+    for one in found:
+        try:
+            for frame, image in read_source(one, upright=upright, every=every):
+                yield one, frame, image
+        except DataError as error:
+            if on_unreadable is None or one.path is None:
+                raise
+            on_unreadable(one.path, error)
 
 
 def _detected(
     model: nn.Module,
-    images: Iterator[tuple[Entry, Frame | None, npt.NDArray[np.uint8]]],
+    images: Iterator[tuple[Found, Frame | None, npt.NDArray[np.uint8]]],
     total: int | None,
     settings: InferenceSettings,
     score_threshold: float,
@@ -157,33 +158,8 @@ def _detected(
     with inference(model, settings) as run, tqdm(total=total, unit="image", disable=not settings.progress) as bar:
         while batch := list(itertools.islice(images, settings.num_images_read)):
             tensors = [torch.from_numpy(image.transpose(2, 0, 1).copy()) for _, _, image in batch]  # [3, H, W]
-            predictions = run(tensors, ", ".join(_where(entry, frame) for entry, frame, _ in batch))
-            for (entry, frame, image), found in zip(batch, predictions, strict=True):
+            names = (one.where if frame is None else f"{one.where} frame {frame.index}" for one, frame, _ in batch)
+            for (one, frame, image), found in zip(batch, run(tensors, ", ".join(names)), strict=True):
                 bar.update()
-                result = Result(
-                    image, **found, categories=categories, path=entry.path, frame=frame, shown_from=threshold
-                )
+                result = Result(image, **found, categories=categories, path=one.path, frame=frame, shown_from=threshold)
                 yield result.above(score_threshold)
-
-
-def _images(
-    entries: Iterable[Entry], *, upright: bool, every: int, on_unreadable: OnUnreadable | None
-) -> Iterator[tuple[Entry, Frame | None, npt.NDArray[np.uint8]]]:
-    for entry in entries:
-        try:
-            for frame, image in entry.read(upright=upright, every=every):
-                yield entry, frame, image
-        except DataError as error:
-            if on_unreadable is None or entry.path is None:
-                raise
-            on_unreadable(entry.path, error)
-
-
-def _where(entry: Entry, frame: Frame | None) -> str:
-    return entry.where if frame is None else f"{entry.where} frame {frame.index}"
-
-
-def _num_images(entries: Iterable[Entry]) -> int | None:
-    """Return how many images there will be, where that is known: for the progress bar."""
-    known = isinstance(entries, Sequence) and not any(entry.is_video for entry in entries)
-    return len(entries) if known and isinstance(entries, Sequence) else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args
@@ -51,58 +51,61 @@ def predict_files(
 ) -> PredictionReport:
     """Detect objects in image and video files, and write what was found into a folder, which is created.
 
-    Each file is taken once. Those that cannot be read are left out and reported. Outputs are named after their inputs,
-    with a number where two would have the same name (``picture_names``). ``save`` is one or more of
+    Each file is taken once; those that cannot be read are left out and reported. Outputs are named after their inputs,
+    with a number where two would have the same name. ``save`` is one or more of
 
     * "pictures": ``NAME.png`` with the boxes of at least ``score_threshold``, small images enlarged; of a video
       ``NAME.mp4``, with the frames that ``every`` leaves, at the speed of the original;
-    * "coco": ``detections.json`` with every detection of all files (``to_coco_json``);
+    * "coco": ``detections.json`` with every detection of all files, as ``coco_entries`` yields them;
     * "yolo": ``labels/NAME.txt`` (of a video ``labels/NAME/FRAME.txt``) with the detections of at least
       ``score_threshold``, and ``classes.txt`` with the classes' names: labels to correct and train on.
+
+    ``score_threshold`` is by default that of the best F1 in the model's last evaluation, 0.5 before any; other
+    arguments are those of ``predict_each``.
 
     Outputs of an earlier call are replaced, but no input and no label file; and in a folder that holds an input, no
     picture that this function has not drawn. A UserError says so before anything is written. Other errors are those of
     ``predict_each``, and OSErrors; what was written before stays.
-
-    Args:
-        model: As for ``predict``.
-        images: Paths and URLs, as for ``predict_each``.
-        output_dir: The folder.
-        settings: As for ``predict``.
-        save: What to write.
-        every: As for ``predict_each``.
-        score_threshold: The score from which detections are drawn and labels written; by default that of the best F1 in
-            the model's last evaluation, 0.5 before any.
-        stored_pixels: As for ``predict_each``.
     """
     if unknown := sorted(set(save) - set(get_args(Output))):
         raise UserError(f"save: must be among {', '.join(get_args(Output))}, got {', '.join(map(repr, unknown))}")
-    outputs = _Outputs(Path(output_dir), _paths(images), save)
-    found: dict[Path | str, list[Result]] = {source: [] for source in outputs.sources}  # without pixels
+    folder, found = Path(output_dir), {path: list[Result]() for path in _paths(images)}  # results without pixels
+    names = dict(zip(found, picture_names(map(source_name, found)), strict=True))
+    pictures = {path: folder / f"{name}{'.mp4' if is_video(path) else '.png'}" for path, name in names.items()}
+    # The frames of a video have a folder, so that none takes the name of an image.
+    labels = {path: folder / "labels" / f"{name}{'' if is_video(path) else '.txt'}" for path, name in names.items()}
+    outputs = {"pictures": pictures.values(), "coco": [folder / DETECTIONS], "yolo": [folder / CLASSES]}
+    _check_outputs(folder, {key: outputs[key] for key in save}, labels.values(), list(found))
     unreadable: dict[Path | str, DataError] = {}
 
     def results() -> Iterator[Result]:
         for result in predict_each(
-            model,
-            outputs.sources,
-            settings,
-            every=every,
-            stored_pixels=stored_pixels,
-            on_unreadable=unreadable.__setitem__,
+            model, list(found), settings, every=every, stored_pixels=stored_pixels, on_unreadable=unreadable.__setitem__
         ):
             assert result.path is not None
             found[result.path].append(replace(result, image=_NO_PIXELS))
-            yield result if score_threshold is None else replace(result, shown_from=score_threshold)
+            shown = result if score_threshold is None else replace(result, shown_from=score_threshold)
+            if "yolo" in save:
+                _write_label(labels[result.path], shown)
+            yield shown
 
-    for source, group in itertools.groupby(results(), key=lambda result: result.path):
-        assert source is not None
-        outputs.write(source, group, every)
-    # An unreadable file has a number too, so that those of the others are their positions.
-    in_order: list[Result | None] = [result for source in outputs.sources for result in found[source] or (None,)]
-    outputs.finish(in_order)
+    for path, group in itertools.groupby(results(), key=lambda result: result.path):
+        drawn = (np.asarray(result.draw()) for result in group)
+        if isinstance(path, Path) and is_video(path) and "pictures" in save:
+            write_video(pictures[path], drawn, frame_rate(path) / every)
+        elif path is not None and "pictures" in save:
+            save_picture(pictures[path], next(drawn))
+    # An unreadable file has a number too, so that the others' are their positions.
+    in_order: list[Result | None] = [result for group in found.values() for result in group or (None,)]
+    if "coco" in save:
+        _write_json(folder / DETECTIONS, in_order)
+    if "yolo" in save:
+        categories = next((result.categories for result in in_order if result is not None), ())
+        write_text(folder / CLASSES, "".join(f"{printable_name(category.name)}\n" for category in categories))
+    counts = {path: len(results) for path, results in found.items() if results}
     return PredictionReport(
-        num_images=sum(len(found[source]) for source in outputs.sources if not is_video(source)),
-        num_frames={source: len(found[source]) for source in outputs.sources if is_video(source) and found[source]},
+        num_images=sum(not is_video(path) for path in counts),
+        num_frames={path: count for path, count in counts.items() if is_video(path)},
         num_detections=sum(len(result) for result in in_order if result is not None),
         unreadable=unreadable,
     )
@@ -111,71 +114,41 @@ def predict_files(
 def _paths(images: Source | Iterable[Source]) -> list[Path | str]:
     """Return the files and URLs that images are, each once."""
     paths: dict[Path | str, None] = {}
-    for entry in find_sources(images):
-        if entry.path is None:
-            raise UserError(f"{entry.where}: results are named after files: expected a path or a URL")
-        paths[entry.path] = None
+    for one in find_sources(images):
+        if one.path is None:
+            raise UserError(f"{one.where}: results are named after files: expected a path or a URL")
+        paths[one.path] = None
     return list(paths)
 
 
-class _Outputs:
-    """The files that ``predict_files`` writes; a UserError if one is in the way."""
+def _check_outputs(
+    folder: Path, outputs: Mapping[Output, Collection[Path]], labels: Collection[Path], sources: Sequence[Path | str]
+) -> None:
+    make_output_folder(folder)
+    inputs = [source for source in sources if isinstance(source, Path)]
+    check_outputs(itertools.chain.from_iterable(outputs.values()), inputs)
+    if folder.resolve() in {parent.resolve() for parent in {file.parent for file in inputs}}:
+        for picture in outputs.get("pictures", ()):
+            if picture.exists() and not is_drawing(picture):
+                raise UserError(f"{picture}: would be replaced by a picture of detections; give another output folder")
+    if "yolo" in outputs:
+        make_output_folder(folder / "labels")
+        for label in labels:
+            if label.exists():
+                raise UserError(f"{label}: exists, and labels are never replaced; give another output folder")
 
-    def __init__(self, folder: Path, sources: Sequence[Path | str], save: Collection[Output]) -> None:
-        self.folder, self.sources, self._save = folder, sources, save
-        names = dict(zip(sources, picture_names(map(source_name, sources)), strict=True))
-        self._pictures = {one: folder / f"{name}{'.mp4' if is_video(one) else '.png'}" for one, name in names.items()}
-        # A video's is a folder, so that no frame takes the name of an image.
-        self._labels = {
-            one: folder / "labels" / (name if is_video(one) else f"{name}.txt") for one, name in names.items()
-        }
-        self._check()
 
-    def _check(self) -> None:
-        make_output_folder(self.folder)
-        inputs = [source for source in self.sources if isinstance(source, Path)]
-        pictures = self._pictures.values() if "pictures" in self._save else ()
-        texts = [self.folder / name for name, what in ((DETECTIONS, "coco"), (CLASSES, "yolo")) if what in self._save]
-        check_outputs([*pictures, *texts], inputs)
-        if self.folder.resolve() in {folder.resolve() for folder in {file.parent for file in inputs}}:
-            for picture in pictures:
-                if picture.exists() and not is_drawing(picture):
-                    what = "replaced by a picture of detections"
-                    raise UserError(f"{picture}: would be {what}; give another output folder")
-        if "yolo" in self._save:
-            make_output_folder(self.folder / "labels")
-            for label in self._labels.values():
-                if label.exists():
-                    raise UserError(f"{label}: labels exist and may be somebody's work; give another output folder")
+def _write_label(path: Path, result: Result) -> None:
+    if result.frame is not None:
+        path.mkdir(exist_ok=True)
+        path /= f"{result.frame.index:06d}.txt"
+    write_text(path, result.above(result.shown_from).to_yolo())
 
-    def write(self, source: Path | str, results: Iterator[Result], every: int) -> None:
-        """Write the picture and the labels of an image, or those of a video's frames."""
-        if "yolo" in self._save:
-            results = map(self._labelled, results)
-        if "pictures" in self._save and isinstance(source, Path) and is_video(source):
-            write_video(self._pictures[source], (result.picture() for result in results), frame_rate(source) / every)
-            return
-        for result in results:
-            if "pictures" in self._save:
-                save_picture(self._pictures[source], result.picture())
 
-    def _labelled(self, result: Result) -> Result:
-        assert result.path is not None
-        file = self._labels[result.path]
-        if result.frame is not None:
-            file.mkdir(exist_ok=True)
-            file /= f"{result.frame.index:06d}.txt"
-        write_text(file, result.above(result.shown_from).to_yolo())
-        return result
-
-    def finish(self, results: Sequence[Result | None]) -> None:
-        """Write the files that are for all images together."""
-        if "coco" in self._save:
-            with written_whole(self.folder / DETECTIONS) as temporary, temporary.open("w", encoding="utf-8") as file:
-                # One by one: of a long video they may fill the memory.
-                for number, entry in enumerate(coco_entries(results)):
-                    file.write((", " if number else "[") + json.dumps(entry))
-                file.write("]\n" if any(results) else "[]\n")
-        if "yolo" in self._save:
-            categories = next((result.categories for result in results if result is not None), ())
-            write_text(self.folder / CLASSES, "".join(f"{printable_name(category.name)}\n" for category in categories))
+def _write_json(path: Path, results: Sequence[Result | None]) -> None:
+    with written_whole(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+        before = "["
+        for entry in coco_entries(results):  # those of a long video together may not fit into memory
+            file.write(before + json.dumps(entry))
+            before = ", "
+        file.write("]\n" if before == ", " else "[]\n")

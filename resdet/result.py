@@ -83,18 +83,14 @@ class Result:
             scale: Enlarge the image by this whole number. By default small ones are enlarged until their shorter side
                 has 320 px, so that names do not cover them; 1 keeps the size.
         """
-        return Image.fromarray(self.picture(score_threshold, scale=scale))
-
-    def picture(self, score_threshold: float | None = None, *, scale: int | None = None) -> npt.NDArray[np.uint8]:
-        """Return what ``draw`` does as uint8 RGB ``[scale * H, scale * W, 3]``."""
-        threshold = self.shown_from if score_threshold is None else score_threshold
-        return draw(
+        picture = draw(
             self.image,
             Prediction(boxes=self.boxes, labels=self.labels, scores=self.scores),
             self.categories,
-            score_threshold=threshold,
+            score_threshold=self.shown_from if score_threshold is None else score_threshold,
             scale=legible_scale(self.image) if scale is None else scale,
         )
+        return Image.fromarray(picture)
 
     def save(
         self, path: str | os.PathLike[str], score_threshold: float | None = None, *, scale: int | None = None
@@ -105,7 +101,7 @@ class Result:
         """
         path = Path(path)
         check_output(path, [self.path] if isinstance(self.path, Path) else [])
-        save_picture(path, self.picture(score_threshold, scale=scale))
+        save_picture(path, np.asarray(self.draw(score_threshold, scale=scale)))
 
     def to_coco(self, image_id: int) -> list[dict[str, Any]]:
         """Return all detections in COCO's result format, as pycocotools' ``loadRes`` reads a list of them.

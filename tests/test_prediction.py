@@ -1,4 +1,5 @@
 import json
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,10 +12,14 @@ from torch import nn
 from resdet.commands.predict import main
 from resdet.data.image_files import find_images
 from resdet.data.shapes import ShapesImages, shapes_table
+from resdet.data.video import frame_rate, read_frames, write_video
 from resdet.drawing import above, class_color, draw, is_drawing, legible_scale, picture_names, shown_from
-from resdet.errors import DataError, UserError
+from resdet.errors import DataError, UserError, WeightsError
 from resdet.evaluation.coco import read_coco_detections
 from resdet.evaluation.settings import InferenceSettings
+from resdet.models.checkpoint import checkpoint_payload
+from resdet.models.detector import build_detector
+from resdet.models.spec import DetectorSpec
 from resdet.prediction import predict, predict_each
 from resdet.prediction_files import predict_files
 from resdet.result import Result, coco_entries
@@ -140,6 +145,175 @@ def test_unreadable_files_are_left_out_and_reported(tmp_path):
         list(predict(model, files, InferenceSettings(batch_size=0)))
 
 
+def test_one_image_or_many_always_give_a_list(tmp_path):
+    path, array = write_image(tmp_path / "a.png"), np.zeros((4, 4, 3), dtype=np.uint8)
+    for one in (path, str(path), tmp_path, str(tmp_path / "*.png"), Image.open(path), array, torch.zeros(3, 8, 12)):
+        results = predict(Corner(), one)
+        assert isinstance(results, list)
+        assert len(results) == 1
+    assert len(predict(Corner(), (one for one in (path, array)))) == 2
+    assert predict(Corner(), []) == []
+    assert [(one.categories, one.shown_from) for one in predict(Corner(), array)] == [((), 0.5)]
+
+
+def test_a_model_is_loaded_from_where_it_is_said_to_be(tmp_path):
+    spec = DetectorSpec(arch="resnet18", min_size=32, max_size=32, out_channels=8, box_head_channels=8)
+    model = build_detector(spec, num_classes=3, categories=CATEGORIES)
+    model.score_threshold = 0.25
+    run = tmp_path / "run"
+    run.mkdir()
+    torch.save(checkpoint_payload(model), run / "best.pt")
+    array = np.zeros((32, 32, 3), dtype=np.uint8)
+    settings = InferenceSettings(device=torch.device("cpu"))
+    for source in (run, str(run), run / "best.pt"):
+        (result,) = predict(source, array, settings)
+        assert (result.categories, result.shown_from) == (CATEGORIES, 0.25)
+    with pytest.raises(UserError, match=r"this folder holds no best\.pt"):
+        predict(tmp_path, array)
+
+
+def test_paths_are_looked_up_before_work_starts_and_iterators_one_by_one(tmp_path):
+    good, none = write_image(tmp_path / "a.png"), tmp_path / "none.png"
+    model = Corner()
+    with pytest.raises(DataError, match=r"none\.png: no such file or folder"):
+        predict_each(model, [good, none])
+    assert model.batch_sizes == []
+    alive: list[weakref.ref[np.ndarray]] = []
+
+    def arrays():
+        for _ in range(6):
+            array = np.zeros((4, 4, 3), dtype=np.uint8)
+            alive.append(weakref.ref(array))
+            yield array
+            del array
+            assert sum(one() is not None for one in alive) <= 4, "a batch that is worked on, and the one that is read"
+        yield none
+
+    results = predict_each(model, arrays(), InferenceSettings(batch_size=2))
+    for _ in range(5):
+        next(results)
+    with pytest.raises(DataError, match=r"none\.png: no such file or folder"):
+        list(results)
+    assert len(alive) == 6
+
+
+@pytest.fixture
+def clip(tmp_path):
+    """Six frames at 12.5 per second, of 48x64 pixels."""
+    (tmp_path / "in").mkdir(exist_ok=True)
+    write_video(tmp_path / "in" / "clip.mp4", [np.full((48, 64, 3), 40 * i, dtype=np.uint8) for i in range(6)], 12.5)
+    return tmp_path / "in" / "clip.mp4"
+
+
+def test_videos_yield_a_result_for_each_frame(clip, tmp_path):
+    photo = write_image(tmp_path / "a.png")
+    model = Corner()
+    results = list(predict_each(model, [clip, photo], InferenceSettings(batch_size=2), every=2))
+    assert [result.frame and result.frame.index for result in results] == [0, 2, 4, None]
+    assert [result.path for result in results] == [clip] * 3 + [photo]
+    assert results[2].frame.seconds == pytest.approx(4 / 12.5)
+    assert [int(result.image[20, 20, 0]) for result in results[:3]] == pytest.approx([0, 80, 160], abs=5)
+    assert model.batch_sizes == [2, 2]
+    with pytest.raises(UserError, match=r"clip\.mp4: is a video: loop over resdet\.predict_each"):
+        predict(model, [photo, clip])
+    with pytest.raises(UserError, match="every must be at least 1, got 0"):
+        predict_each(model, clip, every=0)
+
+    class Diverged(Corner):
+        def forward(self, images):
+            return [prediction([[0, 0, 1, float("nan")]], [1], [0.9]) for _ in images]
+
+    with pytest.raises(WeightsError, match=r"NaN or infinity on .*clip\.mp4 frame 0"):
+        next(predict_each(Diverged(), clip))
+
+
+def test_videos_and_images_are_written_together(clip, tmp_path):
+    photo, out = write_image(clip.parent / "clip.jpg", 48, 64), tmp_path / "out"
+    before = clip.read_bytes()
+    report = predict_files(Corner(), [clip.parent], out, save=("pictures", "coco", "yolo"), every=2)
+    assert (report.num_images, report.num_frames, report.num_detections) == (1, {clip: 3}, 8)
+    frames = [image for _, image in read_frames(out / "clip_2.mp4")]
+    assert [image.shape for image in frames] == [(7 * 48, 7 * 64, 3)] * 3
+    assert frame_rate(out / "clip_2.mp4") == pytest.approx(12.5 / 2), "as fast as the original"
+    for image, gray in zip(frames, (0, 80, 160), strict=True):
+        assert np.abs(image[200, 100].astype(int) - gray).max() < 15
+        assert np.abs(image[300, :2].astype(int) - class_color(1)).max() < 90, "the box around the frame"
+    entries = json.loads((out / "detections.json").read_text())
+    assert [entry["image_id"] for entry in entries] == [1, 1, 2, 2, 3, 3, 4, 4]
+    assert [entry.get("frame") for entry in entries] == [None, None, 0, 0, 2, 2, 4, 4]
+    assert entries[-1]["seconds"] == pytest.approx(4 / 12.5)
+    assert entries[-1]["file_name"] == "clip.mp4"
+    names = sorted(path.relative_to(out).as_posix() for path in out.rglob("*.txt"))
+    assert names == ["classes.txt", "labels/clip.txt", *(f"labels/clip_2/{i:06d}.txt" for i in (0, 2, 4))]
+    assert (out / "labels" / "clip.txt").read_text() == "0 0.5 0.5 1 1\n", "that of a score from 0.5 on"
+    assert clip.read_bytes() == before
+    assert photo.exists()
+    with pytest.raises(UserError, match=r"clip\.txt: exists, and labels are never replaced; give another"):
+        predict_files(Corner(), [clip.parent], out, save=["yolo"])
+    with pytest.raises(UserError, match=r"clip\.mp4: the output would overwrite an input"):
+        predict_files(Corner(), [clip], clip.parent)
+    predict_files(Corner(), [clip.parent], tmp_path / "labels", save=["yolo"], every=9, score_threshold=0.1)
+    assert {path.name for path in (tmp_path / "labels").iterdir()} == {"classes.txt", "labels"}
+    assert len((tmp_path / "labels" / "labels" / "clip.txt").read_text().splitlines()) == 2
+
+
+def test_an_interrupted_video_leaves_nothing_half_written(clip, tmp_path):
+    class Interrupted(Corner):
+        def forward(self, images):
+            if len(self.batch_sizes) == 3:
+                raise KeyboardInterrupt
+            return super().forward(images)
+
+    with pytest.raises(KeyboardInterrupt):
+        predict_files(Interrupted(), clip, tmp_path / "out")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_what_cannot_be_written_to_files_is_refused(tmp_path):
+    photo = write_image(tmp_path / "a.png")
+    with pytest.raises(UserError, match=r"images\[1\]: results are named after files: expected a path or a URL"):
+        predict_files(Corner(), [photo, np.zeros((4, 4, 3), np.uint8)], tmp_path / "out")
+    with pytest.raises(UserError, match="save: must be among pictures, coco, yolo, got 'json'"):
+        predict_files(Corner(), [photo], tmp_path / "out", save=["coco", "json"])
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_command_takes_videos_and_says_what_it_wrote(clip, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("resdet.models.checkpoint.load_detector", lambda _: Corner())
+    photo, out = write_image(clip.parent / "a.png"), tmp_path / "out"
+    (clip.parent / "broken.mp4").write_bytes(b"no video")
+    with pytest.raises(DataError) as caught:
+        main(
+            [
+                "best.pt",
+                str(clip.parent),
+                str(photo),
+                "--output",
+                str(out),
+                "--every",
+                "4",
+                "--save",
+                "yolo",
+                "pictures",
+            ]
+        )
+    assert str(caught.value).splitlines() == [
+        "1 of 3 files could not be read and were left out:",
+        f"  {clip.parent / 'broken.mp4'}: not a readable video (8 bytes)",
+    ]
+    assert capsys.readouterr().out.splitlines() == [
+        "1 images, 2 frames of 1 videos, 6 detections; drawn those of score >= 0.5 "
+        "(no threshold has been evaluated yet)",
+        f"written: {out}/*.png, *.mp4 and {out}/labels/*.txt",
+    ]
+    assert {path.name for path in out.iterdir()} == {"a.png", "clip.mp4", "labels", "classes.txt"}
+    main(["best.pt", str(photo), "--output", str(out), "--save", "coco"])
+    assert capsys.readouterr().out == f"1 images, 2 detections\nwritten: {out}/detections.json\n"
+    with pytest.raises(SystemExit):
+        main(["best.pt", str(photo), "--every", "0"])
+    assert "--every must be at least 1, got 0" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("names", [["10.png", "broken.png", "30.png"], ["a.png", "b.png", "c.png"]])
 def test_detections_keep_their_ids_where_a_file_is_unreadable(tmp_path, names):
     files = [write_image(tmp_path / "in" / name) for name in names]
@@ -162,12 +336,12 @@ def test_the_command_goes_on_after_unreadable_files_and_lists_them(tmp_path, mon
     with pytest.raises(DataError) as caught:
         main([str(tmp_path / "best.pt"), str(tmp_path / "in"), "--output", str(out)])
     first, second = str(caught.value).splitlines()
-    assert first == "1 of 2 images could not be read and were left out:"
+    assert first == "1 of 2 files could not be read and were left out:"
     assert second.startswith(f"  {bad}: not a readable image")
     assert "1 images, 2 detections" in capsys.readouterr().out
     assert {path.name for path in out.iterdir()} == {"a.png", "detections.json"}
     good.unlink()
-    with pytest.raises(DataError, match="1 of 1 images could not be read"):
+    with pytest.raises(DataError, match="1 of 1 files could not be read"):
         main([str(tmp_path / "best.pt"), str(tmp_path / "in"), "--output", str(out)])
     assert json.loads((out / "detections.json").read_text()) == []
 

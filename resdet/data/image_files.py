@@ -36,7 +36,7 @@ def find_images(paths: Iterable[Path | str], *, videos: bool = False) -> list[Pa
     pattern such as ``photos/**/*.jpg`` for its matches, for shells that do not expand it. A DataError is raised for a
     path that does not exist, matches nothing or holds no image.
     """
-    suffixes, wanted = (IMAGE_SUFFIXES, "image") if not videos else (IMAGE_SUFFIXES + VIDEO_SUFFIXES, "image or video")
+    suffixes = IMAGE_SUFFIXES + (VIDEO_SUFFIXES if videos else ())
     found: list[Path] = []
     for path in map(Path, paths):
         if is_file(path):
@@ -44,10 +44,10 @@ def find_images(paths: Iterable[Path | str], *, videos: bool = False) -> list[Pa
             continue
         if os.path.isdir(path):
             matches = [entry for entry in path.iterdir() if not is_hidden(entry.name)]
-            missing = f"no {wanted.replace(' ', 's ')}s in this folder (looked for {', '.join(suffixes)})"
+            missing = f"no images{' or videos' if videos else ''} in this folder (looked for {', '.join(suffixes)})"
         elif glob.has_magic(str(path)):
             matches = [Path(match) for match in glob.glob(str(path), recursive=True)]
-            missing = f"no {wanted} matches this pattern"
+            missing = f"no image{' or video' if videos else ''} matches this pattern"
         else:
             raise DataError(f"{shortened(path)}: no such file or folder")
         files = [file for file in matches if file.suffix.lower() in suffixes and file.is_file()]

@@ -87,8 +87,8 @@ def _opened(path: Path) -> Iterator[cv2.VideoCapture]:
 def write_video(path: Path, pictures: Iterable[npt.NDArray[np.uint8]], rate: float) -> None:
     """Write uint8 RGB pictures ``[H, W, 3]`` as MPEG-4 in an .mp4 file, whole or not at all.
 
-    The first picture sets the size, to which others are scaled. An interruption leaves no file, or the one that was
-    there.
+    The first picture sets the size, to which others are scaled; an odd side gets a pixel more, which the format needs.
+    An interruption leaves no file, or the one that was there.
 
     Args:
         path: A name that ends in .mp4.
@@ -102,12 +102,13 @@ def write_video(path: Path, pictures: Iterable[npt.NDArray[np.uint8]], rate: flo
         writer, size, written = cv2.VideoWriter(), None, 0
         try:
             for picture in pictures:
+                height, width = picture.shape[:2]
+                bgr = cv2.copyMakeBorder(picture[:, :, ::-1], 0, height % 2, 0, width % 2, cv2.BORDER_REPLICATE)
                 if size is None:
-                    size = picture.shape[1], picture.shape[0]
+                    size = bgr.shape[1], bgr.shape[0]
                     writer.open(str(temporary), cv2.CAP_FFMPEG, cv2.VideoWriter.fourcc(*"mp4v"), rate, size)
-                # A picture of another size would be dropped without a word.
-                resized = picture if picture.shape[1::-1] == size else cv2.resize(picture, size)
-                writer.write(resized[:, :, ::-1])
+                # OpenCV drops pictures of another size without a word.
+                writer.write(bgr if bgr.shape[1::-1] == size else cv2.resize(bgr, size))
                 written += 1
         finally:
             writer.release()
