@@ -14,6 +14,7 @@ from PIL import Image
 from pycocotools.coco import COCO
 
 from resdet.data.video import Frame
+from resdet.data.yolo import parse_labels
 from resdet.drawing import class_color, is_drawing
 from resdet.errors import UserError
 from resdet.result import Result, coco_entries
@@ -131,6 +132,18 @@ def test_yolo_lines_are_fractions_of_the_image(result: Result) -> None:
     rows = np.array([line.split()[1:] for line in result.to_yolo().splitlines()], dtype=float) * [80, 60, 80, 60]
     corners = np.concatenate([rows[:, :2] - rows[:, 2:] / 2, rows[:, :2] + rows[:, 2:] / 2], axis=1)
     np.testing.assert_allclose(corners, result.boxes, atol=1e-5)
+
+
+def test_yolo_lines_are_read_back_as_labels(result: Result) -> None:
+    corners = torch.rand(2000, 2, 2, generator=torch.Generator().manual_seed(0)).sort(1).values
+    corners = torch.where(corners < 0.2, 0.0, torch.where(corners > 0.8, 1.0, corners))  # many at the image's border
+    boxes = corners.flatten(1) * torch.tensor([80.0, 60.0, 80.0, 60.0])
+    boxes = boxes[((boxes[:, 2:] - boxes[:, :2]) > 1).all(dim=1)]
+    many = dataclasses.replace(result, boxes=boxes, labels=torch.full((len(boxes),), 2), scores=torch.ones(len(boxes)))
+    read = np.array(parse_labels(many.to_yolo(), 2))
+    assert (read[:, 0] == 1).all()
+    sizes = read[:, 3:5] * [80, 60]
+    np.testing.assert_allclose(sizes, boxes[:, 2:] - boxes[:, :2], atol=1e-3)
 
 
 def test_supervision_reads_it(result: Result) -> None:

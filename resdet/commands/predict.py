@@ -11,6 +11,7 @@ annotations mean the stored pixels: --stored-pixels. Files that cannot be read a
 is then 2. The keys of --tricks are those of eval.tricks in a configuration.
 """
 
+import argparse
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +22,55 @@ from resdet.errors import DataError
 
 def main(arguments: Sequence[str]) -> None:
     """Run ``resdet predict``."""
+    options = _parsed(arguments)
+    from resdet.config import parse_tricks
+    from resdet.data.sources import find_sources
+    from resdet.drawing import shown_from
+    from resdet.evaluation.inference import device_for
+    from resdet.evaluation.settings import InferenceSettings
+    from resdet.evaluation.tiles import checked_tiles
+    from resdet.files import check_output, make_output_folder
+    from resdet.models.checkpoint import load_detector
+    from resdet.prediction_files import predict_files
+
+    tricks, tiles = parse_tricks(options.tricks), checked_tiles(options.tiles)
+    checkpoint = checkpoint_in(options.checkpoint)
+    images = list({one.path: None for one in find_sources(options.images) if one.path is not None})
+    make_output_folder(options.output)
+    check_output(options.output / "detections.json", [checkpoint])
+    model = load_detector(checkpoint)
+    score, source = (options.score, "--score") if options.score is not None else shown_from(model)
+    settings = InferenceSettings(
+        batch_size=options.batch_size,
+        device=device_for(model, options.device),
+        precision=options.precision,
+        tricks=tricks,
+        tiles=tiles,
+        max_detections=options.max_detections,
+        progress=True,
+    )
+    report = predict_files(
+        model,
+        images,
+        options.output,
+        settings,
+        save=options.save,
+        every=options.every,
+        score_threshold=score,
+        stored_pixels=options.stored_pixels,
+    )
+    frames, failed = report.num_frames, list(report.unreadable.values())
+    of_videos = f", {sum(frames.values())} frames of {len(frames)} videos" if frames else ""
+    shown = f"; drawn those of score >= {score:.3g} ({source})" if "pictures" in options.save else ""
+    show(f"{report.num_images} images{of_videos}, {report.num_detections} detections{shown}")
+    names = {"coco": "detections.json", "pictures": "*.png" + ", *.mp4" * bool(frames), "yolo": "labels/*.txt"}
+    show(f"written: {' and '.join(str(options.output / names[what]) for what in sorted(set(options.save)))}")
+    if failed:
+        reasons = "\n  ".join(map(str, failed))
+        raise DataError(f"{len(failed)} of {len(images)} files could not be read and were left out:\n  {reasons}")
+
+
+def _parsed(arguments: Sequence[str]) -> argparse.Namespace:
     parser = command_parser("predict", __doc__)
     parser.add_argument(
         "checkpoint",
@@ -70,49 +120,4 @@ def main(arguments: Sequence[str]) -> None:
         parser.error(f"--every must be at least 1, got {options.every}")
     if options.score is not None and math.isnan(options.score):
         parser.error("--score must be a number, got nan")
-
-    from resdet.config import parse_tricks
-    from resdet.data.sources import find_sources
-    from resdet.drawing import shown_from
-    from resdet.evaluation.inference import device_for
-    from resdet.evaluation.settings import InferenceSettings
-    from resdet.evaluation.tiles import checked_tiles
-    from resdet.files import check_output, make_output_folder
-    from resdet.models.checkpoint import load_detector
-    from resdet.prediction_files import predict_files
-
-    tricks, tiles = parse_tricks(options.tricks), checked_tiles(options.tiles)
-    checkpoint = checkpoint_in(options.checkpoint)
-    images = list({one.path: None for one in find_sources(options.images) if one.path is not None})
-    make_output_folder(options.output)
-    check_output(options.output / "detections.json", [checkpoint])
-    model = load_detector(checkpoint)
-    score, source = (options.score, "--score") if options.score is not None else shown_from(model)
-    settings = InferenceSettings(
-        batch_size=options.batch_size,
-        device=device_for(model, options.device),
-        precision=options.precision,
-        tricks=tricks,
-        tiles=tiles,
-        max_detections=options.max_detections,
-        progress=True,
-    )
-    report = predict_files(
-        model,
-        images,
-        options.output,
-        settings,
-        save=options.save,
-        every=options.every,
-        score_threshold=score,
-        stored_pixels=options.stored_pixels,
-    )
-    frames, failed = report.num_frames, list(report.unreadable.values())
-    of_videos = f", {sum(frames.values())} frames of {len(frames)} videos" if frames else ""
-    shown = f"; drawn those of score >= {score:.3g} ({source})" if "pictures" in options.save else ""
-    show(f"{report.num_images} images{of_videos}, {report.num_detections} detections{shown}")
-    names = {"coco": "detections.json", "pictures": "*.png" + ", *.mp4" * bool(frames), "yolo": "labels/*.txt"}
-    show(f"written: {' and '.join(str(options.output / names[what]) for what in sorted(set(options.save)))}")
-    if failed:
-        reasons = "\n  ".join(map(str, failed))
-        raise DataError(f"{len(failed)} of {len(images)} files could not be read and were left out:\n  {reasons}")
+    return options
