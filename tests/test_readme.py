@@ -44,6 +44,7 @@ from resdet.data.augment.pipeline import build_augment
 from resdet.data.dataset import DetectionDataset
 from resdet.data.loader import train_loader
 from resdet.data.shapes import ShapesImages, shapes_table
+from resdet.data.video import write_video
 from resdet.models.detector import Detector, build_detector
 from resdet.models.spec import DetectorSpec
 from resdet.training.detection import not_finite
@@ -178,6 +179,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_coco(world / "data" / "coco", names)
     for seed, path in enumerate(("photo.jpg", "folder/a.jpg", "folder/b.jpg", "bccd/JPEGImages/a.jpg")):
         write_photograph(world / path, seed)
+    write_video(world / "video.mp4", (ShapesImages(96, seed)(0) for seed in range(6)), rate=10)
     (world / ".venv" / "bin").mkdir(parents=True)
     (world / ".venv" / "bin" / "activate").touch()
     return world
@@ -224,6 +226,7 @@ def test_python_runs(
     """Each block as it stands, with ``model`` and ``dataset`` as a reader of it would have them."""
     monkeypatch.setenv("TORCH_HOME", str(hub))
     names = {"model": small_detector(), "dataset": DetectionDataset(*shapes(3), training=False)}
+    monkeypatch.setattr(Image.Image, "show", lambda image: image.load())
     exec(compile(block.code, str(block), "exec"), names)
     if "export_backbone" in block.code:
         assert "(1, 256, 120, 160)" in capsys.readouterr().out
