@@ -135,9 +135,11 @@ def _all_found(path: Path) -> tuple[list[_Found], list[str]]:
         return list(_yolo(path)), []
     if not os.path.isdir(path):
         raise DataError(_not_a_folder(path))
-    root, left_out = _Folder(path), list[str]()
+    root, reasons = _Folder(path), list[list[str]]()
     for _ in range(4):
-        found = [*_coco(root, left_out), *_voc(root)]
+        left_out: list[str] = []
+        reasons.append(left_out)
+        found = [*_coco(root, left_out), *(_voc(root) or _loose_voc(root, left_out))]
         if _has_yolo_labels(root):
             try:
                 found += _yolo(root.path)
@@ -152,21 +154,22 @@ def _all_found(path: Path) -> tuple[list[_Found], list[str]]:
         if len(root.folders) != 1:
             break
         root = root.folders[0]  # an archive's own folder, or one for a single year
-    raise DataError(f"{path}: {_why_not(_Folder(path), left_out)}")
+    raise DataError(f"{path}: {_why_not(_Folder(path), reasons[0])}")
 
 
 def _train_and_val(path: Path, found: list[_Found], left_out: list[str]) -> tuple[_Found, _Found | None]:
     """Return what is to be trained on, and what evaluated on, if anything."""
     if len(found) == 1 and found[0].split in (None, "train"):
         return found[0], None
-    of = {split: [one for one in found if one.split == split] for split in ("train", "val", "test")}
-    for split, several in of.items():
+    train, val, test = ([one for one in found if one.split == split] for split in SPLITS)
+    for several in (train, val or test):
         if len(several) > 1:
-            raise DataError(f"{path}: {_candidates(f'it cannot be told which of these is {split}', several)}")
-    if not of["train"]:
+            what = f"it cannot be told which of these is {several[0].split}"
+            raise DataError(f"{path}: {_candidates(what, several)}")
+    if not train:
         why = f" ({'; '.join(left_out)})" if left_out else ""
         raise DataError(f"{path}: {_candidates(f'nothing is named train{why}', found)}")
-    return of["train"][0], next(iter(of["val"] + of["test"]), None)
+    return train[0], next(iter(val or test), None)
 
 
 def _candidates(what: str, found: Sequence[_Found]) -> str:
@@ -260,8 +263,8 @@ def _image_folders(root: _Folder, folder: _Folder, split: str | None, names: Seq
     return ranked[min(ranked)] if ranked else []
 
 
-def _voc(root: _Folder) -> Iterator[_Found]:
-    """Yield the lists of folders in VOC's layout: of the folder itself, or of those in it or in its VOCdevkit."""
+def _voc(root: _Folder) -> list[_Found]:
+    """Return the lists of folders in VOC's layout: of the folder itself, or of those in it or in its VOCdevkit."""
     inside = [*root.folders, *(kit.folders if (kit := root.folder("VOCdevkit")) else [])]
     kits = [one for one in (root, *inside) if all(one.folder(*part.split("/")) for part in _VOC_PARTS)]
     lists: dict[str | None, list[str]] = {}
@@ -277,10 +280,31 @@ def _voc(root: _Folder) -> Iterator[_Found]:
     if both and not is_whole:
         lists = {"train": both, **{split: lists[split] for split in ("test",) if split in lists}}
     rest = [] if lists else [(_split_of(name), [name]) for name in others]
+    found = []
     for split, names in [*lists.items(), *rest]:
         section = {"format": "voc", "root": str(root.path), "split": names[0] if len(names) == 1 else names}
         files = (Path(name).parent / "ImageSets" / "Main" / f"{Path(name).name}.txt" for name in names)
-        yield _Found("Pascal VOC", split, section, " + ".join(map(Path.as_posix, files)))
+        found.append(_Found("Pascal VOC", split, section, " + ".join(map(Path.as_posix, files))))
+    return found
+
+
+def _loose_voc(root: _Folder, left_out: list[str]) -> list[_Found]:
+    """Return folders of VOC's .xml files without lists, as Roboflow, Label Studio and labelImg leave them."""
+    found: dict[str, _Found] = {}
+    for folder in root.within(3):
+        xml = next(iter(folder.ending(".xml")), None)
+        if xml is None:
+            continue
+        parts = folder.path.relative_to(root.path).parts
+        if not re.search(r"<annotation[\s>]", _ends_of(folder.path / xml)):
+            seen = "/".join((*parts, xml))
+            left_out.append(f"{seen} is no annotation of VOC (of CVAT's own format?): export it as COCO, YOLO or VOC")
+            continue
+        named = next((number for number, part in enumerate(parts, start=1) if _split_of(part)), 0)
+        name = "/".join(parts[:named])
+        section = {"format": "voc", "root": str(root.path), "split": name or None}
+        found[name] = _Found("Pascal VOC", _split_of(name), section, f"{name or '/'.join(parts) or '.'}/*.xml")
+    return list(found.values())
 
 
 def _has_yolo_labels(root: _Folder) -> bool:
@@ -333,6 +357,6 @@ def _why_not(root: _Folder, left_out: list[str]) -> str:
     suffixes = Counter(os.path.splitext(name)[1].lower() or "without suffix" for name in files)
     counts = [f"{number} {suffix}" for suffix, number in suffixes.most_common()]
     folders = f"the folders {name_some((one.path.name for one in root.folders), 8)}" if root.folders else "no folders"
-    what = f"holds {num_images} images and nothing that labels them" if num_images else "no dataset is recognised"
+    what = f"has images ({num_images}) and nothing that labels them" if num_images else "no dataset is recognised"
     why = f" Of what is there, {'; '.join(left_out[:4])}." if left_out else ""
     return f"{what}. Looked for {_LOOKED_FOR}. There: {folders}; files: {name_some(counts, 8) or 'none'}.{why}"

@@ -9,9 +9,9 @@ by its lowest hash:
 * frames of a video, by name (``NAME_frame_12``, ``NAME_mp4-12``, and ``frame_12`` in a folder of its own); a video that
   holds more than the fraction of all images is cut into stretches of ``_STRETCH`` numbers.
 
-Then whole groups change sides where a class would be on one side only, as far as that leaves ``_MOST`` times the
-fraction or less held out. Files that cannot be read are trained on, where
-``unreadable`` decides about them. Results are the same on every machine and for every number of workers.
+Then whole groups change sides where a class would be on one side only, the rarest first, until ``_MORE`` times the
+fraction is held out in addition. Files that cannot be read are trained on, where ``unreadable`` decides about them.
+Results are the same on every machine and for every number of workers.
 
 Cost: each image is decoded once, about as in one epoch, and the groups are kept in the cache of annotation tables until
 a file changes. Above ``MAX_COMPARED`` images none is decoded, and near duplicates are not looked for.
@@ -51,7 +51,7 @@ TRAIN_LIST, VAL_LIST = "train_images.txt", "val_images.txt"
 _VERSION = 1  # goes up whenever the same files would be told apart otherwise
 _END = 16 << 10  # bytes read at each end of a file
 _STRETCH = 100
-_MOST = 1.5  # times the fraction: how much is held out at most so that every class is
+_MORE = 0.5  # times the fraction: how much may be held out beyond it so that every class is
 _ROBOFLOW = re.compile(r"\.rf\.[0-9a-zA-Z]{8,}$")
 _FRAME = re.compile(
     r"^(?P<video>.*?[._](?:mp4|mov|avi|mkv|webm|m4v|mpe?g|wmv)|(?:.*[-_ .])?frame)[-_ .]*(?P<number>\d+)"
@@ -189,7 +189,7 @@ def _groups(table: AnnotationTable, files: Sequence[_File], fraction: float) -> 
 def _sides(numbers: Floats, sizes: Ints, movable: Bools, pairs: Ints, fraction: float) -> Bools:
     """Return which groups are held out, bool ``[G]``; ``pairs`` ``[P, 2]`` are the groups and labels that occur."""
     held_out = movable & (numbers < fraction)
-    most = max(_MOST * fraction * sizes.sum(), 1)
+    most = sizes[held_out].sum() + max(_MORE * fraction * sizes.sum(), 1)
     groups_of: dict[int, list[int]] = defaultdict(list)
     labels_of: dict[int, list[int]] = defaultdict(list)
     for group, label in pairs.tolist():
