@@ -3,6 +3,7 @@ from .classification.grow import grow as grow
 from .config import Config as Config, load_config as load_config
 from .data.coco import read_coco as read_coco
 from .data.dataset import DetectionDataset as DetectionDataset
+from .data.torch_datasets import wrap_dataset as wrap_dataset
 from .data.voc import read_voc as read_voc
 from .errors import (
     ConfigError as ConfigError,

@@ -13,6 +13,7 @@ import torch
 import yaml
 from pydantic import BaseModel
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from resdet.check.anchor_coverage import AnchorLayout
 from resdet.check.browse import write_browse_page
@@ -24,6 +25,7 @@ from resdet.config import (
     Config,
     HeldOut,
     ModelConfig,
+    PythonSource,
     ShapesSource,
     Source,
     YoloSource,
@@ -37,6 +39,7 @@ from resdet.data.images import FolderImages
 from resdet.data.names import on_disk
 from resdet.data.shapes import ShapesImages, shapes_table
 from resdet.data.split import held_out_images
+from resdet.data.torch_datasets import wrap_dataset
 from resdet.data.voc import read_voc
 from resdet.data.yolo import read_yolo
 from resdet.errors import DataError, UserError, WeightsError
@@ -47,6 +50,7 @@ from resdet.models.losses import class_balanced_weights
 from resdet.models.norm import calibrate_norm, has_fresh_frozen_norm
 from resdet.models.proposals import Anchors
 from resdet.models.spec import WEIGHTS_FACTS, DetectorSpec
+from resdet.processes import Processes
 from resdet.weights.files import WeightsFile, WeightsPath, read_weights
 from resdet.weights.pickles import is_plain
 from resdet.weights.source import read_first_weights
@@ -68,6 +72,8 @@ def build_dataset(
     whatever is missing or damaged, except that missing images are only logged in training with ``unreadable: skip``.
     """
     steps = build_augment(list(augment), min_visibility=min_visibility) if augment and training else None
+    if isinstance(source, PythonSource):
+        raise missing_data(source)
     if isinstance(source, ShapesSource):
         table = shapes_table(source.num_images, source.image_size, source.seed)
         if source.classes is not None:
@@ -119,6 +125,36 @@ def build_val_set(config: Config) -> DetectionDataset:
     if isinstance(data.val, HeldOut):
         return build_dataset(data.train, training=False, divided=data.val)
     return build_dataset(data.val, training=False)
+
+
+def build_given_dataset(
+    dataset: Dataset[Any],
+    config: Config,
+    team: Processes,
+    classes: Sequence[str] | None,
+    train_set: DetectionDataset | None,
+) -> DetectionDataset:
+    """Return a dataset that a program has given, to train on, or where ``train_set`` is known to evaluate on."""
+    augment = build_augment(list(config.augment), min_visibility=config.min_visibility) if config.augment else None
+    return wrap_dataset(
+        dataset,
+        classes=classes,
+        unnamed=None if train_set is None else [category.name for category in train_set.categories],
+        name="train_set" if train_set is None else "val_set",
+        training=train_set is None,
+        augment=augment if train_set is None else None,
+        num_workers=config.loader.num_workers,
+        team=team,
+    )
+
+
+def missing_data(source: PythonSource, name: str = "data") -> UserError:
+    """Return the error that reports a dataset which no file and no program gives; ``name`` is its section."""
+    was = f" (it was {source.dataset} of a Python program)" if source.dataset else ""
+    return UserError(
+        f"{name}: missing{was}: state a dataset by its format (coco, voc, yolo, shapes) and place, or give one to "
+        "resdet.train(config, train_set=..., val_set=...) or resdet.evaluate(model, dataset)"
+    )
 
 
 def annotation_files(config: Config) -> list[Path]:
@@ -197,6 +233,8 @@ def build_split(source: Source, name: str) -> DataSplit:
 
     A DataError reports a file or folder of the configuration that does not exist.
     """
+    if isinstance(source, PythonSource):
+        raise missing_data(source, f"data.{name}")
     if isinstance(source, ShapesSource):
         return table_split(name, shapes_table(source.num_images, source.image_size, source.seed), source.classes)
     source = _on_disk(source)

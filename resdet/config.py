@@ -15,7 +15,7 @@ import yaml
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 from typing_extensions import Self
 
-from resdet.config_reading import Section, json_schema, load_settings, or_text, parse_settings
+from resdet.config_reading import Overrides, Section, json_schema, load_settings, or_text, parse_settings
 from resdet.data.folder import folder_sections
 from resdet.models.archs import VGGArch, find_arch
 from resdet.models.spec import WEIGHTS_FIELDS, DetectorSpec, Tiles, Tricks, WeightsOrigin
@@ -23,10 +23,8 @@ from resdet.models.spec import WEIGHTS_FIELDS, DetectorSpec, Tiles, Tricks, Weig
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 
 
-class ModelConfig(DetectorSpec):
+class ModelConfig(Section, DetectorSpec):
     """The detector and where its first weights come from."""
-
-    model_config = Section.model_config
 
     weights: str | None = "IMAGENET1K_V1"
     """First weights: a torchvision name (``IMAGENET1K_V1``), a file (.pth, .pt, .safetensors, .pkl) or a URL of a
@@ -157,7 +155,20 @@ class HeldOut(Section):
     """Another seed holds out other images."""
 
 
-_Labelled = Union[CocoSource, VocSource, YoloSource, ShapesSource]  # noqa: UP007
+class PythonSource(Section):
+    """A dataset that a Python program passes to ``resdet.train``; a run's config.yaml says so."""
+
+    format: Literal["python"] = "python"
+    """No files: ``resdet.train(config, train_set=..., val_set=...)``. Need not be stated."""
+    dataset: str | None = None
+    """What kind of object was given."""
+    num_images: int | None = Field(None, ge=1)
+    """Its size."""
+    classes: list[str] | None = None
+    """Names of its classes, in label order."""
+
+
+_Labelled = Union[CocoSource, VocSource, YoloSource, ShapesSource, PythonSource]  # noqa: UP007
 Source = Annotated[_Labelled, Field(discriminator="format")]
 
 
@@ -167,9 +178,12 @@ class DataConfig(Section):
     A folder holds COCO's, Roboflow's, YOLO's or Pascal VOC's layout (``resdet/data/folder.py``).
     """
 
-    train: Source
+    train: Source = PythonSource()
     """Training data."""
-    val: Annotated[Union[_Labelled, HeldOut], Field(discriminator="format", examples=[{"fraction": 0.2}])]  # noqa: UP007
+    val: Annotated[
+        Union[_Labelled, HeldOut],  # noqa: UP007
+        Field(discriminator="format", examples=[{"fraction": 0.2}]),
+    ] = PythonSource()
     """Validation data, for evaluation during training and by tools/eval.py."""
 
     @classmethod
@@ -203,7 +217,7 @@ class DataConfig(Section):
 
     @model_validator(mode="after")
     def _every_image_is_evaluated(self) -> Self:
-        if not isinstance(self.val, (ShapesSource, HeldOut)) and self.val.unreadable == "skip":
+        if getattr(self.val, "unreadable", "error") == "skip":
             raise ValueError(
                 "val.unreadable must be error: a metric over fewer images is not that of the dataset. Remove images "
                 "that cannot be read from the annotations (tools/check_data.py --fix writes such a copy)"
@@ -351,8 +365,9 @@ class Config(Section):
 
     model: ModelConfig = ModelConfig()
     """The detector and its first weights."""
-    data: DataConfig = Field(json_schema_extra=or_text, examples=["path/to/my_dataset"])
-    """Training and validation data: a dataset's folder, or sections for both."""
+    data: DataConfig = Field(DataConfig(), json_schema_extra=or_text, examples=["path/to/my_dataset"])
+    """Training and validation data: a dataset's folder, or sections for both. It may be left out where a Python program
+    gives datasets to ``resdet.train``."""
     augment: list[dict[str, dict[str, Any]]] = Field([{"HorizontalFlip": {"p": 0.5}}])
     """Steps applied in this order to training images: ``- HorizontalFlip: {p: 0.5}``. Any transform of albumentations
     by its name (ColorJitter for colours, GaussianBlur, CoarseDropout for cutout, ...), and LargeScaleJitter, Mosaic and
@@ -380,17 +395,20 @@ class Config(Section):
     """Seed of all random numbers: weights, order of images, augmentation, sampling of boxes."""
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+def load_config(config: str | Path | Mapping[str, Any], overrides: Overrides = ()) -> Config:
     """Read a configuration and check all of it.
 
+    >>> load_config("frcnn_r101", {"train.steps": 5000, "output_dir": "runs/mine"})  # doctest: +SKIP
+
     Args:
-        path: A YAML file, or the name of a recipe (``resdet recipes`` lists them).
-        overrides: ``key=value`` with dotted keys, as in ``optim.lr=0.01``; the value is read as YAML. Later ones win.
+        config: A YAML file, the name of a recipe (``resdet recipes`` lists them), or a mapping of keys and values.
+        overrides: ``key=value``, as in ``optim.lr=0.01``, with values in YAML; or a mapping of keys and values of
+            Python (``plain_values``). Keys are dotted, a section as a value replaces that section, later ones win.
 
     Raises:
         ConfigError: With every problem found, each with its file and line or its override.
     """
-    return load_settings(Config, path, overrides, command="train")
+    return load_settings(Config, config, overrides, command="train")
 
 
 def parse_config(text: str, overrides: Sequence[str] = (), *, source: str = "<text>") -> Config:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from enum import Enum
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -30,29 +32,87 @@ class Section(BaseModel):
         """Return what a shorter spelling of this section stands for, anything else as it is."""
         return value
 
+    def __init__(self, **values: Any) -> None:
+        """Check values of Python as those of a file (``plain_values``); a ConfigError reports every mistake."""
+        cls, tree = type(self), plain_values(values, type(self).__name__)
+        try:
+            cls.__pydantic_validator__.validate_json(json.dumps(tree), strict=True, self_instance=self)
+        except ValidationError as error:
+            problems = [_explain(item, tree, {}, cls.__name__, cls) for item in error.errors()]
+            raise ConfigError(cls.__name__, problems) from None
+
+    # As pydantic's own has it: sections within sections are checked in one go, without this method.
+    __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
+
+
+Overrides = Sequence[str] | Mapping[str, Any]
+"""``key=value`` with values in YAML, or a mapping with values of Python; keys are dotted."""
+
+
+def plain_values(value: Any, source: str, path: KeyPath = ()) -> Any:
+    """Return what Python people have as what a YAML file holds.
+
+    Paths become text, tuples lists, NumPy's and torch's numbers and arrays Python's, members of an enum (torchvision's
+    weights) their names, and sections mappings of what they state. A ConfigError names anything else by its ``path``
+    within ``source``.
+    """
+    if value is None or type(value) in (str, bool, int, float):
+        return value
+    if isinstance(value, BaseModel):
+        return value.model_dump(mode="json", exclude_unset=True)
+    if isinstance(value, Mapping):
+        return {str(key): plain_values(item, source, (*path, str(key))) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain_values(item, source, (*path, number)) for number, item in enumerate(value)]
+    if isinstance(value, Enum):
+        return value.name
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if hasattr(value, "tolist"):  # without NumPy: reading a configuration does not import it
+        return plain_values(value.tolist(), source, path)
+    where = f"{source}: {dotted(path)}" if path else source
+    what = "text, a number, true/false, None, a path, or a list or mapping of these"
+    raise ConfigError(source, [f"{where}: must be {what}; got {value!r:.60} ({type(value).__name__})"])
+
 
 def load_settings(
-    root: type[_Settings], path: str | Path, overrides: Sequence[str] = (), *, command: str | None = None
+    root: type[_Settings],
+    config: str | Path | Mapping[str, Any],
+    overrides: Overrides = (),
+    *,
+    command: str | None = None,
 ) -> _Settings:
-    """Read the settings of a run from a YAML file or recipe and ``key=value`` overrides; see ``load_config``."""
+    """Read the settings of a run from a YAML file, recipe or mapping, and overrides; see ``load_config``."""
+    if isinstance(config, Mapping):
+        return _checked(root, {}, [config, overrides], [], {}, "the given settings")
     try:
-        text = find_config(path, command).read_text(encoding="utf-8")
+        text = find_config(config, command).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(str(path), [f"cannot be read: {error}"]) from None
-    return parse_settings(root, text, overrides, source=str(path))
+        raise ConfigError(str(config), [f"cannot be read: {error}"]) from None
+    return parse_settings(root, text, overrides, source=str(config))
 
 
-def parse_settings(
-    root: type[_Settings], text: str, overrides: Sequence[str] = (), *, source: str = "<text>"
-) -> _Settings:
+def parse_settings(root: type[_Settings], text: str, *overrides: Overrides, source: str = "<text>") -> _Settings:
     """Read the settings of a run from YAML text; ``source`` is what messages call it."""
     problems: list[str] = []
     places: dict[KeyPath, str] = {}
     tree = read_yaml(text, source, problems, places)
     if not isinstance(tree, dict):
         raise ConfigError(source, problems or [f"must be a mapping of sections, got {_describe(tree)}"])
-    for override in overrides:
-        _apply_override(tree, override, problems, places, root)
+    return _checked(root, tree, overrides, problems, places, source)
+
+
+def _checked(
+    root: type[_Settings],
+    tree: dict[str, Any],
+    overrides: Sequence[Overrides],
+    problems: list[str],
+    places: dict[KeyPath, str],
+    source: str,
+) -> _Settings:
+    for some in overrides:
+        for key, value, place in _given(some, problems):
+            _set(tree, key, value, place, places, root)
     try:
         # JSON mode is the one in which strict typing still takes a string for a Path and a list for a tuple.
         config = root.model_validate_json(json.dumps(tree), strict=True)
@@ -84,21 +144,34 @@ def or_text(schema: dict[str, Any]) -> None:
     schema["anyOf"] = [{"type": "string"}, {"$ref": schema.pop("$ref")}]
 
 
-def _apply_override(
-    tree: dict[str, Any], override: str, problems: list[str], places: dict[KeyPath, str], root: type[BaseModel]
+def _given(overrides: Overrides, problems: list[str]) -> Iterator[tuple[list[str], Any, str]]:
+    """Yield the keys, value and place of each override that can be read."""
+    if isinstance(overrides, Mapping):
+        for key, value in plain_values(overrides, "settings").items():
+            yield key.split("."), value, "settings"
+        return
+    for override in [overrides] if isinstance(overrides, str) else overrides:
+        place = f"command line ({override})"
+        key, equals, text = override.partition("=")
+        keys = key.split(".")
+        if not equals or not all(keys):
+            problems.append(f"{place}: must be key=value with a dotted key, as in optim.lr=0.01")
+            continue
+        try:
+            yield keys, read_yaml(text, place, problems, {}), place
+        except ConfigError as error:
+            problems.extend(f"{place}: {problem}" for problem in error.problems)
+
+
+def _set(
+    tree: dict[str, Any],
+    keys: Sequence[str],
+    value: Any,
+    place: str,
+    places: dict[KeyPath, str],
+    root: type[BaseModel],
 ) -> None:
-    """Set one ``key=value`` in the tree; replace whatever is no mapping on the way by one, a short section in full."""
-    place = f"command line ({override})"
-    key, equals, text = override.partition("=")
-    keys = key.split(".")
-    if not equals or not all(keys):
-        problems.append(f"{place}: must be key=value with a dotted key, as in optim.lr=0.01")
-        return
-    try:
-        value = read_yaml(text, place, problems, {})
-    except ConfigError as error:
-        problems.extend(f"{place}: {problem}" for problem in error.problems)
-        return
+    """Set one key in the tree; replace whatever is no mapping on the way by one, a short section in full."""
     node = tree
     if keys[1:] and isinstance(tree.get(keys[0]), str):
         section = root.model_fields[keys[0]].annotation if keys[0] in root.model_fields else None

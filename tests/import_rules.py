@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 PACKAGE = "resdet"
-GROUND = ("types", "errors", "files", "yaml12", "precision")
+GROUND = ("types", "errors", "files", "yaml12", "precision", "random_states")
 
 NEVER: Mapping[str, tuple[str, ...]] = {
     "weights": ("models", "data", "check", "training", "evaluation", "classification", "config", "build"),

@@ -10,9 +10,18 @@ import pytest
 import yaml
 
 from resdet.build import inference_settings
-from resdet.config import Config, config_from_plain, load_config, parse_config
+from resdet.config import (
+    Config,
+    ModelConfig,
+    ShapesSource,
+    TrainConfig,
+    config_from_plain,
+    load_config,
+    parse_config,
+)
 from resdet.config_reading import config_to_plain, config_to_yaml, json_schema
 from resdet.errors import ConfigError
+from resdet.models.spec import Tricks
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if not path.name.startswith("pretrain_"))
@@ -125,7 +134,10 @@ def test_aliases_are_refused() -> None:
         ("optim.lr=fast", 'optim.lr: must be number; got "fast" (text)'),
         ("optim.lr=-1", "optim.lr: must be greater than 0; got -1 (whole number)"),
         ("train.precision=fp8", "train.precision: must be 'fp32', 'bf16' or 'fp16'; got \"fp8\" (text)"),
-        ("data.val.format=tfrecord", 'data.val.format: must be one of coco, voc, yolo, shapes, held_out; got "tf'),
+        (
+            "data.val.format=tfrecord",
+            'data.val.format: must be one of coco, voc, yolo, shapes, python, held_out; got "tfrecord" (text)',
+        ),
         ("data.val={format: coco, images: a}", "data.val.annotations: missing"),
         ("train.epochs=3", "train: give exactly one of steps and epochs"),
         ("train.accumulate=3", "train: batch_size (16) must be a multiple of accumulate (3)"),
@@ -190,3 +202,83 @@ def test_missing_file_names_its_neighbour() -> None:
 )
 def test_what_is_no_configuration_is_told(text: str, expected: str) -> None:
     assert expected in problems(text)[0]
+
+
+# From Python
+
+
+def test_settings_of_python_are_taken_as_a_files() -> None:
+    """Paths, tuples, numbers of NumPy and torch, members of an enum, sections; what is text in a file stays text."""
+    import numpy as np
+    import torch
+    from torchvision.models import ResNet101_Weights
+
+    config = Config(
+        model=ModelConfig(weights=ResNet101_Weights.IMAGENET1K_V2, image_mean=np.array([0.5, 0.5, 0.25])),
+        data={"train": ShapesSource(format="shapes", num_images=np.int64(7)), "val": {"format": "shapes"}},
+        train=TrainConfig(steps=10),
+        optim={"lr": 1, "milestones": (0.25, np.float32(0.5)), "weight_decay": torch.tensor(0.5)},
+        eval={"tricks": Tricks(scales=(400, 500))},
+        output_dir="runs/x",
+    )
+    text = """
+model: {weights: IMAGENET1K_V2, image_mean: [0.5, 0.5, 0.25]}
+data: {train: {format: shapes, num_images: 7}, val: {format: shapes}}
+train: {steps: 10}
+optim: {lr: 1.0, milestones: [0.25, 0.5], weight_decay: 0.5}
+eval: {tricks: {scales: [400, 500]}}
+output_dir: runs/x
+"""
+    assert config == parse_config(text)
+    assert config.output_dir == Path("runs/x")
+    assert config.model.model_fields_set == {"weights", "image_mean"}  # the rest may be taken over from weights
+    assert config == load_config(yaml.safe_load(text))
+    model = ModelConfig(weights=Path("a/b.pth"), min_size=[640, 800])
+    assert (model.weights, model.min_size) == ("a/b.pth", (640, 800))
+
+
+def test_overrides_may_be_a_mapping() -> None:
+    path = ROOT / "configs" / "quickstart.yaml"
+    by_words = load_config(path, ["train.steps=100", "output_dir=runs/x", "data.val={format: shapes, seed: 9}"])
+    mapping = {"train.steps": 100, "output_dir": Path("runs/x"), "data.val": {"format": "shapes", "seed": 9}}
+    assert load_config("quickstart", mapping) == by_words
+    assert load_config(path, "seed=3").seed == 3
+    assert load_config({"train": {"steps": 5}, "output_dir": "x"}, {"train.steps": 6}).train.steps == 6
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"optim.lr": -1}, "settings: optim.lr: must be greater than 0; got -1 (whole number)"),
+        ({"trian.steps": 3}, "settings: trian: unknown key; did you mean train?"),
+        ({"train.steps": "100"}, 'settings: train.steps: must be integer; got "100" (text)'),
+        ({"train.steps": 10.5}, "settings: train.steps: must be integer; got 10.5 (number)"),
+        ({"optim.lr": float("nan")}, "settings: optim.lr: must be a finite number; got NaN (number)"),
+        ({"train.steps": True}, "settings: train.steps: must be integer; got true (true/false)"),
+        (
+            {"train.device": Config},
+            "settings: train.device: must be text, a number, true/false, None, a path, or a list or mapping of these; "
+            "got <class 'resdet.config.Config'> (ModelMetaclass)",
+        ),
+    ],
+)
+def test_a_mistake_in_a_mapping_is_told_with_its_key(settings: dict[str, object], expected: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(ROOT / "configs" / "quickstart.yaml", settings)
+    assert caught.value.problems == [expected]
+
+
+def test_mistakes_in_python_are_told_all_at_once() -> None:
+    with pytest.raises(ConfigError) as caught:
+        Config(train={"steps": "3", "batchsize": 4}, optim={"lr": 0})
+    assert str(caught.value) == (
+        "Config: 4 problems\n"
+        "  Config: optim.lr: must be greater than 0; got 0 (whole number)\n"
+        '  Config: train.steps: must be integer; got "3" (text)\n'
+        "  Config: train.batchsize: unknown key; did you mean batch_size?\n"
+        "  Config: output_dir: missing"
+    )
+    with pytest.raises(
+        ConfigError, match=r"^the given settings: 1 problem\n  the given settings: output_dir: missing$"
+    ):
+        load_config({"train.steps": 3})

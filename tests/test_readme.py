@@ -9,6 +9,7 @@ configuration is loaded. A block that needs anything unknown to this file fails.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import importlib
 import inspect
@@ -25,6 +26,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any, get_args
 
 import benchmarks
@@ -36,6 +38,7 @@ from PIL import Image
 from pydantic import BaseModel
 from torch.distributed.run import get_args_parser
 
+import resdet
 from resdet.check.kinds import KINDS
 from resdet.classification.config import PretrainConfig, load_pretrain_config
 from resdet.config import Config, load_config
@@ -219,6 +222,57 @@ def in_folder(folder: Path) -> Iterator[None]:
 # ---- python
 
 
+class Tracker(ModuleType):
+    """Stands in for wandb, mlflow and optuna: notes what it is given, and prunes the second trial."""
+
+    TrialPruned = type("TrialPruned", (Exception,), {})
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.lines: list[dict[str, Any]] = []
+        self.pruned: list[int] = []
+        self.pruners = SimpleNamespace(MedianPruner=lambda: None)
+
+    def init(self, *, project: str) -> Any:  # wandb
+        return contextlib.nullcontext(SimpleNamespace(log=self.lines.append))
+
+    def start_run(self) -> Any:  # mlflow
+        return contextlib.nullcontext()
+
+    def log_metrics(self, metrics: dict[str, float], step: int) -> None:
+        assert all(isinstance(value, (int, float)) for value in metrics.values())
+        self.lines.append({**metrics, "step": step})
+
+    def create_study(self, *, direction: str, pruner: None) -> Any:  # optuna
+        return SimpleNamespace(optimize=self.optimize)
+
+    def optimize(self, objective: Callable[[Any], float], *, n_trials: int) -> None:
+        for number in range(n_trials):
+            trial = SimpleNamespace(number=number, should_prune=lambda number=number: number == 1)
+            trial.suggest_float = lambda name, low, high, log: low
+            trial.report = lambda value, step: self.lines.append({"AP": value, "step": step})
+            try:
+                assert isinstance(objective(trial), float)
+            except self.TrialPruned:
+                self.pruned.append(number)
+
+
+def with_small_runs(monkeypatch: pytest.MonkeyPatch) -> dict[str, Tracker]:
+    """Make recipes that need no data finish in seconds, and give trackers to import."""
+    plain = resdet.load_config
+    small = [setting for setting in SMALL_DETECTION if setting != "resume=auto"] + ["train.log_every=1"]
+
+    def load(config: str, settings: dict[str, Any]) -> Config:
+        loaded: Config = plain(config, [*small, *(f"{key}={value}" for key, value in settings.items())])
+        return loaded
+
+    monkeypatch.setattr(resdet, "load_config", load)
+    trackers = {name: Tracker(name) for name in ("wandb", "mlflow", "optuna")}
+    for name, tracker in trackers.items():
+        monkeypatch.setitem(sys.modules, name, tracker)
+    return trackers
+
+
 @pytest.mark.parametrize("block", blocks("python"), ids=str)
 def test_python_runs(
     block: Block, world: Path, hub: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -227,7 +281,13 @@ def test_python_runs(
     monkeypatch.setenv("TORCH_HOME", str(hub))
     names = {"model": small_detector(), "dataset": DetectionDataset(*shapes(3), training=False)}
     monkeypatch.setattr(Image.Image, "show", lambda image: image.load())
+    trackers = with_small_runs(monkeypatch)
     exec(compile(block.code, str(block), "exec"), names)
+    used = [name for name in trackers if f"import {name}" in block.code]
+    for name in used:
+        assert len(trackers[name].lines) >= 2, "losses and an evaluation, or evaluations of three trials"
+        assert any("AP" in line for line in trackers[name].lines)
+    assert trackers["optuna"].pruned == ([1] if "optuna" in used else [])
     if "export_backbone" in block.code:
         assert "(1, 256, 120, 160)" in capsys.readouterr().out
         assert (world / "r101.safetensors").exists()

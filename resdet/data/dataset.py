@@ -11,6 +11,7 @@ import copy
 import functools
 import logging
 from collections.abc import Sequence
+from typing import Protocol
 
 import cv2
 import numpy as np
@@ -30,6 +31,14 @@ logger = logging.getLogger(__name__)
 
 MAX_SUBSTITUTES = 100
 """Unreadable images in a row after which it is the folder that is broken, not the images."""
+
+
+class Items(Protocol):
+    """Anything that returns images together with boxes, which may differ from one reading to the next."""
+
+    def __call__(self, index: int, seed: int) -> Sample:
+        """Return image ``index`` with its boxes; the same for the same ``seed``."""
+        ...
 
 
 class DetectionDataset(Dataset[tuple[Tensor, Target]]):
@@ -53,6 +62,8 @@ class DetectionDataset(Dataset[tuple[Tensor, Target]]):
         use_difficult: Whether VOC's difficult objects are among the targets.
         skip_unreadable: Whether images that cannot be read are replaced by others; only with ``training``, because a
             metric over other images is another metric.
+        items: Returns image and boxes together, in place of ``images`` and the boxes of ``table``, which then hold what
+            one reading has returned; evaluation must get the same again.
 
     Raises:
         DataError: If the table has no images, or nothing to train on.
@@ -67,6 +78,7 @@ class DetectionDataset(Dataset[tuple[Tensor, Target]]):
         training: bool,
         use_difficult: bool = False,
         skip_unreadable: bool = False,
+        items: Items | None = None,
     ) -> None:
         assert training or augment is None, "evaluation sees images as they are"
         assert training or not skip_unreadable, "evaluation sees every image"
@@ -74,6 +86,7 @@ class DetectionDataset(Dataset[tuple[Tensor, Target]]):
             raise DataError(f"{table.name}: has no images")
         self.table = table
         self._images = images
+        self._items = items
         self._augment = augment
         self._use_difficult = use_difficult
         self._unreadable = _shared_flags(table.num_images) if skip_unreadable else None
@@ -136,7 +149,19 @@ class DetectionDataset(Dataset[tuple[Tensor, Target]]):
         chosen = copy.copy(self)
         chosen.table = self.table.select_images(rows)
         chosen._images = functools.partial(_chosen_image, self._images, rows)
+        chosen._items = None if self._items is None else functools.partial(_chosen_item, self._items, rows)
         chosen._unreadable = None if self._unreadable is None else _shared_flags(len(rows))
+        return chosen
+
+    def for_training(self, augment: Augment | None) -> DetectionDataset:
+        """Return this dataset for training, with ``augment`` unless it has steps of its own.
+
+        Raises:
+            DataError: If there is nothing to train on.
+        """
+        chosen = copy.copy(self)
+        chosen._augment = self._augment or augment
+        chosen._log_left_out()
         return chosen
 
     def with_classes_of(self, categories: Sequence[Category]) -> DetectionDataset:
@@ -164,11 +189,11 @@ class DetectionDataset(Dataset[tuple[Tensor, Target]]):
         """
         index, seed = key if isinstance(key, tuple) else (key, key)
         if self._unreadable is None:
-            return self._read(index)
+            return self._read(index, seed)
         candidates, asked = np.random.default_rng([seed, index]), index
         for _ in range(MAX_SUBSTITUTES):
             try:
-                return self._read(index)
+                return self._read(index, seed)
             except UnreadableImageError as error:
                 last = error
             if not self._unreadable[index]:
@@ -224,8 +249,10 @@ class DetectionDataset(Dataset[tuple[Tensor, Target]]):
         sample = self.sample(key)
         return _planes(sample), self.target_of(sample)
 
-    def _read(self, index: int) -> Sample:
+    def _read(self, index: int, seed: int) -> Sample:
         table, rows = self.table, self.table.rows(index)
+        if self._items is not None:
+            return self._items(index, seed)
         boxes, sound = table.boxes_of(index)
         sample = Sample(
             image=self._images(index),
@@ -284,6 +311,10 @@ def _shared_flags(num_images: int) -> Tensor:
 
 def _chosen_image(images: Images, rows: npt.NDArray[np.int64], index: int) -> npt.NDArray[np.uint8]:
     return images(int(rows[index]))
+
+
+def _chosen_item(items: Items, rows: npt.NDArray[np.int64], index: int, seed: int) -> Sample:
+    return items(int(rows[index]), seed)
 
 
 def without_subset(dataset: DetectionDataset | Subset[tuple[Tensor, Target]]) -> DetectionDataset:

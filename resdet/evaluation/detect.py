@@ -4,25 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Subset
+from torch.utils.data import Dataset, Subset
 from tqdm import tqdm
 
 from resdet.data.annotations import AnnotationTable
 from resdet.data.dataset import DetectionDataset, without_subset
 from resdet.data.loader import eval_loader
+from resdet.data.torch_datasets import wrap_dataset
 from resdet.evaluation.coco import MAX_DETECTIONS, ClassMetrics, CocoMetrics, coco_metrics
 from resdet.evaluation.curves import best_score_threshold
 from resdet.evaluation.inference import inference
-from resdet.evaluation.labels import match_labels, with_model_classes
+from resdet.evaluation.labels import label_names, match_labels, with_model_classes
 from resdet.evaluation.reference import Reference, reference_of
 from resdet.evaluation.settings import InferenceSettings
-from resdet.evaluation.state import placed, random_states_kept
+from resdet.evaluation.state import placed
 from resdet.evaluation.voc import VocMetrics, voc_metrics
 from resdet.processes import Processes
+from resdet.random_states import random_states_kept
 from resdet.types import Detections, Floats, Ints, Prediction, Target
 
 
@@ -57,7 +60,7 @@ class Evaluation:
 
 def evaluate(
     model: nn.Module,
-    dataset: DetectionDataset | Subset[tuple[Tensor, Target]],
+    dataset: Dataset[Any],
     settings: InferenceSettings = InferenceSettings(),
     team: Processes | None = None,
 ) -> Evaluation:
@@ -72,7 +75,8 @@ def evaluate(
             is compared, and its labels are taken to be the dataset's).
         dataset: Images and ground truth: a dataset, or a ``Subset`` of one (of a ``Subset``, ...), which counts as the
             dataset of its images: repeated indices are images of their own. Detections refer to the table of
-            ``without_subset(dataset)``.
+            ``without_subset(dataset)``. Any other dataset of ``(image, target)`` is read twice, first by
+            ``wrap_dataset``, whose result may be given instead; without class names its labels are the model's.
         settings: How to run the model.
         team: The processes that share the work, each of which must call this and gets the whole result; None: this
             process alone. Where it computes is up to ``settings``.
@@ -82,7 +86,9 @@ def evaluate(
         WeightsError: If the model computes NaN or infinity.
         UserError: If this model does not support ``settings.tricks``, or ``settings.tiles`` are no tiles.
     """
-    dataset = with_model_classes(model, without_subset(dataset))
+    team = team or Processes(0, 1, placed(model, settings.device))
+    wrapped = wrap_dataset(dataset, unnamed=label_names(model), num_workers=settings.num_workers, team=team)
+    dataset = with_model_classes(model, wrapped)
     table, labels = dataset.table, match_labels(model, dataset.table)
     found = detect(model, dataset, settings, team)
     if labels is not None:

@@ -17,6 +17,19 @@ def model_categories(model: nn.Module) -> tuple[Category, ...]:
     return tuple(getattr(model, "categories", ()))
 
 
+def label_names(model: nn.Module) -> list[str] | None:
+    """Return a name for each of a detector's labels, its number if the model has no names; None if it cannot tell."""
+    num_classes = num_model_classes(model)
+    numbers = None if num_classes is None else [str(label) for label in range(1, num_classes)]
+    return [category.name for category in model_categories(model)] or numbers
+
+
+def num_model_classes(model: nn.Module) -> int | None:
+    """Return a detector's number of classes, background included; None if it is not torchvision's kind of model."""
+    predictor = getattr(getattr(model, "roi_heads", None), "box_predictor", None)
+    return getattr(getattr(predictor, "cls_score", None), "out_features", None)
+
+
 def with_model_classes(model: nn.Module, dataset: DetectionDataset) -> DetectionDataset:
     """Return a dataset with all classes of a model that knows them; the AP of those without boxes is undefined.
 
@@ -37,9 +50,8 @@ def match_labels(model: nn.Module, table: AnnotationTable) -> Ints | None:
     """
     ours, theirs = model_categories(model), table.categories
     if not ours:
-        predictor = getattr(getattr(model, "roi_heads", None), "box_predictor", None)
-        num_classes = getattr(getattr(predictor, "cls_score", None), "out_features", table.num_classes)
-        if num_classes != table.num_classes:
+        num_classes = num_model_classes(model)
+        if num_classes not in (None, table.num_classes):
             raise DataError(
                 f"the model has {num_classes} classes, background included, and {table.name} has {table.num_classes}: "
                 "they must agree (a torchvision model of 91 classes is trained on COCO's category ids, not on labels)"

@@ -17,10 +17,11 @@ from resdet.errors import UserError, WeightsError
 from resdet.evaluation.inference import suspect
 from resdet.evaluation.labels import match_labels, with_model_classes
 from resdet.evaluation.settings import InferenceSettings
-from resdet.evaluation.state import evaluation_mode, placed, random_states_kept, seed_torch
+from resdet.evaluation.state import evaluation_mode, placed
 from resdet.models.transform import model_images
 from resdet.precision import autocast
 from resdet.processes import Processes
+from resdet.random_states import random_states_kept, seed_torch
 from resdet.types import Target, target_to
 
 _PARTS = ("loss_classifier", "loss_box_reg", "loss_objectness", "loss_rpn_box_reg")

@@ -1,12 +1,10 @@
-"""What an evaluation leaves unchanged: training flags and random states."""
+"""What an evaluation leaves unchanged of a model: training flags."""
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -31,23 +29,3 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
         model.train(training[model])
         for module, flag in training.items():
             module.training = flag
-
-
-@contextmanager
-def random_states_kept(device: torch.device) -> Iterator[None]:
-    """Restore the states of the global random generators: torch's (of CPU and ``device``), NumPy's and Python's."""
-    numpy_state, python_state = np.random.get_state(), random.getstate()  # noqa: NPY002 - others use the global one
-    try:
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            yield
-    finally:
-        np.random.set_state(numpy_state)  # noqa: NPY002
-        random.setstate(python_state)
-
-
-def seed_torch(seed: int, device: torch.device) -> None:
-    """Seed torch's generators of the CPU and of ``device``; ``torch.manual_seed`` would seed those of all GPUs."""
-    torch.default_generator.manual_seed(seed)
-    if device.type == "cuda":
-        with torch.cuda.device(device):
-            torch.cuda.manual_seed(seed)

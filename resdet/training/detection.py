@@ -4,23 +4,32 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
-from resdet.build import build_model, build_train_set, build_val_set, detector_limits, inference_settings
-from resdet.config import Config, EvalConfig, HeldOut, LoaderConfig
+from resdet.build import (
+    build_given_dataset,
+    build_model,
+    build_train_set,
+    build_val_set,
+    detector_limits,
+    inference_settings,
+    missing_data,
+)
+from resdet.config import Config, EvalConfig, HeldOut, LoaderConfig, PythonSource
 from resdet.config_reading import config_to_plain
 from resdet.data.annotations import AnnotationTable
 from resdet.data.dataset import DetectionDataset
 from resdet.data.loader import Batch, train_loader
 from resdet.data.split import check_lists, write_lists
 from resdet.drawing import draw, legible_scale, picture_names, save_picture, shown_from
-from resdet.errors import TrainingError, WeightsError, printable
+from resdet.errors import TrainingError, UserError, WeightsError, printable
 from resdet.evaluation.detect import Evaluation, evaluate
 from resdet.evaluation.labels import match_labels, with_model_classes
 from resdet.evaluation.loss import validation_loss
@@ -40,7 +49,7 @@ from resdet.training.launch import launched
 from resdet.training.loop import TrainResult, run
 from resdet.training.resume import check_configuration, check_data
 from resdet.training.runlog import RunLog
-from resdet.training.settings import RunSettings
+from resdet.training.settings import Callback, RunSettings
 from resdet.training.step import accumulate_gradients
 from resdet.types import target_to
 from resdet.weights.files import read_checkpoint, read_weights, weights_in
@@ -48,7 +57,15 @@ from resdet.weights.files import read_checkpoint, read_weights, weights_in
 logger = logging.getLogger(__name__)
 
 
-def train(config: Config) -> TrainResult:
+def train(
+    config: Config,
+    *,
+    train_set: Dataset[Any] | None = None,
+    val_set: Dataset[Any] | None = None,
+    classes: Sequence[str] | None = None,
+    on_log: Callback | None = None,
+    on_evaluation: Callback | None = None,
+) -> TrainResult:
     """Train a detector as the configuration says, evaluate it, and leave everything in ``config.output_dir``.
 
     Under torchrun each process calls this, and together they compute what one process would.
@@ -56,30 +73,50 @@ def train(config: Config) -> TrainResult:
     A run that ends early, for whatever reason, continues with ``resume=auto`` as if nothing had happened: the rest is
     equal bit for bit on CPUs (with the same number of threads), and on GPUs with ``train.deterministic``.
 
+    Args:
+        config: The run; ``resdet.load_config`` and ``resdet.Config`` make one.
+        train_set: A dataset of ``(image, target)`` as ``resdet.wrap_dataset`` takes it, to train on in place of
+            ``config.data.train``. ``config.augment`` is applied to its items.
+        val_set: The same in place of ``config.data.val``. It must return the same each time.
+        classes: Names of the labels 1, 2, ... of these datasets; by default their own, and for a ``val_set`` without
+            names those of the training data.
+        on_log: Called in the main process with each line on losses that metrics.jsonl gets, ``step`` included.
+        on_evaluation: The same for the lines on evaluations. What either raises reaches the caller unchanged, when
+            last.pt is written; ``resume=auto`` continues such a run too.
+
     Raises:
         UserError: If data, weights or settings do not allow it (each subclass says which), and ``TrainingError`` if a
             loss or gradient is not finite, or memory does not suffice; last.pt is then the last good checkpoint.
+        InternalError: If the numbers of the last evaluation are not pycocotools' (``eval.reference``).
         Interrupted: After SIGTERM or SIGINT, when everything is on the disk.
     """
     begun = time.perf_counter()
+    config = stated(config, {"train": train_set, "val": val_set}, classes)
     with launched(config.output_dir, config.train, config.resume) as (team, resume_from):
         resumed = None if resume_from is None else read_weights(resume_from)  # once: it can be large
         is_rejudged = resumed is not None and check_configuration(resumed, config)
-        train_set, val_set = build_train_set(config), build_val_set(config)
-        num_images = {"train": train_set.table.num_images, "val": val_set.table.num_images}
+        if train_set is None:
+            train_data = build_train_set(config)
+        else:
+            train_data = build_given_dataset(train_set, config, team, classes, None)
+        if val_set is None:
+            val_data = build_val_set(config)
+        else:
+            val_data = build_given_dataset(val_set, config, team, classes, train_data)
+        num_images = {"train": train_data.table.num_images, "val": val_data.table.num_images}
         if resumed is not None:
-            before, now = ([c.name for c in categories] for categories in (resumed.categories, train_set.categories))
+            before, now = ([c.name for c in categories] for categories in (resumed.categories, train_data.categories))
             is_rejudged |= check_data(resumed, before, now, num_images)
         if isinstance(config.data.val, HeldOut):
             if resumed is not None:
-                check_lists(resumed.path.parent, train_set.table, val_set.table)
-            team.on_main(lambda: write_lists(config.output_dir, train_set.table, val_set.table))
+                check_lists(resumed.path.parent, train_data.table, val_data.table)
+            team.on_main(lambda: write_lists(config.output_dir, train_data.table, val_data.table))
         if team.is_main:
-            warn_of_dense_images(config, {"train": train_set.table, "val": val_set.table})
+            warn_of_dense_images(config, {"train": train_data.table, "val": val_data.table})
         torch.manual_seed(config.seed)
-        model = build_model(config.model, train_set, resume_from=resumed).to(team.device)
-        val_set = with_model_classes(model, val_set)
-        match_labels(model, val_set.table)  # other classes in data.val are reported now, not at the first evaluation
+        model = build_model(config.model, train_data, resume_from=resumed).to(team.device)
+        val_data = with_model_classes(model, val_data)
+        match_labels(model, val_data.table)  # other classes in data.val are reported now, not at the first evaluation
         saved = {} if resumed is None else load_training_state(resumed, model)
         del resumed  # the model has copies of its tensors
         settings = RunSettings(
@@ -93,10 +130,32 @@ def train(config: Config) -> TrainResult:
             num_images=num_images["train"],
             num_val_images=num_images["val"],
             is_rejudged=is_rejudged,
+            on_log=on_log,
+            on_evaluation=on_evaluation,
         )
         inference = inference_settings(config)
-        task = DetectionTask(model, train_set, val_set, settings, config.loader, config.eval, inference, team)
+        task = DetectionTask(model, train_data, val_data, settings, config.loader, config.eval, inference, team)
         return run(task, settings, team, begun=begun, saved=saved)
+
+
+def stated(config: Config, given: Mapping[str, Dataset[Any] | None], classes: Sequence[str] | None) -> Config:
+    """Return the configuration with the datasets that a program gives, by split, stated in its data section.
+
+    Raises:
+        UserError: If a dataset is neither given nor in the configuration.
+    """
+    sources = {}
+    for split, dataset in given.items():
+        source = getattr(config.data, split)
+        if dataset is not None:
+            size = len(dataset) if isinstance(dataset, Sized) and len(dataset) else None
+            names = None if classes is None else list(classes)
+            sources[split] = PythonSource(dataset=type(dataset).__name__, num_images=size, classes=names)
+        elif isinstance(source, PythonSource):
+            raise missing_data(source, f"data.{split}")
+        elif isinstance(source, HeldOut) and given["train"] is not None:
+            raise UserError("data.val.fraction: divides a dataset of files, not train_set: give val_set too")
+    return config.model_copy(update={"data": config.data.model_copy(update=sources)})
 
 
 def warn_of_dense_images(config: Config, tables: Mapping[str, AnnotationTable]) -> None:

@@ -29,7 +29,7 @@ from resdet.training.folder import CONFIG
 from resdet.training.guards import Moment
 from resdet.training.interrupt import StopNow, StopSignals
 from resdet.training.runlog import RunLog, memory_in_use
-from resdet.training.settings import RunSettings
+from resdet.training.settings import Callback, RunSettings
 from resdet.training.state import Learner, RunState, set_up, training_state
 from resdet.training.step import BatchT, accumulate_gradients, add_up
 
@@ -115,8 +115,9 @@ def run(
                     save(task, learner, state)  # evaluation can take long: keep what was trained
                 paused = time.perf_counter()
                 with stoppable(task, learner, state, stop):
-                    evaluate(task, learner, state, log)
+                    line = evaluate(task, learner, state, log)
                 save(task, learner, state)
+                tell(settings.on_evaluation, line, task, learner, state)
                 state.logged_at += time.perf_counter() - paused
             if is_over(state, settings):
                 break
@@ -160,7 +161,8 @@ def run(
             state.log_steps += 1
             add_up(state.log_sums, values)
             if state.step % train.log_every == 0 or state.step == num_steps:
-                log_interval(task, learner, state, log, lr)
+                line = log_interval(task, learner, state, log, lr)
+                tell(settings.on_log, line, task, learner, state)
 
             if stop_wish > 0:
                 save(task, learner, state)
@@ -188,12 +190,15 @@ def is_over(state: RunState, settings: RunSettings) -> bool:
     return state.step >= settings.num_steps or is_stuck
 
 
-def evaluate(task: Task[BatchT], learner: Learner, state: RunState, log: RunLog) -> None:
-    """Evaluate, log the metrics, keep the model as best.pt if it is the best, and write the task's report."""
+def evaluate(task: Task[BatchT], learner: Learner, state: RunState, log: RunLog) -> dict[str, Any]:
+    """Evaluate, log the metrics, keep the model as best.pt if it is the best, and write the task's report.
+
+    Returns the line of metrics.jsonl.
+    """
     settings, is_main = learner.settings, learner.team.is_main
     learner.team.share_buffers(learner.evaluated)
     state.metrics, state.evaluated = task.evaluate(learner.evaluated), state.step
-    log.evaluation(state.step, state.metrics, shown=task.shown_metrics)
+    line = log.evaluation(state.step, state.metrics, shown=task.shown_metrics)
     metric = state.metrics[settings.best_metric]
     if state.best is None or metric > state.best:
         state.best, state.num_worse = metric, 0
@@ -207,6 +212,26 @@ def evaluate(task: Task[BatchT], learner: Learner, state: RunState, log: RunLog)
     if is_main:
         with reported_disk_errors(settings.output_dir, f"the report in {settings.output_dir}"):
             task.report(log, state.step, is_final=is_over(state, settings))
+    return line
+
+
+def tell(
+    callback: Callback | None, line: dict[str, Any], task: Task[BatchT], learner: Learner, state: RunState
+) -> None:
+    """Call a callback in the main process; what it raises ends the run in all of them, when last.pt is written."""
+    if callback is None:
+        return
+    raised: BaseException | None = None
+    if learner.team.is_main:
+        try:
+            callback(line)
+        except BaseException as error:  # a program's own reason to stop, whatever it is
+            raised = error
+    if not any(learner.team.gather(raised is not None)):
+        return
+    if state.saved != state.step:
+        save(task, learner, state)
+    raise raised or TrainingError(f"process {learner.team.rank}: a callback in process 0 has ended the run")
 
 
 def save(task: Task[BatchT], learner: Learner, state: RunState) -> None:
@@ -237,8 +262,8 @@ def compute_gradients(
             learner.optimizer.zero_grad(set_to_none=True)
 
 
-def log_interval(task: Task[BatchT], learner: Learner, state: RunState, log: RunLog, lr: float) -> None:
-    """Log the means since the last line of metrics.jsonl and begin a new interval."""
+def log_interval(task: Task[BatchT], learner: Learner, state: RunState, log: RunLog, lr: float) -> dict[str, Any]:
+    """Log the means since the last line of metrics.jsonl and begin a new interval; return the line."""
     elapsed, batch_size = time.perf_counter() - state.logged_at, learner.settings.train.batch_size
     sums = torch.stack(list(state.log_sums.values()))  # one number for each name
     means = learner.team.mean(sums / state.log_steps).tolist()  # waits for the device
@@ -250,9 +275,10 @@ def log_interval(task: Task[BatchT], learner: Learner, state: RunState, log: Run
         "data_s": state.data_s / state.log_steps,
         "step_s": elapsed / state.log_steps,
     }
-    log.losses(state.step, values | measured | memory_in_use(learner.team.device))
+    line = log.losses(state.step, values | measured | memory_in_use(learner.team.device))
     state.log_sums, state.log_steps, state.logged_at, state.data_s = {}, 0, time.perf_counter(), 0.0
     learner.rate.after_interval(state.step, values, state.schedule)
+    return line
 
 
 @contextmanager

@@ -62,7 +62,7 @@ APPLIED = frozenset(
         ),
         *_keys(
             "data.train",
-            "images annotations unreadable classes root split use_difficult num_images image_size seed",
+            "images annotations unreadable classes root split use_difficult dataset num_images image_size seed",
         ),
         *_keys(
             "augment",

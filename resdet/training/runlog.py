@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -95,19 +95,21 @@ class RunLog:
         if self._bar is not None:
             self._bar.update()
 
-    def losses(self, step: int, values: Mapping[str, float]) -> None:
-        """Log one interval of training: losses, rate, speed."""
-        self._write(step, values, "train")
+    def losses(self, step: int, values: Mapping[str, float]) -> dict[str, Any]:
+        """Log one interval of training: losses, rate, speed; return the line of metrics.jsonl."""
+        line = self._write(step, values, "train")
         if self._bar is not None:
             self._bar.set_postfix(
                 loss=f"{values['loss']:.3f}", lr=f"{values['lr']:.2g}", images_per_s=f"{values['images_per_s']:.1f}"
             )
+        return line
 
-    def evaluation(self, step: int, metrics: Mapping[str, float], *, shown: Sequence[str]) -> None:
-        """Log one evaluation; the terminal shows some of its metrics."""
-        self._write(step, metrics, "val")
+    def evaluation(self, step: int, metrics: Mapping[str, float], *, shown: Sequence[str]) -> dict[str, Any]:
+        """Log one evaluation; the terminal shows some of its metrics. Return the line of metrics.jsonl."""
+        line = self._write(step, metrics, "val")
         if self._board is not None:
             logger.info("step %d: %s", step, "  ".join(f"{name} {metrics[name]:.3f}" for name in shown))
+        return line
 
     def picture(self, step: int, name: str, image: npt.NDArray[np.uint8]) -> None:
         """Show a drawn image (uint8 ``[H, W, 3]``) in TensorBoard."""
@@ -115,16 +117,17 @@ class RunLog:
             with reported_disk_errors(self._folder / EVENTS):
                 self._board.add_image(f"detections/{name}", image, step, dataformats="HWC")
 
-    def _write(self, step: int, values: Mapping[str, float], group: str) -> None:
-        if self._board is None:
-            return
+    def _write(self, step: int, values: Mapping[str, float], group: str) -> dict[str, Any]:
         # JSON has no infinity (a gradient norm under fp16) and no NaN.
-        plain = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        line = {"step": step, **{name: value if math.isfinite(value) else None for name, value in values.items()}}
+        if self._board is None:
+            return line
         with reported_disk_errors(self._path), self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **plain}) + "\n")
+            file.write(json.dumps(line) + "\n")
         with reported_disk_errors(self._folder / EVENTS):
             for name, value in values.items():
                 self._board.add_scalar(f"{group}/{name}", value, step)
+        return line
 
 
 @contextmanager

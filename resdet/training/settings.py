@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from resdet.config import OptimConfig, TrainConfig
+
+Callback = Callable[[dict[str, Any]], object]
+"""Takes a line of metrics.jsonl, in the main process; what it returns is ignored, and what it raises ends the run."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,8 @@ class RunSettings:
     is_rejudged: bool = False  # evaluations before resuming are not comparable with those to come
     plateau_patience: int | None = None  # for LearningRate, as is the next
     warmup_until_error: float | None = None
+    on_log: Callback | None = None  # called after each line on losses
+    on_evaluation: Callback | None = None  # called after each line on an evaluation
 
     @property
     def num_steps(self) -> int:
