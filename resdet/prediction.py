@@ -6,7 +6,6 @@ import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from operator import length_hint
 from pathlib import Path
 from typing import TypeAlias
 
@@ -106,9 +105,9 @@ def predict_each(
     """
     if every < 1:
         raise UserError(f"every must be at least 1, got {every}")
-    found = find_sources(images)
+    found: Iterable[Found] = find_sources(images)
     if isinstance(images, Sequence | os.PathLike):
-        found = iter(list(found))
+        found = list(found)
     return _results(model, found, _tiled(settings, tiles), every, score_threshold, stored_pixels, on_unreadable)
 
 
@@ -130,7 +129,7 @@ def _results(
     if not isinstance(model, nn.Module):
         model = load_detector(checkpoint_in(Path(model)))
         settings = replace(settings, device=settings.device or device_for(model, "auto"))
-    total = length_hint(found) or None
+    total = len(found) if isinstance(found, list) and not any(is_video(one.source) for one in found) else None
     return _detected(model, _images(found, every, not stored_pixels, on_unreadable), total, settings, score_threshold)
 
 

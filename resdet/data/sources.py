@@ -20,7 +20,7 @@ from torch import Tensor
 from resdet.data.image_files import find_images
 from resdet.data.images import image_to_rgb, read_image
 from resdet.data.video import Frame, is_video, read_frames
-from resdet.errors import DataError, UnreadableImageError, UserError, WeightsError, first_line
+from resdet.errors import DataError, UnreadableImageError, UserError, WeightsError, first_line, printable_name
 from resdet.weights.download import TIMEOUT, open_url
 
 Source: TypeAlias = str | os.PathLike[str] | Image.Image | npt.NDArray[np.uint8] | Tensor
@@ -76,7 +76,9 @@ def find_sources(images: Source | Iterable[Source]) -> Iterator[Found]:
 
 def source_name(source: Path | str) -> str:
     """Return the file name of a path or URL, without folders."""
-    return source.name if isinstance(source, Path) else PurePosixPath(unquote(urlparse(source).path)).name or "image"
+    if isinstance(source, Path):
+        return source.name
+    return printable_name(PurePosixPath(unquote(urlparse(source).path)).name) or "image"
 
 
 def read_source(

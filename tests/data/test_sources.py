@@ -195,6 +195,7 @@ def test_images_are_read_from_urls(server: str, path: str) -> None:
     assert found.path == f"{server}/{path}"
     assert source_name(found.path) == ("moved" if "moved" in path else "photo 1.png")
     assert source_name("https://host") == "image"
+    assert source_name("https://host/a%00%2F..%0Ab.jpg") == "..\\nb.jpg"
 
 
 @pytest.mark.parametrize(
