@@ -15,7 +15,6 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from resdet.commands.run import checkpoint_in
 from resdet.data.sources import Found, Source, find_sources, read_source
 from resdet.data.video import Frame, is_video
 from resdet.drawing import shown_from
@@ -27,7 +26,7 @@ from resdet.models.checkpoint import load_detector
 from resdet.result import Result
 
 Model: TypeAlias = nn.Module | str | os.PathLike[str]
-"""A ``Detector``, any torchvision ``FasterRCNN``, or what ``load_detector`` reads, or the folder of a run."""
+"""A ``Detector``, any torchvision ``FasterRCNN``, or what ``load_detector`` takes."""
 
 OnUnreadable: TypeAlias = Callable[[Path | str, DataError], None]
 
@@ -47,9 +46,9 @@ def predict(
     them than that, and for videos.
 
     Args:
-        model: A ``Detector``, any torchvision ``FasterRCNN``, or what ``load_detector`` takes; a run's folder stands
-            for its best.pt. A model that is loaded here goes to the GPU if there is one and ``settings.device`` does
-            not say otherwise; load it yourself for more than one call.
+        model: A ``Detector``, any torchvision ``FasterRCNN``, or what ``load_detector`` takes: a file, a URL, a run's
+            folder, a published detector's name. A model that is loaded here goes to the GPU if there is one and
+            ``settings.device`` does not say otherwise; load it yourself for more than one call.
         images: One, or a list, an iterator or a 4-D array of
 
             * paths of files, of folders (for their images by name) and patterns such as ``photos/**/*.jpg``;
@@ -127,7 +126,7 @@ def _results(
     if settings.batch_size < 1:
         raise UserError(f"batch_size must be at least 1, got {settings.batch_size}")
     if not isinstance(model, nn.Module):
-        model = load_detector(checkpoint_in(Path(model)))
+        model = load_detector(model)
         settings = replace(settings, device=settings.device or device_for(model, "auto"))
     total = len(found) if isinstance(found, list) and not any(is_video(one.source) for one in found) else None
     return _detected(model, _images(found, every, not stored_pixels, on_unreadable), total, settings, score_threshold)

@@ -20,8 +20,8 @@ from torch import Tensor
 from resdet.data.image_files import find_images
 from resdet.data.images import image_to_rgb, read_image
 from resdet.data.video import Frame, is_video, read_frames
-from resdet.errors import DataError, UnreadableImageError, UserError, WeightsError, first_line, printable_name
-from resdet.weights.download import TIMEOUT, open_url
+from resdet.errors import DataError, UnreadableImageError, UserError, WeightsError, printable_name
+from resdet.weights.download import open_url, reason_of
 
 Source: TypeAlias = str | os.PathLike[str] | Image.Image | npt.NDArray[np.uint8] | Tensor
 """A path (of a file or folder, or a pattern), an http, https or file URL, or an image in memory."""
@@ -63,9 +63,7 @@ def find_sources(images: Source | Iterable[Source]) -> Iterator[Found]:
             yield Found(where, source)
         elif isinstance(source, str) and (scheme in ("http", "https") or scheme in _STREAMS):
             if scheme in _STREAMS or is_video(Path(source_name(source))):
-                raise UserError(
-                    f"{source}: videos are read from files only: save it as one, or pass its frames as arrays"
-                )
+                raise UserError(f"{source}: only files are read as videos: save it, or pass its frames as arrays")
             yield Found(source, source)
         elif isinstance(source, str | os.PathLike) and not isinstance(os.fspath(source), bytes):
             path = url2pathname(urlparse(str(source)).path) if scheme == "file" else source
@@ -105,10 +103,7 @@ def _downloaded(url: str, upright: bool) -> npt.NDArray[np.uint8]:
             # Headers may lie: no more is read than is allowed, and one byte.
             content = response.read(MAX_DOWNLOAD + 1)
     except (OSError, HTTPException, WeightsError) as error:
-        reason = getattr(error, "reason", None)  # of a URLError, which a connection raises
-        cause = reason if isinstance(reason, OSError) else error
-        why = f"nothing came for {TIMEOUT:g} seconds" if isinstance(cause, TimeoutError) else first_line(cause)
-        raise UnreadableImageError(f"{url}: cannot be downloaded ({why})") from error
+        raise UnreadableImageError(f"{url}: {reason_of(error)}") from error
     if len(content) > MAX_DOWNLOAD:
         raise UnreadableImageError(f"{url}: refused: an image file may have at most {MAX_DOWNLOAD} bytes")
     with tempfile.TemporaryDirectory() as folder:

@@ -53,7 +53,7 @@ def download(url: str, path: Path, *, progress: bool = True) -> None:
         if not kept:
             remove_begun(path)
         note = f"; the {kept} bytes that came are kept, and the next attempt goes on from there" if kept else ""
-        raise WeightsError(f"{url}: {_reason(error)}{note}") from error
+        raise WeightsError(f"{url}: {reason_of(error)}{note}") from error
     except KeyboardInterrupt:
         if not version.exists():
             remove_begun(path)
@@ -72,7 +72,8 @@ class _BrokeOffError(OSError):
     """The connection ended early."""
 
 
-def _reason(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
+    """Return why a connection failed, for a message that begins with the address."""
     if isinstance(error, _BrokeOffError):
         return str(error)
     reason = getattr(error, "reason", None)  # of a URLError, which a connection raises

@@ -131,8 +131,8 @@ def test_what_is_no_image_in_memory_is_refused_with_its_position(image: object, 
         (["none.jpg"], DataError, "none.jpg: no such file or folder"),
         ("no*.jpg", DataError, "no*.jpg: no image or video matches this pattern"),
         ("empty", DataError, "empty: no images or videos in this folder (looked for .jpg, "),
-        ("rtsp://camera/1", UserError, "rtsp://camera/1: videos are read from files only: save it as one, or pass its"),
-        ("http://host/a.mp4?x=1", UserError, "http://host/a.mp4?x=1: videos are read from files only: save it as one"),
+        ("rtsp://camera/1", UserError, "rtsp://camera/1: only files are read as videos: save it, or pass its frames"),
+        ("http://host/a.mp4?x=1", UserError, "http://host/a.mp4?x=1: only files are read as videos: save it"),
     ],
 )
 def test_what_is_no_source_is_named(
@@ -211,8 +211,7 @@ def test_images_are_read_from_urls(server: str, path: str) -> None:
 def test_what_cannot_be_downloaded_is_an_unreadable_image(
     server: str, path: str, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (download, sources):
-        monkeypatch.setattr(module, "TIMEOUT", 0.3)
+    monkeypatch.setattr(download, "TIMEOUT", 0.3)
     with pytest.raises(UnreadableImageError) as caught:
         read_all(f"{server}/{path}")
     assert str(caught.value).startswith(f"{server}/{path}: ")
