@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,14 +23,17 @@ from resdet.classification.config import PretrainConfig
 from resdet.config import (
     CocoSource,
     Config,
+    DataConfig,
     HeldOut,
     ModelConfig,
     PythonSource,
     ShapesSource,
     Source,
+    VocSource,
     YoloSource,
     config_from_plain,
 )
+from resdet.data.annotations import AnnotationTable
 from resdet.data.augment.pipeline import MIN_VISIBILITY, build_augment
 from resdet.data.coco import read_coco
 from resdet.data.dataset import DetectionDataset
@@ -41,6 +44,7 @@ from resdet.data.shapes import ShapesImages, shapes_table
 from resdet.data.split import held_out_images
 from resdet.data.torch_datasets import wrap_dataset
 from resdet.data.voc import read_voc
+from resdet.data.writing import Part
 from resdet.data.yolo import read_yolo
 from resdet.errors import DataError, UserError, WeightsError
 from resdet.evaluation.settings import InferenceSettings
@@ -75,21 +79,39 @@ def build_dataset(
     if isinstance(source, PythonSource):
         raise missing_data(source)
     if isinstance(source, ShapesSource):
-        table = shapes_table(source.num_images, source.image_size, source.seed)
-        if source.classes is not None:
-            table = table.select_classes(source.classes)
-        return DetectionDataset(table, ShapesImages(source.image_size, source.seed), steps, training=training)
-    source, use_difficult = _on_disk(source), False
+        drawn = _drawn(source)
+        return DetectionDataset(drawn, ShapesImages(source.image_size, source.seed), steps, training=training)
+    table, root = _read(source, training=training, divided=divided)
+    images = FolderImages(root, table, upright=isinstance(source, YoloSource))
     skip = training and source.unreadable == "skip"
+    try:
+        check_files(root, table)
+    except DataError as error:
+        if not skip or not os.path.isdir(root):
+            raise
+        logger.warning("%s; other images will replace them (unreadable: skip)", error)
+    use_difficult = isinstance(source, VocSource) and source.use_difficult
+    return DetectionDataset(table, images, steps, training=training, use_difficult=use_difficult, skip_unreadable=skip)
+
+
+def _drawn(source: ShapesSource) -> AnnotationTable:
+    table = shapes_table(source.num_images, source.image_size, source.seed)
+    return table if source.classes is None else table.select_classes(source.classes)
+
+
+def _read(
+    source: CocoSource | VocSource | YoloSource, *, training: bool, divided: HeldOut | None = None
+) -> tuple[AnnotationTable, Path]:
+    """Read the annotations of a dataset, or of a part of it; return the folder of its file names too."""
+    source = _on_disk(source)
     if isinstance(source, CocoSource):
         table, root = read_coco(source.annotations, classes=source.classes), source.images
     elif isinstance(source, YoloSource):
         # Both parts of a dataset must be parts of one table.
-        left_out = skip if divided is None else source.unreadable == "skip"
+        left_out = (training or divided is not None) and source.unreadable == "skip"
         table, root = read_yolo(source.root, source.split, classes=source.classes, skip_unreadable=left_out)
     else:
         table, root = read_voc(source.root, source.split, classes=source.classes), source.root
-        use_difficult = source.use_difficult
     if divided is not None:
         if source.unreadable != "skip" or not os.path.isdir(root):
             check_files(root, table)
@@ -97,14 +119,26 @@ def build_dataset(
         table = table.select_images(np.flatnonzero(~held_out if training else held_out))
         for note in () if training else notes:
             logger.info("%s", note)
-    images = FolderImages(root, table, upright=isinstance(source, YoloSource))
-    try:
+    return table, root
+
+
+def build_parts(data: DataConfig | Mapping[str, Source]) -> list[Part]:
+    """Read the splits of a configuration or of a folder, to write them in another layout; all images must exist."""
+    divided = None
+    if isinstance(data, DataConfig):
+        divided = data.val if isinstance(data.val, HeldOut) else None
+        data = {"train": data.train, "val": data.train if isinstance(data.val, HeldOut) else data.val}
+    parts = []
+    for name, source in data.items():
+        if isinstance(source, PythonSource):
+            raise missing_data(source, f"data.{name}")
+        if isinstance(source, ShapesSource):
+            parts.append(Part(name, _drawn(source), ShapesImages(source.image_size, source.seed), source.format))
+            continue
+        table, root = _read(source, training=name == "train", divided=divided)
         check_files(root, table)
-    except DataError as error:
-        if not skip or not os.path.isdir(root):
-            raise
-        logger.warning("%s; other images will replace them (unreadable: skip)", error)
-    return DetectionDataset(table, images, steps, training=training, use_difficult=use_difficult, skip_unreadable=skip)
+        parts.append(Part(name, table, root, source.format))
+    return parts
 
 
 def build_train_set(config: Config, *, augmented: bool = True) -> DetectionDataset:

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Union
 
 import yaml
-from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, TypeAdapter, model_serializer, model_validator
 from typing_extensions import Self
 
 from resdet.config_reading import Overrides, Section, json_schema, load_settings, or_text, parse_settings
-from resdet.data.folder import folder_sections
+from resdet.data.folder import folder_sections, folder_splits
 from resdet.models.archs import VGGArch, find_arch
 from resdet.models.spec import WEIGHTS_FIELDS, DetectorSpec, Tiles, Tricks, WeightsOrigin
 
@@ -430,6 +430,12 @@ def folder_config(folder: str | Path, overrides: Sequence[str] = ()) -> Config:
     """
     plain = {"data": folder_sections(str(folder)), "train": {"steps": 1}, "output_dir": "runs"}
     return config_from_plain(plain, overrides, source=str(folder))
+
+
+def folder_sources(folder: Path) -> dict[str, Source]:
+    """Return all sets of images in a dataset's folder, by "train", "val" and "test"; raises as ``folder_config``."""
+    parse: TypeAdapter[Source] = TypeAdapter(Source)
+    return {name: parse.validate_python(section, strict=False) for name, section in folder_splits(folder).items()}
 
 
 def parse_tricks(settings: Sequence[str]) -> Tricks:

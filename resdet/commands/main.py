@@ -13,7 +13,7 @@ from resdet.errors import UserError, first_line
 from resdet.version import VERSION
 
 COMMANDS = (
-    *("train", "eval", "predict", "export", "check", "convert", "quantize"),
+    *("train", "eval", "predict", "export", "check", "convert", "convert-data", "quantize"),
     *("pretrain", "eval-classifier", "describe", "recipes", "config", "benchmark"),
 )
 """The subcommands in the order of ``resdet --help``; each is the module of its name, whose docstring begins with what

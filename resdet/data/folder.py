@@ -129,6 +129,21 @@ def folder_sections(folder: str) -> dict[str, Any]:
     return sections
 
 
+def folder_splits(folder: Path) -> dict[str, dict[str, Any]]:
+    """Return the sections of all sets of images in a dataset's folder, by their names ("train", "val", "test").
+
+    A single one without such a name is "train". Errors are those of ``folder_sections``.
+    """
+    path = folder.expanduser()
+    sections: dict[str, dict[str, Any]] = {}
+    found, _ = _all_found(path)
+    for one in found:
+        if sections.setdefault(one.split or "train", one.section) is not one.section:
+            same = [other for other in found if (other.split or "train") == (one.split or "train")]
+            raise DataError(f"{path}: {_candidates(f'it cannot be told which of these is {one.split}', same)}")
+    return sections
+
+
 def _all_found(path: Path) -> tuple[list[_Found], list[str]]:
     """Return the sets of images of one layout, and what else looked like annotations with why it is none."""
     if is_file(path) and path.suffix in _YOLO_CONFIGS:

@@ -144,6 +144,14 @@ def label_folder(folder: str) -> str:
     return labels if os.path.isdir(labels) else folder
 
 
+def describes_classes(path: Path) -> bool:
+    """Check whether a YAML file has the class names, or their number, of a data set in YOLO's layout."""
+    try:
+        return bool({"names", "nc"} & _read_yaml(path).keys())
+    except DataError:
+        return False
+
+
 def read_names(path: Path) -> tuple[str, ...]:
     """Read a file of class names, one a line."""
     try:
@@ -165,20 +173,13 @@ def _config_in(folder: Path) -> Path | None:
         if name in names:
             return folder / name
     others = [folder / name for name in sorted(names) if name.endswith((".yaml", ".yml"))]
-    found = [path for path in others if _describes_classes(path)]
+    found = [path for path in others if describes_classes(path)]
     if len(found) > 1:
         listed = name_some([path.name for path in found])
         raise DataError(
             f"{folder}: several files describe a data set: {listed}; name one of them in place of the folder"
         )
     return found[0] if found else None
-
-
-def _describes_classes(path: Path) -> bool:
-    try:
-        return bool({"names", "nc"} & _read_yaml(path).keys())
-    except DataError:
-        return False
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
