@@ -41,19 +41,21 @@ def draw(
     """Draw boxes with class names and scores on a copy of a uint8 RGB image, ``[scale * H, scale * W, 3]``.
 
     A class has the same colour in every picture; a label without a category is written as a number. Detections below
-    ``score_threshold`` are left out. Lines and letters grow with the image. The best detections are on top; a name is
-    above its box, or inside or below it if another name is there, and never outside the image.
+    ``score_threshold`` are left out. Lines and letters grow with the image, unless they would cover small objects in a
+    large one. The best detections are on top; a name is above its box, or inside or below it if another name is there,
+    and never outside the image.
     """
     image = image.repeat(scale, axis=0).repeat(scale, axis=1)
     height, width = image.shape[:2]
     picture = Image.fromarray(image)
     canvas = ImageDraw.Draw(picture)
-    line = max(1, round((height + width) / 500))
-    font = ImageFont.load_default(size=max(10, round((height + width) / 95)))
+    shown = above(prediction, score_threshold)
+    size_shown = _size_shown(height + width, scale * shown["boxes"])
+    line = max(1, round(size_shown / 500))
+    font = ImageFont.load_default(size=max(10, round(size_shown / 95)))
     ascent, descent = font.getmetrics() if isinstance(font, ImageFont.FreeTypeFont) else (10, 2)
     names = {category.label: printable_name(category.name) for category in categories}
 
-    shown = above(prediction, score_threshold)
     best_first = torch.argsort(shown["scores"], descending=True, stable=True).tolist()
     boxes, labels, scores = (scale * shown["boxes"]).tolist(), shown["labels"].tolist(), shown["scores"].tolist()
     for i in reversed(best_first):
@@ -75,6 +77,18 @@ def draw(
         canvas.rectangle((left, top, right - 1, bottom - 1), fill=color)
         canvas.text((left + line, top), text, fill=ink, font=font)
     return np.asarray(picture).copy()
+
+
+def _size_shown(sides: int, boxes: torch.Tensor) -> float:
+    """Return the sum of the sides of the image for which lines and letters are made.
+
+    It is that of the picture, or of the part of it that one looks at where objects are small: 40 times the side of the
+    middle one of ``boxes``, ``[N, 4]``, and no less than 1,200 pixels.
+    """
+    if not len(boxes):
+        return sides
+    middle = float((boxes[:, 2:] - boxes[:, :2]).amax(dim=1).median())
+    return min(sides, max(1200, 40 * middle))
 
 
 def _free_place(

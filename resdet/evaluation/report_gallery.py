@@ -16,7 +16,9 @@ from resdet.evaluation.report_runs import MeasuredRun
 from resdet.types import Floats, Ints
 
 _MAX_SIDE = 640
+_LEGIBLE = 16  # pixels of a picture that an object should have; of larger images a part is shown where it has fewer
 _BYTES_PER_BOX = 230  # what a box adds to the page
+_MAX_CANDIDATES = 1000  # errors around which a part of the image is considered
 _KINDS = (*ERROR_KINDS, "uncounted", "hit")
 _MISSED = ERROR_KINDS.index("missed")
 _HIT, _UNCOUNTED = -1, -2  # a detection that is no error is one of these: indices into _KINDS
@@ -27,7 +29,8 @@ def gallery(
 ) -> dict[str, Any]:
     """Return the images that cost most AP in any run, with all boxes, as many as the budget allows.
 
-    Of images of equal cost, as when nothing at all was found, the one with more errors comes first.
+    Of images of equal cost, as when nothing at all was found, the one with more errors comes first. Of an image whose
+    objects would be too small to see, the part with most errors is shown.
     """
     every_error = [one.errors.errors for one in measured]
     loss = np.stack([one.errors.image_loss for one in measured])  # [runs, I]
@@ -42,16 +45,22 @@ def gallery(
     for index in order[:max_images].tolist():
         boxes = _ground_truth(dataset.table, measured, missed, index)
         found = [box for run in range(len(measured)) for box in _found(measured[run], *verdicts[run], run, index)]
-        picture = jpeg_url(dataset.image(index), _MAX_SIDE, optimize=True)
+        height, width = dataset.table.sizes[index].tolist()
+        x1, y1, x2, y2 = part = _part(boxes, found, width, height)
+        shown = f"{x2 - x1}x{y2 - y1} of {width}x{height} px, at {x1}, {y1}"
+        boxes, found = _within(boxes, part), _within(found, part)
+        picture = jpeg_url(dataset.image(index)[y1:y2, x1:x2], _MAX_SIDE, optimize=True)
         num_bytes += len(picture) + _BYTES_PER_BOX * (len(boxes) + len(found))
         if num_bytes > max_bytes:
             break
-        height, width = dataset.table.sizes[index].tolist()
         shots.append(
             {
                 "name": str(dataset.table.file_names[index]),
-                "width": width,
-                "height": height,
+                "width": x2 - x1,
+                "height": y2 - y1,
+                "part": ""
+                if part == (0, 0, width, height)
+                else f"{x2 - x1}x{y2 - y1} of {width}x{height} px, at {x1}, {y1}",
                 "picture": picture,
                 "ground_truth": boxes,
                 "detections": found,
@@ -65,6 +74,36 @@ def gallery(
         "megabytes": f"{max_bytes / 1e6:g}",
         "max_images": max_images,
     }
+
+
+def _part(
+    boxes: Sequence[dict[str, Any]], found: Sequence[dict[str, Any]], width: int, height: int
+) -> tuple[int, int, int, int]:
+    """Return what to show of an image, ``(x1, y1, x2, y2)``: all of it if its objects are large enough to see."""
+    rects = np.array([box["rect"] for box in (*boxes, *found)]).reshape(-1, 4)  # x, y, width, height
+    if not len(rects):
+        return 0, 0, width, height
+    side = max(_MAX_SIDE, round(_MAX_SIDE * float(np.median(rects[:, 2:].max(axis=1))) / _LEGIBLE))
+    size = np.minimum([width, height], side)
+    wrong = [any(box["missed"]) for box in boxes] + [box["kind"] in ERROR_KINDS for box in found]
+    centers = (rects[:, :2] + rects[:, 2:] / 2)[wrong][-_MAX_CANDIDATES:]  # [E, 2], the surest detections last
+    if max(width, height) <= side or not len(centers):
+        return 0, 0, width, height
+    corners = np.clip(np.round(centers - size / 2), 0, [width, height] - size)  # [E, 2]
+    held = ((centers >= corners[:, None]) & (centers <= corners[:, None] + size)).all(axis=2).sum(axis=1)  # [E]
+    x, y = corners[held.argmax()].astype(int).tolist()
+    return x, y, x + int(size[0]), y + int(size[1])
+
+
+def _within(boxes: list[dict[str, Any]], part: tuple[int, int, int, int]) -> list[dict[str, Any]]:
+    """Return the boxes that meet a part of the image, in pixels of the part."""
+    x1, y1, x2, y2 = part
+    return [
+        box | {"rect": [x - x1, y - y1, width, height]}
+        for box in boxes
+        for x, y, width, height in [box["rect"]]
+        if x < x2 and y < y2 and x + width > x1 and y + height > y1
+    ]
 
 
 def _verdicts(measured: MeasuredRun) -> tuple[Ints, Floats]:

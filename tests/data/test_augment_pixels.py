@@ -37,6 +37,7 @@ exact:
 - Crop: {x_min: 10, y_min: 20, x_max: 90, y_max: 80, p: 1}
 - RandomCrop: {height: 60, width: 80, p: 1}
 - RandomCropFromBorders: {p: 1}
+- RandomTile: {side: 64}
 - Pad: {padding: 10, p: 1}
 - PadIfNeeded: {min_height: 128, min_width: 128, p: 1}
 - CoarseDropout: {num_holes_range: [2, 4], hole_height_range: [0.2, 0.5], hole_width_range: [0.2, 0.5], p: 1}

@@ -87,6 +87,71 @@ def test_a_window_of_a_much_enlarged_image_is_cut_from_it(corner, window):
         assert np.abs(np.roll(got, 1, axis=1) - expected).max() <= 2
 
 
+# --- random tiles
+
+
+def test_a_random_tile_is_cut_out_of_the_image_with_its_boxes():
+    boxes = [(100, 100, 120, 120), (300, 40, 330, 60), (10, 180, 40, 199)]
+    before = sample_of(boxes, size=(200, 400))
+    augment = build_augment([{"RandomTile": {"side": 64}}], min_visibility=0.5)
+    seen = set()
+    for seed in range(60):
+        tile = augment(before, seed=seed)
+        assert tile.image.shape == (64, 64, 3)
+        window = np.lib.stride_tricks.sliding_window_view(before.image[..., 0], 64, axis=1)
+        (top, left), *more = [
+            (y, x)
+            for y, x in np.argwhere(
+                (window[:137, :, 0] == tile.image[0, 0, 0]) & (window[:137, :, 63] == tile.image[0, 63, 0])
+            )
+            if np.array_equal(before.image[y : y + 64, x : x + 64], tile.image)
+        ]
+        assert not more
+        expected = np.clip(before.boxes - [left, top, left, top], 0, 64)
+        share = np.prod(expected[:, 2:] - expected[:, :2], axis=1) / np.prod(
+            before.boxes[:, 2:] - before.boxes[:, :2], axis=1
+        )
+        assert tile.annotation_ids.tolist() == np.flatnonzero(share >= 0.5).tolist()
+        assert np.array_equal(tile.boxes, expected[share >= 0.5].astype(np.float32))
+        assert np.allclose(tile.visible, share[share >= 0.5])
+        seen.add((int(top), int(left)))
+    assert len(seen) > 50, "tiles are drawn anew for each seed"
+
+
+@pytest.mark.parametrize("share", [0, 0.6, 1])
+def test_random_tiles_hold_an_object_as_often_as_is_asked_for(share):
+    """The object is a thousandth of the image: by chance a tile holds it in 1 of 40 draws."""
+    before = sample_of([(1000, 500, 1020, 510)], size=(1000, 2000))
+    augment = build_augment([{"RandomTile": {"side": 200, "object_share": share}}], min_visibility=1)
+    held = sum(len(augment(before, seed=seed)) for seed in range(200)) / 200
+    assert held == 1 if share == 1 else abs(held - share) < 0.1
+
+
+def test_random_tiles_are_not_drawn_around_crowds_and_difficult_objects():
+    boxes = [(0, 0, 20, 20), (380, 0, 400, 20), (200, 180, 210, 190)]
+    before = sample_of(boxes, size=(200, 400), crowd=[1, 0, 0], difficult=[0, 1, 0])
+    augment = build_augment([{"RandomTile": {"side": 32, "object_share": 1}}])
+    assert all(2 in augment(before, seed=seed).annotation_ids for seed in range(20))
+
+
+def test_an_object_larger_than_the_tile_fills_it():
+    before = sample_of([(50, 20, 350, 190)], size=(200, 400))
+    augment = build_augment([{"RandomTile": {"side": 64, "object_share": 1}}])
+    for seed in range(20):
+        tile = augment(before, seed=seed)
+        assert tile.boxes.tolist() == [[0, 0, 64, 64]] or tile.visible.size == 0, "less than a tenth is left"
+    whole = build_augment([{"RandomTile": {"side": 64, "object_share": 1}}], min_visibility=0)
+    assert all(whole(before, seed=seed).boxes.tolist() == [[0, 0, 64, 64]] for seed in range(20))
+
+
+def test_images_smaller_than_the_tile_stay_whole_along_that_side():
+    before = sample_of([(10, 10, 20, 20)], size=(60, 80))
+    same = build_augment([{"RandomTile": {"side": 80}}])(before, seed=3)
+    assert np.array_equal(same.image, before.image)
+    assert np.array_equal(same.boxes, before.boxes)
+    assert build_augment([{"RandomTile": {"side": 70}}])(before, seed=3).image.shape == (60, 70, 3)
+
+
 # --- what lies under what
 
 
@@ -267,6 +332,8 @@ def test_flags_and_ids_travel_with_their_boxes():
         ([{"LargeScaleJitter": {"size": 100}}], r"size: Input should be a valid array, got 100"),
         ([{"LargeScaleJitter": {"fill": 256}}], r"fill: Input should be less than or equal to 255, got 256"),
         ([{"Mosaic": {"center_range": [0.2, 1.2]}}], r"center_range: Input should be less than or equal to 1, got 1.2"),
+        ([{"RandomTile": {"side": 8}}], r"side: Input should be greater than or equal to 32, got 8"),
+        ([{"RandomTile": {"side": [64, 64]}}], r"side: Input should be a valid integer, got \[64, 64\]"),
         ([{"Mosaic": {"p": "often"}}], r"p: Input should be a valid number, got 'often'"),
         ([{"CopyPaste": {"num_objects": [0, 2]}}], r"num_objects: Input should be greater than or equal to 1, got 0"),
         ([{"OneOf": {"transforms": [{"Mosaic": {}}]}}], r"transforms\[0\] \(Mosaic\): must stand at the top level"),
@@ -291,6 +358,7 @@ STRIPS = [(2, 3000), (3000, 2), (1, 5000), (5000, 1), (1, 40_000), (1, 1)]
 ON_STRIPS = [
     {"LargeScaleJitter": {"size": [96, 128]}},
     {"LargeScaleJitter": {"size": [1, 1], "scale_range": [0.01, 5]}},
+    {"RandomTile": {"side": 48}},
     {"Mosaic": {"p": 1}},
     {"Mosaic": {"size": [96, 128], "center_range": [0, 1], "p": 1}},
     {"CopyPaste": {"max_area": 1, "p": 1}},

@@ -31,7 +31,7 @@ from pydantic import ValidationError
 from resdet.data.annotations import MIN_TRAINABLE_SIDE
 from resdet.data.augment import library
 from resdet.data.augment.sample import Sample, extent
-from resdet.data.augment.steps import CopyPaste, LargeScaleJitter, Mosaic, Partner, Step
+from resdet.data.augment.steps import CopyPaste, LargeScaleJitter, Mosaic, Partner, RandomTile, Step
 from resdet.errors import DataError, UserError
 
 logger = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ Steps = Sequence[Mapping[str, Mapping[str, Any] | None]]
 MIN_VISIBILITY = 0.1
 """Share of a box's area that must be left (a tenth, the least at which people still name objects)."""
 
-OWN_STEPS: dict[str, type[Step]] = {step.__name__: step for step in (CopyPaste, LargeScaleJitter, Mosaic)}
+OWN_STEPS: dict[str, type[Step]] = {step.__name__: step for step in (CopyPaste, LargeScaleJitter, Mosaic, RandomTile)}
 """Steps that albumentations lacks, or (Mosaic) has only for data in another form."""
 
 _FLIPPED_AXES = {"HorizontalFlip": 0, "VerticalFlip": 1}
