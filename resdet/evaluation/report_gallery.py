@@ -47,7 +47,6 @@ def gallery(
         found = [box for run in range(len(measured)) for box in _found(measured[run], *verdicts[run], run, index)]
         height, width = dataset.table.sizes[index].tolist()
         x1, y1, x2, y2 = part = _part(boxes, found, width, height)
-        shown = f"{x2 - x1}x{y2 - y1} of {width}x{height} px, at {x1}, {y1}"
         boxes, found = _within(boxes, part), _within(found, part)
         picture = jpeg_url(dataset.image(index)[y1:y2, x1:x2], _MAX_SIDE, optimize=True)
         num_bytes += len(picture) + _BYTES_PER_BOX * (len(boxes) + len(found))
@@ -58,9 +57,8 @@ def gallery(
                 "name": str(dataset.table.file_names[index]),
                 "width": x2 - x1,
                 "height": y2 - y1,
-                "part": ""
-                if part == (0, 0, width, height)
-                else f"{x2 - x1}x{y2 - y1} of {width}x{height} px, at {x1}, {y1}",
+                "part": f"{x2 - x1}x{y2 - y1} of {width}x{height} px, at {x1}, {y1}",
+                "is_part": part != (0, 0, width, height),
                 "picture": picture,
                 "ground_truth": boxes,
                 "detections": found,
