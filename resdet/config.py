@@ -370,10 +370,10 @@ class Config(Section):
     gives datasets to ``resdet.train``."""
     augment: list[dict[str, dict[str, Any]]] = Field([{"HorizontalFlip": {"p": 0.5}}])
     """Steps applied in this order to training images: ``- HorizontalFlip: {p: 0.5}``. Any transform of albumentations
-    by its name (ColorJitter for colours, GaussianBlur, CoarseDropout for cutout, ...), and LargeScaleJitter, RandomTile,
-    Mosaic and CopyPaste (``resdet/data/augment/steps.py`` documents their parameters); the images that the last two mix
-    in pass through the steps before them. The length of the short side is not set here: the detector scales the result
-    of these steps to ``model.min_size``, of which it draws one for each training image if there are several."""
+    by its name (ColorJitter for colours, GaussianBlur, CoarseDropout for cutout, ...), and RandomTile,
+    LargeScaleJitter, Mosaic and CopyPaste (``resdet/data/augment/steps.py`` documents their parameters); the images
+    that the last two mix in pass through the steps before them. The short side is not set here: the detector scales the
+    result of these steps to ``model.min_size``, of which it draws one for each training image if there are several."""
     min_visibility: float = Field(0.1, ge=0, le=1)
     """A box is dropped when steps of ``augment`` leave less than this share of its area: cut off by the image border
     or covered by holes and pasted objects."""

@@ -81,7 +81,8 @@ def _part(
     rects = np.array([box["rect"] for box in (*boxes, *found)]).reshape(-1, 4)  # x, y, width, height
     if not len(rects):
         return 0, 0, width, height
-    side = max(_MAX_SIDE, round(_MAX_SIDE * float(np.median(rects[:, 2:].max(axis=1))) / _LEGIBLE))
+    objects = rects[: len(boxes)] if boxes else rects
+    side = max(_MAX_SIDE, round(_MAX_SIDE * float(np.median(objects[:, 2:].max(axis=1))) / _LEGIBLE))
     size = np.minimum([width, height], side)
     wrong = [any(box["missed"]) for box in boxes] + [box["kind"] in ERROR_KINDS for box in found]
     centers = (rects[:, :2] + rects[:, 2:] / 2)[wrong][-_MAX_CANDIDATES:]  # [E, 2], the surest detections last

@@ -27,7 +27,7 @@ from resdet.types import Ints, Prediction
 Detect = Callable[[Sequence[Tensor], str], list[Prediction]]
 """Takes uint8 images ``[3, H, W]`` and what to call them in messages; returns their detections, on the CPU."""
 
-_MARGIN = 0.01  # of a tile's side: a box that comes so near to an inner border is taken to be cut by it
+_MARGIN = 0.02  # of a tile's side: a box that comes so near to an inner border is taken to be cut by it
 _COVERED = 0.7  # share of a cut box that another must cover to replace it
 _WHOLE_ASPECT = 2  # of the whole image's longer side, in tiles, when it is scaled down
 
@@ -50,14 +50,14 @@ def checked_tiles(tiles: tuple[int, float] | None) -> Tiles | None:
 def tile_grid(height: int, width: int, tiles: Tiles) -> Ints:
     """Return the tiles of an image, int64 ``[T, 4]``, ``(x1, y1, x2, y2)``: together they cover it exactly.
 
-    They are spread evenly, the last ending where the image ends, and neighbours overlap by no less than is asked for.
-    An image smaller than a tile along one side is one tile along it.
+    They begin at multiples of one stride, but the last, which ends where the image ends: it may overlap the one before
+    by more. An image smaller than a tile along one side is one tile along it.
     """
     stride = max(1, math.floor(tiles.side * (1 - tiles.overlap) + 1e-6))  # 800 * (1 - 0.9) is 79.99999999999999
 
     def starts(length: int) -> list[int]:
         last = max(length - tiles.side, 0)
-        return [round(start) for start in np.linspace(0, last, math.ceil(last / stride) + 1).tolist()]
+        return [*range(0, last, stride), last]
 
     corners = [
         (x, y, min(x + tiles.side, width), min(y + tiles.side, height)) for y in starts(height) for x in starts(width)
