@@ -391,7 +391,7 @@ def from_training_to_pictures(folder: Path, side: int) -> None:
 
 
 def test_a_large_picture_goes_from_training_to_the_report_and_to_predictions(tmp_path: Path) -> None:
-    write_aerial(tmp_path, (700, 900), 30, (10, 15))
+    write_aerial(tmp_path, (500, 660), 30, (8, 12))
     from_training_to_pictures(tmp_path, 200)
 
 
