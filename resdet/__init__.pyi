@@ -8,6 +8,7 @@ from .data.voc import read_voc as read_voc
 from .errors import (
     ConfigError as ConfigError,
     DataError as DataError,
+    InternalError as InternalError,
     TrainingError as TrainingError,
     UserError as UserError,
     WeightsError as WeightsError,

@@ -322,5 +322,8 @@ def without_subset(dataset: DetectionDataset | Subset[tuple[Tensor, Target]]) ->
     if isinstance(dataset, Subset):
         return without_subset(dataset.dataset).select_images(dataset.indices)  # type: ignore[arg-type]
     if not isinstance(dataset, DetectionDataset):
-        raise DataError(f"expected a DetectionDataset or a Subset of one, got {type(dataset).__name__}")
+        raise DataError(
+            f"expected a DetectionDataset or a Subset of one, got {type(dataset).__name__}; resdet.wrap_dataset makes "
+            "one of any dataset of (image, target)"
+        )
     return dataset

@@ -123,12 +123,12 @@ IN_ORDER = "a box must be (x1, y1, x2, y2) with x1 <= x2 and y1 <= y2, not (x, y
         (with_box(30, 2, 20, 9), f"{IN_ORDER}; got [30.0, 2.0, 20.0, 9.0] for box 1"),
         (with_box(0, 0, float("nan"), 4), "a box must be finite; got [0.0, 0.0, nan, 4.0] for box 1"),
         (with_box(70, 2, 80, 9), "a box must meet its image, 60x40 px; got [70.0, 2.0, 80.0, 9.0] for box 1"),
-        (with_box(1, 2, 3, 4, label=0), "a label must be in 1..K (0 is the background); got 0.0 for box 1"),
+        (with_box(1, 2, 3, 4, label=0), "a label must be in 1..K (0 is the background); got 0 for box 1"),
         ((PIXELS, {"boxes": [[1, 2, 3, 4]], "labels": [1.5]}), "must be in 1..K (0 is the background); got 1.5"),
         ((PIXELS, {"boxes": [[1, 2, 3]], "labels": [1]}), "must have boxes of shape [N, 4], got [1, 3]"),
-        ((PIXELS, {"boxes": [[1, 2, 3, 4]]}), "must have one label for each box, got 0 for 1 boxes"),
-        ((PIXELS, {"labels": [1]}), "must have one label for each box, got 1 for 0 boxes"),
-        ((PIXELS, {**BOX, "area": [1, 2]}), "must have one area for each box, got 2 for 1 boxes"),
+        ((PIXELS, {"boxes": [[1, 2, 3, 4]]}), "must have one of labels for each box, got 0 for 1"),
+        ((PIXELS, {"labels": [1]}), "must have one of labels for each box, got 1 for 0"),
+        ((PIXELS, {**BOX, "area": [1, 2]}), "must have one of area for each box, got 2 for 1"),
         ((PIXELS, {"boxes": "here", "labels": [1]}), "must have numbers as its boxes: "),
         ((PIXELS, "cat"), "must have a dict with boxes and labels as its target, or None, got str"),
         ((PIXELS, [{"bbox": [1, 2, 3, 4]}]), "got list; torchvision.datasets.wrap_dataset_for_transforms_v2 makes"),
@@ -179,7 +179,7 @@ def test_where_class_names_come_from(caplog: pytest.LogCaptureFixture) -> None:
     assert names(ConcatDataset([Given(items, three), Subset(Given(items, three), [0])])) == three
     with pytest.raises(DataError, match=r"^dataset: its parts must have the same classes in the same order: give"):
         names(ConcatDataset([Given(items, three), Given(items, three[::-1])]))
-    with pytest.raises(DataError, match=r"^dataset\[0\]: a label must be in 1\.\.2 \(0 is the background\); got 3\.0"):
+    with pytest.raises(DataError, match=r"^dataset\[0\]: a label must be in 1\.\.2 \(0 is the background\); got 3"):
         names(Given(items), classes=three[:2])
     with pytest.raises(DataError, match=r"^dataset: classes must have different names, got cat, cat$"):
         names(Given(items), classes=["cat", "cat"])
@@ -270,7 +270,7 @@ def test_an_unknown_category_id_is_named(coco: Path) -> None:
 
     with contextlib.redirect_stdout(io.StringIO()):
         dataset = Renumbered(str(coco), str(coco / "a.json"))
-    with pytest.raises(DataError, match=r"^dataset\[0\]: a label must be a category id of its annotations; got 2\.0"):
+    with pytest.raises(DataError, match=r"^dataset\[0\]: a label must be a category id of its annotations; got 2"):
         wrap_dataset(dataset)
     assert wrap_dataset(dataset, classes=["cat", "dog", "owl"]).table.labels.tolist() == [2, 2, 2]
 
@@ -317,6 +317,9 @@ def test_evaluation_wants_the_same_image_again() -> None:
             return np.zeros((30, 30 + len(self.items), 3), dtype=np.uint8), BOX
 
     dataset = wrap_dataset(Grows([0]), name="val_set")
-    told = "was 32x30 pixels when it was first read, and is 33x30 now: a dataset for evaluation must return the same"
+    told = (
+        "must be 32x30 pixels, as at its first reading or in its annotations, and is 33x30: a dataset for evaluation "
+        "must return the same each time"
+    )
     with pytest.raises(DataError, match=rf"^val_set\[0\]: {told}"):
         dataset[0]

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -115,9 +118,7 @@ def test_a_dataset_that_is_nowhere_is_told_before_anything_else(split: str, tmp_
 
 
 def test_a_bad_item_of_either_is_named(tmp_path: Path) -> None:
-    with pytest.raises(
-        UserError, match=r"^train_set\[\d+\]: a label must be in 1\.\.2 \(0 is the background\); got 3\.0"
-    ):
+    with pytest.raises(UserError, match=r"^train_set\[\d+\]: a label must be in 1\.\.2 \(0 is the background\); got 3"):
         train(tmp_path, classes=CLASSES[:2])
     # Without names, the classes of val_set are those of train_set.
     only_circles = [(torch.zeros(3, 64, 64), {"boxes": [[1, 2, 30, 30]], "labels": [1]})] * 4
@@ -214,3 +215,49 @@ def test_a_run_whose_last_numbers_are_not_pycocotools_own_ends_with_an_error(
     assert detection.train(config).metrics["AR_1"] == 0.5
     assert "reference" not in json.loads((tmp_path / "metrics.json").read_text())
     assert np.isfinite(logged(tmp_path, "AP")).all()
+
+
+PROGRAM = """
+import sys
+sys.path.insert(0, sys.argv[2])
+from test_given_datasets import CLASSES, QUICK, SMALL, Shapes, load_config, detection
+
+def listen(line):
+    print("heard", line["step"], flush=True)
+    if line["step"] == 1 and sys.argv[3] == "stop":
+        raise KeyError("my own reason")
+
+settings = [*SMALL, *QUICK, "train.eval_every=1", f"output_dir={sys.argv[1]}", "resume=auto"]
+config = load_config("configs/quickstart.yaml", settings)
+try:
+    detection.train(config, train_set=Shapes(25, 0), val_set=Shapes(5, 1), classes=CLASSES, on_evaluation=listen)
+except Exception as error:
+    print(f"{type(error).__name__}: {error}", flush=True)
+    sys.exit(3)
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_reading_and_end_together(tmp_path: Path) -> None:
+    script = tmp_path / "program.py"
+    script.write_text(PROGRAM)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+    def run(mode: str) -> subprocess.CompletedProcess[str]:
+        command = [*torchrun, str(script), str(tmp_path / "run"), str(Path(__file__).parent), mode]
+        return subprocess.run(
+            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False
+        )
+
+    stopped = run("stop")
+    assert stopped.returncode == 1, stopped.stderr
+    assert stopped.stdout.count("heard 1") == 1, "rank 0 alone is told"
+    assert "KeyError: 'my own reason'" in stopped.stdout
+    assert "TrainingError: process 1: a callback in process 0 has ended the run" in stopped.stdout
+    done = run("go")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("heard 2") == 1
+    document = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert document["num_images"] == 5
+    assert document["reference"]["AP"] == pytest.approx(document["metrics"]["AP"], rel=0, abs=1e-9)
