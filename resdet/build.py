@@ -398,9 +398,9 @@ def config_of_checkpoint(path: WeightsPath, overrides: Sequence[str] = ()) -> Co
     """Return the configuration that a run's checkpoint carries, with overrides."""
     file = read_weights(path)
     if file.kind == "classifier":
-        raise WeightsError(f"{file.path}: holds a classifier, not a detector; tools/eval_classifier.py evaluates it")
+        raise WeightsError(f"{file.path}: holds a classifier, not a detector; `resdet eval-classifier` evaluates it")
     if "config" not in file.content:
-        raise WeightsError(f"{file.path}: carries no configuration (it is not a checkpoint of tools/train.py)")
+        raise WeightsError(f"{file.path}: carries no configuration (it is not a checkpoint of `resdet train`)")
     config = file.content["config"]
     if not isinstance(config, dict) or not is_plain(config):
         raise WeightsError(f"{file.path}: its configuration must be a mapping of plain values")

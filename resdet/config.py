@@ -184,7 +184,7 @@ class DataConfig(Section):
         Union[_Labelled, HeldOut],  # noqa: UP007
         Field(discriminator="format", examples=[{"fraction": 0.2}]),
     ] = PythonSource()
-    """Validation data, for evaluation during training and by tools/eval.py."""
+    """Validation data, for evaluation during training and by ``resdet eval``."""
 
     @classmethod
     def in_full(cls, value: Any) -> Any:
@@ -220,7 +220,7 @@ class DataConfig(Section):
         if getattr(self.val, "unreadable", "error") == "skip":
             raise ValueError(
                 "val.unreadable must be error: a metric over fewer images is not that of the dataset. Remove images "
-                "that cannot be read from the annotations (tools/check_data.py --fix writes such a copy)"
+                "that cannot be read from the annotations (`resdet check CONFIG --fix OUT.json` writes such a copy)"
             )
         return self
 

@@ -1,5 +1,6 @@
 """The tools as a user runs them: subprocesses, exit codes, output trees."""
 
+import ast
 import importlib
 import json
 import logging
@@ -296,6 +297,19 @@ def test_importing_commands_is_quick() -> None:
     script = f"import json, sys, {names}; print(json.dumps([n for n in {HEAVY} if n in sys.modules]))"
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
     assert json.loads(done.stdout) == []
+
+
+def test_no_text_sends_the_user_of_a_wheel_to_a_script() -> None:
+    """Wheels hold no ``tools/``: messages and documentation of keys name commands."""
+    scripts = re.compile("|".join(rf"\btools/{tool}" for tool in TOOLS))
+    places = [
+        f"{path.relative_to(ROOT)}:{node.lineno}: {node.value}"
+        for path in (ROOT / "resdet").rglob("*.py")
+        if path.parts[-2:] != ("commands", "benchmark.py")  # that is what it is about
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and scripts.search(node.value)
+    ]
+    assert places == []
 
 
 def test_every_command_has_its_tool() -> None:

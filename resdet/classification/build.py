@@ -95,16 +95,16 @@ def eval_config(
     """Return the configuration to evaluate weights with: that of their run, or ImageNet's usual one.
 
     The latter is for weights in torchvision's layout and needs ``arch`` and ``images``, a folder with one subfolder of
-    images per class, which for a checkpoint of tools/pretrain.py replaces ``data.val``.
+    images per class, which for a checkpoint of resdet pretrain replaces ``data.val``.
     """
     file = read_weights(weights)
     if file.is_detector:
-        raise WeightsError(f"{file.path}: holds a detector, not a classifier; tools/eval.py evaluates it")
+        raise WeightsError(f"{file.path}: holds a detector, not a classifier; `resdet eval` evaluates it")
     tree = file.content.get("config")
     if tree is None:
         if arch is None or images is None:
             raise WeightsError(
-                f"{file.path}: carries no configuration (it is not a checkpoint of tools/pretrain.py): name its "
+                f"{file.path}: carries no configuration (it is not a checkpoint of `resdet pretrain`): name its "
                 "network and a folder of images (--arch, --images)"
             )
         folder = {"format": "folder", "root": str(images)}

@@ -78,7 +78,7 @@ class DataConfig(Section):
     train: Source
     """Training data."""
     val: Source
-    """Evaluation data, during training and for tools/eval_classifier.py."""
+    """Evaluation data, during training and for ``resdet eval-classifier``."""
 
 
 class AugmentConfig(Section):

@@ -112,7 +112,7 @@ def classifier_payload(classifier: ImageClassifier) -> dict[str, Any]:
 def load_classifier(path: WeightsPath, *, arch: str | None = None) -> ImageClassifier:
     """Build the classifier that a file holds, in evaluation mode, on the CPU.
 
-    The file is a checkpoint of tools/pretrain.py, or with ``arch`` weights in torchvision's layout. Those are tensors
+    The file is a checkpoint of resdet pretrain, or with ``arch`` weights in torchvision's layout. Those are tensors
     alone: images are normalised as for torchvision's ImageNet weights, and 1,000 classes are ImageNet's.
     """
     file = read_weights(path)
@@ -132,7 +132,7 @@ def load_classifier(path: WeightsPath, *, arch: str | None = None) -> ImageClass
         classifier = replace(classifier, mean=mean)
     elif arch is None:
         raise WeightsError(
-            f"{file.path}: is not a checkpoint of tools/pretrain.py and states no architecture: name it (--arch)"
+            f"{file.path}: is not a checkpoint of `resdet pretrain` and states no architecture: name it (--arch)"
         )
     else:
         num_classes = _num_classes(file.tensors)

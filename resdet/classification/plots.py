@@ -34,16 +34,16 @@ class ErrorCurves:
 
 
 def read_curves(run: Path) -> ErrorCurves:
-    """Read the errors of a run of tools/pretrain.py from its folder."""
+    """Read the errors of a run of resdet pretrain from its folder."""
     path = run / "metrics.jsonl"
     try:
         lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: must be the log of a run of tools/pretrain.py: {error}") from None
+        raise UserError(f"{path}: must be the log of a run of `resdet pretrain`: {error}") from None
     train = [line for line in lines if line.get("error") is not None]
     test = [line for line in lines if line.get("top1") is not None]
     if not train:
-        raise UserError(f"{path}: holds no errors of classification; is it a run of tools/pretrain.py?")
+        raise UserError(f"{path}: holds no errors of classification; is it a run of `resdet pretrain`?")
     (train_steps, test_steps) = ([line["step"] for line in part] for part in (train, test))
     train_errors, test_errors = [line["error"] for line in train], [1 - line["top1"] for line in test]
     return ErrorCurves(run.name, train_steps, train_errors, test_steps, test_errors)
@@ -137,7 +137,7 @@ def _save(figure: Figure, path: Path) -> None:
 def main(arguments: Sequence[str]) -> None:
     """Draw the plot that the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of a run of tools/pretrain.py")
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of a run of resdet pretrain")
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="the picture: .png, .svg or .pdf")
     parser.add_argument("--window", type=int, default=1, help="logged intervals that training errors are averaged over")
     parser.add_argument("--top", type=float, help="largest error shown, in percent")

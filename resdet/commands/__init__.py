@@ -3,5 +3,5 @@
 ``tools/NAME.py`` is the door to the same function in a checkout. A module here imports only what is light: libraries
 that take seconds to import (torch first) are imported inside ``main``, after the arguments have been parsed, so that
 ``--help`` and a mistyped option are answered at once. This is the package's one exception to imports at the top of a
-file, and ``tests/imports.py`` knows it.
+file, and ``tests/import_rules.py`` knows it.
 """

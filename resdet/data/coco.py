@@ -163,7 +163,7 @@ def _read_any(path: Path) -> _Columns:
     records = load_records(path)
     problems = list(record_problems(records))
     if problems:
-        more = f" (and {len(problems) - 1} more: tools/check_data.py lists them)" if len(problems) > 1 else ""
+        more = f" (and {len(problems) - 1} more: `resdet check` lists them)" if len(problems) > 1 else ""
         # A copy without images or classes would be refused too.
         fix = "" if problems[0].kind in ("no_images", "no_categories") else f"; {HOW_TO_FIX}"
         raise DataError(f"{problems[0]}{more}{fix}")

@@ -25,7 +25,7 @@ HOW_TO_GET_COCO = (
     "annotations/instances_{train,val}2017.json"
 )
 
-HOW_TO_FIX = "tools/check_data.py CONFIG --fix OUT.json writes a mended copy, and lists every change"
+HOW_TO_FIX = "`resdet check CONFIG --fix OUT.json` writes a mended copy, and lists every change"
 
 Record = dict[str, Any]
 SECTIONS = ("images", "annotations", "categories")

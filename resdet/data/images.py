@@ -239,7 +239,7 @@ class FolderImages:
 
     An image that is square, mirrored or turned by 180 degrees (2 to 4) is taken as stored, as its size cannot tell.
     detectron2 and mmdetection turn every image, and refuse or misread annotations of the stored one.
-    ``tools/check_data.py`` lists the images that carry an orientation.
+    ``resdet check`` lists the images that carry an orientation.
 
     With ``upright`` the table is known to mean upright images, as YOLO's does: every image is turned.
 

@@ -88,7 +88,7 @@ def save_int8_detector(
     Args:
         model: What ``quantize_detector`` returns.
         path: The file.
-        config: The configuration of the run it comes from, as plain values, by which ``tools/eval.py`` finds data.
+        config: The configuration of the run it comes from, as plain values, by which ``resdet eval`` finds data.
 
     Raises:
         UserError: If the file's directory does not exist.

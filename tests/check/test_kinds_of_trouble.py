@@ -449,7 +449,7 @@ def test_a_root_category_with_its_class_s_name_is_made_one_with_it(tmp_path):
     for annotation in data["annotations"]:
         annotation["category_id"] = 1
     split = write(tmp_path, data)
-    with pytest.raises(UserError, match=r"same name 'cat'; tools/check_data.py CONFIG --fix OUT.json writes a mended"):
+    with pytest.raises(UserError, match=r"same name 'cat'; `resdet check CONFIG --fix OUT.json` writes a mended"):
         read_coco(tmp_path / "train.json")
     report = check_dataset([split], decode=False)
     assert "--fix makes them one" in report_text(report)

@@ -48,7 +48,7 @@ def test_one_command_draws_several_runs(tmp_path: Path) -> None:
 
 
 def test_mistakes_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UserError, match=r"metrics\.jsonl: must be the log of a run of tools/pretrain\.py"):
+    with pytest.raises(UserError, match=r"metrics\.jsonl: must be the log of a run of `resdet pretrain`"):
         read_curves(tmp_path)
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
     with pytest.raises(UserError, match="holds no errors of classification"):

@@ -346,5 +346,5 @@ def test_a_checkpoint_of_the_other_task_is_named_in_one_line(command: str, place
     network = torchvision.models.resnet18(weights=None)
     torch.save({"model": network.state_dict(), "config": {"model": {"arch": "resnet18"}}}, place / "classifier.pt")
     other = "a detector, not a classifier" if "classifier " in command else "a classifier, not a detector"
-    with pytest.raises(WeightsError, match=rf"\.pt: holds {other}; tools/eval[a-z_]*\.py evaluates it$"):
+    with pytest.raises(WeightsError, match=rf"\.pt: holds {other}; `resdet eval[a-z-]*` evaluates it$"):
         call(command, place)

@@ -324,7 +324,7 @@ def text(data):
 VALID = json.dumps(coco()).encode()
 NO_JSON = "{file}: not a json file, or cut short ({size} bytes): "
 NO_COCO = "{file}: not a COCO annotation file: "
-MORE = " (and 1 more: tools/check_data.py lists them)"
+MORE = " (and 1 more: `resdet check` lists them)"
 BOX = "{file}: annotation 2 of image 7: bbox must be 4 finite numbers [x, y, width, height], got "
 
 COCO = [

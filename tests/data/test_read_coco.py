@@ -198,7 +198,7 @@ def test_several_problems_are_counted_and_the_first_is_named(tmp_path):
     data = small()
     data["annotations"][0]["image_id"] = "x"
     data["images"][2]["width"] = -1
-    message = r"image 5: width must be .* got -1 \(and 1 more: tools/check_data.py lists them\); "
+    message = r"image 5: width must be .* got -1 \(and 1 more: `resdet check` lists them\); "
     with pytest.raises(DataError, match=message):
         read_coco(write(tmp_path, data))
 
