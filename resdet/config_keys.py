@@ -14,6 +14,7 @@ from pydantic import BaseModel
 from resdet.errors import UserError
 
 _Schema = dict[str, Any]
+_WIDTH = 112
 
 
 def keys_text(root: type[BaseModel], wanted: Sequence[str] = ()) -> str:
@@ -23,32 +24,36 @@ def keys_text(root: type[BaseModel], wanted: Sequence[str] = ()) -> str:
         UserError: If there is no such section or key; it names the nearest.
     """
     groups = list(_groups(root.model_json_schema()))
-    known = {path for path, _, _ in groups} | {f"{path}{name}" for path, _, keys in groups for name in keys}
+    sections = {path.rstrip(".") for path, _, _ in groups}
+    known = sections | {f"{path}{name}" for path, _, keys in groups for name in keys}
     for key in wanted:
-        if key not in {name.rstrip(".") for name in known}:
+        if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
             raise UserError(f"{key}: no such section or key of the configuration{hint}")
     blocks: list[str] = []
     first_at: dict[str, str] = {}  # sections that are in several places are written once
     for path, title, keys in groups:
-        chosen = {name: text for name, text in keys.items() if not wanted or _is_in(f"{path}{name}", wanted)}
+        chosen = {path + name: text for name, text in keys.items() if not wanted or _is_in(path + name, wanted)}
+        chosen = {key: text for key, text in chosen.items() if key not in sections & set(wanted)}
         if not chosen:
             continue
-        twin = first_at.setdefault(title + str(keys), path)
-        heading = f"{path.rstrip('.') or 'top level'}: {title}"
+        heading = textwrap.fill(f"[{path.rstrip('.') or 'top level'}] {title}", _WIDTH)
+        twin = first_at.setdefault(f"{title} {keys}", path)
         if twin != path and len(chosen) == len(keys):
             blocks.append(f"{heading}\n    The keys are those of {twin.rstrip('.')}.")
         else:
-            blocks.append("\n".join([heading, *(f"{path}{name}{text}" for name, text in chosen.items())]))
+            blocks.append("\n".join([heading, *(f"{key}{text}" for key, text in chosen.items())]))
     return "\n\n".join(blocks)
 
 
-def sections_text(root: type[BaseModel]) -> str:
-    """Return one line for each section and key at the top of a configuration."""
+def sections_text(root: type[BaseModel], command: str) -> str:
+    """Return a line for each section and key at the top of a configuration; ``command`` documents the keys of one."""
     schema = root.model_json_schema()
-    stories = {name: _description(field, schema) for name, field in schema["properties"].items()}
-    return "\n".join(f"  {name:15}  {re.split(r'[.:;](?: |$)', text)[0]}" for name, text in stories.items())
+    lines = [f"sections of a configuration ({command} SECTION documents their keys):"]
+    for name, field in schema["properties"].items():
+        lines.append(f"  {name:15}  {re.split(r'[.:;](?: |$)', _description(field, schema))[0]}")
+    return "\n".join(lines)
 
 
 def _is_in(key: str, wanted: Sequence[str]) -> bool:
@@ -59,9 +64,9 @@ def _groups(schema: _Schema, path: str = "", node: _Schema | None = None) -> Ite
     """Yield each section: its path with a dot at the end, its title, and the text of each of its keys."""
     node = node or schema
     properties = node["properties"]
-    title = " ".join(node.get("description", "").split())
+    title = _description(node, schema)
     if "format" in properties and "const" in properties["format"]:
-        title = f"(format: {properties['format']['const']}) {title}"
+        title = f"format {properties['format']['const']}: {title}"
     required = node.get("required", ())
     yield path, title, {name: _key_text(field, schema, name in required) for name, field in properties.items()}
     for name, field in properties.items():
@@ -86,13 +91,14 @@ def _key_text(field: _Schema, schema: _Schema, required: bool) -> str:
         note = ""
     else:
         note = f", default {default if isinstance(default, str) else json.dumps(default)}"
-    about = textwrap.fill(_description(field, schema), 112, initial_indent="    ", subsequent_indent="    ")
+    about = textwrap.fill(_description(field, schema), _WIDTH, initial_indent="    ", subsequent_indent="    ")
     return f": {_type_text(field, schema)}{note}\n{about}"
 
 
 def _description(field: _Schema, schema: _Schema) -> str:
     texts = [field, *_sections(field, schema)]
-    return " ".join(next((text["description"] for text in texts if "description" in text), "").split())
+    text = next((text["description"] for text in texts if "description" in text), "")
+    return " ".join(text.replace("``", "`").split())
 
 
 def _type_text(field: _Schema, schema: _Schema) -> str:
@@ -104,8 +110,8 @@ def _type_text(field: _Schema, schema: _Schema) -> str:
         return " | ".join(map(str, field.get("enum") or [field["const"]]))
     if field.get("type") == "array":
         count = f"{field['minItems']} " if "prefixItems" in field else ""
-        member = field.get("items") or field.get("prefixItems", [{}])[0]
-        return f"list of {count}({_type_text(member, schema)})"
+        member = _type_text(field.get("items") or field["prefixItems"][0], schema)
+        return f"list of {count}{f'({member})' if ' ' in member else member}"
     signs = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
     bounds = " and ".join(f"{sign} {field[name]}" for name, sign in signs.items() if name in field)
     kind = {"string": "text", "object": "mapping", "boolean": "true | false"}.get(field["type"], field["type"])

@@ -5,3 +5,10 @@ that take seconds to import (torch first) are imported inside ``main``, after th
 ``--help`` and a mistyped option are answered at once. This is the package's one exception to imports at the top of a
 file, and ``tests/import_rules.py`` knows it.
 """
+
+COMMANDS = (
+    *("train", "eval", "predict", "export", "check", "convert", "convert-data", "quantize"),
+    *("pretrain", "eval-classifier", "describe", "recipes", "config", "benchmark"),
+)
+"""The subcommands in the order of ``resdet --help``; each is the module of its name, whose docstring begins with what
+it does."""

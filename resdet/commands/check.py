@@ -1,10 +1,10 @@
 """Report every problem of a configuration's datasets, or of a dataset's folder, before training meets it.
 
     resdet check my_dataset
-    resdet check configs/frcnn_r101.yaml
-    resdet check configs/frcnn_r101.yaml --no-images --json report.json
-    resdet check configs/frcnn_r101.yaml --fix train_fixed.json --split train
-    resdet check configs/frcnn_r101.yaml --browse train.html
+    resdet check mine.yaml
+    resdet check mine.yaml --no-images --json report.json
+    resdet check mine.yaml --fix train_fixed.json --split train
+    resdet check mine.yaml --browse train.html
 
 Exit code 0: no errors (there may be warnings and infos). 1: training would be refused or would go wrong; also after
 --fix, because the configuration still names the old file. 2: the configuration or the command line is wrong, or a
@@ -26,7 +26,7 @@ from resdet.commands.run import command_parser, show
 def main(arguments: Sequence[str]) -> int:
     """Run ``resdet check``."""
     parser = command_parser("check", __doc__)
-    parser.add_argument("config", type=Path, metavar="CONFIG", help="YAML file of a run, or a dataset's folder")
+    parser.add_argument("config", type=Path, metavar="CONFIG", help="a YAML file, a recipe, or a dataset's folder")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted keys, as in data.train.root=my")
     parser.add_argument("--json", type=Path, metavar="OUT.json", help="write every finding with all its ids")
     parser.add_argument("--fix", type=Path, metavar="OUT.json", help="write a repaired copy of a split as a COCO json")

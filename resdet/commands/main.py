@@ -8,28 +8,26 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from resdet.commands import COMMANDS
 from resdet.commands.run import command_parser, run_tool, show
 from resdet.errors import UserError, first_line
 from resdet.version import VERSION
 
-COMMANDS = (
-    *("train", "eval", "predict", "export", "check", "convert", "convert-data", "quantize"),
-    *("pretrain", "eval-classifier", "describe", "recipes", "config", "benchmark"),
-)
-"""The subcommands in the order of ``resdet --help``; each is the module of its name, whose docstring begins with what
-it does."""
-
 _HELP = """Fine-tune Faster R-CNN on your own images, evaluate it, and use the detector elsewhere.
 
-    resdet train quickstart                    a first detector: generated images, minutes on a CPU, no download
-    resdet recipes                             what else can be trained: each is a name that train takes
-    resdet check frcnn_r101 data.train.images=my/images data.train.annotations=my/train.json \\
-        data.val.images=my/images data.val.annotations=my/val.json    what is wrong with your own data
-    resdet train frcnn_r101 ... output_dir=runs/mine                  train on it, with the same keys
-    resdet eval runs/mine                                             metrics and a report
-    resdet predict runs/mine photo.jpg                                boxes on photographs
+A first detector, on generated images: minutes on a CPU, nothing to download.
 
-commands (`resdet COMMAND --help` documents each):
+    resdet train quickstart
+
+On your own images: what can be trained, by name; what is wrong with the data; training, numbers and pictures.
+
+    resdet recipes
+    resdet check FOLDER
+    resdet train frcnn_r101 data=FOLDER output_dir=runs/mine
+    resdet eval runs/mine
+    resdet predict runs/mine photo.jpg
+
+commands (resdet COMMAND --help documents each):
 """
 
 

@@ -1,8 +1,13 @@
 """Train a classifier from a configuration; its best.pt can be a detector's first weights (model.weights).
 
-resdet pretrain configs/pretrain_digits_resnet20.yaml
-resdet pretrain configs/pretrain_imagenet_resnet50.yaml data.train.root=ILSVRC/train data.val.root=ILSVRC/val
-torchrun --nproc-per-node 8 --no-python resdet pretrain configs/pretrain_imagenet_resnet50.yaml
+    resdet pretrain pretrain_digits_resnet20
+    resdet pretrain pretrain_imagenet_resnet50 data.train.root=ILSVRC/train data.val.root=ILSVRC/val
+    torchrun --nproc-per-node 8 --no-python resdet pretrain pretrain_imagenet_resnet50
+
+CONFIG is a YAML file or the name of a recipe (resdet recipes lists them). A file of your own starts as a copy of one:
+
+    resdet recipes pretrain_digits_resnet20 > mine.yaml
+    resdet pretrain mine.yaml
 """
 
 from collections.abc import Sequence
@@ -12,14 +17,16 @@ from resdet.commands.run import command_parser, show
 
 def main(arguments: Sequence[str]) -> None:
     """Run ``resdet pretrain``."""
-    parser = command_parser("pretrain", __doc__)
-    parser.add_argument(
-        "config", metavar="CONFIG", help="a YAML file; resdet/classification/config.py documents every key"
+    from resdet.classification.config import PretrainConfig, load_pretrain_config
+    from resdet.config_keys import sections_text
+
+    parser = command_parser(
+        "pretrain", f"{__doc__}\n{sections_text(PretrainConfig, 'resdet config --pretrain --keys')}"
     )
+    parser.add_argument("config", metavar="CONFIG", help="a YAML file, or the name of a recipe")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted keys, as in optim.lr=0.01")
     options = parser.parse_intermixed_args(arguments)
 
-    from resdet.classification.config import load_pretrain_config
     from resdet.classification.task import pretrain
 
     config = load_pretrain_config(options.config, options.overrides)

@@ -17,13 +17,15 @@ from pathlib import Path
 
 from typing_extensions import Never
 
+from resdet.commands import COMMANDS
 from resdet.errors import InternalError, Interrupted, UserError, printable
 
 AS_MODULE = "python -m resdet"
 """The program's name where it was started so."""
 
 _SCRIPTS = {"check": "check_data"}  # tools/NAME.py where NAME is not the command's
-_WITHOUT_SCRIPT = ("recipes", "config")  # of commands
+_WITHOUT_SCRIPT = ("recipes", "config", "COMMAND")
+_EXAMPLE = re.compile(rf"(--no-python )?\bresdet (COMMAND|{'|'.join(sorted(COMMANDS, reverse=True))})\b")
 
 
 def command_parser(name: str, description: str, arguments: str | None = None) -> argparse.ArgumentParser:
@@ -39,11 +41,10 @@ def command_parser(name: str, description: str, arguments: str | None = None) ->
     prog = f"resdet {name}".rstrip()
     if sys.argv[0] == AS_MODULE:
         prog = prog.replace("resdet", AS_MODULE, 1)
-        description = description.replace("--no-python resdet ", "-m resdet ")
-        description = re.sub(r"(?<!-m )\bresdet (?=[\w-])", f"{AS_MODULE} ", description)
+        description = _EXAMPLE.sub(lambda match: f"{'-m resdet' if match[1] else AS_MODULE} {match[2]}", description)
     elif sys.argv[0].endswith(".py"):
         prog = Path(sys.argv[0]).name
-        description = re.sub(r"(--no-python )?\bresdet ([\w-]+)", _in_checkout, description)
+        description = _EXAMPLE.sub(_in_checkout, description)
     usage = None if arguments is None else f"%(prog)s {arguments}"
     formatter = argparse.RawDescriptionHelpFormatter
     return _Parser(prog=prog, usage=usage, description=description, formatter_class=formatter)

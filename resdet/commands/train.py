@@ -1,8 +1,14 @@
 """Train a detector from a configuration.
 
-resdet train configs/quickstart.yaml
-resdet train configs/frcnn_r101_voc.yaml data.train.root=/data/VOCdevkit train.batch_size=4
-torchrun --nproc-per-node 8 --no-python resdet train configs/frcnn_r101.yaml
+    resdet train quickstart
+    resdet train frcnn_r101_voc data.train.root=/data/VOCdevkit train.batch_size=4
+    resdet train frcnn_r101 data=FOLDER output_dir=runs/mine optim.lr=0.01
+    torchrun --nproc-per-node 8 --no-python resdet train frcnn_r101
+
+CONFIG is a YAML file or the name of a recipe (resdet recipes lists them). A file of your own starts as a copy of one:
+
+    resdet recipes frcnn_r101 > mine.yaml
+    resdet train mine.yaml
 """
 
 from collections.abc import Sequence
@@ -12,12 +18,14 @@ from resdet.commands.run import command_parser, show
 
 def main(arguments: Sequence[str]) -> None:
     """Run ``resdet train``."""
-    parser = command_parser("train", __doc__)
-    parser.add_argument("config", metavar="CONFIG", help="a YAML file; resdet/config.py documents every key")
+    from resdet.config import Config, load_config
+    from resdet.config_keys import sections_text
+
+    parser = command_parser("train", f"{__doc__}\n{sections_text(Config, 'resdet config --keys')}")
+    parser.add_argument("config", metavar="CONFIG", help="a YAML file, or the name of a recipe")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted keys, as in optim.lr=0.01")
     options = parser.parse_intermixed_args(arguments)
 
-    from resdet.config import load_config
     from resdet.training.detection import train
 
     config = load_config(options.config, options.overrides)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,14 +10,16 @@ from pathlib import Path
 import pytest
 
 import resdet.machine
-from resdet.commands.main import COMMANDS, main, start
+from resdet.classification.config import PretrainConfig
+from resdet.commands import COMMANDS
+from resdet.commands.main import main, start
 from resdet.commands.run import AS_MODULE
-from resdet.config import load_config, parse_config
+from resdet.config import Config, load_config, parse_config
 from resdet.recipes import find_recipes
 from resdet.version import VERSION
 
 ROOT = Path(__file__).resolve().parents[2]
-EXAMPLES = ("resdet train quickstart", "resdet recipes", "data.train.images=")
+EXAMPLES = ("resdet train quickstart", "resdet recipes", "resdet check FOLDER")
 
 
 def shown(*arguments: str, capsys: pytest.CaptureFixture[str]) -> str:
@@ -37,7 +40,7 @@ def test_help_leads_in_and_lists_every_command(
     assert code_of("--help", monkeypatch=monkeypatch) == 0
     text = capsys.readouterr().out
     assert all(example in text for example in EXAMPLES)
-    rows = [line.split(maxsplit=1) for line in text.split("each):\n")[1].split("\n\n")[0].splitlines()]
+    rows = [line.split(maxsplit=1) for line in text.split("documents each):\n")[1].split("\n\n")[0].splitlines()]
     assert tuple(name for name, _ in rows) == COMMANDS
     assert all(story.endswith(".") and len(story) < 120 for _, story in rows)
 
@@ -123,16 +126,31 @@ def test_config_tells_mistakes_by_the_kind_that_a_file_comes_nearer_to(
 def test_keys_are_documented(capsys: pytest.CaptureFixture[str]) -> None:
     text = shown("config", "--keys", "optim.lr", "data.train", "eval.precision", capsys=capsys)
     blocks = text.split("\n\n")
-    assert "optim.lr: number > 0, default 0.02\n    Learning rate for ``lr_batch_size`` images per step." in text
+    assert "optim.lr: number > 0, default 0.02\n    Learning rate for `lr_batch_size` images per step." in text
     assert "data.train.images: path, required\n" in text
-    assert "data.train: (format: shapes) " in text
+    assert "[data.train] format shapes: " in text
     assert "eval.precision: fp32 | bf16 | fp16 or null, default null\n" in text
-    assert not [block for block in blocks if block.startswith("model")]
+    assert {block.split("]")[0] for block in blocks} == {"[data.train", "[eval", "[optim"}
+    assert "data.train: section" not in text
     both = shown("config", "--keys", "data", capsys=capsys)
-    assert "data.val: (format: coco) Images with one COCO json.\n    The keys are those of data.train." in both
+    assert "[data.val] format coco: Images with one COCO json.\n    The keys are those of data.train." in both
     assert "top1 | top5, default top1" in shown("config", "--keys", "--pretrain", capsys=capsys)
     everything = shown("config", "--keys", capsys=capsys)
     assert all(f"\n{name}: " in everything for name in ("augment", "train.steps", "model.weights_origin.prefix"))
+
+
+@pytest.mark.parametrize("command", ["train", "pretrain"])
+def test_help_names_the_sections_and_where_their_keys_are_documented(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert code_of(command, "--help", monkeypatch=monkeypatch) == 0
+    text = capsys.readouterr().out
+    names = (Config if command == "train" else PretrainConfig).model_fields
+    assert all(re.search(rf"^  {name} +[A-Z`].*\w$", text, re.MULTILINE) for name in names)
+    (example,) = re.findall(r"\(resdet (config .*) SECTION documents their keys\)", text)
+    assert shown(*example.split(), "optim", capsys=capsys).startswith(
+        "[optim] Optimizer and learning rate.\noptim.name: "
+    )
 
 
 @pytest.mark.parametrize(
