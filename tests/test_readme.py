@@ -41,6 +41,7 @@ from torch.distributed.run import get_args_parser
 import resdet
 from resdet.check.kinds import KINDS
 from resdet.classification.config import PretrainConfig, load_pretrain_config
+from resdet.commands.main import main
 from resdet.config import Config, load_config
 from resdet.data.annotations import AnnotationTable
 from resdet.data.augment.pipeline import build_augment
@@ -319,6 +320,8 @@ PROGRAMS = {
     "python3": RECORDER,
     "pip": RECORDER,
     "torchrun": RECORDER,
+    # What these two print is what later commands read.
+    "resdet": RECORDER + f'case "$1" in recipes|config) exec {sys.executable} -m resdet "$@";; esac\n',
     "srun": RECORDER + 'exec "$@"\n',
     "scontrol": "#!/bin/sh\nprintf 'host1\\nhost2\\n'\n",
     "head": f'#!/bin/sh\nexec {shutil.which("head")} "$@"\n',
@@ -465,8 +468,15 @@ def treat(program: str, *arguments: str) -> None:
         assert arguments[0] == "torchrun"  # which srun starts
     elif program == "torchrun":
         options = get_args_parser().parse_args(arguments)
-        assert options.training_script == "tools/train.py"
-        load_config(options.training_script_args[0], options.training_script_args[1:])
+        words = [options.training_script, *options.training_script_args]
+        command = ["resdet", "train"] if options.no_python else ["tools/train.py"]
+        assert words[: len(command)] == command
+        load_config(words[len(command)], words[len(command) + 1 :])
+    elif program == "resdet" and arguments[0] in ("recipes", "config", "--version", "--help"):
+        main(arguments)
+    elif program == "resdet":
+        script = {"check": "check_data"}.get(arguments[0], arguments[0].replace("-", "_"))
+        treat("python", f"tools/{script}.py", *arguments[1:])
     elif arguments[:2] == ("-m", "pytest"):
         check_pytest(*arguments[2:])
     elif arguments[:2] == ("-m", "venv"):
