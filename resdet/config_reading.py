@@ -87,6 +87,9 @@ def load_settings(
         return _checked(root, {}, [config, overrides], [], {}, "the given settings")
     try:
         text = find_config(config, command).read_text(encoding="utf-8")
+    except IsADirectoryError:
+        what = f"a folder; that of a dataset is given as data={config}, after the configuration"
+        raise ConfigError(str(config), [what]) from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(str(config), [f"cannot be read: {error}"]) from None
     return parse_settings(root, text, overrides, source=str(config))

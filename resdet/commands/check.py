@@ -50,8 +50,11 @@ def main(arguments: Sequence[str]) -> int:
     from resdet.data.image_facts import default_num_workers
     from resdet.errors import DataError
     from resdet.files import check_outputs, write_text
+    from resdet.recipes import find_recipes
 
-    read = folder_config if options.config.is_dir() else load_config
+    # As in find_config, a run's folder may be called as its recipe.
+    is_dataset = options.config.is_dir() and str(options.config) not in find_recipes()
+    read = folder_config if is_dataset else load_config
     config = read(options.config, options.overrides)
     splits = build_splits(config)
     outputs = [path for path in (options.json, options.fix, options.browse) if path is not None]

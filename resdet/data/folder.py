@@ -147,29 +147,36 @@ def folder_splits(folder: Path) -> dict[str, dict[str, Any]]:
 def _all_found(path: Path) -> tuple[list[_Found], list[str]]:
     """Return the sets of images of one layout, and what else looked like annotations with why it is none."""
     if is_file(path) and path.suffix in _YOLO_CONFIGS:
-        return list(_yolo(path)), []
+        left_out: list[str] = []
+        return _yolo(path, left_out), left_out
     if not os.path.isdir(path):
         raise DataError(_not_a_folder(path))
-    root, reasons = _Folder(path), list[list[str]]()
+    root, why = _Folder(path), list[str]()
     for _ in range(4):
-        left_out: list[str] = []
-        reasons.append(left_out)
-        found = [*_coco(root, left_out), *(_voc(root) or _loose_voc(root, left_out))]
-        if _has_yolo_labels(root):
-            try:
-                found += _yolo(root.path)
-            except DataError as error:
-                if not found:
-                    raise
-                left_out.append(f"YOLO's labels cannot be read ({error})")
+        found, left_out = _found_in(root)
         if len({one.section["format"] for one in found}) > 1:
             raise DataError(f"{path}: {_candidates('more than one layout is here', found)}")
         if found:
             return found, left_out
+        why = why or left_out
         if len(root.folders) != 1:
             break
         root = root.folders[0]  # an archive's own folder, or one for a single year
-    raise DataError(f"{path}: {_why_not(_Folder(path), reasons[0])}")
+    raise DataError(f"{path}: {_why_not(_Folder(path), why)}")
+
+
+def _found_in(root: _Folder) -> tuple[list[_Found], list[str]]:
+    """Return what ``_all_found`` does, of all layouts."""
+    left_out: list[str] = []
+    found = [*_coco(root, left_out), *(_voc(root) or _loose_voc(root, left_out))]
+    if _has_yolo_labels(root):
+        try:
+            found += _yolo(root.path, left_out)
+        except DataError as error:
+            if not found:
+                raise
+            left_out.append(f"YOLO's labels cannot be read ({error})")
+    return found, left_out
 
 
 def _train_and_val(path: Path, found: list[_Found], left_out: list[str]) -> tuple[_Found, _Found | None]:
@@ -334,15 +341,17 @@ def _has_yolo_labels(root: _Folder) -> bool:
     return False
 
 
-def _yolo(root: Path) -> Iterator[_Found]:
-    """Yield the splits of a folder in YOLO's layout, or of its data.yaml."""
-    layout = find_layout(root)
+def _yolo(root: Path, left_out: list[str]) -> list[_Found]:
+    """Return the splits of a folder in YOLO's layout, or of its data.yaml."""
+    layout, found = find_layout(root), []
     by = f" by {layout.config.name}" if layout.config else ""
     for split, paths in layout.splits.items():
         seen = " + ".join(Path(os.path.relpath(path, layout.root)).as_posix() for path in paths)
-        yield _Found("YOLO", split, {"format": "yolo", "root": str(root), "split": split}, seen + by)
-    if not layout.splits:
-        yield _Found("YOLO", None, {"format": "yolo", "root": str(root), "split": None}, f"images and labels{by}")
+        found.append(_Found("YOLO", split, {"format": "yolo", "root": str(root), "split": split}, seen + by))
+    left_out.extend(f"{split}{by} does not exist ({path})" for split, path in layout.absent.items())
+    if found or layout.absent:
+        return found
+    return [_Found("YOLO", None, {"format": "yolo", "root": str(root), "split": None}, f"images and labels{by}")]
 
 
 def _not_a_folder(path: Path) -> str:

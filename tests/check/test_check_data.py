@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from resdet.errors import DataError
+
 ROOT = Path(__file__).resolve().parents[2]
 TOOL = ROOT / "tools" / "check_data.py"
 
@@ -113,3 +115,27 @@ def test_a_wrong_option_makes_exit_code_2(main, option):
     with pytest.raises(SystemExit) as left:
         main([str(ROOT / "configs" / "quickstart.yaml"), option])
     assert left.value.code == 2
+
+
+def test_a_folder_needs_no_configuration(assets, tmp_path, main, capsys, caplog, monkeypatch):
+    monkeypatch.chdir(assets / "panel")
+    caplog.set_level("INFO", logger="resdet")
+    report = tmp_path / "report.json"
+    assert main(["cells", "data.val={fraction: 0.3}", "--no-images", "--json", str(report)]) == 0
+    assert "cells: taken for COCO (train.json, val.json). As keys:" in caplog.text
+    train, val = json.loads(report.read_text())["splits"]
+    assert train["num_images"] + val["num_images"] == 192
+    assert 30 <= val["num_images"] <= 85
+    with pytest.raises(DataError, match=r"panel: it cannot be told which of these is train: aquarium/train\.json"):
+        main([str(assets / "panel")])
+    # A run's folder may have its recipe's name.
+    (tmp_path / "quickstart").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert main(["quickstart", "--no-images"]) == 0
+
+
+def test_the_split_of_a_folder_has_no_leaks(assets, main, caplog, capsys):
+    assert main([str(assets / "panel" / "chess"), "data.val={fraction: 0.3}"]) == 0
+    told = capsys.readouterr().out
+    assert "near_duplicate_image" in told
+    assert "train_val_overlap" not in told

@@ -214,7 +214,7 @@ CASES = {
         yolo_section("train"),
         yolo_section("val"),
         "YOLO (train/images by data.yaml, valid/images by data.yaml)",
-        [],
+        ["  not used: test by data.yaml does not exist (my/../test/images)"],
     ),
     "YOLO without a yaml": (
         {
