@@ -185,9 +185,11 @@ def build_given_dataset(
 def missing_data(source: PythonSource, name: str = "data") -> UserError:
     """Return the error that reports a dataset which no file and no program gives; ``name`` is its section."""
     was = f" (it was {source.dataset} of a Python program)" if source.dataset else ""
+    held_out = ", or data.val={fraction: 0.2} for a part of data.train" if name == "data.val" else ""
     return UserError(
-        f"{name}: missing{was}: state a dataset by its format (coco, voc, yolo, shapes) and place, or give one to "
-        "resdet.train(config, train_set=..., val_set=...) or resdet.evaluate(model, dataset)"
+        f"{name}: missing{was}: state a dataset by its folder (data=FOLDER), or its format (coco, voc, yolo, shapes) "
+        f"and place{held_out}, or give one to resdet.train(config, train_set=..., val_set=...) or "
+        "resdet.evaluate(model, dataset)"
     )
 
 

@@ -180,10 +180,7 @@ class DataConfig(Section):
 
     train: Source = PythonSource()
     """Training data."""
-    val: Annotated[
-        Union[_Labelled, HeldOut],  # noqa: UP007
-        Field(discriminator="format", examples=[{"fraction": 0.2}]),
-    ] = PythonSource()
+    val: Annotated[Union[_Labelled, HeldOut], Field(discriminator="format")] = PythonSource()  # noqa: UP007
     """Validation data, for evaluation during training and by ``resdet eval``."""
 
     @classmethod
@@ -365,7 +362,7 @@ class Config(Section):
 
     model: ModelConfig = ModelConfig()
     """The detector and its first weights."""
-    data: DataConfig = Field(DataConfig(), json_schema_extra=or_text, examples=["path/to/my_dataset"])
+    data: DataConfig = Field(DataConfig(), json_schema_extra=or_text)
     """Training and validation data: a dataset's folder, or sections for both. It may be left out where a Python program
     gives datasets to ``resdet.train``."""
     augment: list[dict[str, dict[str, Any]]] = Field([{"HorizontalFlip": {"p": 0.5}}])

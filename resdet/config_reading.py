@@ -208,8 +208,7 @@ def _explain(item: Any, tree: Any, places: Mapping[KeyPath, str], source: str, r
         hint = f"; did you mean {near[0]}?" if near else f"; known here: {', '.join(known)}"
         return f"{where}: unknown key{hint}"
     if kind == "missing":
-        example = (_sections_at(path[:-1], tree, root)[0].model_fields[str(path[-1])].examples or [None])[0]
-        return f"{where}: missing" + (f"; for example {dotted(path)}={_inline(example)}" if example else "")
+        return f"{where}: missing"
     if kind in ("union_tag_invalid", "union_tag_not_found"):
         got = item["input"].get("format") if isinstance(item["input"], dict) else item["input"]
         formats = [name for section in _sections_at(path, {}, root) for name in _formats(section)]
@@ -246,18 +245,14 @@ def _sections_at(path: KeyPath, tree: Any, root: type[BaseModel]) -> list[type[B
         sections = [member for member in members if isinstance(member, type) and issubclass(member, BaseModel)]
         node = node.get(part) if isinstance(node, dict) else None
         if len(sections) > 1 and isinstance(node, dict):
-            formats = ((one, node.get("format", one.model_fields["format"].default)) for one in sections)
-            sections = [section for section, stated in formats if stated in _formats(section)] or sections
+            sections = [section for section in sections if node.get("format") in _formats(section)] or sections
+            keys = set(node)  # without a format, the likeliest first
+            sections = sorted(sections, key=lambda section: len(keys & section.model_fields.keys()), reverse=True)
     return sections
 
 
 def _formats(source: type[BaseModel]) -> tuple[str, ...]:
     return get_args(source.model_fields["format"].annotation)
-
-
-def _inline(value: Any) -> str:
-    text: str = yaml.safe_dump(value, default_flow_style=True)
-    return text.removesuffix("...\n").strip()
 
 
 def _describe(value: Any) -> str:

@@ -74,8 +74,9 @@ def test_a_given_dataset_trains_as_one_of_files_does(tmp_path: Path) -> None:
     assert config.data.train.model_dump() == given
     assert config.data.val.model_dump() == given | {"num_images": 4}
     told = (
-        r"^data: missing \(it was Shapes of a Python program\): state a dataset by its format "
-        r"\(coco, voc, yolo, shapes\) and place, or give one to resdet\.train\(config, train_set=\.\.\., "
+        r"^data: missing \(it was Shapes of a Python program\): state a dataset by its folder "
+        r"\(data=FOLDER\), or its format \(coco, voc, yolo, shapes\) and place, or give one to resdet\.train\("
+        r"config, train_set=\.\.\., "
         r"val_set=\.\.\.\) or resdet\.evaluate\(model, dataset\)$"
     )
     with pytest.raises(UserError, match=told):
@@ -112,8 +113,9 @@ def test_what_is_resumed_must_be_the_same_kind_of_data_and_classes(tmp_path: Pat
 def test_a_dataset_that_is_nowhere_is_told_before_anything_else(split: str, tmp_path: Path) -> None:
     config = load_config({"train.steps": 1, "output_dir": tmp_path / "run"})
     given = {"val_set": Shapes(4, 1)} if split == "train" else {"train_set": Shapes(4, 1)}
-    with pytest.raises(UserError, match=rf"^data\.{split}: missing: state a dataset by its format"):
+    with pytest.raises(UserError, match=rf"^data\.{split}: missing: state a dataset by its folder") as refusal:
         detection.train(config, **given)
+    assert ("or data.val={fraction: 0.2} for a part of data.train, or" in str(refusal.value)) == (split == "val")
     assert not (tmp_path / "run").exists()
 
 
