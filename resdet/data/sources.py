@@ -23,6 +23,9 @@ from resdet.data.video import Frame, is_video, read_frames
 from resdet.errors import DataError, UnreadableImageError, UserError, WeightsError, printable_name
 from resdet.weights.download import open_url, reason_of
 
+_OVERSHOOT = 1e-3
+"""What resizing may add to white, or take from black."""
+
 Source: TypeAlias = str | os.PathLike[str] | Image.Image | npt.NDArray[np.uint8] | Tensor
 """A path (of a file or folder, or a pattern), an http, https or file URL, or an image in memory."""
 
@@ -94,7 +97,7 @@ def read_source(
     elif isinstance(source, str):
         yield None, _downloaded(source, upright)
     else:
-        yield None, _from_memory(source, where, upright)
+        yield None, image_in_memory(source, where, upright=upright)
 
 
 def _downloaded(url: str, upright: bool) -> npt.NDArray[np.uint8]:
@@ -115,9 +118,10 @@ def _downloaded(url: str, upright: bool) -> npt.NDArray[np.uint8]:
             raise UnreadableImageError(str(error).replace(str(file), url, 1)) from error
 
 
-def _from_memory(
-    image: Image.Image | npt.NDArray[np.uint8] | Tensor, where: str, upright: bool
+def image_in_memory(
+    image: Image.Image | npt.NDArray[np.uint8] | Tensor, where: str, *, upright: bool = False
 ) -> npt.NDArray[np.uint8]:
+    """Return an image as uint8 RGB ``[H, W, 3]``; a DataError says of ``where`` what it must be."""
     if isinstance(image, Image.Image):
         image = image_to_rgb(image, where, upright=upright)
     elif isinstance(image, Tensor):
@@ -137,7 +141,7 @@ def _from_tensor(image: Tensor, where: str) -> npt.NDArray[np.uint8]:
     image = image.detach().cpu()
     if is_float:
         low, high = image.float().aminmax()
-        if not 0 <= low <= high <= 1:  # NaN too
+        if not -_OVERSHOOT <= low <= high <= 1 + _OVERSHOOT:  # NaN too
             raise DataError(f"{where}: a float tensor must be in [0, 1], got {low:g} to {high:g}")
-        image = (255 * image.float()).round().to(torch.uint8)
+        image = (255 * image.float().clamp(0, 1)).round().to(torch.uint8)
     return image.permute(1, 2, 0).numpy()  # [H, W, 3]

@@ -29,6 +29,7 @@ from resdet.data.augment.pipeline import Augment
 from resdet.data.augment.sample import Sample, extent
 from resdet.data.dataset import DetectionDataset, without_subset
 from resdet.data.loader import eval_keys
+from resdet.data.sources import image_in_memory
 from resdet.data.workers import Keys, load_batches
 from resdet.errors import DataError, name_some
 from resdet.processes import Processes
@@ -67,7 +68,7 @@ def wrap_dataset(
     """Return a dataset of ``(image, target)`` as a ``DetectionDataset``; one that is (a ``Subset`` of) one as it is.
 
     An image is a PIL image, a tensor ``[3, H, W]`` (uint8, or floating-point in [0, 1], which is rounded to 8 bits) or
-    a uint8 array ``[H, W, 3]``; grayscale is repeated. A target is None for an image without objects, or a dict:
+    a uint8 array ``[H, W, 3]``; gray ones are repeated. A target is None for an image without objects, or a dict:
     ``boxes`` ``[N, 4]`` (xyxy in pixels; tv_tensors of another format are converted), ``labels`` int ``[N]``, 1..K, and
     optionally ``image_id``, ``area``, ``iscrowd`` and ``difficult``. Labels of a ``CocoDetection`` are category ids.
 
@@ -282,25 +283,12 @@ def _annotated(dataset: Any, index: int) -> tuple[tuple[int, int], dict[str, Any
 
 def _pixels(image: Any, where: str) -> npt.NDArray[np.uint8]:
     """Return an image of any accepted kind as uint8 RGB ``[H, W, 3]``."""
-    if isinstance(image, Image.Image):
-        image = np.array(image.convert("RGB"))
-    elif isinstance(image, Tensor):
-        array = image.detach().cpu().as_subclass(Tensor)
-        image = (array.float() if array.is_floating_point() else array).numpy()
-        image = image.transpose(1, 2, 0) if image.ndim == 3 else image[None]  # [H, W, C]
-    if not isinstance(image, np.ndarray):
+    if not isinstance(image, (Image.Image, np.ndarray, Tensor)):
         raise DataError(f"{where}: must have a PIL image, a tensor or an array, got {type(image).__name__}")
-    if np.issubdtype(image.dtype, np.floating):
-        low, high = image.min(initial=0), image.max(initial=0)
-        if not (low >= -1e-3 and high <= 1 + 1e-3):
-            what = "a floating-point image must be in [0, 1], since the detector normalises (model.image_mean)"
-            raise DataError(f"{where}: {what}; got {low:.3g} to {high:.3g}")
-        image = (image.clip(0, 1) * 255).round().astype(np.uint8)
-    image = image[:, :, None] if image.ndim == 2 else image
-    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] not in (1, 3):
-        what = "must have an image of 1 or 3 channels, a uint8 or float tensor [C, H, W] or a uint8 array [H, W, C]"
-        raise DataError(f"{where}: {what}; got {image.dtype}, as [H, W, C] {list(image.shape)}")
-    return np.ascontiguousarray(np.broadcast_to(image, (*image.shape[:2], 3)))
+    if isinstance(image, Tensor):
+        image = image.as_subclass(Tensor)  # torchvision's tv_tensors
+        image = image.expand(3, -1, -1) if image.shape[:-2] == (1,) else image
+    return image_in_memory(image, where)
 
 
 def _facts_of(target: Any, size: tuple[int, int], index: int, classes: _Classes, where: str) -> Facts:

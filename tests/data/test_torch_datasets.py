@@ -55,11 +55,11 @@ def planes(pixels: np.ndarray) -> torch.Tensor:
         planes(PIXELS),
         planes(PIXELS).float() / 255,
         planes(PIXELS).double() / 255,
+        planes(PIXELS).float() / 255 * 1.0005,  # white that was resized
         PIXELS,
-        PIXELS.astype(np.float32) / 255,
         v2.functional.to_image(PIXELS),
     ],
-    ids=["PIL", "uint8", "float", "double", "array", "float array", "tv_tensor"],
+    ids=["PIL", "uint8", "float", "double", "overshoot", "array", "tv_tensor"],
 )
 def test_every_kind_of_image_is_the_same_pixels(image: Any) -> None:
     found, target = wrap_dataset(Given([(image, BOX)]))[0]
@@ -133,11 +133,11 @@ IN_ORDER = "a box must be (x1, y1, x2, y2) with x1 <= x2 and y1 <= y2, not (x, y
         ((PIXELS, "cat"), "must have a dict with boxes and labels as its target, or None, got str"),
         ((PIXELS, [{"bbox": [1, 2, 3, 4]}]), "got list; torchvision.datasets.wrap_dataset_for_transforms_v2 makes"),
         (("a.jpg", BOX), "must have a PIL image, a tensor or an array, got str"),
-        ((PIXELS.astype(np.int32), BOX), "a uint8 array [H, W, C]; got int32, as [H, W, C] [40, 60, 3]"),
-        ((torch.from_numpy(PIXELS), BOX), "got uint8, as [H, W, C] [60, 3, 40]"),
+        ((PIXELS.astype(np.int32), BOX), "expected uint8 RGB [H, W, 3] or gray [H, W], got int32 [40, 60, 3]"),
+        ((torch.from_numpy(PIXELS), BOX), "a tensor must be uint8 or float RGB [3, H, W], got uint8 [40, 60, 3]"),
         (
             (planes(PIXELS).float() / 64 - 2, BOX),
-            "image must be in [0, 1], since the detector normalises (model.image_mean); got -2 to 1.98",
+            "a float tensor must be in [0, 1], got -2 to 1.98438",
         ),
     ],
 )  # fmt: skip

@@ -119,6 +119,14 @@ def test_a_dataset_that_is_nowhere_is_told_before_anything_else(split: str, tmp_
     assert not (tmp_path / "run").exists()
 
 
+def test_a_fraction_divides_files_only(tmp_path: Path) -> None:
+    config = load_config({"train.steps": 1, "output_dir": tmp_path / "run", "data": {"val": {"fraction": 0.2}}})
+    with pytest.raises(
+        UserError, match=r"^data\.val\.fraction: divides a dataset of files, not train_set: give val_set"
+    ):
+        detection.train(config, train_set=Shapes(4, 0))
+
+
 def test_a_bad_item_of_either_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"^train_set\[\d+\]: a label must be in 1\.\.2 \(0 is the background\); got 3"):
         train(tmp_path, classes=CLASSES[:2])
