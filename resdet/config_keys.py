@@ -114,5 +114,6 @@ def _type_text(field: _Schema, schema: _Schema) -> str:
         return f"list of {count}{f'({member})' if ' ' in member else member}"
     signs = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
     bounds = " and ".join(f"{sign} {field[name]}" for name, sign in signs.items() if name in field)
-    kind = {"string": "text", "object": "mapping", "boolean": "true | false"}.get(field["type"], field["type"])
+    kind = field.get("type", "any")
+    kind = {"string": "text", "object": "mapping", "boolean": "true | false"}.get(kind, kind)
     return " ".join(filter(None, ["path" if field.get("format") == "path" else kind, bounds]))
