@@ -449,7 +449,11 @@ TREATMENTS: dict[str, Callable[..., None]] = {
     # Whether the limits are kept is not this file's to say.
     "tests/measures.py": run_script,
     **dict.fromkeys(
-        [f"tools/{name}.py" for name in ("check_data", "convert", "describe", "eval", "eval_classifier")], run_or_parse
+        [
+            f"tools/{name}.py"
+            for name in ("check_data", "convert", "convert_data", "describe", "eval", "eval_classifier")
+        ],
+        run_or_parse,
     ),
     **dict.fromkeys([f"tools/{name}.py" for name in ("export", "predict", "quantize")], run_or_parse),
 }
@@ -564,7 +568,7 @@ def test_every_key_of_a_configuration_exists(readme: str) -> None:
     known = {*keys_of(Config), *keys_of(PretrainConfig)}
     sections = "|".join(sorted({key.split(".")[0] for key in known}))
     named = re.findall(rf"`((?:{sections})\.[a-z_][\w.]*\w)[`=]", prose(readme))
-    assert [key for key in named if key not in known and not key.endswith(".py")] == []
+    assert [key for key in named if key not in known and not key.endswith((".py", ".yaml", ".txt"))] == []
 
 
 def anchors(text: str) -> set[str]:

@@ -9,6 +9,8 @@ import unicodedata
 import pytest
 from PIL import Image
 
+from resdet.check.check import check_dataset
+from resdet.check.repair import repaired
 from resdet.check.splits import coco_split
 from resdet.data import cache
 from resdet.data.coco import read_coco
@@ -153,6 +155,99 @@ def test_any_other_category_without_boxes_is_a_class(tmp_path, categories, used)
     table = read_coco(write(tmp_path / "a.json", coco(categories=categories, annotations=[annotation])))
     assert [one.name for one in table.categories] == [one["name"] for one in categories]
     assert table.notes == ()
+
+
+# ---- Labelling tools -------------------------------------------------------------------------------------------------
+
+BOX = [1.0, 2.0, 8.0, 6.0]
+CORNERS = [[1.0, 2.0, 9.0, 2.0, 9.0, 8.0, 1.0, 8.0]]
+
+
+def cvat(root):
+    """Write CVAT's "COCO 1.0": attributes with occluded, sizes and ids as numbers, one json for each subset."""
+    picture(root / "images" / "default" / "a.png")
+    annotation = {"id": 1, "image_id": 1, "category_id": 1, "segmentation": [], "area": 48.0, "bbox": BOX, "iscrowd": 0}
+    document = {
+        "licenses": [{"name": "", "id": 0, "url": ""}],
+        "info": {"contributor": "", "date_created": "", "description": "", "url": "", "version": "", "year": ""},
+        "categories": [{"id": 1, "name": "cat", "supercategory": ""}],
+        "images": [
+            {"id": 1, "width": 60, "height": 40, "file_name": "a.png", "license": 0}
+            | {"flickr_url": "", "coco_url": "", "date_captured": 0}
+        ],
+        "annotations": [
+            annotation | {"attributes": {"occluded": False, "rotation": 0.0, "track_id": 3, "keyframe": True}}
+        ],
+    }
+    return root / "images" / "default", document
+
+
+def datumaro(root):
+    """Write datumaro's COCO: as CVAT's, whose exporter it is, with a subset's name and score attributes."""
+    images, document = cvat(root)
+    document["annotations"][0]["attributes"] = {"is_crowd": False, "score": 1.0}
+    return images, document
+
+
+def label_studio(root):
+    """Write Label Studio's COCO: ids from 0, images/ before the names, whole pixels, an ``ignore``."""
+    picture(root / "images" / "1f2e3d4c-a.png")
+    return root, {
+        "images": [{"width": 60, "height": 40, "id": 0, "file_name": "images/1f2e3d4c-a.png"}],
+        "categories": [{"id": 0, "name": "cat"}],
+        "annotations": [
+            {"id": 0, "image_id": 0, "category_id": 0, "segmentation": [], "bbox": [1, 2, 8, 6]}
+            | {"ignore": 0, "iscrowd": 0, "area": 48}
+        ],
+        "info": {"year": 2024, "version": "1.0", "description": "", "contributor": "Label Studio", "url": ""},
+    }
+
+
+def labelme2coco(root):
+    """Write labelme2coco's dataset.json, which sahi writes: polygons, areas of whole pixels, no info."""
+    picture(root / "a.png")
+    return root, {
+        "images": [{"height": 40, "width": 60, "id": 1, "file_name": "a.png"}],
+        "categories": [{"id": 0, "name": "cat", "supercategory": "cat"}],
+        "annotations": [
+            {"iscrowd": 0, "image_id": 1, "bbox": [1, 2, 8, 6], "segmentation": CORNERS, "category_id": 0}
+            | {"id": 1, "area": 48}
+        ],
+    }
+
+
+@pytest.mark.usefixtures("any_way")
+@pytest.mark.parametrize("tool", [cvat, datumaro, label_studio, labelme2coco])
+def test_exports_of_labelling_tools_are_read(tmp_path, tool):
+    images, document = tool(tmp_path)
+    path = write(tmp_path / "export.json", document)
+    table = read_coco(path)
+    check_files(images, table)
+    assert FolderImages(images, table)(0).shape == (40, 60, 3)
+    assert (table.boxes_xywh.tolist(), table.area.tolist(), table.crowd.tolist()) == ([BOX], [48], [False])
+    assert [(one.label, one.name) for one in table.categories] == [(1, "cat")]
+    assert table.notes == ()
+    report = check_dataset([coco_split("train", images, path)])
+    assert not report.wrong
+
+
+@pytest.mark.parametrize(
+    ("name", "folder", "hint"),
+    [
+        ("images\\a.png", "", r"did you mean images/a\.png \(folders must be separated by /, not by \\\)\?"),
+        ("../../label-studio/data/media/upload/1/a.png", "images", "file_name must lie in the image folder"),
+    ],
+)
+def test_names_of_label_studio_that_are_paths_elsewhere_are_mended(tmp_path, name, folder, hint):
+    picture(tmp_path / "images" / "a.png")
+    images = [{"id": 7, "file_name": name, "height": 40, "width": 60}]
+    path = write(tmp_path / "result.json", coco(images=images))
+    with pytest.raises(DataError, match=hint):
+        check_files(tmp_path / folder, read_coco(path))
+    split = coco_split("train", tmp_path / folder, path)
+    document, changes = repaired(split, check_dataset([split]))
+    assert [image["file_name"] for image in document["images"]] == ["a.png" if folder else "images/a.png"]
+    assert len(changes) == 1
 
 
 # ---- Ids ------------------------------------------------------------------------------------------------------------
