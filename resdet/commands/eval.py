@@ -68,9 +68,10 @@ def main(arguments: Sequence[str]) -> None:
     check_outputs(outputs, [*checkpoints, *inputs])
     logs = [read_log(file.path.parent) for file in files]
     datasets = [build_val_set(config) for config in configs]
-    for checkpoint, config, dataset in zip(checkpoints, configs, datasets, strict=True):
-        if isinstance(config.data.val, HeldOut):
-            check_lists(checkpoint.parent, None, dataset.table)
+    for file, config, dataset in zip(files, configs, datasets, strict=True):
+        # Images of another dataset may have the same names.
+        if isinstance(config.data.val, HeldOut) and config.data.train == config_of_checkpoint(file).data.train:
+            check_lists(file.path.parent, None, dataset.table)
     check_same_ground_truth([(name, dataset.table) for name, dataset in zip(names, datasets, strict=True)])
     dataset = datasets[0]
     runs: list[ReportedRun] = []

@@ -1,6 +1,7 @@
 """A run on a dataset's folder, of which a part is held out: what it writes down, and what continues it."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -71,10 +72,14 @@ def test_the_run_continues_on_the_same_images_alone(folder, finished):
     assert listed(finished, "val_images.txt") == val
 
 
-def test_evaluation_takes_the_images_that_were_held_out(finished, capsys):
+def test_evaluation_takes_the_images_that_were_held_out(folder, finished, tmp_path, capsys):
     evaluate([str(finished)])
     val = listed(finished, "val_images.txt")
     found = json.loads((finished / "eval" / "detections.json").read_text())
     assert {f"{detection['image_id']}.png" for detection in found} <= val
     with pytest.raises(UserError, match=r"images of data\.val were trained on"):
         evaluate([str(finished), "data.val.seed=1"])
+    # Another dataset may have images of the same names.
+    other = tmp_path / "other"
+    shutil.copytree(folder, other)
+    evaluate([str(finished), f"data={other}", "data.val.seed=1"])
