@@ -48,12 +48,14 @@ def main(arguments: Sequence[str]) -> int:
     from resdet.check.report import report_text
     from resdet.config import folder_config, load_config
     from resdet.data.image_facts import default_num_workers
+    from resdet.data.yolo_layout import describes_classes
     from resdet.errors import DataError
     from resdet.files import check_outputs, write_text
     from resdet.recipes import find_recipes
 
     # As in find_config, a run's folder may be called as its recipe.
-    is_dataset = options.config.is_dir() and str(options.config) not in find_recipes()
+    is_folder = options.config.is_dir() and str(options.config) not in find_recipes()
+    is_dataset = is_folder or (options.config.is_file() and describes_classes(options.config))
     read = folder_config if is_dataset else load_config
     config = read(options.config, options.overrides)
     splits = build_splits(config)

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -128,6 +129,14 @@ def test_a_folder_needs_no_configuration(assets, tmp_path, main, capsys, caplog,
     assert 30 <= val["num_images"] <= 85
     with pytest.raises(DataError, match=r"panel: it cannot be told which of these is train: aquarium/train\.json"):
         main([str(assets / "panel")])
+    picture = next((assets / "panel" / "cells" / "images").iterdir())
+    for split in ("train", "val"):
+        for part in ("images", "labels"):
+            (tmp_path / "yolo" / split / part).mkdir(parents=True)
+        shutil.copy(picture, tmp_path / "yolo" / split / "images")
+        (tmp_path / "yolo" / split / "labels" / f"{picture.stem}.txt").write_text("0 .5 .5 .2 .2\n")
+    (tmp_path / "yolo" / "data.yaml").write_text("names: [cell]\ntrain: train/images\nval: val/images\n")
+    assert main([str(tmp_path / "yolo" / "data.yaml"), "--no-images"]) == 0
     # A run's folder may have its recipe's name.
     (tmp_path / "quickstart").mkdir()
     monkeypatch.chdir(tmp_path)
