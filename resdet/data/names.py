@@ -12,6 +12,8 @@ import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
 
+from resdet.errors import DataError
+
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif")
 """What folders are searched for; the decoder goes by a file's content, not its name."""
 
@@ -103,3 +105,11 @@ def decode_text(data: bytes) -> str:
         if not name.startswith(_ENCODINGS):
             raise LookupError(f"encoding {encoding} is not among those read; save it as UTF-8")
     return data.decode(encoding)
+
+
+def read_text(path: Path) -> str:
+    """Return the contents of a text file, decoded by ``decode_text``; a DataError reports what cannot be read."""
+    try:
+        return decode_text(path.read_bytes())
+    except (OSError, ValueError, LookupError) as error:
+        raise DataError(f"{path}: cannot be read as text: {error}") from error

@@ -14,7 +14,7 @@ from resdet.data.coco import usable_table
 from resdet.data.coco_rules import CocoRecords, Problem, Record
 from resdet.data.image_files import ImageFolder, name_fault
 from resdet.data.images import read_size
-from resdet.data.names import IMAGE_SUFFIXES, SPLITS, decode_text, is_file, is_hidden, list_folder, same_form
+from resdet.data.names import IMAGE_SUFFIXES, SPLITS, is_file, is_hidden, list_folder, read_text, same_form
 from resdet.data.voc_xml import (
     AnnotationFileError,
     class_name,
@@ -297,7 +297,7 @@ def _class_names(names: set[str], folders: Sequence[Path]) -> Sequence[str]:
     mapped: dict[str, None] = {}
     for path in (folder / "labelmap.txt" for folder in dict.fromkeys(folders)):
         if is_file(path):
-            lines = decode_text(path.read_bytes()).splitlines()
+            lines = read_text(path).splitlines()
             stated = [line.rsplit(":", 3)[0].strip() for line in lines if ":" in line and not line.startswith("#")]
             mapped.update(
                 (same_form(name), None) for name in stated if name and (name != "background" or name in names)
@@ -353,11 +353,7 @@ def _read_list(folder: Path, list_name: str, annotations: ImageFolder) -> list[s
         path = lists.root / f"{shortened(list_name)}.txt"
         raise DataError(f"{path}: no such split; {path.parent} has {', '.join(whole) or 'none'}")
     path = lists.root / name
-    try:
-        text = decode_text(path.read_bytes())
-    except (OSError, ValueError, LookupError) as error:
-        raise DataError(f"{path}: cannot be read as text: {error}") from error
-    lines = [line.strip() for line in text.splitlines()]
+    lines = [line.strip() for line in read_text(path).splitlines()]
     # "000012  1" in the lists of one class; a name may itself end in " 1", so the whole line is tried first.
     flag = re.compile(r"\s+(-1|0|1)$")
     stems = [flag.sub("", line) if flag.search(line) and not annotations.find(line) else line for line in lines if line]

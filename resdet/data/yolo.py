@@ -15,7 +15,7 @@ from resdet.data.annotations import AnnotationTable, FileNames
 from resdet.data.coco_rules import Problem
 from resdet.data.image_files import ImageFolder
 from resdet.data.images import read_upright_size
-from resdet.data.names import decode_text, list_folder, on_disk
+from resdet.data.names import SPLITS, list_folder, on_disk, read_text
 from resdet.data.yolo_layout import NAME_FILES, YoloLayout, find_layout, image_paths, label_folder
 from resdet.errors import DataError, UnreadableImageError, name_some, shortened
 from resdet.types import Category
@@ -203,14 +203,13 @@ def _read_files(layout: YoloLayout, split: str | None, report: _Report) -> YoloF
             label_of[path] = label = labels.find(path)
             real = str(on_disk(Path(path)))
             size = read_upright_size(Path(real))
-            text = "" if label is None else decode_text(Path(label).read_bytes())
+            text = "" if label is None else read_text(Path(label))
             of_image = parse_labels(text, len(layout.names), layout.keypoints)
         except UnreadableImageError as error:
             report(Problem("unreadable_file", str(error).removeprefix(f"{real}: "), file=real))
             continue
-        except (LabelFileError, OSError, ValueError) as error:
-            what = f"{error}" if isinstance(error, (LabelFileError, DataError)) else f"cannot be read as text: {error}"
-            report(Problem("bad_annotation_file", what, file=str(label)))
+        except (LabelFileError, DataError) as error:
+            report(Problem("bad_annotation_file", str(error).removeprefix(f"{label}: "), file=str(label)))
             continue
         paths.append(real)
         sizes.append(size)
@@ -253,12 +252,13 @@ def _report_labels(label_of: dict[str, str | None], labels: _Labels, report: _Re
         if label is not None and (other := image_of.setdefault(label, path)) != path:
             what = f"the labels of both {os.path.basename(other)} and {os.path.basename(path)}"
             report(Problem("shared_label_file", what, file=label))
+    lists = {name for names in SPLITS.values() for name in names}  # train.txt, which darknet may have beside images
     for folder in dict.fromkeys(map(os.path.dirname, label_of)):
         # Of the whole folder: a list may name a part of its images.
         stems = {os.path.splitext(name)[0] for name in list_folder(Path(folder)) if not name.endswith(".txt")}
         for name in labels.files(labels.folder(folder)).files():
             path = os.path.join(labels.folder(folder), name)
-            if path not in image_of and os.path.splitext(name)[0] not in stems and name not in NAME_FILES:
+            if path not in image_of and os.path.splitext(name)[0] not in stems | lists and name not in NAME_FILES:
                 report(Problem("label_without_image", f"no image of this name in {folder}", file=path))
 
 

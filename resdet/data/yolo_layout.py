@@ -11,11 +11,11 @@ from typing import Any
 from resdet.data.names import (
     IMAGE_SUFFIXES,
     SPLITS,
-    decode_text,
     is_file,
     is_hidden,
     list_folder,
     on_disk,
+    read_text,
     same_forms,
     similar_path,
 )
@@ -154,10 +154,7 @@ def describes_classes(path: Path) -> bool:
 
 def read_names(path: Path) -> tuple[str, ...]:
     """Read a file of class names, one a line."""
-    try:
-        lines = [line.strip() for line in decode_text(path.read_bytes()).rstrip().splitlines()]
-    except (OSError, ValueError, LookupError) as error:
-        raise DataError(f"{path}: cannot be read as text: {error}") from error
+    lines = [line.strip() for line in read_text(path).rstrip().splitlines()]
     if not lines:
         raise DataError(f"{path}: must hold the class names, one a line, but is empty")
     if "" in lines:
@@ -184,12 +181,11 @@ def _config_in(folder: Path) -> Path | None:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     problems: list[str] = []
+    text = read_text(path)
     try:
-        content = read_yaml(decode_text(path.read_bytes()), str(path), problems, {})
+        content = read_yaml(text, str(path), problems, {})
     except ConfigError as error:
         raise DataError(f"{path}: {error.problems[0]}") from error
-    except (OSError, ValueError, LookupError) as error:
-        raise DataError(f"{path}: cannot be read as text: {error}") from error
     if problems:
         raise DataError(problems[0])
     if not isinstance(content, dict):
@@ -198,10 +194,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _read_obj_data(path: Path) -> dict[str, Any]:
-    try:
-        lines = [line.partition("=") for line in decode_text(path.read_bytes()).splitlines()]
-    except (OSError, ValueError, LookupError) as error:
-        raise DataError(f"{path}: cannot be read as text: {error}") from error
+    lines = [line.partition("=") for line in read_text(path).splitlines()]
     content: dict[str, Any] = {key.strip(): value.strip() for key, equals, value in lines if equals}
     num_classes = content.pop("classes", "")
     return content | ({"nc": int(num_classes)} if num_classes.isdecimal() else {})
@@ -319,10 +312,7 @@ def _folder_of_images(folder: Path) -> Path:
 
 
 def _read_image_list(path: Path) -> list[str]:
-    try:
-        lines = [line.strip() for line in decode_text(path.read_bytes()).splitlines()]
-    except (OSError, ValueError, LookupError) as error:
-        raise DataError(f"{path}: cannot be read as text: {error}") from error
+    lines = [line.strip() for line in read_text(path).splitlines()]
     entries = [line.replace("\\", "/") if os.sep == "/" else line for line in lines if line]
     if not entries:
         raise DataError(f"{path}: lists no images")

@@ -408,6 +408,7 @@ def test_repeated_lines_are_left_out_and_counted(tmp_path):
     [
         (BOX + "7 0.5 0.5 0.2 0.1", "labels/train/a.txt: line 2: the class must be one of 0 to 1, got 7"),
         (b"\x89PNG", "labels/train/a.txt: cannot be read as text: 'utf-8' codec can't decode byte 0x89"),
+        (b"<?xml encoding='utf-7'?>", "labels/train/a.txt: cannot be read as text: encoding utf-7 is not among those"),
     ],
 )
 def test_a_damaged_label_file_is_refused_by_name_and_line(tmp_path, text, message):
@@ -497,6 +498,7 @@ def test_check_lists_what_is_wrong_with_file_and_line(tmp_path):
     write(labels / "f.txt", BOX)
     write(labels / "lost.txt", BOX)
     write(labels / "classes.txt", "cat\ndog\n")
+    write(labels / "train.txt", "images/train/a.jpg\n")
     split = yolo_split("train", root, "train")
     report = check_dataset([split])
     found = {finding.kind: [(one.file, one.message) for one in finding.problems] for finding in report.findings}

@@ -335,3 +335,6 @@ def test_labelmap_gives_the_order_of_the_classes(tmp_path):
     assert [category.name for category in read_voc(root, "train").categories] == ["owl", "cat", "extra"]
     (root / "Annotations" / "b.xml").write_text(CAT.replace("cat", "background"), encoding="utf-8")
     assert [category.name for category in read_voc(root, "train").categories] == ["background", "owl", "cat"]
+    (root / "labelmap.txt").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(DataError, match=r"labelmap\.txt: cannot be read as text"):
+        read_voc(root, "train")
