@@ -279,6 +279,8 @@ def test_python_runs(
     block: Block, world: Path, hub: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Each block as it stands, with ``model`` and ``dataset`` as a reader of it would have them."""
+    if "import sahi" in block.code or "from sahi" in block.code:
+        pytest.importorskip("sahi", reason="needs sahi")
     monkeypatch.setenv("TORCH_HOME", str(hub))
     names = {"model": small_detector(), "dataset": DetectionDataset(*shapes(3), training=False)}
     monkeypatch.setattr(Image.Image, "show", lambda image: image.load())
