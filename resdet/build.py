@@ -53,7 +53,7 @@ from resdet.models.detector import Detector, build_detector
 from resdet.models.losses import class_balanced_weights
 from resdet.models.norm import calibrate_norm, has_fresh_frozen_norm
 from resdet.models.proposals import Anchors
-from resdet.models.spec import WEIGHTS_FACTS, DetectorSpec
+from resdet.models.spec import WEIGHTS_FACTS, DetectorSpec, Tiles
 from resdet.processes import Processes
 from resdet.weights.files import WeightsFile, WeightsPath, read_weights
 from resdet.weights.pickles import is_plain
@@ -281,8 +281,11 @@ def build_split(source: Source, name: str) -> DataSplit:
     return voc_split(name, source.root, source.split, source.classes, use_difficult=source.use_difficult)
 
 
-def anchor_layout(config: ModelConfig) -> AnchorLayout:
-    """Return where the detector of a configuration places its anchors, leaving aside what its weights may change."""
+def anchor_layout(config: ModelConfig, tiles: Tiles | None = None) -> AnchorLayout:
+    """Return where the detector of a configuration places its anchors, leaving aside what its weights may change.
+
+    With ``tiles`` (``eval.tiles``) it is taken to see no image whole, in training either.
+    """
     sizes = tuple((size,) for size in config.anchor_sizes)
     ratios = (config.aspect_ratios,) * len(sizes)
     anchors = Anchors(sizes, ratios, rounded=config.anchor_rounding, strides=(), widened=True)
@@ -292,6 +295,7 @@ def anchor_layout(config: ModelConfig) -> AnchorLayout:
         min_sizes=(config.min_size,) if isinstance(config.min_size, int) else config.min_size,
         max_size=config.max_size,
         sides_rounded=config.resize == "pil",
+        tile=None if tiles is None else tiles.side,
     )
 
 

@@ -27,6 +27,7 @@ class AnchorLayout:
     min_sizes: tuple[int, ...]  # pixels of the scaled shorter side; of several, one is drawn for each training image
     max_size: int  # maximum of the longer side after that, in pixels
     sides_rounded: bool  # whether scaled sides are rounded to the nearest pixel, as by Pillow's resize, or down
+    tile: int | None = None  # side in pixels of the tiles that images are seen by; None: images are seen whole
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,8 @@ def anchor_coverage(table: AnnotationTable, layout: AnchorLayout) -> Coverage:
     keep = table.trainable(use_difficult=True)
     boxes = table.boxes_in_image()[keep]  # [N, 4]
     sizes = table.sizes[table.image_of_box()[keep]].astype(np.float64)  # [N, 2]
+    if layout.tile is not None:
+        boxes, sizes = _in_tiles(boxes, sizes, layout.tile)
     missed = [best_iou(boxes, sizes, layout, min_size) < IOU_REACHED for min_size in layout.min_sizes]
     unreached = np.mean(missed, axis=0)  # [N]
     area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
@@ -55,6 +58,13 @@ def anchor_coverage(table: AnnotationTable, layout: AnchorLayout) -> Coverage:
         num_boxes={name: int(mask.sum()) for name, mask in groups.items()},
         unreached={name: float(unreached[mask].mean()) if mask.any() else np.nan for name, mask in groups.items()},
     )
+
+
+def _in_tiles(boxes: Floats, sizes: Floats, side: int) -> tuple[Floats, Floats]:
+    """Return each box as the tile around it holds it, ``[N, 4]``, and the tile's ``(height, width)``, ``[N, 2]``."""
+    tiles = np.minimum(sizes, side)
+    corners = np.clip(np.round((boxes[:, :2] + boxes[:, 2:] - tiles[:, ::-1]) / 2), 0, (sizes - tiles)[:, ::-1])
+    return np.clip(boxes - np.tile(corners, 2), 0, np.tile(tiles[:, ::-1], 2)), tiles
 
 
 def best_iou(boxes: Floats, sizes: Floats, layout: AnchorLayout, min_size: int) -> Floats:

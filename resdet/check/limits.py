@@ -37,8 +37,9 @@ def dense_images(table: AnnotationTable, limits: DetectorLimits) -> Iterator[Pro
 
 def strips(table: AnnotationTable, layout: AnchorLayout) -> Iterator[Problem]:
     """Yield images whose shorter side is less than a pixel once the longer one is scaled to the largest allowed."""
-    longer = table.sizes.max(axis=1).astype(np.float64)  # [I], like the next
-    scaled = table.sizes.min(axis=1) * np.minimum(layout.max_size / longer, 1)
+    sizes = table.sizes if layout.tile is None else np.minimum(table.sizes, layout.tile)
+    longer = sizes.max(axis=1).astype(np.float64)  # [I], like the next
+    scaled = sizes.min(axis=1) * np.minimum(layout.max_size / longer, 1)
     for index in np.flatnonzero(scaled < 1).tolist():
         height, width = table.sizes[index].tolist()
         message = (

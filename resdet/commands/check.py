@@ -66,7 +66,7 @@ def main(arguments: Sequence[str]) -> int:
     check_outputs(outputs, itertools.chain([options.config], *(split.input_files() for split in splits)))
     report = check_dataset(
         splits,
-        anchors=anchor_layout(config.model),
+        anchors=anchor_layout(config.model, config.eval.tiles),
         limits=detector_limits(config),
         decode=not options.no_images,
         num_workers=default_num_workers() if options.workers is None else options.workers,

@@ -16,7 +16,7 @@ from resdet.evaluation.report_runs import MeasuredRun
 from resdet.types import Floats, Ints
 
 _MAX_SIDE = 640
-_LEGIBLE = 16  # pixels of a picture that an object should have; of larger images a part is shown where it has fewer
+_LEGIBLE = 24  # pixels of a picture that an object should have; of larger images a part is shown where it has fewer
 _BYTES_PER_BOX = 230  # what a box adds to the page
 _MAX_CANDIDATES = 1000  # errors around which a part of the image is considered
 _KINDS = (*ERROR_KINDS, "uncounted", "hit")

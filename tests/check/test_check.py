@@ -25,6 +25,7 @@ from resdet.data.image_facts import ImageFacts, all_image_facts, image_facts, ne
 from resdet.data.shapes import shapes_table
 from resdet.errors import UserError
 from resdet.models.proposals import Anchors
+from resdet.models.spec import Tiles
 
 WIDTH, HEIGHT, NUM_IMAGES = 64, 48, 6
 
@@ -624,3 +625,26 @@ def test_junk_in_every_place_is_described_and_fixed(dataset):
             continue
         fixed = coco_split("train", dataset.folder / "train", dataset.folder / "fixed.json")
         assert [f.kind for f in check_dataset([fixed], decode=False).findings if f.severity == "error"] == []
+
+
+def test_coverage_of_what_is_seen_by_tiles():
+    """Objects of 40 pixels in 6000x4000: whole images show 8 of them, below every anchor; tiles show all 40."""
+    rng = np.random.default_rng(0)
+    corners = rng.uniform(0, 1, (200, 2)) * [5960, 3960]
+    boxes = np.concatenate([corners, corners + 40], axis=1)
+    sizes = np.tile([[4000.0, 6000.0]], (200, 1))
+    whole, tiled = anchor_layout(ModelConfig()), anchor_layout(ModelConfig(), Tiles(800, 0.2))
+    table = replace(
+        shapes_table(1, 128, 0),
+        sizes=np.array([[4000, 6000]], dtype=np.int32),
+        boxes_xywh=np.concatenate([corners, np.full((200, 2), 40.0)], axis=1),
+        **{name: np.ones(200, dtype=np.int64) for name in ("labels", "annotation_ids")},
+        area=np.full(200, 1600.0),
+        **{name: np.zeros(200, dtype=bool) for name in ("crowd", "difficult")},
+        offsets=np.array([0, 200]),
+    )
+    assert anchor_coverage(table, whole).unreached["all"] == 1
+    assert anchor_coverage(table, tiled).unreached["all"] < 0.2
+    assert (best_iou(boxes, sizes, whole, 800) < 0.2).all()
+    small = replace(table, sizes=np.array([[700, 800]], dtype=np.int32), boxes_xywh=table.boxes_xywh / [8, 8, 1, 1])
+    assert anchor_coverage(small, tiled) == anchor_coverage(small, whole), "images of one tile are seen whole"
