@@ -93,7 +93,7 @@ def write_video(path: Path, pictures: Iterable[npt.NDArray[np.uint8]], rate: flo
     Args:
         path: A name that ends in .mp4.
         pictures: One at least.
-        rate: Frames per second.
+        rate: Frames per second; the format has 0.01 at least, which stands for less.
 
     Raises:
         OSError: If the file cannot be written.
@@ -106,7 +106,7 @@ def write_video(path: Path, pictures: Iterable[npt.NDArray[np.uint8]], rate: flo
                 bgr = cv2.copyMakeBorder(picture[:, :, ::-1], 0, height % 2, 0, width % 2, cv2.BORDER_REPLICATE)
                 if size is None:
                     size = bgr.shape[1], bgr.shape[0]
-                    writer.open(str(temporary), cv2.CAP_FFMPEG, cv2.VideoWriter.fourcc(*"mp4v"), rate, size)
+                    writer.open(str(temporary), cv2.CAP_FFMPEG, cv2.VideoWriter.fourcc(*"mp4v"), max(rate, 0.01), size)
                 # OpenCV drops pictures of another size without a word.
                 writer.write(bgr if bgr.shape[1::-1] == size else cv2.resize(bgr, size))
                 written += 1

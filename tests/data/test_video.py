@@ -151,6 +151,23 @@ def test_videos_of_any_size_are_written(tmp_path: Path, size: tuple[int, int], e
     assert frame_rate(tmp_path / "a.mp4") == pytest.approx(0.5)
 
 
+def test_a_video_may_be_slower_than_the_format_can_say(tmp_path: Path) -> None:
+    write_video(tmp_path / "a.mp4", pictures(3), 0.001)
+    assert frame_rate(tmp_path / "a.mp4") == pytest.approx(0.01)
+
+
+@pytest.mark.parametrize("stated", [0.0, -9e15])
+def test_a_file_that_does_not_state_its_length_is_no_damaged_one(
+    clip: Path, stated: float, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def get(capture: cv2.VideoCapture, key: int) -> float:
+        return stated if key == cv2.CAP_PROP_FRAME_COUNT else capture.get(key)
+
+    replace_in(video, monkeypatch, "VideoCapture", get=get)
+    assert len(list(read_frames(clip))) == NUM
+    assert caplog.messages == []
+
+
 def test_a_frame_of_another_size_is_scaled_and_not_lost(tmp_path: Path) -> None:
     write_video(tmp_path / "a.mp4", [*pictures(2), *pictures(2, (96, 128))], RATE)
     assert [image.shape for _, image in read_frames(tmp_path / "a.mp4")] == [(48, 64, 3)] * 4
