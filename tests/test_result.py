@@ -119,6 +119,7 @@ def test_coco_entries_are_those_that_pycocotools_reads(result: Result) -> None:
 def test_frames_have_their_index_and_time_and_a_number_each(result: Result) -> None:
     frames = [dataclasses.replace(result, path=Path("12.mp4"), frame=Frame(i, i / 25)) for i in (0, 5)]
     assert frames[1].to_coco(2)[0] | {"frame": 5, "seconds": 0.2} == frames[1].to_coco(2)[0]
+    assert {one["image_id"] for one in coco_entries([None, frames[0]])} == {2}, "a video's name numbers no frame"
     photo = dataclasses.replace(result, path=Path("7.jpg"))
     assert [one["image_id"] for one in coco_entries([*frames, None, photo])] == [1] * 3 + [2] * 3 + [4] * 3
     assert {one["image_id"] for one in coco_entries([None, photo])} == {7}

@@ -79,6 +79,11 @@ def test_pil_images_of_any_mode_are_read_as_their_files_are(tmp_path: Path, mode
         np.testing.assert_array_equal(read_all(tmp_path / "a.png")[0], image)
 
 
+def test_float_tensors_are_rounded_to_8_bits() -> None:
+    (image,) = read_all(torch.tensor([0.0, 0.3 / 255, 0.7 / 255, 0.999, 1.0]).expand(3, 1, 5))
+    assert image[0, :, 0].tolist() == [0, 0, 1, 255, 255]
+
+
 def test_gray_arrays_are_repeated_into_three_channels() -> None:
     (image,) = read_all(PIXELS[:, :, 0])
     np.testing.assert_array_equal(image, np.repeat(PIXELS[:, :, :1], 3, axis=2))
