@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from resdet.data.annotations import AnnotationTable, FileNames
-from resdet.data.coco_rules import Problem
+from resdet.data.coco_rules import HOW_TO_FIX, Problem
 from resdet.data.image_files import ImageFolder
 from resdet.data.images import read_upright_size
 from resdet.data.names import SPLITS, list_folder, on_disk, read_text
@@ -75,7 +75,7 @@ def read_yolo(
         elif problem.kind == "unreadable_file":
             raise UnreadableImageError(str(problem))
         elif problem.kind not in NOT_ERRORS:
-            raise DataError(str(problem))
+            raise DataError(f"{problem}; {HOW_TO_FIX}")
 
     read = _read_files(find_layout(root), split, refuse)
     table, repeated = _without_repeated(read.table)

@@ -14,6 +14,7 @@ from resdet.check.check import check_dataset
 from resdet.check.repair import repaired
 from resdet.check.splits import yolo_split
 from resdet.config import parse_config
+from resdet.data.coco_rules import HOW_TO_FIX
 from resdet.data.image_files import check_files
 from resdet.data.images import FolderImages, turned_boxes
 from resdet.data.yolo import LabelFileError, parse_labels, read_yolo, yolo_files
@@ -415,12 +416,13 @@ def test_a_damaged_label_file_is_refused_by_name_and_line(tmp_path, text, messag
     with pytest.raises(DataError) as caught:
         read_yolo(ultralytics(tmp_path, text), "train")
     assert str(caught.value).startswith(f"{tmp_path}/{message}")
+    assert str(caught.value).endswith(f"; {HOW_TO_FIX}")
 
 
 def test_an_image_listed_twice_is_refused(tmp_path):
     root = ultralytics(tmp_path, yaml="train: [images/train, list.txt]\nnames: [cat, dog]\n")
     write(root / "list.txt", "images/train/a.jpg\n")
-    with pytest.raises(DataError, match=r"images/train/a.jpg: listed twice, in train and list.txt$"):
+    with pytest.raises(DataError, match=r"images/train/a.jpg: listed twice, in train and list.txt; "):
         read_yolo(root, "train")
 
 
