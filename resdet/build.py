@@ -401,12 +401,25 @@ def _calibration_batches(model: Detector, dataset: DetectionDataset, num_images:
 
 
 def config_of_checkpoint(path: WeightsPath, overrides: Sequence[str] = ()) -> Config:
-    """Return the configuration that a run's checkpoint carries, with overrides."""
+    """Return the configuration that a run's checkpoint carries, with overrides.
+
+    For other weights the overrides must say on which data: ``data.val`` or ``data.train``, which then stands for both.
+    """
     file = read_weights(path)
     if file.kind == "classifier":
         raise WeightsError(f"{file.path}: holds a classifier, not a detector; `resdet eval-classifier` evaluates it")
     if "config" not in file.content:
-        raise WeightsError(f"{file.path}: carries no configuration (it is not a checkpoint of `resdet train`)")
+        given = {name: [text for text in overrides if text.startswith(f"data.{name}.")] for name in ("train", "val")}
+        if not any(text.startswith("data") for text in overrides):
+            raise WeightsError(
+                f"{file.path}: carries no configuration (it is not a checkpoint of `resdet train`): say on which data, as in "
+                "data.val.format=coco data.val.images=FOLDER data.val.annotations=FILE"
+            )
+        both = [text.replace(".val.", ".train.", 1) for text in given["val"] if not given["train"]]
+        both += [text.replace(".train.", ".val.", 1) for text in given["train"] if not given["val"]]
+        # A run must state its length, too; here it has no effect.
+        plain = {"model": {"weights": str(file.path)}, "train": {"steps": 1}}
+        return config_from_plain(plain, [*both, *overrides], source=str(file.path))
     config = file.content["config"]
     if not isinstance(config, dict) or not is_plain(config):
         raise WeightsError(f"{file.path}: its configuration must be a mapping of plain values")

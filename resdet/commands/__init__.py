@@ -8,7 +8,7 @@ file, and ``tests/import_rules.py`` knows it.
 
 COMMANDS = (
     *("train", "eval", "predict", "export", "check", "convert", "convert-data", "quantize"),
-    *("pretrain", "eval-classifier", "describe", "recipes", "config", "benchmark"),
+    *("pretrain", "eval-classifier", "describe", "recipes", "weights", "config", "benchmark"),
 )
 """The subcommands in the order of ``resdet --help``; each is the module of its name, whose docstring begins with what
 it does."""

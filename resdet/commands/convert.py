@@ -13,14 +13,16 @@ read without running any code they hold.
 from collections.abc import Sequence
 from pathlib import Path
 
-from resdet.commands.run import command_parser, show
+from resdet.commands.run import checkpoint_in, command_parser, show
 from resdet.errors import name_some
 
 
 def main(arguments: Sequence[str]) -> None:
     """Run ``resdet convert``."""
     parser = command_parser("convert", __doc__)
-    parser.add_argument("source", type=Path, metavar="IN", help=".pth, .pt, .pkl or .safetensors")
+    parser.add_argument(
+        "source", metavar="IN", help=".pth, .pt, .pkl or .safetensors, or the name of a published detector"
+    )
     parser.add_argument("--to", required=True, metavar="FORMAT", help="one of the formats above")
     parser.add_argument(
         "--from", dest="source_format", metavar="FORMAT", help="default: recognised by its tensors' names"
@@ -57,12 +59,11 @@ def main(arguments: Sequence[str]) -> None:
         origin = WeightsOrigin.model_validate(given, strict=False)
     except ValidationError as error:
         parser.error(f"--image-mean and --image-std: {error.errors()[0]['msg']}")
-    check_output(options.output, [options.source])
-    report = convert_file(
-        options.source, options.to, options.output, source_format=options.source_format, origin=origin
-    )
+    source = checkpoint_in(options.source)
+    check_output(options.output, [source])
+    report = convert_file(source, options.to, options.output, source_format=options.source_format, origin=origin)
     read, written = report.read, report.written
-    show(f"{options.source}: {read.facts['format']} {read.kind}, {read.facts['arch'] or 'no known architecture'}")
+    show(f"{source}: {read.facts['format']} {read.kind}, {read.facts['arch'] or 'no known architecture'}")
     show(f"  read:    {', '.join(read.rules) or 'unchanged'}")
     show(f"  written: {', '.join(written.rules) or 'unchanged'}")
     show(f"{len(written.tensors)} tensors -> {options.output} ({options.to})")

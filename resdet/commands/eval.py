@@ -6,7 +6,8 @@
     resdet eval runs/short runs/long --output comparison
 
 RUN is a run's folder, which stands for its best.pt, or a checkpoint. The dataset is data.val of each checkpoint's own
-configuration unless overridden. Several runs must share one dataset; report.html shows them side by side.
+configuration unless overridden. A published detector (resdet weights) has none: give all of data.val. Several runs must
+share one dataset; report.html shows them side by side.
 """
 
 import os
@@ -17,6 +18,7 @@ from pathlib import Path
 
 from resdet.commands.run import checkpoint_in, command_parser, show
 from resdet.errors import UserError
+from resdet.weights.zoo import find_published
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -36,8 +38,8 @@ def main(arguments: Sequence[str]) -> None:
     )
     options = parser.parse_intermixed_args(arguments)
     # A folder may be called lr=0.01.
-    overrides = [text for text in options.arguments if "=" in text and not os.path.exists(text)]
-    paths = [Path(text) for text in options.arguments if text not in overrides]
+    overrides = [text for text in options.arguments if "=" in text and "://" not in text and not os.path.exists(text)]
+    paths = [text for text in options.arguments if text not in overrides]
     if not paths:
         parser.error("give at least one RUN: a run's folder or a checkpoint")
     checkpoints = [checkpoint_in(path) for path in paths]
@@ -59,7 +61,8 @@ def main(arguments: Sequence[str]) -> None:
 
     files = [read_weights(checkpoint) for checkpoint in checkpoints]
     configs = [config_of_checkpoint(file, overrides) for file in files]
-    output = options.output or (checkpoints[0].parent / "eval" if len(paths) == 1 else Path("eval"))
+    is_own = len(paths) == 1 and Path(paths[0]).exists()  # and no download
+    output = options.output or (checkpoints[0].parent / "eval" if is_own else Path("eval"))
     folders = [output] if len(paths) == 1 else [output / name for name in names]
     for folder in folders:
         make_output_folder(folder)
@@ -104,7 +107,8 @@ def name_runs(checkpoints: Sequence[Path]) -> list[str]:
     twice = [str(file) for file, count in Counter(files).items() if count > 1]
     if twice:
         raise UserError(f"{twice[0]}: given twice")
-    names = [file.parent.name for file in files]
+    published = [find_published(file.name) for file in files]
+    names = [one.name if one else file.parent.name for one, file in zip(published, files, strict=True)]
     names = [
         name if _is_single(name, names) else f"{name}_{file.stem}" for name, file in zip(names, files, strict=True)
     ]

@@ -18,13 +18,14 @@ from resdet.errors import UserError
 def main(arguments: Sequence[str]) -> None:
     """Run ``resdet quantize``."""
     parser = command_parser("quantize", __doc__, arguments="[-h] [--images N] [--output FILE] RUN [key=value ...]")
-    parser.add_argument("run", type=Path, metavar="RUN", help="a run's folder, or a checkpoint (best.pt, last.pt)")
+    parser.add_argument("run", metavar="RUN", help="a run's folder, a checkpoint, or a published detector's name")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted keys, as in data.train.root=/voc")
     parser.add_argument("--images", type=int, default=32, metavar="N", help="images to calibrate on (default 32)")
     parser.add_argument("--output", type=Path, metavar="FILE", help="default: int8.pt in the folder of the checkpoint")
     options = parser.parse_intermixed_args(arguments)
     checkpoint = checkpoint_in(options.run)
-    output = options.output or checkpoint.with_name("int8.pt")
+    # Beside a file of the user's own, and not among downloads.
+    output = options.output or (checkpoint.with_name("int8.pt") if Path(options.run).exists() else Path("int8.pt"))
 
     import torch
     from tqdm import tqdm

@@ -24,7 +24,7 @@ AS_MODULE = "python -m resdet"
 """The program's name where it was started so."""
 
 _SCRIPTS = {"check": "check_data"}  # tools/NAME.py where NAME is not the command's
-_WITHOUT_SCRIPT = ("recipes", "config", "COMMAND")
+_WITHOUT_SCRIPT = ("recipes", "weights", "config", "COMMAND")
 _EXAMPLE = re.compile(rf"(--no-python )?\bresdet (COMMAND|{'|'.join(sorted(COMMANDS, reverse=True))})\b")
 
 
