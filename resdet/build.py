@@ -417,8 +417,8 @@ def config_of_checkpoint(path: WeightsPath, overrides: Sequence[str] = ()) -> Co
             )
         both = [text.replace(".val.", ".train.", 1) for text in given["val"] if not given["train"]]
         both += [text.replace(".train.", ".val.", 1) for text in given["train"] if not given["val"]]
-        # A run must state its length, too; here it has no effect.
-        plain = {"model": {"weights": str(file.path)}, "train": {"steps": 1}}
+        # The rest is what a run must state, too.
+        plain = {"model": {"weights": str(file.path)}, "train": {"steps": 1}, "output_dir": "."}
         return config_from_plain(plain, [*both, *overrides], source=str(file.path))
     config = file.content["config"]
     if not isinstance(config, dict) or not is_plain(config):

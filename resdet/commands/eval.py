@@ -11,6 +11,7 @@ share one dataset; report.html shows them side by side.
 """
 
 import os
+import re
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
@@ -37,9 +38,9 @@ def main(arguments: Sequence[str]) -> None:
         "current folder, with one subfolder per run)",
     )
     options = parser.parse_intermixed_args(arguments)
-    # A folder may be called lr=0.01.
-    overrides = [text for text in options.arguments if "=" in text and "://" not in text and not os.path.exists(text)]
-    paths = [text for text in options.arguments if text not in overrides]
+    # A folder may be called lr=0.01, and an address may hold a "=".
+    paths = [text for text in options.arguments if not re.match(r"[^=:]*=", text) or os.path.exists(text)]
+    overrides = [text for text in options.arguments if text not in paths]
     if not paths:
         parser.error("give at least one RUN: a run's folder or a checkpoint")
     checkpoints = [checkpoint_in(path) for path in paths]

@@ -3,80 +3,24 @@
 from __future__ import annotations
 
 import hashlib
-import http.server
+import io
 import os
 import signal
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from local_server import Server
 
 from resdet.errors import WeightsError
 from resdet.weights import download
 from resdet.weights.files import read_checkpoint
 from resdet.weights.source import fetch
 
-
-class Server(http.server.SimpleHTTPRequestHandler):
-    """What it does is in the path: cut, stall, late, slow, elsewhere, or the file itself."""
-
-    requests: list[str]
-
-    def log_message(self, *args: object) -> None:
-        pass
-
-    def do_GET(self) -> None:
-        self.requests.append(self.path)
-        if "elsewhere" in self.path:
-            self.send_response(302)
-            self.send_header("Location", self.path.partition("to=")[2])
-            self.end_headers()
-            return
-        if not any(word in self.path for word in ("cut", "stall", "late", "slow")):
-            super().do_GET()
-            return
-        if "late" in self.path:  # no answer at all
-            time.sleep(20)
-        content = Path(self.translate_path(self.path)).read_bytes()
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        self.wfile.write(content[: len(content) // 2])
-        self.wfile.flush()
-        if "stall" in self.path:
-            time.sleep(20)
-        if "slow" in self.path:
-            time.sleep(0.5)
-            self.wfile.write(content[len(content) // 2 :])
-
-
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[tuple[str, Path]]:
-    """A local server: its address and the directory it serves."""
-    root = tmp_path / "served"
-    root.mkdir()
-    Server.requests = []
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Server, directory=str(root))) as httpd:
-        thread = threading.Thread(target=httpd.serve_forever)
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{httpd.server_port}", root
-        finally:
-            httpd.shutdown()
-            thread.join()
-
-
-@pytest.fixture(autouse=True)
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """torch.hub's cache, empty and apart from the user's."""
-    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path / "hub"))
-    return tmp_path / "hub" / "checkpoints"
+pytestmark = pytest.mark.usefixtures("hub")
 
 
 def weights(path: Path, value: float = 1.0) -> Path:
@@ -263,3 +207,82 @@ def test_what_earlier_versions_left_is_removed(server: tuple[str, Path], hub: Pa
         (hub / left).touch()
     fetch(f"{address}/{name}")
     assert files_in(hub) == ["other.pth", name]
+
+
+def test_what_breaks_off_is_continued_where_it_broke_off(server: tuple[str, Path], hub: Path) -> None:
+    address, root = server
+    content = weights(root / "resume.pth").read_bytes()
+    half = len(content) // 2
+    told = refusal(f"{address}/resume.pth")
+    assert told.startswith(
+        f"the download broke off after {half} of {len(content)} bytes; the {half} bytes that came are kept, and the "
+        f"next attempt goes on from there; put the file of that URL at {hub}"
+    )
+    assert files_in(hub) == [".resume.partial.pth", ".resume.partial.version"]
+    path = fetch(f"{address}/resume.pth")
+    assert path.read_bytes() == content
+    assert Server.ranges == [None, f"bytes={half}-"]
+    assert files_in(hub) == ["resume.pth"]
+
+
+def test_parts_of_two_versions_are_never_joined(server: tuple[str, Path]) -> None:
+    address, root = server
+    weights(root / "resume.pth")
+    refusal(f"{address}/resume.pth")
+    content = weights(root / "resume.pth", 2.0).read_bytes()
+    assert fetch(f"{address}/resume.pth").read_bytes() == content
+
+
+def test_a_server_that_sends_no_parts_sends_the_whole_file_again(server: tuple[str, Path], hub: Path) -> None:
+    address, root = server
+    content = weights(root / "resume_whole.pth").read_bytes()
+    refusal(f"{address}/resume_whole.pth")
+    assert fetch(f"{address}/resume_whole.pth").read_bytes() == content
+    assert len(Server.ranges) == 2
+
+
+def test_a_part_that_was_not_asked_for_is_refused(server: tuple[str, Path], hub: Path) -> None:
+    address, root = server
+    weights(root / "resume_other.pth")
+    refusal(f"{address}/resume_other.pth")
+    told = refusal(f"{address}/resume_other.pth")
+    assert told.startswith("the server sent another part of the file than it was asked for; put")
+    assert files_in(hub) == []
+
+
+def test_a_download_that_is_longer_than_the_file_begins_again(server: tuple[str, Path], hub: Path) -> None:
+    """As when the process was killed after the last byte."""
+    address, root = server
+    content = weights(root / "resume.pth").read_bytes()
+    refusal(f"{address}/resume.pth")
+    next(hub.rglob("*.partial.pth")).write_bytes(content)
+    assert fetch(f"{address}/resume.pth").read_bytes() == content
+    assert Server.ranges == [None, f"bytes={len(content)}-", None]
+
+
+def test_a_continued_download_with_a_wrong_hash_leaves_nothing(server: tuple[str, Path], hub: Path) -> None:
+    address, root = server
+    content = weights(root / "resume-0123abcd.pth").read_bytes()
+    refusal(f"{address}/resume-0123abcd.pth")
+    told = refusal(f"{address}/resume-0123abcd.pth")
+    digest = hashlib.sha256(content).hexdigest()
+    assert told.startswith(f"the download has the SHA-256 {digest}, and not the published 0123abcd...; put the file")
+    assert files_in(hub) == []
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("progress", [True, False])
+def test_progress_is_shown_on_a_terminal_unless_it_is_not_wanted(
+    progress: bool, server: tuple[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    address, root = server
+    weights(root / "w.pth")
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    fetch(f"{address}/w.pth", progress=progress)
+    assert ("100%" in terminal.getvalue()) == progress
+    assert bool(terminal.getvalue()) == progress
