@@ -27,9 +27,10 @@ class ModelConfig(Section, DetectorSpec):
     """The detector and where its first weights come from."""
 
     weights: str | None = "IMAGENET1K_V1"
-    """First weights: a torchvision name (``IMAGENET1K_V1``), a file (.pth, .pt, .safetensors, .pkl) or a URL of a
-    classification ResNet, an exported backbone or a whole detector, also of detectron2 or mmdetection; null starts from
-    random weights. Settings that the weights were trained with are taken over where they are not stated here, and
+    """First weights: a torchvision name (``IMAGENET1K_V1``), that of a published detector (``detectron2_r101_fpn_3x``;
+    ``resdet weights`` lists them), a run's folder, a file (.pth, .pt, .safetensors, .pkl) or a URL of a classification
+    ResNet, an exported backbone or a whole detector, also of detectron2 or mmdetection; null starts from random
+    weights. Settings that the weights were trained with are taken over where they are not stated here, and
     logged: image_mean, image_std, norm_eps and stride_in_1x1, and for a whole detector its library's resize, anchors,
     RoIAlign and rules for small boxes (detectron2's are not torchvision's). A different value stated here is an error
     for the first four, which the weights cannot do without, and wins for the rest. Where the file does not say how they

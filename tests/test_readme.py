@@ -24,7 +24,7 @@ import sys
 import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any, get_args
@@ -54,6 +54,7 @@ from resdet.models.spec import DetectorSpec
 from resdet.training.detection import not_finite
 from resdet.training.guards import Moment
 from resdet.weights.convert_file import convert_file
+from resdet.weights.zoo import PUBLISHED
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("configs", "resdet", "tests", "tools")
@@ -206,6 +207,8 @@ def world(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
     """A copy of it, as the working directory."""
     world = tmp_path / "world"
     shutil.copytree(prepared, world, symlinks=True, copy_function=link_weights)
+    published = PUBLISHED["detectron2_r101_fpn_3x"]
+    monkeypatch.setitem(PUBLISHED, published.name, replace(published, url=(world / "best.pt").as_uri()))
     monkeypatch.chdir(world)
     return world
 

@@ -87,10 +87,8 @@ def test_arguments_reach_the_detector() -> None:
     for part in ("transform", "rpn", "roi_heads"):
         for name, value in vars(getattr(theirs, part)).items():
             if isinstance(value, int | float | dict | list | tuple) and not name.startswith("_"):
-                same = [
-                    tuple(one) if isinstance(one, list) else one for one in (value, vars(getattr(ours, part))[name])
-                ]
-                assert same[0] == same[1], name
+                mine = vars(getattr(ours, part))[name]
+                assert (list(mine) == list(value)) if isinstance(value, list | tuple) else (mine == value), name
     assert ours.spec.box_score_thresh == 0.3  # so that a checkpoint builds the same again
     combined = built(spec=DetectorSpec(box_nms_thresh=0.4, max_size=900), max_size=640)
     assert (combined.spec.box_nms_thresh, combined.spec.max_size) == (0.4, 640)
