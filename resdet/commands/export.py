@@ -25,7 +25,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument(
         "checkpoint",
         metavar="CHECKPOINT",
-        help="a run's folder, a checkpoint, or the name of a published detector (resdet weights)",
+        help="a run's folder, a checkpoint, or the name of a published detector",
     )
     parser.add_argument("--what", choices=["backbone", "detector"], default="backbone")
     parser.add_argument(

@@ -75,7 +75,7 @@ def _parsed(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "checkpoint",
         metavar="CHECKPOINT",
-        help="a run's folder, a checkpoint, or the name of a published detector (resdet weights)",
+        help="a run's folder, a checkpoint, or the name of a published detector",
     )
     parser.add_argument(
         "images",

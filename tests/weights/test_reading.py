@@ -223,7 +223,7 @@ def test_a_download_is_read_once_when_it_arrives_and_once_when_it_is_used(
     served = classifier_file(tmp_path / "resnet18.pth")
     arrived: list[Path] = []
 
-    def download(url: str, path: Path, digits: str | None) -> None:
+    def download(url: str, path: Path, *, progress: bool) -> None:
         arrived.append(path)
         path.write_bytes(served.read_bytes())
 
