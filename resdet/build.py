@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any, TypeVar
@@ -409,14 +410,14 @@ def config_of_checkpoint(path: WeightsPath, overrides: Sequence[str] = ()) -> Co
     if file.kind == "classifier":
         raise WeightsError(f"{file.path}: holds a classifier, not a detector; `resdet eval-classifier` evaluates it")
     if "config" not in file.content:
-        given = {name: [text for text in overrides if text.startswith(f"data.{name}.")] for name in ("train", "val")}
         if not any(text.startswith("data") for text in overrides):
             raise WeightsError(
-                f"{file.path}: carries no configuration (it is not a checkpoint of `resdet train`): say on which data, as in "
-                "data.val.format=coco data.val.images=FOLDER data.val.annotations=FILE"
+                f"{file.path}: carries no configuration (it is not a checkpoint of `resdet train`): say on which data, "
+                "as in data.val.format=coco data.val.images=FOLDER data.val.annotations=FILE"
             )
-        both = [text.replace(".val.", ".train.", 1) for text in given["val"] if not given["train"]]
-        both += [text.replace(".train.", ".val.", 1) for text in given["train"] if not given["val"]]
+        train, val = ([text for text in overrides if re.match(rf"data\.{name}[.=]", text)] for name in ("train", "val"))
+        both = [text.replace("data.val", "data.train", 1) for text in val if not train]
+        both += [text.replace("data.train", "data.val", 1) for text in train if not val]
         # The rest is what a run must state, too.
         plain = {"model": {"weights": str(file.path)}, "train": {"steps": 1}, "output_dir": "."}
         return config_from_plain(plain, [*both, *overrides], source=str(file.path))
