@@ -327,8 +327,8 @@ def test_eval_takes_a_name_and_data(
     monkeypatch.chdir(tmp_path)
     with pytest.raises(
         WeightsError,
-        match=r"small\.pkl: carries no configuration \(it is not a checkpoint of `resdet train`\): say on which data, as "
-        r"in data\.val\.format=coco data\.val\.images=FOLDER data\.val\.annotations=FILE",
+        match=r"small\.pkl: carries no configuration \(it is not a checkpoint of `resdet train`\): say on which data, "
+        r"as in data\.val\.format=coco data\.val\.images=FOLDER data\.val\.annotations=FILE",
     ):
         main(["eval", published])
     box = {"id": 1, "image_id": 1, "category_id": 18, "bbox": [10, 2, 40, 10], "area": 400, "iscrowd": 0}
