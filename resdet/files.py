@@ -22,24 +22,36 @@ _TEMPORARY = re.compile(r"\.[0-9a-f]{32}\..+")  # written_whole's names, those o
 
 
 @contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
+def written_whole(path: Path, companion: str | None = None) -> Iterator[Path]:
     """Yield a temporary path in the same folder; rename it to ``path`` at the end, or remove it if anything fails.
 
     Contents reach the disk before the name does: after a crash the path holds the old file or the whole new one. A
     process that is killed leaves the temporary file behind; ``remove_temporary`` clears a folder of them.
 
+    With ``companion`` the file is one of a pair, whose other half has the same name and this suffix. Both halves of the
+    temporary pair must be written, and ``path`` is absent while they are exchanged: it never stands beside a half of
+    another pair.
+
     Raises:
         UserError: If the directory does not exist, or ``path`` is a folder or a device.
         OSError: If the file cannot be written; it names ``path``.
     """
-    _check_file(path)
     # Not the whole name, which may fill the 255 bytes that a file system allows; torch.export looks at the suffix.
     temporary = path.with_name(f".{uuid.uuid4().hex}.tmp{path.suffix}")
+    moves = [(temporary, path)]
+    if companion is not None:
+        moves.insert(0, (temporary.with_suffix(companion), path.with_suffix(companion)))
+    for _, target in moves:
+        _check_file(target)
     try:
         yield temporary
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        for source, _ in moves:
+            with source.open("rb+") as file:
+                os.fsync(file.fileno())
+        if companion is not None:
+            path.unlink(missing_ok=True)
+        for source, target in moves:
+            os.replace(source, target)
         # The new name reaches the disk with its directory (Windows has no such call).
         if os.name == "posix":
             directory = os.open(path.parent, os.O_RDONLY)
@@ -52,7 +64,8 @@ def written_whole(path: Path) -> Iterator[Path]:
             raise
         raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        for source, _ in moves:
+            source.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -165,11 +178,20 @@ def save_tensors(content: Any, path: Path) -> None:
     """Write a file as ``torch.save`` does.
 
     Raises:
-        OSError: If it cannot be written. ``torch.save`` reports a full disk as one of several RuntimeErrors of its zip
-            writer, which do not mention the disk.
+        OSError: If it cannot be written.
+    """
+    with stream_errors(path):
+        torch.save(content, path)
+
+
+@contextmanager
+def stream_errors(path: Path) -> Iterator[None]:
+    """Raise an OSError where a C++ library cannot write to ``path``.
+
+    torch's zip writer and OpenVINO report a full disk as RuntimeErrors that do not mention the disk.
     """
     try:
-        torch.save(content, path)
+        yield
     except RuntimeError as error:
         if not re.search("PytorchStreamWriter|inline_container|iostream", str(error)):
             raise

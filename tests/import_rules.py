@@ -30,6 +30,7 @@ OPTIONAL = (
     "albumentations",
     "onnx",
     "onnxruntime",
+    "openvino",
     "onnxscript",
     "matplotlib",
     "sklearn",

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,15 +15,20 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from resdet.errors import UserError, WeightsError
+from resdet.export.card import files_beside, write_card
 from resdet.export.compare import CHECK_SIZES, FEATURE_TOLERANCE, ExportReport, feature_difference, speed_ratio
 from resdet.export.programs import (
     BackboneGraph,
     backbone_to_onnx,
+    backbone_to_openvino,
+    check_openvino,
+    companion,
     feature_runner,
     output_names,
     write_exported_program,
     write_torchscript,
 )
+from resdet.export.timm_config import WEIGHTS_NAME, config_file, timm_problem, write_timm_config
 from resdet.files import written_whole
 from resdet.models.backbone import ResNetFPN, SingleLevel, freeze_stages
 from resdet.models.bodies import Body, make_body
@@ -29,11 +36,14 @@ from resdet.models.detector import Detector
 from resdet.models.finite import check_weights
 from resdet.models.loading import load_strictly
 from resdet.models.norm import folded_copy, frozen_copy
+from resdet.models.spec import DetectorSpec
 from resdet.version import VERSION
-from resdet.weights.files import BACKBONE_FORMAT, read_weights
+from resdet.weights.files import BACKBONE_FORMAT, WeightsPath, read_weights
+
+logger = logging.getLogger(__name__)
 
 BackboneFormat = Literal["safetensors"] | BackboneGraph
-BACKBONE_FORMATS: tuple[BackboneFormat, ...] = ("safetensors", "torchscript", "export", "onnx")
+BACKBONE_FORMATS: tuple[BackboneFormat, ...] = ("safetensors", "torchscript", "export", "onnx", "openvino")
 
 
 def export_backbone(
@@ -43,41 +53,49 @@ def export_backbone(
     include_fpn: bool = False,
     format: BackboneFormat = "safetensors",
     names: Literal["torchvision", "timm"] = "torchvision",
+    checkpoint: WeightsPath | None = None,
 ) -> ExportReport:
-    """Write a body, or a body with its pyramid, and check the file against the model.
+    """Write a body, or a body with its pyramid, and check the file against the model; write its model card beside it.
 
     As safetensors, the body alone has the names of torchvision's classifier (``conv1.weight``,
     ``layer1.0.conv1.weight``, ...), which loads it with only ``fc`` missing; with the pyramid they are those of
-    ``BackboneWithFPN`` (``body.``, ``fpn.``). Tensors are written as they are, nothing is folded.
+    ``BackboneWithFPN`` (``body.``, ``fpn.``). Tensors are written as they are, nothing is folded. A body called
+    ``model.safetensors`` gets a ``config.json`` beside it, and timm loads the folder, if timm has such a network.
 
     In the other formats the network runs without this package, in evaluation mode and float32 on the CPU. TorchScript
-    and ``.pt2`` return the features under their names in Python (``"0"``, ...), ONNX as ``C2``.. or ``P2``.., by
-    stride. A ``.pt2`` refuses images whose last map would be one pixel high or wide (64 pixels with P6, 32 without):
-    ``torch.export`` specialises on a size of 1.
+    and ``.pt2`` return the features under their names in Python (``"0"``, ...), ONNX and OpenVINO as ``C2``.. or
+    ``P2``.., by stride. A ``.pt2`` refuses images whose last map would be one pixel high or wide (64 pixels with P6, 32
+    without): ``torch.export`` specialises on a size of 1.
 
     Args:
         model: A ResNet, a ResNetFPN, or a detector on one; not changed.
         path: The file to write; its directory must exist. It appears whole or not at all.
         include_fpn: Whether to write the pyramid too.
-        format: ``"safetensors"``, ``"torchscript"``, ``"export"`` (a ``torch.export`` program, ``.pt2``) or ``"onnx"``.
+        format: ``"safetensors"``, ``"torchscript"``, ``"export"`` (a ``torch.export`` program, ``.pt2``), ``"onnx"`` or
+            ``"openvino"`` (``path`` ends in ``.xml``, and a ``.bin`` is written too).
         names: Naming of the tensors in safetensors. timm's ResNets have torchvision's names, and it has no pyramids, so
             both give the same file of a body.
+        checkpoint: The file that the model is from, whose configuration and evaluation the model card states.
 
     Raises:
         UserError: If the model has no backbone of this package, or no pyramid though it is asked for; if the directory
-            is missing, format or names unknown, or a package that the format needs is not installed.
+            is missing, format or names unknown, a package that the format needs is not installed, or a file that is no
+            card of an earlier export has the name of this one's.
         WeightsError: If its weights are not finite.
         ExportError: If the file computes something else than the model.
     """
-    exported = _part_to_export(model, include_fpn)
+    exported, path = _part_to_export(model, include_fpn), Path(path)
     _check_arguments(format, names, include_fpn)
+    if format == "openvino":
+        check_openvino(path)
+    beside, source = files_beside(path, format), None if checkpoint is None else read_weights(checkpoint)
     check_weights(exported, "export")
     about = _describe(exported)
     if isinstance(model, Detector):
         about |= {"image_mean": model.spec.image_mean, "image_std": model.spec.image_std}
-    if format == "onnx":
+    if format in ("onnx", "openvino"):
         about["outputs"] = output_names(exported)
-    with written_whole(Path(path)) as temporary:
+    with written_whole(path, companion(format)) as temporary:
         if format == "safetensors":
             metadata = {"format": BACKBONE_FORMAT, "backbone": json.dumps(about), "resdet_version": VERSION}
             tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in exported.state_dict().items()}
@@ -86,10 +104,17 @@ def export_backbone(
         else:
             _write_program(folded_copy(exported), temporary, format, output_names(exported))
             run = feature_runner(temporary, format)
-        report = _compare(frozen_copy(exported), run, Path(path), "backbone" if include_fpn else "body", format)
+        report = _compare(frozen_copy(exported), run, path, "backbone" if include_fpn else "body", format)
         report.check()
     report.write(about)
-    return report
+    body = exported.body if isinstance(exported, ResNetFPN) else exported
+    problem = "it has no feature pyramids" if include_fpn else timm_problem(body)
+    config = _write_timm_config(model, body, path, problem, names) if format == "safetensors" else None
+    channels = [exported.out_channels] * len(exported.strides) if isinstance(exported, ResNetFPN) else body.channels
+    keys = about.get("outputs") or [str(level) for level in range(len(exported.strides))]
+    maps = list(zip(keys, channels, exported.strides, strict=True))
+    write_card(beside[-1], report, model, maps=maps, source=source, timm_problem=problem)
+    return replace(report, beside=(*([config] if config else []), *beside))
 
 
 def load_backbone(path: str | os.PathLike[str], *, trainable_layers: int = 3, fast: bool = True) -> Body | ResNetFPN:
@@ -137,6 +162,21 @@ def load_backbone(path: str | os.PathLike[str], *, trainable_layers: int = 3, fa
     return backbone
 
 
+def _write_timm_config(model: nn.Module, body: Body, path: Path, problem: str | None, names: str) -> Path | None:
+    """Write ``config.json`` where timm can use it and return its path; the log says why not where it was wanted."""
+    config = config_file(path)
+    if problem is None and config is not None:
+        write_timm_config(config, body, model.spec if isinstance(model, Detector) else DetectorSpec(arch=body.arch))
+        return config
+    if problem is None and path.name == WEIGHTS_NAME:
+        problem = f"{path.with_name('config.json')} is another program's and was left as it is"
+    if problem is None and names == "timm":
+        problem = f"timm finds the weights by the name {WEIGHTS_NAME}: give the output this name"
+    if problem is not None and (names == "timm" or path.name == WEIGHTS_NAME):
+        logger.warning("%s: no config.json for timm's loader was written: %s", path, problem)
+    return None
+
+
 def _part_to_export(model: nn.Module, include_fpn: bool) -> Body | ResNetFPN:
     backbone = model if isinstance(model, Body | ResNetFPN) else getattr(model, "backbone", None)
     if isinstance(backbone, SingleLevel):
@@ -163,7 +203,7 @@ def _write_program(folded: Body | ResNetFPN, path: Path, format: BackboneGraph, 
     elif format == "export":
         write_exported_program(folded, path)
     else:
-        backbone_to_onnx(folded, path, map_names)
+        (backbone_to_onnx if format == "onnx" else backbone_to_openvino)(folded, path, map_names)
 
 
 def _rebuilt(path: Path, exported: Body | ResNetFPN) -> Callable[[Tensor], list[Tensor]]:

@@ -52,6 +52,7 @@ class ExportReport:
     num_detections: int | None  # how many were compared; None for features
     # The model's time on these images over the file's; None for safetensors, which are run by the same code.
     speed_ratio: float | None
+    beside: tuple[Path, ...] = ()  # further files that were written
 
     def __str__(self) -> str:
         """Return the report in one line."""
@@ -70,7 +71,8 @@ class ExportReport:
 
     def write(self, description: Mapping[str, Any]) -> None:
         """Write ``<file>.json``: the description of what was exported, this report, and versions."""
-        checked = {name: value for name, value in asdict(self).items() if name not in ("path", "what", "format")}
+        about_files = ("path", "what", "format", "beside")
+        checked = {name: value for name, value in asdict(self).items() if name not in about_files}
         versions = {"resdet": VERSION, "torch": torch.__version__}
         content = {"what": self.what, "format": self.format, **description, "checked": checked, "versions": versions}
         write_text(report_file(self.path), json.dumps(content, indent=2, default=str) + "\n")

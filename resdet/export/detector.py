@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from torch import Tensor
 from resdet.data.shapes import ShapesImages
 from resdet.errors import UserError
 from resdet.export.backbone import BACKBONE_FORMATS
+from resdet.export.card import files_beside, write_card
 from resdet.export.compare import (
     BOX_TOLERANCE,
     CHECK_SIZES,
@@ -24,17 +26,27 @@ from resdet.export.compare import (
     detection_differences,
     speed_ratio,
 )
-from resdet.export.programs import DetectorFormat, OneImage, detection_runner, detector_to_onnx, write_torchscript
+from resdet.export.programs import (
+    DetectorFormat,
+    OneImage,
+    check_openvino,
+    companion,
+    detection_runner,
+    detector_to_onnx,
+    detector_to_openvino,
+    write_torchscript,
+)
 from resdet.files import written_whole
 from resdet.models.detector import Detector
 from resdet.models.finite import check_weights
 from resdet.models.norm import folded_copy, frozen_copy
 from resdet.models.transform import NOT_EXPORTABLE, PilTransform
 from resdet.types import Prediction, categories_to_plain
+from resdet.weights.files import WeightsPath, read_weights
 
 logger = logging.getLogger(__name__)
 
-DETECTOR_FORMATS: tuple[DetectorFormat, ...] = ("torchscript", "onnx")
+DETECTOR_FORMATS: tuple[DetectorFormat, ...] = ("torchscript", "onnx", "openvino")
 
 
 def export_detector(
@@ -43,8 +55,9 @@ def export_detector(
     *,
     format: DetectorFormat = "onnx",
     images: Sequence[npt.NDArray[np.uint8]] | None = None,
+    checkpoint: WeightsPath | None = None,
 ) -> ExportReport:
-    """Write a whole detector, and check the file against the model.
+    """Write a whole detector, and check the file against the model; write its model card beside it.
 
     The file takes one image, uint8 RGB ``[3, H, W]`` of any size, and returns boxes float32 ``[N, 4]``, labels int64
     ``[N]`` and scores float32 ``[N]``, sorted by falling score, as ``model`` returns them for ``image / 255``. It runs
@@ -53,18 +66,24 @@ def export_detector(
     Args:
         model: The detector; not changed.
         path: The file to write; its directory must exist. It appears whole or not at all.
-        format: ``"torchscript"`` or ``"onnx"``.
+        format: ``"torchscript"``, ``"onnx"`` or ``"openvino"`` (``path`` ends in ``.xml``, and a ``.bin`` is written
+            too).
         images: What to compare on, uint8 RGB ``[H, W, 3]``; by default two generated pictures. Give real images for a
             detector that finds nothing in those; the log warns of it.
+        checkpoint: The file that the model is from, whose configuration and evaluation the model card states.
 
     Raises:
         UserError: If it is not a Detector, or one that scales images with Pillow; if the directory is missing, the
-            format unknown, there are no images or one is not uint8 ``[H, W, 3]``, or a package that the format needs
-            is not installed.
+            format unknown, there are no images or one is not uint8 ``[H, W, 3]``, a package that the format needs is
+            not installed, or a file that is no card of an earlier export has the name of this one's.
         WeightsError: If the model's weights are not finite.
         ExportError: If the file detects something else than the model.
     """
     _check_arguments(model, format)
+    path = Path(path)
+    if format == "openvino":
+        check_openvino(path)
+    beside, source = files_beside(path, format), None if checkpoint is None else read_weights(checkpoint)
     if images is None:  # two pictures with something in them
         draw = ShapesImages(max(max(size) for size in CHECK_SIZES), seed=0)
         images = [draw(index)[:height, :width] for index, (height, width) in enumerate(CHECK_SIZES)]
@@ -72,12 +91,12 @@ def export_detector(
     tensors = _as_tensors(images)
     reference = frozen_copy(model)
     runner = OneImage(folded_copy(model)).eval()
-    with written_whole(Path(path)) as temporary:
+    with written_whole(path, companion(format)) as temporary:
         if format == "torchscript":
             write_torchscript(runner, temporary)
         else:
-            detector_to_onnx(runner, temporary, tensors[0])
-        report = _compare(reference, detection_runner(temporary, format), tensors, Path(path), format)
+            (detector_to_onnx if format == "onnx" else detector_to_openvino)(runner, temporary, tensors[0])
+        report = _compare(reference, detection_runner(temporary, format), tensors, path, format)
         report.check()
     report.write(
         {
@@ -87,7 +106,8 @@ def export_detector(
             "outputs": ["boxes", "labels", "scores"],
         }
     )
-    return report
+    write_card(beside[-1], report, model, source=source)
+    return replace(report, beside=tuple(beside))
 
 
 def _check_arguments(model: Detector, format: str) -> None:

@@ -37,6 +37,7 @@ from torch import Tensor, nn
 from resdet.errors import UserError
 from resdet.models.archs import Arch, ResNetArch, find_arch
 from resdet.models.convolution import check_finite
+from resdet.models.feature_info import FeatureInfo
 from resdet.models.norm import MakeNorm, conv_norm, norm_layer
 from resdet.models.shortcuts import BlockShape, DeepStem, fast_stem, make_shortcut
 from resdet.models.tracing import scripted_as
@@ -138,6 +139,7 @@ class ResNet(nn.Module):
     Its arguments are those of ``make_body``, whose ``fast`` picks ``FastResNet``.
     """
 
+    __jit_unused_properties__: ClassVar[list[str]] = ["feature_info"]
     fast: ClassVar[bool] = False
     block_kinds: ClassVar[dict[str, type[BasicBlock | Bottleneck]]] = {"basic": BasicBlock, "bottleneck": Bottleneck}
 
@@ -208,6 +210,17 @@ class ResNet(nn.Module):
             )
             blocks.append(self.block_kinds[shape.block](block, norm, make_shortcut(block, norm, fast=self.fast)))
         return nn.Sequential(*blocks)
+
+    @property
+    def feature_info(self) -> FeatureInfo:
+        """Channels, strides and modules of the feature maps, as timm's ``features_only`` networks state them."""
+        shape = find_arch(self.arch)
+        assert isinstance(shape, ResNetArch)
+        info = [{"num_chs": shape.channels, "reduction": max(shape.strides[0] // 2, 1), "module": "relu"}]
+        for stage in range(1, self.returned_layers[-1] + 1):
+            stride = 16 if self.dilate_c5 and stage == 4 else shape.strides[stage - 1]
+            info.append({"num_chs": shape.stage_channels(stage), "reduction": stride, "module": f"layer{stage}"})
+        return FeatureInfo(info, self.returned_layers)
 
     def stem(self, x: Tensor) -> Tensor:
         """Map images ``[B, 3, H, W]`` to ``[B, C, H / 2, W / 2]``, or to ``[B, C, H, W]`` in CIFAR's networks."""

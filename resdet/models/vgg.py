@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from resdet.errors import UserError
 from resdet.models.archs import VGGArch, find_arch
 from resdet.models.convolution import check_finite, conv
+from resdet.models.feature_info import FeatureInfo
 from resdet.models.norm import conv_norm, norm_layer
 from resdet.models.resnet import check_stages
 from resdet.models.tracing import scripted_as
@@ -31,6 +32,7 @@ _CHANNELS = (64, 128, 256, 512, 512)
 class VGG(nn.Module):
     """A VGG without its classifier; used as a ``ResNet`` is, with the first three arguments of ``make_body``."""
 
+    __jit_unused_properties__: ClassVar[list[str]] = ["feature_info"]
     fast: ClassVar[bool] = False
     stride_in_1x1 = False
     dilate_c5 = False
@@ -76,6 +78,15 @@ class VGG(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
                 assert module.bias is not None
                 nn.init.zeros_(module.bias)
+
+    @property
+    def feature_info(self) -> FeatureInfo:
+        """Channels, strides and modules of the feature maps, as ``ResNet`` states them; the first is conv1's."""
+        info = [
+            {"num_chs": channels, "reduction": stride, "module": module}
+            for channels, stride, module in zip(self.channels, self.strides, self.return_layers, strict=True)
+        ]
+        return FeatureInfo(info, range(len(info)))
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """Compute features as a ``ResNet`` does, their sizes rounded down."""

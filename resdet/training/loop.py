@@ -205,6 +205,7 @@ def evaluate(task: Task[BatchT], learner: Learner, state: RunState, log: RunLog)
         if is_main:
             payload = task.payload(learner.evaluated)
             payload["config"] = settings.config
+            payload["evaluation"] = {"step": state.step, "metrics": state.metrics, "num_images": state.num_images}
             save_checkpoint(settings.output_dir / BEST, payload)
     else:
         state.num_worse += 1

@@ -93,6 +93,7 @@ OVER_INPUTS = {
     "export, its checkpoint": ("export {}/run --output {}/run/best.pt", "run/best.pt"),
     "export, its checkpoint by the report": ("export {}/detections.json --output {}/detections", "detections.json"),
     "export, an image": (f"{DETECTOR} --images {{}}/images --output {{}}/images/1.png", "images/1.png"),
+    "export, its checkpoint by the pair": ("export {}/run/x.bin --format openvino --output {}/run/x.xml", "run/x.bin"),
     "convert": ("convert {}/run/best.pt --to torchvision --output {}/run/best.pt", "run/best.pt"),
     "quantize, its checkpoint": ("quantize {}/run --output {}/run/best.pt", "run/best.pt"),
     "quantize, annotations": (
@@ -127,6 +128,7 @@ def test_no_output_replaces_an_input(case: str, place: Path) -> None:
     (place / "links" / "1.png").symlink_to(place / "images" / "1.png")
     shutil.copy(place / "run" / "best.pt", place / "detections.json")
     shutil.copy(place / "run" / "best.pt", place / "weights.png")
+    shutil.copy(place / "run" / "best.pt", place / "run" / "x.bin")
     (place / "a").mkdir()
     for name in ("a/metrics.json", "a/detections.json", "run/metrics.json"):
         shutil.copy(place / "instances.json", place / name)
@@ -196,6 +198,7 @@ ON_A_FULL_DISK = {
     "export export": "export {}/run --format export --output {}/out/x",
     "export detector": f"{DETECTOR} --format torchscript --output {{}}/out/x",
     "export onnx": f"{DETECTOR} --format onnx --output {{}}/out/x",
+    "export openvino": "export {}/run --format openvino --output {}/out/x.xml",
     "convert pth": "convert {}/run/best.pt --to torchvision --output {}/out/x.pth",
     "convert pkl": "convert {}/run/best.pt --to detectron2 --output {}/out/x.pkl",
     "convert safetensors": "convert {}/run/best.pt --to timm --output {}/out/x.safetensors",
@@ -211,8 +214,8 @@ ON_A_FULL_DISK = {
 def test_a_full_disk_is_an_error_that_names_the_file_and_leaves_nothing(case: str, num_bytes: int, place: Path) -> None:
     if case == "quantize" and not HAS_VNNI:
         pytest.skip("int8 needs a CPU with AVX512-VNNI")
-    if case == "export onnx":
-        pytest.importorskip("onnxruntime")
+    if case in ("export onnx", "export openvino"):
+        pytest.importorskip({"export onnx": "onnxruntime", "export openvino": "openvino"}[case])
     out = place / "out"
     out.mkdir()
     with pytest.raises(OSError) as caught, full_disk(num_bytes):  # noqa: PT011 - its attributes are checked below

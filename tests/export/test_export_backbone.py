@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -67,7 +68,7 @@ def test_the_loaded_backbone_computes_the_same(
         next(loaded.parameters()).mul_(1.01)
         assert not torch.equal(loaded(images)["0"], expected["0"])
     assert [p.requires_grad for p in loaded.parameters()] == [p.requires_grad for p in exported.parameters()]
-    assert names_in(tmp_path) == ["b.safetensors", "b.safetensors.json"]
+    assert names_in(tmp_path) == ["README.md", "b.safetensors", "b.safetensors.json"]
 
 
 def test_torchvision_loads_the_body_with_only_fc_missing(tmp_path: Path) -> None:
@@ -103,7 +104,7 @@ def test_a_failed_export_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest
     with pytest.raises(OSError, match="No space left"):
         export_backbone(ResNet("resnet18"), path)
     assert path.read_bytes() == before
-    assert names_in(tmp_path) == ["b.safetensors", "b.safetensors.json"]
+    assert names_in(tmp_path) == ["README.md", "b.safetensors", "b.safetensors.json"]
 
 
 def test_wrong_models_are_refused(tmp_path: Path) -> None:
@@ -142,11 +143,18 @@ def load(path: Path, format: str) -> Run:
         return lambda images: dict(
             zip(names, map(torch.from_numpy, session.run(None, {"images": images.numpy()})), strict=True)
         )
+    if format == "openvino":
+        openvino = pytest.importorskip("openvino", reason="needs openvino, which is in the dev extra")
+        network = openvino.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        names = [output.any_name for output in network.outputs]
+        return lambda images: {
+            name: torch.from_numpy(network({"images": images.numpy()})[name].copy()) for name in names
+        }
     module: Run = torch.jit.load(path) if format == "torchscript" else torch.export.load(path).module()
     return module
 
 
-SUFFIXES = {"torchscript": ".pt", "export": ".pt2", "onnx": ".onnx"}
+SUFFIXES = {"torchscript": ".pt", "export": ".pt2", "onnx": ".onnx", "openvino": ".xml"}
 
 
 @pytest.mark.parametrize(
@@ -157,19 +165,25 @@ SUFFIXES = {"torchscript": ".pt", "export": ".pt2", "onnx": ".onnx"}
         ("export", False),
         pytest.param("export", True, marks=pytest.mark.slow),
         ("onnx", True),
+        ("openvino", False),
+        pytest.param("openvino", True, marks=pytest.mark.slow),
     ],
 )
 def test_exported_networks_take_any_batch_and_size(tmp_path: Path, format: Any, include_fpn: bool) -> None:
     """Odd sizes too, and not only those that the export itself compares."""
-    if format == "onnx":
-        pytest.importorskip("onnxscript", reason="needs onnxscript, which is in the dev extra")
+    if format in ("onnx", "openvino"):
+        package = {"onnx": "onnxscript", "openvino": "openvino"}[format]
+        pytest.importorskip(package, reason=f"needs {package}, which is in the dev extra")
     backbone = calibrated().eval()
     before = {name: tensor.clone() for name, tensor in backbone.state_dict().items()}
     path = tmp_path / f"b{SUFFIXES[format]}"
     report = export_backbone(backbone, path, include_fpn=include_fpn, format=format)
     assert report.differences["features"] <= report.tolerances["features"] == FEATURE_TOLERANCE
     assert report.speed_ratio is not None
-    assert names_in(tmp_path) == [path.name, f"{path.name}.json"]
+    assert names_in(tmp_path) == sorted(
+        ["README.md", path.name, *(["b.bin"] if format == "openvino" else []), f"{path.name}.json"]
+    )
+    assert sorted(file.name for file in (path, *report.beside)) == names_in(tmp_path)
 
     run = load(path, format)
     exported = backbone if include_fpn else backbone.body
@@ -178,7 +192,7 @@ def test_exported_networks_take_any_batch_and_size(tmp_path: Path, format: Any, 
         images = torch.randn(shape, generator=generator)
         with torch.no_grad():
             maps, expected = run(images), exported(images)
-        if format == "onnx":
+        if format in ("onnx", "openvino"):
             letter = "P" if include_fpn else "C"
             assert list(maps) == [f"{letter}{int(math.log2(stride))}" for stride in exported.strides]
         else:
@@ -192,7 +206,7 @@ def test_exported_networks_take_any_batch_and_size(tmp_path: Path, format: Any, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("format", ["torchscript", "export", "onnx"])
+@pytest.mark.parametrize("format", ["torchscript", "export", "onnx", "openvino"])
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -252,6 +266,56 @@ def test_a_file_that_computes_something_else_is_not_left_behind(
     assert (tmp_path / "b.pt").read_text() == "what was there before"
 
 
+def test_openvinos_pair_is_whole_or_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the second half fails, and between the two renames no file stands beside a half of another pair."""
+    pytest.importorskip("openvino", reason="needs openvino, which is in the dev extra")
+    backbone = calibrated(returned_layers=(1,))
+    path = export_backbone(backbone, tmp_path / "b.xml", format="openvino").path
+    old = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    run, images = load(path, "openvino"), torch.randn(1, 3, 64, 64)
+    expected = run(images)["C2"]
+    folded_copy = resdet.export.backbone.folded_copy
+
+    def wrong(module: nn.Module) -> nn.Module:
+        folded = folded_copy(module)
+        with torch.no_grad():
+            folded.layer1[1].conv2.bias.add_(0.1)  # type: ignore[index, union-attr]
+        return folded
+
+    monkeypatch.setattr("resdet.export.backbone.folded_copy", wrong)
+    with pytest.raises(ExportError, match=r"b\.xml: not written, because"):
+        export_backbone(backbone, path, format="openvino")
+    monkeypatch.undo()
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == old
+    assert torch.equal(load(path, "openvino")(images)["C2"], expected)
+
+    states: list[tuple[bool, bool]] = []
+    real = os.replace
+
+    def watched(source: Any, target: Any) -> None:
+        if str(target).startswith(str(tmp_path / "b.")) and Path(target).suffix in (".xml", ".bin"):
+            states.append((path.exists(), path.with_suffix(".bin").read_bytes() == old["b.bin"]))
+        real(source, target)
+
+    monkeypatch.setattr("resdet.files.os.replace", watched)
+    export_backbone(resnet_fpn("resnet18", returned_layers=(1,)), path, format="openvino")
+    assert states == [(False, True), (False, False)]
+
+
+@pytest.mark.slow
+def test_a_backbone_in_onnx_runs_in_openvino(tmp_path: Path) -> None:
+    pytest.importorskip("onnxscript", reason="needs onnxscript, which is in the dev extra")
+    pytest.importorskip("openvino", reason="needs openvino, which is in the dev extra")
+    backbone = calibrated().eval()
+    run = load(export_backbone(backbone, tmp_path / "b.onnx", format="onnx", include_fpn=True).path, "openvino")
+    for shape in ((1, 3, 96, 128), (2, 3, 65, 97)):
+        images = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            expected = list(backbone(images).values())
+        for one, other in zip(run(images).values(), expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=FEATURE_TOLERANCE * float(other.abs().max()))
+
+
 def test_timm_has_torchvisions_names_and_no_pyramid(tmp_path: Path) -> None:
     backbone = calibrated()
     ours = load_file(export_backbone(backbone, tmp_path / "a").path)
@@ -265,11 +329,25 @@ def test_timm_has_torchvisions_names_and_no_pyramid(tmp_path: Path) -> None:
 
 def test_mistakes_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     body = ResNet("resnet18")
-    with pytest.raises(UserError, match="must be one of safetensors, torchscript, export, onnx, got 'tflite'"):
+    with pytest.raises(
+        UserError, match="must be one of safetensors, torchscript, export, onnx, openvino, got 'tflite'"
+    ):
         export_backbone(body, tmp_path / "b", format="tflite")  # type: ignore[arg-type]
     with pytest.raises(UserError, match=r"absent/b: its directory does not exist"):
         export_backbone(body, tmp_path / "absent" / "b")
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(UserError, match="onnxruntime is not installed: pip install onnx onnxruntime onnxscript"):
         export_backbone(body, tmp_path / "b", format="onnx")
+    with pytest.raises(UserError) as caught:
+        export_backbone(body, tmp_path / "b.onnx", format="openvino")
+    assert str(caught.value) == (
+        f"{tmp_path}/b.onnx: the openvino format is a pair of files, NAME.xml and NAME.bin: give NAME.xml"
+    )
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    with pytest.raises(UserError) as caught:
+        export_backbone(body, tmp_path / "b.xml", format="openvino")
+    assert str(caught.value) == (
+        "the openvino format needs openvino, onnx, and openvino is not installed: pip install openvino onnx (this "
+        "package's extra [openvino])"
+    )
     assert names_in(tmp_path) == []
