@@ -119,6 +119,7 @@ def test_a_wrong_option_makes_exit_code_2(main, option):
 
 
 def test_a_folder_needs_no_configuration(assets, tmp_path, main, capsys, caplog, monkeypatch):
+    monkeypatch.setenv("RESDET_CACHE", "off")
     monkeypatch.chdir(assets / "panel")
     caplog.set_level("INFO", logger="resdet")
     report = tmp_path / "report.json"
@@ -143,7 +144,8 @@ def test_a_folder_needs_no_configuration(assets, tmp_path, main, capsys, caplog,
     assert main(["quickstart", "--no-images"]) == 0
 
 
-def test_the_split_of_a_folder_has_no_leaks(assets, main, caplog, capsys):
+def test_the_split_of_a_folder_has_no_leaks(assets, main, capsys, monkeypatch):
+    monkeypatch.setenv("RESDET_CACHE", "off")
     assert main([str(assets / "panel" / "chess"), "data.val={fraction: 0.3}"]) == 0
     told = capsys.readouterr().out
     assert "near_duplicate_image" in told

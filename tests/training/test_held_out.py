@@ -15,6 +15,13 @@ from resdet.errors import UserError
 RUN = ("train.steps=1", "train.batch_size=2")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _no_cache():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RESDET_CACHE", "off")
+        yield
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Twelve pictures of noise, each with two boxes, and one json."""
