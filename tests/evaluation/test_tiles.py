@@ -381,7 +381,7 @@ def from_training_to_pictures(folder: Path, side: int) -> None:
     assert (folder / "run" / "pictures" / "photo.png").is_file()
     eval_command.main([str(folder / "run"), f"eval.tiles=[{side}, 0.5]", "eval.max_detections=200"])
     for report in (folder / "run" / "report.html", folder / "run" / "eval" / "report.html"):
-        assert "The part with most errors: 640x" in report.read_text()
+        assert "The part with most errors: " in report.read_text()
     photo = str(folder / "images" / "photo.jpg")
     options = ["--tiles", str(side), "0.2", "--batch-size", "4", "--output", str(folder / "out")]
     predict.main([str(folder / "run" / "best.pt"), photo, *options])
