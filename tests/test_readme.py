@@ -324,7 +324,6 @@ PROGRAMS = {
     "python": RECORDER,
     "python3": RECORDER,
     "pip": RECORDER,
-    "resdet": RECORDER,
     "torchrun": RECORDER,
     # What these two print is what later commands read.
     "resdet": RECORDER + f'case "$1" in recipes|config) exec {sys.executable} -m resdet "$@";; esac\n',
@@ -466,9 +465,6 @@ TREATMENTS: dict[str, Callable[..., None]] = {
 """What is done with each script."""
 
 
-_SCRIPTS = {"check": "check_data"}
-
-
 def treat(program: str, *arguments: str) -> None:
     """Run or check one command."""
     if program == "pip":
@@ -477,12 +473,6 @@ def treat(program: str, *arguments: str) -> None:
         extra = re.fullmatch(r"\.(?:\[(\w+)\])?", what)
         assert extra
         assert extra[1] is None or re.search(rf"^{extra[1]} = \[", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
-    elif program == "resdet":  # by the door of a checkout, where there is one: the same function
-        door = f"tools/{_SCRIPTS.get(arguments[0], arguments[0].replace('-', '_'))}.py"
-        if door in TREATMENTS:
-            treat("python", door, *arguments[1:])
-        else:
-            run_script(ROOT / "resdet" / "__main__.py", *arguments)
     elif program == "srun":
         assert arguments[0] == "torchrun"  # which srun starts
     elif program == "torchrun":
