@@ -107,5 +107,5 @@ def test_mistake_is_told_with_place_and_rule(override: str, expected: str) -> No
 
 
 def test_missing_file_names_its_neighbour() -> None:
-    with pytest.raises(ConfigError, match=r"no such file; did you mean .*pretrain_digits_plain20\.yaml\?"):
+    with pytest.raises(ConfigError, match=r"no such file or recipe; did you mean .*pretrain_digits_plain20\.yaml or "):
         load_pretrain_config(ROOT / "configs" / "pretrain_digits_plan20.yaml")

@@ -267,10 +267,10 @@ def test_nothing_is_exported_that_computes_nan(part: str, tmp_path: Path) -> Non
     refused = r"^export: the model computes NaN or infinity \(its .*{} is not finite: training diverged\)$"
     for format in DETECTOR_FORMATS:
         with pytest.raises(WeightsError, match=refused.format(part)):
-            export_detector(model, tmp_path / "file", format=format)
+            export_detector(model, tmp_path / "file.xml", format=format)
     for format in BACKBONE_FORMATS if part.startswith("backbone") else ():
         with pytest.raises(WeightsError, match=refused.format(part.removeprefix("backbone.").removeprefix("body."))):
-            export_backbone(model, tmp_path / "file", format=format, include_fpn="fpn" in part)
+            export_backbone(model, tmp_path / "file.xml", format=format, include_fpn="fpn" in part)
     assert list(tmp_path.iterdir()) == []
 
 

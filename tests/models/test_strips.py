@@ -24,7 +24,7 @@ from resdet.evaluation import evaluate
 from resdet.evaluation.loss import validation_loss
 from resdet.evaluation.settings import InferenceSettings
 from resdet.export.detector import export_detector
-from resdet.export.programs import detection_runner, graph_scaled_size
+from resdet.export.programs import detection_runner, graph_scaled_size, rounding_losses
 from resdet.models.detector import Detector, build_detector
 from resdet.models.norm import calibrate_norm
 from resdet.models.seeded import SeededTransform
@@ -102,9 +102,10 @@ def test_a_side_keeps_a_pixel_and_boxes_stay_boxes(size: tuple[int, int], resize
 
 def test_ordinary_images_have_torchvisions_size_and_the_exported_one() -> None:
     transform = SeededTransform(800, 1333, [0.0] * 3, [1.0] * 3).eval()
+    limits, losses = torch.tensor([800, 1333]), rounding_losses([800, 1333])
     for size in [*SIZES, (1333, 1), (1334, 1), (2666, 2), (2667, 2), (3999, 3), (4000, 3)]:
         scaled, _ = transform.resize(torch.zeros(3, *size))
-        assert graph_scaled_size(torch.tensor(size), 800.0, 1333.0).tolist() == list(scaled.shape[1:])
+        assert graph_scaled_size(torch.tensor(size), limits, losses).tolist() == list(scaled.shape[1:])
         assert scaled_size(*scaled_size(*size, 800, 1333), 800, 1333) == scaled_size(*size, 800, 1333)
 
 
