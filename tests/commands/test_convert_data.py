@@ -75,7 +75,7 @@ def roboflow_coco(root: Path) -> Path:
     return root
 
 
-@pytest.mark.parametrize("make", [yolo, roboflow_coco])
+@pytest.mark.parametrize("make", [yolo, pytest.param(roboflow_coco, marks=pytest.mark.slow)])
 def test_a_data_set_of_roboflow_trains_checks_browses_and_evaluates(make, tmp_path, capsys):
     folder, run = make(tmp_path / "set"), tmp_path / "run"
     assert (

@@ -129,7 +129,12 @@ def test_the_file_detects_what_the_model_detects(tmp_path: Path, format: Any) ->
     assert about["checked"]["num_detections"] == report.num_detections
 
 
-@pytest.mark.parametrize("format", FORMATS)
+# In a process that had used a DataLoader's workers before, OpenVINO 2026.4 left something behind here of which the next
+# subprocess died (SIGSEGV in poll): .ci/run has a process of its own for this test.
+ALONE = [pytest.param(name, marks=pytest.mark.slow) if name == "openvino" else name for name in FORMATS]
+
+
+@pytest.mark.parametrize("format", ALONE)
 def test_images_with_and_without_detections(tmp_path: Path, format: Any, caplog: pytest.LogCaptureFixture) -> None:
     """A tracer sees one image: neither of the two may be built into the file."""
     generator = torch.Generator().manual_seed(0)
