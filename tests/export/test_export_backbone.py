@@ -164,7 +164,7 @@ SUFFIXES = {"torchscript": ".pt", "export": ".pt2", "onnx": ".onnx", "openvino":
         pytest.param("torchscript", True, marks=pytest.mark.slow),
         ("export", False),
         pytest.param("export", True, marks=pytest.mark.slow),
-        ("onnx", True),
+        pytest.param("onnx", True, marks=pytest.mark.slow),
         ("openvino", False),
         pytest.param("openvino", True, marks=pytest.mark.slow),
     ],
@@ -266,6 +266,7 @@ def test_a_file_that_computes_something_else_is_not_left_behind(
     assert (tmp_path / "b.pt").read_text() == "what was there before"
 
 
+@pytest.mark.slow
 def test_openvinos_pair_is_whole_or_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where the second half fails, and between the two renames no file stands beside a half of another pair."""
     pytest.importorskip("openvino", reason="needs openvino, which is in the dev extra")

@@ -71,7 +71,11 @@ def test_resnet101_state_dicts_are_exchangeable() -> None:
 
 @pytest.mark.parametrize(
     ("arch", "trainable_layers"),
-    [("resnet18", 3), ("resnet18", 5), ("resnet101", 3), pytest.param("resnet101", 5, marks=pytest.mark.slow)],
+    [
+        ("resnet18", 3),
+        ("resnet18", 5),
+        *(pytest.param("resnet101", layers, marks=pytest.mark.slow) for layers in (3, 5)),
+    ],
 )
 def test_outputs_and_gradients_are_torchvisions(
     arch: str, trainable_layers: int, randomise_norms: RandomiseNorms

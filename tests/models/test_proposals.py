@@ -57,7 +57,7 @@ def losses_and_gradients(model: nn.Module, num_boxes: tuple[int, ...]) -> dict[s
     return {**losses, **gradients}
 
 
-@pytest.mark.parametrize("num_boxes", [(3, 1), (2, 0), (0,)])
+@pytest.mark.parametrize("num_boxes", [(3, 1), pytest.param((2, 0), marks=pytest.mark.slow), (0,)])
 def test_losses_and_gradients_are_torchvisions(num_boxes, randomise_norms: RandomiseNorms) -> None:
     ours, theirs = pair(randomise_norms)
     expected = losses_and_gradients(theirs, num_boxes)

@@ -72,6 +72,7 @@ def test_losses_equal_torchvisions_step_by_step(arch: str) -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ["resnet18"])
 def test_fast_losses_stay_close(arch: str) -> None:
     """Folding changes the order of multiplications: float32 rounding, which five steps of training amplify a little."""
