@@ -92,7 +92,9 @@ def test_a_signal_is_granted_while_a_worker_hangs(
             run(tmp_path)
     assert caught.value.exit_code == code
     assert time.monotonic() - begun < 20
-    assert set(multiprocessing.active_children()) <= before, "Python would wait for a stopped worker at its exit for ever"
+    assert set(multiprocessing.active_children()) <= before, (
+        "Python would wait for a stopped worker at its exit for ever"
+    )
     run(tmp_path)
     assert differences(untouched / "last.pt", tmp_path / "last.pt") == []
 
