@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 import os
 import shutil
@@ -48,7 +47,6 @@ def _remove_what_a_file_wrote(
     base = tmp_path_factory.getbasetemp()
     kept, failed = set(base.iterdir()), request.session.testsfailed
     yield
-    gc.collect()  # ends the workers of loaders that only a cycle of references still holds
     if request.session.testsfailed == failed:
         for folder in set(base.iterdir()) - kept:
             shutil.rmtree(folder) if folder.is_dir() and not folder.is_symlink() else folder.unlink()

@@ -6,6 +6,7 @@ Legend: ``B`` images, ``K`` classes.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial, reduce
 
@@ -82,7 +83,8 @@ def evaluate_classifier(
     batches = load_batches(make, keys, num_workers=settings.num_workers, device=team.device)
     sums = torch.zeros(4, dtype=torch.float64)  # images, right answers, right among five, losses
     hides_bar = not settings.progress or not team.is_main
-    with evaluation_mode(network), tqdm(total=sum(map(len, keys)), unit="image", disable=hides_bar) as bar:
+    progress = tqdm(total=sum(map(len, keys)), unit="image", disable=hides_bar)
+    with evaluation_mode(network), closing(batches), progress as bar:
         for batch in batches:
             with autocast(device, settings.precision):
                 seen = [view.to(device, non_blocking=True) for view in batch.views]

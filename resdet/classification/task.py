@@ -6,7 +6,7 @@ What a run's folder holds, how it resumes, logs and stops is the same as for det
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -127,7 +127,7 @@ class ClassificationTask:
             f"val: {len(val_set)} images ({val_set.name})",
         ]
 
-    def batches(self, start_step: int) -> Iterator[TrainBatch]:
+    def batches(self, start_step: int) -> Generator[TrainBatch, None, None]:
         """Return micro-batches without end."""
         keys = TrainBatches(
             np.ones((len(self.train_set), 2), dtype=np.int64),  # all views have one size: no grouping by size

@@ -9,7 +9,7 @@ that sends batches; making flat batches without a tensor for each image first ga
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Generator
 from functools import partial
 from typing import NamedTuple
 
@@ -48,7 +48,7 @@ def train_loader(
     seed: int = 0,
     start_batch: int = 0,
     resize: HostResize | None = None,
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """Yield this process's micro-batches without end, in the order of ``TrainBatches``.
 
     ``sampling`` and ``repeat_threshold`` are as for ``image_order``, ``num_workers`` and ``stall_seconds`` as for
@@ -68,12 +68,12 @@ def train_loader(
     )
     make, device = partial(_pack, dataset, resize), team.device
     packed = load_batches(make, keys, num_workers=num_workers, device=device, stall_seconds=stall_seconds)
-    return map(_unpacked, packed)
+    return (_unpacked(batch) for batch in packed)
 
 
 def eval_loader(
     dataset: DetectionDataset, team: Processes = _ALONE, *, batch_size: int, num_workers: int = 0
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """Yield this process's share of the images, as ``eval_keys`` divides them.
 
     ``batch_size`` is that of this process, ``num_workers`` is as for ``load_batches``. An image that cannot be read
@@ -81,7 +81,7 @@ def eval_loader(
     """
     keys = eval_keys(len(dataset), batch_size, rank=team.rank, world_size=team.world_size)
     packed = load_batches(partial(_pack, dataset, None), keys, num_workers=num_workers, device=team.device)
-    return map(_unpacked, packed)
+    return (_unpacked(batch) for batch in packed)
 
 
 def eval_keys(num_images: int, batch_size: int, *, rank: int, world_size: int) -> list[list[tuple[int, int]]]:

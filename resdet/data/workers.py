@@ -18,7 +18,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from types import FrameType, TracebackType
 from typing import Any, TypeVar
@@ -54,12 +54,13 @@ def load_batches(
     num_workers: int,
     device: torch.device,
     stall_seconds: float = STALL_SECONDS,
-) -> Iterator[_Batch]:
+) -> Generator[_Batch, None, None]:
     """Start workers that make batches, and yield the batches in the order of their keys.
 
-    The workers start at once, not with the first batch, and end when the iterator is dropped. ``num_workers=0`` makes
-    batches in this process, when they are asked for, and never reports a stall. ``make`` must pickle where workers are
-    spawned; a list of keys takes no more workers than it has entries. Batches stay on the CPU, pinned for CUDA devices.
+    The workers start at once, not with the first batch, and end when the iterator is closed or dropped: an error that
+    is kept keeps it. ``num_workers=0`` makes batches in this process, when they are asked for, and never reports a
+    stall. ``make`` must pickle where workers are spawned; a list of keys takes no more workers than it has entries.
+    Batches stay on the CPU, pinned for CUDA devices.
 
     Raises:
         UserError: While iterating, as ``make`` raised it.
@@ -122,7 +123,7 @@ def _fits_in_shared_memory(num_bytes: int, num_workers: int) -> bool:
     return 4 * num_workers * num_bytes <= shutil.disk_usage("/dev/shm").free
 
 
-def _received(batches: Iterator[Any], num_workers: int, stall_seconds: float) -> Iterator[Any]:
+def _received(batches: Iterator[Any], num_workers: int, stall_seconds: float) -> Generator[Any, None, None]:
     try:
         yield from _in_time(batches, num_workers, stall_seconds)
     except BaseException:  # an error, a signal, or the caller needs no more

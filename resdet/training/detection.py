@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence, Sized
+from collections.abc import Generator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -198,7 +198,7 @@ class DetectionTask:
             f"val: {self.val_set.table.num_images} images",
         ]
 
-    def batches(self, start_step: int) -> Iterator[Batch]:
+    def batches(self, start_step: int) -> Generator[Batch, None, None]:
         """Return micro-batches without end."""
         return train_loader(
             self.train_set,

@@ -10,8 +10,8 @@ import logging
 import math
 import signal
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -49,8 +49,8 @@ class Task(Protocol[BatchT]):
     def describe(self) -> Sequence[str]:
         """Return lines for the log on model and data."""
 
-    def batches(self, start_step: int) -> Iterator[BatchT]:
-        """Return this process's micro-batches after ``start_step`` steps, without end."""
+    def batches(self, start_step: int) -> Generator[BatchT, None, None]:
+        """Return this process's micro-batches after ``start_step`` steps, without end, until it is closed."""
 
     def losses(self, parallel: nn.Module, batch: BatchT) -> dict[str, Tensor]:
         """Compute the losses of a batch, as ``resdet.training.step.Losses`` says."""
@@ -103,7 +103,8 @@ def run(
     batches = task.batches(state.step)
     start, evaluated, folder = state.step, state.evaluated, settings.output_dir
     run_log = RunLog(folder, num_steps=num_steps, start_step=start, evaluated=evaluated, enabled=team.is_main)
-    with run_log as log, StopSignals(team.world_size) as stop:
+    # Closed here: what ends a run may be kept by its caller, with all variables of this function.
+    with closing(batches), run_log as log, StopSignals(team.world_size) as stop:
         if team.is_main:
             write_plan(task, learner)
         learner.model.train()

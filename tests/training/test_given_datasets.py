@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -180,11 +181,12 @@ def test_what_a_callback_raises_ends_the_run_in_order(where: str, kind: type[Bas
         if line["step"] == 1:
             raise reason
 
-    settings = [*SMALL, *QUICK, "train.eval_every=1", f"output_dir={tmp_path}", "resume=auto"]
+    settings = [*SMALL, *QUICK, "train.eval_every=1", f"output_dir={tmp_path}", "resume=auto", "loader.num_workers=1"]
     config = load_config(ROOT / "configs" / "quickstart.yaml", settings)
     with pytest.raises(kind) as caught:
         detection.train(config, **{where: stop})
     assert caught.value is reason
+    assert multiprocessing.active_children() == [], "no worker goes on for an error that is kept"
     state = torch.load(tmp_path / "last.pt", weights_only=True)["training"]
     assert (state["step"], state["evaluated"]) == (1, None if where == "on_log" else 1)
     assert detection.train(config).steps == 2, "the folder is free, and the run goes on"
