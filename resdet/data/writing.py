@@ -45,8 +45,8 @@ def write_dataset(parts: Sequence[Part], layout: Layout, output: Path, *, copy: 
     """Write splits as one data set; return lines that say what was written, and what the layout cannot hold.
 
     * ``coco``: annotations/instances_SPLIT.json and images/SPLIT/. Difficult objects get ``iscrowd`` 1.
-    * ``yolo``: data.yaml, images/SPLIT/ and labels/SPLIT/. Crowd regions and difficult objects are left out, and boxes
-      far outside their images clipped.
+    * ``yolo``: data.yaml, images/SPLIT/ and labels/SPLIT/. Crowd regions, difficult objects and boxes that repeat
+      another of their image and class are left out, and boxes far outside their images clipped.
     * ``voc``: JPEGImages/, Annotations/, ImageSets/Main/SPLIT.txt, and labelmap.txt for the order of the classes. Crowd
       regions get ``difficult`` 1; boxes of one pixel or less in width or height, which VOC's corners cannot state, are
       left out.
@@ -216,7 +216,11 @@ def _write_yolo(output: Path, part: Part, images: Sequence[Path], lost: Counter[
                     lost["boxes clipped to their images"] += 1
                     x1, y1, x2, y2 = clipped[row - rows.start].tolist()
                     shares = ((x1 + x2) / 2 / width, (y1 + y2) / 2 / height, (x2 - x1) / width, (y2 - y1) / height)
-                lines.append(" ".join([str(label - 1), *(_decimal(share, 10) for share in shares)]))
+                line = " ".join([str(label - 1), *(_decimal(share, 10) for share in shares)])
+                if line in lines:  # readers drop it without a word
+                    lost["boxes that repeat another of their image and class left out"] += 1
+                else:
+                    lines.append(line)
         _write(Path(label_path(str(path))), "\n".join(lines))
 
 

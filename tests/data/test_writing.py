@@ -90,7 +90,7 @@ SIDE = st.floats(1.5, 20, allow_subnormal=False)
 
 @st.composite
 def tables(draw):
-    """Draw a table whose boxes lie in their images and whose names are composed letters."""
+    """Draw a table whose boxes lie in their images and differ, and whose names are composed letters."""
     # Readers take names in Unicode's composed form.
     names = list(dict.fromkeys(unicodedata.normalize("NFC", name) for name in draw(NAMES)))
     num_images = draw(st.integers(1, 4))
@@ -100,8 +100,11 @@ def tables(draw):
     for _ in range(num_images):
         sides = draw(st.lists(st.tuples(SIDE, SIDE), max_size=3))
         corners = [(draw(st.floats(0, 60 - w)), draw(st.floats(0, 40 - h))) for w, h in sides]
-        boxes.append([(*corner, *side) for corner, side in zip(corners, sides, strict=True)])
-        labels.append([draw(st.integers(1, len(names))) for _ in sides])
+        of_image = [(*corner, *side) for corner, side in zip(corners, sides, strict=True)]
+        # YOLO has one line for boxes that are the same: the test below.
+        different = list({tuple(round(value, 3) for value in box): box for box in of_image}.values())
+        boxes.append(different)
+        labels.append([draw(st.integers(1, len(names))) for _ in different])
     return table(files, boxes, labels, names=names)
 
 
@@ -214,6 +217,15 @@ def test_boxes_that_yolo_would_refuse_are_clipped(tmp_path):
     lines = write("yolo", tmp_path, table(["a.jpg"], [[(-30, 10, 40, 10), (59.9, 0, 0.3, 5)]], [[1, 2]]))
     assert lines[-1] == "1 boxes clipped to their images"
     assert np.allclose(read("yolo", tmp_path / "out").boxes_xywh, [[0, 10, 10, 10], [59.9, 0, 0.3, 5]], atol=1e-3)
+
+
+def test_boxes_that_are_repeated_are_counted_where_one_line_stands_for_them(tmp_path):
+    box = (0, 1, 2, 2)
+    lines = write("yolo", tmp_path, table(["a.jpg", "b.jpg"], [[box, box, box], [box]], [[1, 2, 1], [1]]))
+    assert lines[-1] == "1 boxes that repeat another of their image and class left out"
+    again = read("yolo", tmp_path / "out")
+    assert again.labels.tolist() == [1, 2, 1]
+    assert again.notes == ()
 
 
 def test_ids_that_would_change_the_order_of_classes_are_given_anew(tmp_path):
