@@ -20,6 +20,7 @@ from resdet.errors import UserError
 from resdet.models.bodies import Body, make_body
 from resdet.models.convolution import conv
 from resdet.models.loading import load_backbone_weights
+from resdet.models.ready_weights import KeepsReadyWeights
 from resdet.models.spec import WeightsOrigin
 from resdet.models.tracing import is_captured, scripted_as
 from resdet.weights.source import WeightsSource
@@ -27,7 +28,7 @@ from resdet.weights.source import WeightsSource
 ExtraBlocks = Literal["pool", "p6p7"]
 
 
-class FastFeaturePyramid(FeaturePyramidNetwork):  # type: ignore[misc]  # torchvision ships no types
+class FastFeaturePyramid(KeepsReadyWeights, FeaturePyramidNetwork):  # type: ignore[misc]  # torchvision has no types
     """torchvision's FeaturePyramidNetwork, each lateral convolution and the sum with the level above one operation."""
 
     def forward(self, x: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -39,10 +40,12 @@ class FastFeaturePyramid(FeaturePyramidNetwork):  # type: ignore[misc]  # torchv
         levels: list[Tensor] = []
         inner: Tensor | None = None
         parts = list(zip(features, self.inner_blocks, self.layer_blocks, strict=True))
-        for feature, lateral, output in reversed(parts):
+        for index, (feature, lateral, output) in reversed(list(enumerate(parts))):
             above = None if inner is None else F.interpolate(inner, size=feature.shape[-2:], mode="nearest")
-            inner = conv(feature, lateral[0], residual=above)  # [B, out_channels, H, W], as above
-            levels.insert(0, conv(inner, output[0]))
+            inner = conv(
+                feature, lateral[0], residual=above, keeper=self, name=f"inner{index}"
+            )  # [B, out_channels, H, W], as above
+            levels.insert(0, conv(inner, output[0], keeper=self, name=f"layer{index}"))
         levels, names = self.extra_blocks(levels, features, list(x))
         return OrderedDict(zip(names, levels, strict=True))
 

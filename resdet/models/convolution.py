@@ -28,7 +28,7 @@ bfloat16 took 922 ms where it had taken 909, and steps of training differed by l
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -36,27 +36,21 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from resdet.errors import UserError
+from resdet.models.ready_weights import (
+    ELEMENT_PRODUCTS,
+    Geometry,
+    KeepsReadyWeights,
+    PackedWeight,
+    ReadyWeight,
+    cast_weight,
+)
 from resdet.models.tracing import is_captured
+from resdet.models.winograd import convolve_tiles, pays, transform_weight, weight_gradient
 
 # A 1x1 convolution's weight gradient is a matrix product, and oneDNN's product is faster than its convolution (in
 # bfloat16, 512 -> 2048 channels of 600 pixels 1.4 ms for 2.1) up to some number of pixels to sum over: of 27,200
 # 5.8 ms for 6.1, of 38,400 the same, of 108,800 23 ms for 21.
 _PRODUCT_PIXELS = 32_768
-
-
-class Geometry(NamedTuple):
-    """How a convolution's kernel moves, as ``torch.nn.Conv2d`` names it."""
-
-    stride: tuple[int, ...]
-    padding: tuple[int, ...]
-    dilation: tuple[int, ...]
-    groups: int
-
-    @classmethod
-    def of(cls, conv: nn.Conv2d) -> Geometry:
-        """Return that of a module."""
-        assert not isinstance(conv.padding, str)
-        return cls(conv.stride, conv.padding, conv.dilation, conv.groups)
 
 
 def compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
@@ -75,22 +69,25 @@ def convolve(
     geometry: Geometry,
     *,
     scale: Tensor | None = None,  # [O]
-    packed: PackedWeight | None = None,
+    ready: ReadyWeight | None = None,
     residual: Tensor | None = None,  # [B, O, H', W']
     relu: bool = False,
 ) -> Tensor:
     """Compute ``relu(conv(x, weight * scale) + bias + residual)``.
 
-    On a CPU with oneDNN it is one operation; elsewhere, and under tracing and compilation, the usual ones. It is
-    differentiable once, with respect to ``x``, ``weight``, ``bias`` and ``residual``, but not ``scale``. ``packed`` is
-    the weight in oneDNN's orders, which is used where oneDNN runs and nothing goes backward. The result,
-    ``[B, O, H', W']``, has the type ``compute_dtype(x, weight)`` and is channels-last where ``x`` is.
+    On a CPU with oneDNN it is one operation, or Winograd's algorithm where that is faster (``winograd.pays``);
+    elsewhere, and under tracing and compilation, the usual operations. It is differentiable once, with respect to
+    ``x``, ``weight``, ``bias`` and ``residual``, but not ``scale``. ``ready`` is what was kept of weight, scale and
+    bias, of the type below, and is used where nothing goes backward. The result, ``[B, O, H', W']``, has the type
+    ``compute_dtype(x, weight)`` and is channels-last where ``x`` is.
     """
     dtype = compute_dtype(x, weight)
     # Asked first, so that programs do not hold conversions that do nothing.
     x, residual = x if x.dtype == dtype else x.to(dtype), _cast(residual, dtype)
     if not _runs_in_one(x, weight, residual, dtype):
-        if scale is not None:
+        if ready is not None:
+            weight, bias = ready.weight, ready.bias
+        elif scale is not None:
             weight = (weight * scale.reshape(-1, 1, 1, 1)).to(dtype=dtype, memory_format=torch.channels_last)
             bias = _cast(bias, dtype)
         out: Tensor = F.conv2d(x, weight, bias, *geometry)
@@ -98,19 +95,40 @@ def convolve(
             out += residual  # the output is ours alone, and a convolution's gradient does not need it
         return F.relu(out, inplace=True) if relu else out
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias, residual)):
+        if ready is not None:
+            weight, bias, scale = ready.weight, ready.bias, None
         return cast(Tensor, _Convolution.apply(x, weight, bias, scale, residual, dtype, geometry, relu))
-    bias = _cast(bias, dtype)
-    ready = _cast_weight(weight, scale, dtype) if packed is None else packed.weight
-    return _run(x, ready, bias, residual, geometry, relu, packed)
+    is_kept = ready is not None
+    ready = ready or ReadyWeight(weight, bias, geometry, dtype, scale)
+    # As if the weight were kept, even where it is not: a detector just trained computes what its file will.
+    if pays(x, weight, geometry, kept=True):
+        return _run_tiles(x, ready.transformed, ready.bias, residual, relu)
+    return _run(x, ready.weight, ready.bias, residual, geometry, relu, ready.packed if is_kept else None)
 
 
-def conv(x: Tensor, module: nn.Conv2d, *, residual: Tensor | None = None, relu: nn.Module | None = None) -> Tensor:
-    """Compute ``relu(module(x) + residual)``; modules with hooks are called as modules, so that the hooks see it."""
+def conv(
+    x: Tensor,
+    module: nn.Conv2d,
+    *,
+    residual: Tensor | None = None,
+    relu: nn.Module | None = None,
+    keeper: KeepsReadyWeights | None = None,
+    name: str = "",
+) -> Tensor:
+    """Compute ``relu(module(x) + residual)``; modules with hooks are called as modules, so that the hooks see it.
+
+    The keeper, if there is one, keeps the module's weight under the name.
+    """
     if has_hooks(module):
         out: Tensor = module(x) if residual is None else module(x) + residual
         return out if relu is None else relu(out)
     fused = relu is not None and not has_hooks(relu)
-    out = convolve(x, module.weight, module.bias, Geometry.of(module), residual=residual, relu=fused)
+    weight, bias, geometry = module.weight, module.bias, Geometry.of(module)
+    ready = None
+    if keeper is not None:
+        dtype = compute_dtype(x, weight)
+        ready = keeper.ready_weight(name, module, (), (dtype,), lambda: ReadyWeight(weight, bias, geometry, dtype))
+    out = convolve(x, weight, bias, geometry, ready=ready, residual=residual, relu=fused)
     return out if relu is None or fused else relu(out)
 
 
@@ -119,42 +137,6 @@ def has_hooks(module: nn.Module) -> bool:
     return bool(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )
-
-
-class PackedWeight:
-    """A weight in the orders in which oneDNN reads it, for ``convolve``.
-
-    The best order depends on the shape of the input, and a weight in another is reordered in every call, which takes
-    many times as long as the convolution. So each shape is looked up once; in bfloat16 nearly all have the same order,
-    in float32 one of two or three. The weight must not be written to any more.
-    """
-
-    _MOST_ORDERS = 3
-    _MOST_SHAPES = 512
-
-    def __init__(self, weight: Tensor, geometry: Geometry) -> None:
-        self.weight = weight
-        self.total = weight.detach().sum().item()  # finite if all weights are
-        self._geometry = geometry
-        self._orders: dict[bytes, Tensor] = {}  # by oneDNN's description
-        self._by_shape: dict[torch.Size, Tensor] = {}
-
-    def of(self, shape: torch.Size) -> Tensor:
-        """Return the weight in the order for inputs of a shape ``[B, I, H, W]``."""
-        found = self._by_shape.get(shape)
-        if found is not None:
-            return found
-        stride, padding, dilation, groups = self._geometry
-        reorder = torch.ops.mkldnn._reorder_convolution_weight.default
-        # Not inference tensors, even where they are made at inference: training may come to use them.
-        with torch.inference_mode(False), torch.no_grad():
-            fresh: Tensor = reorder(self.weight, padding, stride, dilation, groups, shape)
-        order = bytes(torch.ops.mkldnn._get_mkldnn_serialized_md(fresh).numpy())
-        full = order not in self._orders and len(self._orders) == self._MOST_ORDERS
-        if full or len(self._by_shape) == self._MOST_SHAPES:
-            self._orders, self._by_shape = {}, {}
-        self._by_shape[shape] = self._orders.setdefault(order, fresh)
-        return self._by_shape[shape]
 
 
 def _runs_in_one(x: Tensor, weight: Tensor, residual: Tensor | None, dtype: torch.dtype) -> bool:
@@ -203,6 +185,20 @@ def _run(
     return out.relu_() if relu and not fused else out
 
 
+def _run_tiles(
+    x: Tensor, transformed: PackedWeight, bias: Tensor | None, residual: Tensor | None, relu: bool
+) -> Tensor:
+    """Run Winograd's algorithm; every ReLU in it is torch's, so nothing that is not finite vanishes."""
+    num_out = len(transformed.weight) // ELEMENT_PRODUCTS.groups
+
+    def product(tiles: Tensor) -> Tensor:
+        rows = tiles.view(1, len(tiles), 1, -1).permute(0, 3, 1, 2)  # [1, P * I, T, 1]
+        out = _run(rows, transformed.weight, None, None, ELEMENT_PRODUCTS, False, transformed)
+        return out.permute(0, 2, 3, 1).view(len(tiles), -1, num_out)
+
+    return convolve_tiles(x, product, num_out, bias=bias, residual=residual, relu=relu)
+
+
 def _seem_finite(x: Tensor, bias: Tensor | None, residual: Tensor | None) -> bool:
     """Return whether a bias and the middle pixel of each map are finite; sums that overflow only cost time."""
     total = _middle(x).sum()
@@ -236,14 +232,6 @@ def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return tensor if tensor is None or tensor.dtype == dtype else tensor.to(dtype)
 
 
-def _cast_weight(weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Return ``weight * scale`` in ``dtype``, channels-last, rounded once."""
-    if scale is None:
-        return weight.to(dtype=dtype, memory_format=torch.channels_last)
-    folded = torch.empty_like(weight, dtype=dtype, memory_format=torch.channels_last)
-    return torch.mul(weight, scale.reshape(-1, 1, 1, 1), out=folded)
-
-
 class _Convolution(torch.autograd.Function):
     """The operator, and the gradients of everything it takes."""
 
@@ -259,41 +247,63 @@ class _Convolution(torch.autograd.Function):
         geometry: Geometry,
         relu: bool,
     ) -> Tensor:
-        folded = _cast_weight(weight.detach(), scale, dtype)
-        out = _run(x.detach(), folded, _cast(bias, dtype), residual, geometry, relu)
-        ctx.save_for_backward(x, folded, scale, out if relu else None)
-        ctx.plan = weight.dtype, None if bias is None else bias.dtype, geometry
+        kernel = weight.detach()
+        tiled = pays(x, weight, geometry, kept=False)
+        if tiled:
+            transformed = PackedWeight(transform_weight(kernel, scale, dtype), ELEMENT_PRODUCTS)
+            out = _run_tiles(x.detach(), transformed, _cast(bias, dtype), residual, relu)
+        else:
+            kernel = cast_weight(kernel, scale, dtype)
+            out = _run(x.detach(), kernel, _cast(bias, dtype), residual, geometry, relu)
+        ctx.save_for_backward(x, kernel, scale, out if relu else None)
+        ctx.plan = tiled, weight.dtype, None if bias is None else bias.dtype, geometry
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, folded, scale, out = ctx.saved_tensors  # grad and out: [B, O, H', W']
-        weight_dtype, bias_dtype, geometry = ctx.plan
+        x, kernel, scale, out = ctx.saved_tensors  # grad and out: [B, O, H', W']
+        tiled, weight_dtype, bias_dtype, geometry = ctx.plan
         to_x, to_weight, to_bias, _, to_residual, *_ = ctx.needs_input_grad
         if out is not None:
             grad = torch.ops.aten.threshold_backward.default(grad, out, 0)
-        is_product = (
-            to_weight
-            and grad.dtype == torch.bfloat16
-            and folded.shape[2:] == (1, 1)
-            and set(geometry.stride) == {1}
-            and geometry.groups == 1
-            and not any(geometry.padding)
-            and grad.numel() // grad.shape[1] <= _PRODUCT_PIXELS
-        )
         grad_x = grad_weight = grad_bias = None
-        if to_x or (to_weight and not is_product):
-            outputs = [to_x, to_weight and not is_product, False]  # not the bias, whose sum below is rounded once
-            grad_x, grad_weight, _ = torch.ops.aten.convolution_backward.default(
-                grad, x, folded, None, *geometry[:3], False, [0, 0], geometry.groups, outputs
-            )
-        if is_product:
-            rows = grad.permute(0, 2, 3, 1).reshape(-1, grad.shape[1])  # [B * H * W, O]
-            grad_weight = (rows.t() @ x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])).reshape(folded.shape)
+        if not tiled:
+            grad_x, grad_weight = _direct_gradients(grad, x, kernel, geometry, to_x, to_weight)
+        else:
+            if to_x:
+                turned = PackedWeight(transform_weight(kernel, scale, grad.dtype, turned=True), ELEMENT_PRODUCTS)
+                grad_x = _run_tiles(grad, turned, None, None, False)
+            if to_weight:
+                grad_weight = weight_gradient(x, grad)
         if grad_weight is not None:  # [O, I / groups, kh, kw]
             grad_weight = grad_weight if scale is None else grad_weight * scale.reshape(-1, 1, 1, 1)
             grad_weight = grad_weight.to(weight_dtype)
         if to_bias:
             grad_bias = grad.sum(dim=(0, 2, 3)).to(bias_dtype)  # the sum runs in float32 and is rounded once
         return grad_x, grad_weight, grad_bias, None, grad if to_residual else None, None, None, None
+
+
+def _direct_gradients(
+    grad: Tensor, x: Tensor, folded: Tensor, geometry: Geometry, to_x: bool, to_weight: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return the gradients to the input and to the folded weight, as far as they are asked for."""
+    is_product = (
+        to_weight
+        and grad.dtype == torch.bfloat16
+        and folded.shape[2:] == (1, 1)
+        and set(geometry.stride) == {1}
+        and geometry.groups == 1
+        and not any(geometry.padding)
+        and grad.numel() // grad.shape[1] <= _PRODUCT_PIXELS
+    )
+    grad_x = grad_weight = None
+    if to_x or (to_weight and not is_product):
+        outputs = [to_x, to_weight and not is_product, False]  # not the bias, whose sum is rounded once
+        grad_x, grad_weight, _ = torch.ops.aten.convolution_backward.default(
+            grad, x, folded, None, *geometry[:3], False, [0, 0], geometry.groups, outputs
+        )
+    if is_product:
+        rows = grad.permute(0, 2, 3, 1).reshape(-1, grad.shape[1])  # [B * H * W, O]
+        grad_weight = (rows.t() @ x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])).reshape(folded.shape)
+    return grad_x, grad_weight

@@ -13,7 +13,7 @@ import copy
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from functools import partial
-from typing import Any, NamedTuple, TypeAlias, TypeVar
+from typing import TypeAlias, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -21,9 +21,9 @@ import torchvision
 from torch import Tensor, nn
 
 from resdet.errors import UserError, WeightsError
-from resdet.models.convolution import Geometry, PackedWeight, compute_dtype, convolve, has_hooks
+from resdet.models.convolution import compute_dtype, convolve, has_hooks
+from resdet.models.ready_weights import Geometry, KeepsReadyWeights, ReadyWeight
 from resdet.models.spec import NormName
-from resdet.models.tracing import is_captured
 
 NORM_NAMES: tuple[NormName, ...] = ("frozen", "batch", "group")
 
@@ -33,32 +33,17 @@ MakeNorm: TypeAlias = Callable[[int], nn.Module]  # makes the norm for a number 
 GROUP_NORM_GROUPS = 32  # Wu & He, "Group Normalization" (arXiv:1803.08494), table 3
 
 
-class _Folded(NamedTuple):
-    key: tuple[object, ...]
-    # Holding the tensors that were folded keeps their memory from being reused. Without it a new weight could land on
-    # the address of a freed one and be taken for it.
-    sources: tuple[Tensor, ...]
-    weight: Tensor  # [O, I / groups, kh, kw]
-    bias: Tensor  # [O]
-    packed: PackedWeight
-
-
-class FrozenBatchNorm2d(torchvision.ops.FrozenBatchNorm2d):  # type: ignore[misc]  # torchvision ships no types
+class FrozenBatchNorm2d(KeepsReadyWeights, torchvision.ops.FrozenBatchNorm2d):  # type: ignore[misc]  # no types
     """torchvision's class of this name, which can also run the convolution before it in folded form (``convolve``).
 
     Statistics and affine parameters are fixed, all four of them buffers. Models from before 2020 (torchvision 0.5,
     detectron) were trained with an ``eps`` of 0.
 
-    Folded weights that are not being trained are kept, and folded anew as soon as one of the tensors they come from is
-    another tensor, has been written to, or changed dtype or device; ``train()``, ``eval()`` and any ``.to()`` drop them
-    in any case. A write that autograd cannot see (``weight.data.mul_(2)``, a numpy view) is followed only from the next
-    ``train()``, ``eval()`` or ``load_state_dict`` on.
+    Folded weights that are not being trained are kept (``KeepsReadyWeights``).
     """
 
     def __init__(self, num_features: int, eps: float = 1e-5) -> None:
         super().__init__(num_features, eps)
-        self._folded: _Folded | None = None
-        self._trained = False
 
     def fold(self, weight: Tensor, dtype: torch.dtype, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Fold this norm into the weight and bias (VGG's have one) of the convolution before it, in float32 at least.
@@ -71,40 +56,18 @@ class FrozenBatchNorm2d(torchvision.ops.FrozenBatchNorm2d):  # type: ignore[misc
 
     def convolve(self, x: Tensor, conv: nn.Conv2d, *, residual: Tensor | None = None, relu: bool = False) -> Tensor:
         """Compute ``relu(norm(conv(x)) + residual)`` by the folded convolution; see ``conv_norm``."""
-        geometry = Geometry.of(conv)
-        kept = self._kept(conv, geometry, compute_dtype(x, conv.weight))
-        if kept is not None:
-            return convolve(x, kept.weight, kept.bias, geometry, packed=kept.packed, residual=residual, relu=relu)
+        geometry, dtype = Geometry.of(conv), compute_dtype(x, conv.weight)
+
+        def make() -> ReadyWeight:
+            scale, shift = self._affine(conv.weight, conv.bias)
+            return ReadyWeight(conv.weight, shift, geometry, dtype, scale)
+
+        statistics = (self.weight, self.bias, self.running_mean, self.running_var)
+        ready = self.ready_weight("", conv, statistics, (dtype, self.eps), make)
+        if ready is not None:
+            return convolve(x, conv.weight, ready.bias, geometry, ready=ready, residual=residual, relu=relu)
         scale, shift = self._affine(conv.weight, conv.bias)
         return convolve(x, conv.weight, shift, geometry, scale=scale, residual=residual, relu=relu)
-
-    def _kept(self, conv: nn.Conv2d, geometry: Geometry, dtype: torch.dtype) -> _Folded | None:
-        """Return the folded weight, folding anew what has changed; None where it may not be kept."""
-        weight, bias = conv.weight, conv.bias
-        # A graph that is being captured must hold the arithmetic, not today's result of it.
-        if is_captured():
-            return None
-        # Fused optimizers write without counting up the version, so the weight of a layer that was ever trained through
-        # is never kept. Detectors that only predict keep theirs, though their weights may take gradients.
-        given = (weight,) if bias is None else (weight, bias)
-        self._trained |= torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given)
-        if self._trained:
-            return None
-        sources = (*given, self.weight, self.bias, self.running_mean, self.running_var)
-        try:
-            key: tuple[object, ...] = (dtype, self.eps)
-            for tensor in sources:
-                key += (tensor.data_ptr(), tensor._version, tensor.dtype, tensor.device)
-        except RuntimeError:
-            # Tensors made under inference_mode have no version, those of torch.func transforms no address.
-            return None
-        if self._folded is None or self._folded.key != key:
-            # Not inference tensors, even where they are made at inference: training may come to use them.
-            with torch.inference_mode(False), torch.no_grad():
-                folded, shift = self.fold(weight, dtype, bias)
-                held = tuple(tensor.detach() for tensor in sources)
-                self._folded = _Folded(key, held, folded, shift, PackedWeight(folded, geometry))
-        return self._folded
 
     def _affine(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return the factor of the weight and the bias that goes with it, ``[O]`` each, in float32 at least."""
@@ -112,21 +75,6 @@ class FrozenBatchNorm2d(torchvision.ops.FrozenBatchNorm2d):  # type: ignore[misc
         scale = self.weight.to(wide) * (self.running_var.to(wide) + self.eps).rsqrt()
         shift = self.bias.to(wide) - self.running_mean.to(wide) * scale
         return scale, shift if bias is None else shift + bias.to(wide) * scale
-
-    def train(self, mode: bool = True) -> FrozenBatchNorm2d:
-        """Set the mode, which changes nothing here, and drop folded weights."""
-        self._folded = None
-        super().train(mode)
-        return self
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FrozenBatchNorm2d:
-        self._folded = None
-        super()._apply(fn, recurse)
-        return self
-
-    def __getstate__(self) -> dict[str, Any]:
-        # Copies and pickles have other tensors, so the folded ones are dead weight in them.
-        return {**self.__dict__, "_folded": None, "_trained": False}
 
 
 def conv_norm(

@@ -21,6 +21,7 @@ from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead, con
 from torchvision.ops import batched_nms, clip_boxes_to_image, remove_small_boxes
 
 from resdet.models.convolution import conv
+from resdet.models.ready_weights import KeepsReadyWeights
 from resdet.models.roi_align import multiply_transposed
 from resdet.models.seeded import Sampler, plain_sampler
 from resdet.models.spec import DetectorSpec
@@ -99,11 +100,11 @@ class ProposalHead(RPNHead):  # type: ignore[misc]
         return hidden
 
 
-class FastProposalHead(ProposalHead):
+class FastProposalHead(KeepsReadyWeights, ProposalHead):
     """The same head, which can also be run at some anchors alone."""
 
     def _hidden(self, feature: Tensor) -> Tensor:
-        return conv(feature, self.conv[0][0], relu=self.conv[0][1])
+        return conv(feature, self.conv[0][0], relu=self.conv[0][1], keeper=self, name="conv")
 
     def forward_at(self, x: list[Tensor], anchors: Tensor) -> tuple[Tensor, Tensor]:
         """Compute what ``forward`` does at a few anchors alone.

@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from resdet.models import convolution
-from resdet.models.convolution import Geometry, PackedWeight, conv, convolve
+from resdet.models.convolution import conv, convolve
 from resdet.models.norm import FrozenBatchNorm2d, conv_norm
+from resdet.models.ready_weights import Geometry, PackedWeight, ReadyWeight
 
 # kernel, stride, dilation, groups; the first is the one whose weight gradient is a matrix product in bfloat16.
 KINDS = [(1, 1, 1, 1), (1, 2, 1, 1), (3, 1, 1, 1), (3, 2, 1, 4), (3, 1, 2, 1)]
@@ -170,7 +171,8 @@ def test_packed_weights_share_their_orders_and_forget_when_there_are_many(monkey
     x = torch.randn(shapes[5]).contiguous(memory_format=torch.channels_last)
     with torch.no_grad():
         plain = convolve(x, tensors["weight"], tensors["bias"], geometry, relu=True)
-        assert torch.equal(convolve(x, packed.weight, tensors["bias"], geometry, packed=packed, relu=True), plain)
+        ready = ReadyWeight(tensors["weight"], tensors["bias"], geometry, torch.float32)
+        assert torch.equal(convolve(x, tensors["weight"], None, geometry, ready=ready, relu=True), plain)
     monkeypatch.setattr(PackedWeight, "_MOST_SHAPES", 37)
     packed.of(torch.Size((2, 32, 3, 9)))
     assert len(packed._by_shape) == 1

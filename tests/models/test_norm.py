@@ -79,7 +79,7 @@ def test_autocast_folds_in_float32_and_keeps_bfloat16(pair: Pair, x: Tensor) -> 
     pair.requires_grad_(False)
     with torch.autocast("cpu", torch.bfloat16):
         out = pair(x)
-    folded = pair.norm._folded
+    folded = pair.norm._kept[""].ready
     assert out.dtype == torch.bfloat16
     assert folded.weight.dtype == folded.bias.dtype == torch.bfloat16
     assert folded.weight.is_contiguous(memory_format=torch.channels_last)
@@ -89,7 +89,7 @@ def test_autocast_folds_in_float32_and_keeps_bfloat16(pair: Pair, x: Tensor) -> 
     torch.testing.assert_close(out.float(), pair.plain(x), rtol=0.03, atol=0.03)
     with torch.autocast("cpu", torch.bfloat16):
         pair(x)
-    assert pair.norm._folded is folded, "the folded weight was not kept"
+    assert pair.norm._kept[""].ready is folded, "the folded weight was not kept"
 
 
 def double_in_place(pair: Pair) -> Pair:
@@ -188,7 +188,7 @@ def other_eps(pair: Pair) -> Pair:
 def test_kept_weights_follow(pair: Pair, x: Tensor, change: Callable[[Pair], Pair], frozen: bool) -> None:
     pair.requires_grad_(not frozen).eval()
     assert_follows(pair, x)
-    assert pair.norm._folded is not None
+    assert pair.norm._kept is not None
     with torch.no_grad():
         before = pair(x)
     pair = change(pair)
@@ -266,22 +266,22 @@ def test_copies_do_not_carry_folded_weights(pair: Pair, x: Tensor) -> None:
     size = len(pickle.dumps(pair))
     assert_follows(pair, x)
     assert len(pickle.dumps(pair)) == size
-    assert copy.deepcopy(pair).norm._folded is None
+    assert copy.deepcopy(pair).norm._kept is None
 
 
 def test_weights_in_onednns_order_follow_the_size_of_the_input(pair: Pair, x: Tensor) -> None:
     pair.requires_grad_(False).eval()
     for size in ((9, 7), (20, 33), (9, 7), (1, 1)):
         assert_follows(pair, torch.randn(2, 8, *size).contiguous(memory_format=torch.channels_last))
-        assert pair.norm._folded.packed.of(torch.Size((2, 8, *size))).is_mkldnn
+        assert pair.norm._kept[""].ready.packed.of(torch.Size((2, 8, *size))).is_mkldnn
     with torch.no_grad():
         pair.conv.weight.mul_(2)
     assert_follows(pair, x)
     pair(x.requires_grad_()).sum().backward()  # nothing goes backward through such a weight
     (expected,) = torch.autograd.grad(pair.plain(x).sum(), x)
     torch.testing.assert_close(x.grad, expected, rtol=1e-5, atol=1e-5)
-    assert copy.deepcopy(pair).norm._folded is None
-    assert pair.train().norm._folded is None
+    assert copy.deepcopy(pair).norm._kept is None
+    assert pair.train().norm._kept is None
 
 
 def test_hooks_on_convolution_and_norm_are_called(pair: Pair, x: Tensor) -> None:

@@ -28,11 +28,12 @@ from resdet.export.backbone import BACKBONE_FORMATS, export_backbone
 from resdet.export.detector import DETECTOR_FORMATS, export_detector
 from resdet.models.backbone import resnet_fpn
 from resdet.models.bodies import build_classifier
-from resdet.models.convolution import Geometry, PackedWeight, convolve
+from resdet.models.convolution import convolve
 from resdet.models.detector import Detector, build_detector
 from resdet.models.int8 import Int8Detector
 from resdet.models.int8_calibration import quantize_detector
 from resdet.models.norm import calibrate_norm
+from resdet.models.ready_weights import Geometry, ReadyWeight
 from resdet.models.spec import DetectorSpec, Tricks
 from resdet.prediction import predict
 from resdet.training import detection
@@ -165,9 +166,9 @@ def test_a_convolution_keeps_nan_through_its_relu(place: str, kept: bool, dtype:
     tensors[place][..., -1 if place == "weight" else 3] = NAN  # of a map one column of pixels, through the middle
     maps = (tensors[name].contiguous(memory_format=torch.channels_last) for name in ("x", "weight", "residual"))
     x, weight, residual = maps
-    packed = PackedWeight(weight, geometry) if kept else None
+    ready = ReadyWeight(weight, tensors["bias"], geometry, dtype) if kept else None
     with torch.no_grad():
-        out = convolve(x, weight, tensors["bias"], geometry, packed=packed, residual=residual, relu=True)
+        out = convolve(x, weight, tensors["bias"], geometry, ready=ready, residual=residual, relu=True)
         expected = torch.relu(torch.conv2d(x, weight, tensors["bias"], padding=1) + residual)
     assert expected.isnan().any()
     if place == "weight":  # at the border the zeros beyond it may hide a part of the kernel; here they do not
