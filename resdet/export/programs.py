@@ -32,6 +32,7 @@ from resdet.models.backbone import ResNetFPN
 from resdet.models.bodies import Body
 from resdet.models.detector import Detector
 from resdet.models.tracing import is_scripting
+from resdet.precision import Precision
 from resdet.types import Prediction
 
 BackboneGraph = Literal["torchscript", "export", "onnx", "openvino"]
@@ -315,9 +316,10 @@ def _require(extra: str, *packages: str) -> None:
             ) from error
 
 
-def _load_onnx(path: Path) -> Callable[[Tensor], list[Tensor]]:
+def _load_onnx(path: Path, precision: Precision) -> Callable[[Tensor], list[Tensor]]:
     import onnxruntime
 
+    assert precision == "fp32"  # its CPU provider computes in what the program says
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()  # as many as the model it is compared with
     options.log_severity_level = 3
@@ -326,14 +328,16 @@ def _load_onnx(path: Path) -> Callable[[Tensor], list[Tensor]]:
     return lambda tensor: [torch.from_numpy(array) for array in session.run(None, {source.name: tensor.numpy()})]
 
 
-def _load_openvino(path: Path) -> Callable[[Tensor], list[Tensor]]:
+def _load_openvino(path: Path, precision: Precision) -> Callable[[Tensor], list[Tensor]]:
     import openvino
 
     # Without the first it computes in bfloat16 on every processor that has it.
-    settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
+    hint = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}[precision]
+    settings = {"INFERENCE_PRECISION_HINT": hint, "INFERENCE_NUM_THREADS": torch.get_num_threads()}
     core = openvino.Core()
     # From memory: files that are mapped can be neither renamed nor removed on Windows.
-    network = core.read_model(path.read_bytes(), path.with_suffix(_OPENVINO_WEIGHTS).read_bytes())
+    weights = path.with_suffix(_OPENVINO_WEIGHTS)
+    network = core.read_model(path.read_bytes(), *([weights.read_bytes()] if weights.exists() else []))
     model = core.compile_model(network, "CPU", settings)
     return lambda tensor: [torch.from_numpy(array.copy()) for array in model([tensor.numpy()]).values()]
 
@@ -343,22 +347,26 @@ def _load_script(path: Path) -> Any:
     return torch.jit.load(str(path))  # type: ignore[no-untyped-call]
 
 
-def _load(path: Path, format: str) -> Any:
-    return {"onnx": _load_onnx, "openvino": _load_openvino, "torchscript": _load_script}[format](path)
-
-
-def feature_runner(path: Path, format: BackboneGraph) -> Callable[[Tensor], list[Tensor]]:
-    """Load an exported backbone as a function from images to its maps."""
-    if format in ("onnx", "openvino"):
-        run: Callable[[Tensor], list[Tensor]] = _load(path, format)
-        return run
-    module = torch.export.load(path).module() if format == "export" else _load(path, format)
+def feature_runner(
+    path: Path, format: BackboneGraph, precision: Precision = "fp32"
+) -> Callable[[Tensor], list[Tensor]]:
+    """Load an exported backbone as a function from images to its maps; OpenVINO reads ONNX programs too."""
+    if format == "onnx":
+        return _load_onnx(path, precision)
+    if format == "openvino":
+        return _load_openvino(path, precision)
+    module = torch.export.load(path).module() if format == "export" else _load_script(path)
     return lambda images: list(module(images).values())
 
 
-def detection_runner(path: Path, format: DetectorFormat) -> Callable[[Tensor], Prediction]:
+def detection_runner(
+    path: Path, format: DetectorFormat, precision: Precision = "fp32"
+) -> Callable[[Tensor], Prediction]:
     """Load an exported detector as a function from one uint8 image ``[3, H, W]`` to its detections."""
-    run = _load(path, format)
+    if format == "onnx":
+        run = _load_onnx(path, precision)
+    else:
+        run = _load_openvino(path, precision) if format == "openvino" else _load_script(path)
 
     def detect(image: Tensor) -> Prediction:
         boxes, labels, scores = run(image)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from statistics import median
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from torchvision.models.detection import FasterRCNN
 
 from benchmarks.bound import Flops, best_rates, bound_rows, count_flops
 from benchmarks.pair import Variant, build_ours, float_images, input_shape, shape_text, variants, weights_text
+from benchmarks.peers import Detect, detection_peers, feature_runs, parse_peers
 from benchmarks.pictures import photographs
 from benchmarks.report import Report
 from benchmarks.settings import check_counts, check_size, find_device
@@ -39,6 +41,7 @@ def benchmark_inference(
     repeats: int = 8,
     warmup: int = 1,
     int8: bool = False,
+    peers: str = "",
     device: str = "auto",
     seed: int = 0,
 ) -> Report:
@@ -61,6 +64,8 @@ def benchmark_inference(
         repeats: Calls of each, of which medians are given.
         warmup: Calls of each before these.
         int8: Whether to time ours in int8 too, on the CPU, calibrated on the same images.
+        peers: What else runs our exported detector on the CPU, separated by commas: onnxruntime, openvino. With
+            openvino, body and pyramid alone are timed too, in int8 as well if ``int8`` and NNCF is installed.
         device: auto, cpu or cuda.
         seed: Of random weights.
 
@@ -72,6 +77,7 @@ def benchmark_inference(
     check_counts(settings, "warmup", "seed", least=0)
     check_size(min_size, max_size)
     torch_device = find_device(device)
+    peer_names = parse_peers(peers)
     pictures = photographs(images, num_images=num_images, batch_size=batch_size)
     # Generated pictures have boxes, but nothing is trained on them here.
     sizes = {"min_size": min_size, "max_size": max_size}
@@ -81,31 +87,69 @@ def benchmark_inference(
     reference = models["torchvision fp32"].model
     if int8:
         models["ours int8"] = quantized_variant(ours, pictures.batches)
-    found: Found = {name: {} for name in models}
+    runs = detection_runs(models, pictures.batches) | detection_peers(peer_names, ours, pictures.batches)
+    found: Found = {name: {} for name in runs}
     rates = best_rates(torch_device)
     seconds = in_turn(
-        detection_runs(models, pictures.batches, found), repeats=repeats, warmup=warmup, device=torch_device
+        _recorded(runs, found, len(pictures.batches)), repeats=repeats, warmup=warmup, device=torch_device
     )
     rates = best_rates(torch_device, rates)
     used = [repetition % len(pictures.batches) for repetition in range(repeats)]
     flops = _median_flops(reference, [float_images(batch, torch_device) for batch in pictures.batches], used)
     shapes = shape_text([input_shape(reference, pictures.batches[number]) for number in used])
-    theirs_fp32, ours_fp32 = (
-        [image for number in sorted(found[name]) for image in found[name][number]]
-        for name in ("torchvision fp32", "ours fp32")
-    )
-    return Report(
-        work="inference",
-        settings=settings,
-        tables={
-            f"Inference: {weights_text(ours, weights)}; {batch_size} of {pictures.origin} at {min_size}/{max_size} "
-            f"({shapes}), {torch_device.type}; medians of {repeats}": time_rows(seconds),
-            "What arithmetic alone would take": bound_rows(rates, flops, seconds),
-            f"ours fp32 against torchvision fp32, detections of {len(ours_fp32)} images": [
-                agreement(theirs_fp32, ours_fp32)
-            ],
-        },
-    )
+    tables: dict[str, Sequence[Mapping[str, str | float]]] = {
+        f"Inference: {weights_text(ours, weights)}; {batch_size} of {pictures.origin} at {min_size}/{max_size} "
+        f"({shapes}), {torch_device.type}; medians of {repeats}": time_rows(seconds),
+        "What arithmetic alone would take": bound_rows(rates, flops, seconds),
+        "Detections against ours in the same precision": [
+            {"of": name, **agreement(_in_order(found[f"ours {name.split()[1]}"]), _in_order(found[name]))}
+            for name in found
+            if not name.startswith("ours") and name != "torchvision bf16"
+        ],
+    }
+    if "openvino" in peer_names:
+        inputs = [reference.transform(float_images(batch, torch_device))[0].tensors.cpu() for batch in pictures.batches]
+        quantized = models["ours int8"].model if int8 else None
+        assert quantized is None or isinstance(quantized, Detector)
+        times = in_turn(feature_runs(ours, quantized, inputs), repeats=repeats, warmup=warmup, device=torch_device)
+        tables["Body and pyramid alone"] = peer_rows(times, "openvino")
+    if peer_names:
+        tables["Detectors: times of the peers over ours"] = [
+            row for name in peer_names for row in peer_rows(seconds, name)
+        ]
+    return Report(work="inference", settings=settings, tables=tables)
+
+
+def peer_rows(seconds: Mapping[str, Sequence[float]], peer: str) -> list[dict[str, str | float]]:
+    """Return medians of a peer and of ours by precision, and their ratio."""
+    precisions = [name.split()[1] for name in seconds if name.startswith(f"{peer} ")]
+    return [
+        {
+            "peer": peer,
+            "precision": precision,
+            "peer [s]": median(seconds[f"{peer} {precision}"]),
+            "ours [s]": median(seconds[f"ours {precision}"]),
+            "peer / ours": median(seconds[f"{peer} {precision}"]) / median(seconds[f"ours {precision}"]),
+        }
+        for precision in precisions
+        if f"ours {precision}" in seconds
+    ]
+
+
+def _in_order(found: Mapping[int, list[Prediction]]) -> list[Prediction]:
+    return [image for number in sorted(found) for image in found[number]]
+
+
+def _recorded(runs: Mapping[str, Detect], found: Found, num_batches: int) -> dict[str, Callable[[int], None]]:
+    """Return runs that keep what they detect by the number of the batch."""
+
+    def record(name: str, detect: Detect) -> Callable[[int], None]:
+        def run(repetition: int) -> None:
+            found[name][repetition % num_batches] = detect(repetition)
+
+        return run
+
+    return {name: record(name, detect) for name, detect in runs.items()}
 
 
 def quantized_variant(ours: Detector, batches: Sequence[Batch]) -> Variant:
@@ -119,29 +163,26 @@ def quantized_variant(ours: Detector, batches: Sequence[Batch]) -> Variant:
     return Variant(quantize_detector(ours.eval(), images), "fp32", is_ours=True, device=host)
 
 
-def detection_runs(
-    models: Mapping[str, Variant], batches: Sequence[Batch], found: Found
-) -> dict[str, Callable[[int], None]]:
+def detection_runs(models: Mapping[str, Variant], batches: Sequence[Batch]) -> dict[str, Detect]:
     """Return, for each model, a function that detects on a batch by the number of the repetition.
 
     Args:
         models: What to run, each on batches on its own device.
         batches: To be used over and over.
-        found: Receives each model's detections by the number of the batch.
     """
 
-    def run(name: str, variant: Variant) -> Callable[[int], None]:
+    def run(variant: Variant) -> Detect:
         inputs = [float_images(batch, variant.device) for batch in batches]
 
         @torch.no_grad()
-        def detect(repetition: int) -> None:
-            number = repetition % len(inputs)
+        def detect(repetition: int) -> list[Prediction]:
             with autocast(variant.device, variant.precision):
-                found[name][number] = variant.model(inputs[number])
+                found: list[Prediction] = variant.model(inputs[repetition % len(inputs)])
+            return found
 
         return detect
 
-    return {name: run(name, variant) for name, variant in models.items()}
+    return {name: run(variant) for name, variant in models.items()}
 
 
 @torch.no_grad()
