@@ -49,10 +49,14 @@ class PackedWeight:
 
     def __init__(self, weight: Tensor, geometry: Geometry) -> None:
         self.weight = weight
-        self.total = weight.detach().sum().item()  # finite if all weights are
         self._geometry = geometry
         self._orders: dict[bytes, Tensor] = {}  # by oneDNN's description
         self._by_shape: dict[torch.Size, Tensor] = {}
+
+    @cached_property
+    def total(self) -> float:
+        """The sum of the weights, finite if all are."""
+        return self.weight.detach().sum().item()
 
     def of(self, shape: torch.Size) -> Tensor:
         """Return the weight in the order for inputs of a shape ``[B, I, H, W]``."""
