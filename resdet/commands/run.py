@@ -19,6 +19,7 @@ from typing_extensions import Never
 
 from resdet.commands import COMMANDS
 from resdet.errors import InternalError, Interrupted, UserError, printable
+from resdet.openmp import wait_briefly
 
 AS_MODULE = "python -m resdet"
 """The program's name where it was started so."""
@@ -62,6 +63,7 @@ def checkpoint_in(source: str | Path) -> Path:
 
 def run_tool(main: Callable[[Sequence[str]], int | None]) -> None:
     """Run a command's ``main`` on the arguments after the program's name and exit with its code (None: 0)."""
+    wait_briefly()
     # None is a stream that the shell has closed (`>&-`), which progress bars do not expect.
     sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):

@@ -29,7 +29,7 @@ ExtraBlocks = Literal["pool", "p6p7"]
 
 
 class FastFeaturePyramid(KeepsReadyWeights, FeaturePyramidNetwork):  # type: ignore[misc]  # torchvision has no types
-    """torchvision's FeaturePyramidNetwork, each lateral convolution and the sum with the level above one operation."""
+    """torchvision's FeaturePyramidNetwork, whose levels are not enlarged on the way down, with kept weights."""
 
     def forward(self, x: dict[str, Tensor]) -> dict[str, Tensor]:
         """Compute the levels from features ``[B, C, H, W]`` by name, finest first."""
@@ -41,16 +41,30 @@ class FastFeaturePyramid(KeepsReadyWeights, FeaturePyramidNetwork):  # type: ign
         inner: Tensor | None = None
         parts = list(zip(features, self.inner_blocks, self.layer_blocks, strict=True))
         for index, (feature, lateral, output) in reversed(list(enumerate(parts))):
-            above = None if inner is None else F.interpolate(inner, size=feature.shape[-2:], mode="nearest")
-            inner = conv(
-                feature, lateral[0], residual=above, keeper=self, name=f"inner{index}"
-            )  # [B, out_channels, H, W], as above
+            above = inner
+            inner = conv(feature, lateral[0], keeper=self, name=f"inner{index}")  # [B, out_channels, H, W], as above
+            if above is not None:
+                _add_enlarged(inner, above)
             levels.insert(0, conv(inner, output[0], keeper=self, name=f"layer{index}"))
         levels, names = self.extra_blocks(levels, features, list(x))
         return OrderedDict(zip(names, levels, strict=True))
 
     def __prepare_scriptable__(self) -> FeaturePyramidNetwork:
         return scripted_as(self, FeaturePyramidNetwork)
+
+
+def _add_enlarged(level: Tensor, above: Tensor) -> None:
+    """Add ``above`` to a level, ``[B, C, H, W]``, enlarged to its size by repeating pixels, in place.
+
+    Where a size is just double, as in padded images, the enlarged map is not made: for P2 of an image at 800x1216 it
+    would take 62 MB, 17 ms, and as long again to be read.
+    """
+    height, width = above.shape[-2:]
+    if level.shape[-2:] != (2 * height, 2 * width):
+        level += F.interpolate(above, size=level.shape[-2:], mode="nearest")
+        return
+    blocks = level.permute(0, 2, 3, 1).unflatten(2, (width, 2)).unflatten(1, (height, 2))  # type: ignore[no-untyped-call]
+    blocks += above.permute(0, 2, 3, 1)[:, :, None, :, None]  # [B, H, 2, W, 2, C]
 
 
 class ResNetFPN(nn.Module):

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.ops import batched_nms, box_iou, clip_boxes_to_image, remove_small_boxes
 
+from resdet.models.convolution import linear_relu
 from resdet.models.losses import box_head_losses
 from resdet.models.proposals import LEAST_SIDE
+from resdet.models.ready_weights import KeepsReadyWeights
 from resdet.models.seeded import Sampler, plain_sampler
 from resdet.models.spec import DetectorSpec
 from resdet.models.tracing import scripted_as
@@ -32,6 +34,18 @@ class Conv5Head(nn.Module):
         """Turn C4 features of proposals, ``[N, C, 14, 14]``, into vectors ``[N, 2 * C]``."""
         vectors: Tensor = self.layer4(x).mean(dim=[2, 3])  # [N, 2 * C, 7, 7] -> [N, 2 * C]
         return vectors
+
+
+class FastBoxHead(KeepsReadyWeights, TwoMLPHead):  # type: ignore[misc]
+    """torchvision's two fully connected layers, with kept weights."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Turn what was pooled for the proposals, ``[N, C, 7, 7]``, into vectors ``[N, box_head_channels]``."""
+        vectors = linear_relu(x.flatten(start_dim=1), self.fc6, self, "fc6")
+        return linear_relu(vectors, self.fc7, self, "fc7")
+
+    def __prepare_scriptable__(self) -> TwoMLPHead:
+        return scripted_as(self, TwoMLPHead)
 
 
 class BoxPredictor(FastRCNNPredictor):  # type: ignore[misc]

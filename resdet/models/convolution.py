@@ -28,6 +28,7 @@ bfloat16 took 922 ms where it had taken 909, and steps of training differed by l
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -38,6 +39,7 @@ from torch.autograd.function import once_differentiable
 from resdet.errors import UserError
 from resdet.models.ready_weights import (
     ELEMENT_PRODUCTS,
+    POINT,
     Geometry,
     KeepsReadyWeights,
     PackedWeight,
@@ -130,6 +132,24 @@ def conv(
         ready = keeper.ready_weight(name, module, (), (dtype,), lambda: ReadyWeight(weight, bias, geometry, dtype))
     out = convolve(x, weight, bias, geometry, ready=ready, residual=residual, relu=fused)
     return out if relu is None or fused else relu(out)
+
+
+def linear_relu(x: Tensor, layer: nn.Linear, keeper: KeepsReadyWeights, name: str) -> Tensor:
+    """Compute ``relu(layer(x))``, ``[N, O]`` from ``[N, I]``, with the weight that the keeper keeps under the name.
+
+    A weight in oneDNN's order is neither cast nor ordered in each call, and float32 is not left to MKL: 1,000 vectors
+    of 12,544 to 1,024 take 117 ms for 135 in float32, 58 for 63 in bfloat16 (2 cores, AMD Zen 4).
+    """
+    dtype = compute_dtype(x, layer.weight)
+    is_trained = torch.is_grad_enabled() and any(t.requires_grad for t in (x, layer.weight, layer.bias))
+    ready = None
+    if not is_trained and not has_hooks(layer) and _runs_in_one(x, layer.weight, None, dtype):
+        make = partial(ReadyWeight, layer.weight, layer.bias, POINT, dtype)
+        ready = keeper.ready_weight(name, layer, (), (dtype,), make)
+    if ready is None:
+        return F.relu(layer(x))
+    out: Tensor = torch.ops.mkldnn._linear_pointwise(x.to(dtype), ready.linear, ready.bias, "none", [], "")
+    return out.relu_()  # torch's, which keeps NaN
 
 
 def has_hooks(module: nn.Module) -> bool:

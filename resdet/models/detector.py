@@ -18,7 +18,7 @@ from resdet.errors import UserError, name_some
 from resdet.models.archs import VGGArch, find_arch
 from resdet.models.backbone import ResNetFPN, SingleLevel, check_anchors, freeze_stages
 from resdet.models.bodies import Body, make_body
-from resdet.models.box_heads import BoxHeads, BoxPredictor, Conv5Head
+from resdet.models.box_heads import BoxHeads, BoxPredictor, Conv5Head, FastBoxHead
 from resdet.models.loading import load_backbone_weights
 from resdet.models.proposals import Anchors, FastProposalHead, FastProposalNetwork, ProposalNetwork
 from resdet.models.resnet import ResNet
@@ -93,7 +93,8 @@ class Detector(FasterRCNN):  # type: ignore[misc]
             strides=backbone.strides[: len(backbone.body.channels)],
         )
         if conv5 is None:
-            head: nn.Module = TwoMLPHead(backbone.out_channels * 7 * 7, spec.box_head_channels)
+            two_layers = FastBoxHead if fast else TwoMLPHead
+            head: nn.Module = two_layers(backbone.out_channels * 7 * 7, spec.box_head_channels)
             vector_size = spec.box_head_channels
         else:
             head = Conv5Head(conv5)

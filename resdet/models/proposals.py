@@ -20,8 +20,8 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead, concat_box_prediction_layers
 from torchvision.ops import batched_nms, clip_boxes_to_image, remove_small_boxes
 
-from resdet.models.convolution import conv
-from resdet.models.ready_weights import KeepsReadyWeights
+from resdet.models.convolution import compute_dtype, conv, convolve, has_hooks
+from resdet.models.ready_weights import Geometry, KeepsReadyWeights, ReadyWeight
 from resdet.models.roi_align import multiply_transposed
 from resdet.models.seeded import Sampler, plain_sampler
 from resdet.models.spec import DetectorSpec
@@ -101,7 +101,30 @@ class ProposalHead(RPNHead):  # type: ignore[misc]
 
 
 class FastProposalHead(KeepsReadyWeights, ProposalHead):
-    """The same head, which can also be run at some anchors alone."""
+    """The same head, which can also be run at some anchors alone, its outputs computed as one."""
+
+    def forward(self, x: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Compute objectness ``[B, A, H, W]`` and deltas ``[B, 4 * A, H, W]`` of each level ``[B, C, H, W]``."""
+        if torch.is_grad_enabled() or is_captured() or has_hooks(self.cls_logits) or has_hooks(self.bbox_pred):
+            return super().forward(x)
+        logits, deltas = [], []
+        for feature in x:
+            outputs = self._outputs(self._hidden(feature))  # [B, 5 * A, H, W]
+            logits.append(outputs[:, : self.cls_logits.out_channels])
+            deltas.append(outputs[:, self.cls_logits.out_channels :])
+        return logits, deltas
+
+    def _outputs(self, hidden: Tensor) -> Tensor:
+        first, second = self.cls_logits, self.bbox_pred
+        dtype, geometry = compute_dtype(hidden, first.weight), Geometry.of(first)
+
+        def make() -> ReadyWeight:
+            weight, bias = torch.cat([first.weight, second.weight]), torch.cat([first.bias, second.bias])
+            return ReadyWeight(weight, bias, geometry, dtype)
+
+        ready = self.ready_weight("outputs", first, (second.weight, second.bias), (dtype,), make) or make()
+        outputs = convolve(hidden, ready.weight, None, geometry, ready=ready)
+        return outputs.to(widened(outputs.dtype))
 
     def _hidden(self, feature: Tensor) -> Tensor:
         return conv(feature, self.conv[0][0], relu=self.conv[0][1], keeper=self, name="conv")

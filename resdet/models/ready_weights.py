@@ -32,6 +32,9 @@ class Geometry(NamedTuple):
         return cls(conv.stride, conv.padding, conv.dilation, conv.groups)
 
 
+POINT = Geometry((1, 1), (0, 0), (1, 1), 1)
+"""Of a 1x1 convolution or a fully connected layer."""
+
 ELEMENT_PRODUCTS = Geometry((1, 1), (0, 0), (1, 1), ELEMENTS)
 """Winograd's matrix products as a grouped 1x1 convolution over tiles."""
 
@@ -77,7 +80,7 @@ class PackedWeight:
 
 
 class ReadyWeight:
-    """The weight ``[O, I / groups, kh, kw]`` and bias ``[O]`` of a convolution, in every form that ``convolve`` reads.
+    """The weight ``[O, I / groups, kh, kw]`` and bias ``[O]`` of a convolution, in every form that is read.
 
     Each form is made when it is first asked for. The tensors it is made of must not be written to any more.
     """
@@ -100,6 +103,13 @@ class ReadyWeight:
     def packed(self) -> PackedWeight:
         """The same for oneDNN."""
         return PackedWeight(self.weight, self._geometry)
+
+    @cached_property
+    def linear(self) -> Tensor:
+        """The weight ``[O, I]`` of a fully connected layer, in the order that oneDNN has for any number of rows."""
+        with _plainly():
+            ordered: Tensor = torch.ops.mkldnn._reorder_linear_weight(self._source.to(self._dtype))
+        return ordered
 
     @cached_property
     def transformed(self) -> PackedWeight:
@@ -134,7 +144,7 @@ class KeepsReadyWeights:
     def ready_weight(
         self,
         name: str,
-        conv: nn.Conv2d,
+        conv: nn.Conv2d | nn.Linear,
         others: tuple[Tensor, ...],
         settings: tuple[object, ...],
         make: Callable[[], ReadyWeight],
@@ -143,7 +153,7 @@ class KeepsReadyWeights:
 
         Args:
             name: One for each convolution.
-            conv: The convolution.
+            conv: The convolution or fully connected layer.
             others: The other tensors that the weight is made of.
             settings: What else it depends on.
             make: Makes it.

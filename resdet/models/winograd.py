@@ -185,13 +185,8 @@ def convolve_tiles(
         windows[:tiles].view(view.shape).copy_(view)
         torch.bmm(to_inputs[:tiles], windows[:tiles], out=transformed[:tiles])
         result = torch.bmm(to_outputs[:tiles], product(transformed[:tiles]), out=results[:tiles])
-        if bias is not None:
-            result += bias
-        part = pixels[images, rows]  # [b, h, W, O]
-        part_added = None if added is None else added[images, rows]
-        _lay_out(result.view(*view.shape[:3], TILE, TILE, num_out), part, part_added)
-        if relu:
-            part.relu_()
+        sums = result.view(*view.shape[:3], TILE, TILE, num_out)
+        _lay_out(sums, pixels[images, rows], bias, None if added is None else added[images, rows], relu)
     return out
 
 
@@ -271,16 +266,27 @@ class _Bands:
                 yield images, slice(first * TILE, min((first + rows) * TILE, height)), view
 
 
-def _lay_out(tiles: Tensor, out: Tensor, residual: Tensor | None) -> None:
-    """Write tiles ``[b, h, w, 4, 4, O]``, a residual added, to pixels ``[b, H, W, O]``; what lies beyond is dropped."""
+def _lay_out(tiles: Tensor, out: Tensor, bias: Tensor | None, residual: Tensor | None, relu: bool) -> None:
+    """Write ``relu(tiles + bias + residual)``, tiles ``[b, h, w, 4, 4, O]``, to pixels ``[b, H, W, O]``.
+
+    What lies beyond the pixels is dropped; ``tiles`` is used up. Each pass but the last is over what is in the cache.
+    """
+    if bias is not None and (relu or residual is not None):
+        tiles += bias
+        bias = None
     for rows, inside_rows, of_tiles in _parts(out.shape[1]):
         for columns, inside_columns, of_columns in _parts(out.shape[2]):
             source = tiles[:, of_tiles, of_columns, :inside_rows, :inside_columns].transpose(2, 3)
             target = out[:, rows, columns].view(source.shape)  # [b, h, inside rows, w, inside columns, O]
-            if residual is None:
-                target.copy_(source)
+            added = bias if residual is None else residual[:, rows, columns].view(source.shape)
+            if added is not None:
+                torch.add(source, added, out=target)
+                if relu:
+                    target.relu_()
+            elif relu:
+                torch.clamp_min(source, 0, out=target)
             else:
-                torch.add(source, residual[:, rows, columns].view(source.shape), out=target)
+                target.copy_(source)
 
 
 def _parts(length: int) -> Iterator[tuple[slice, int, slice]]:
