@@ -39,6 +39,17 @@ def test_rates_only_rise():
 
 
 def test_the_bound_is_operations_over_rate():
-    row = bound_row("fp32", Rate(2e12, "x"), Flops(10**12, 3 * 10**12), ours_seconds=3.0, torchvision_seconds=6.0)
+    flops = Flops(10**12, 3 * 10**12, 10**12)
+    row = bound_row("fp32", Rate(2e12, "x"), flops, ours_seconds=3.0, torchvision_seconds=6.0)
     assert (row["bound [s]"], row["ours reaches [%]"], row["torchvision reaches [%]"]) == (1.5, 50, 25)
     assert (row["TFLOP"], row["times forward"], row["best rate [TFLOP/s]"]) == (3, 3, 2)
+    by_winograd = bound_row("fp32", Rate(2e12, "x"), flops, ours_seconds=1, torchvision_seconds=2, winograd=True)
+    assert (by_winograd["bound [s]"], by_winograd["ours reaches [%]"], by_winograd["3x3 by"]) == (0.5, 50, "Winograd")
+
+
+def test_winograds_multiplications_are_a_quarter_of_those_of_3x3_at_stride_1():
+    layers = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 5, 3, stride=2), nn.Conv2d(5, 6, 1), nn.Conv2d(6, 7, 3))
+    flops = count_flops(lambda: {"loss": layers(torch.randn(1, 3, 12, 12)).sum()}, backward=True)
+    first, second, third, last = 2 * 100 * 4 * 27, 2 * 16 * 5 * 36, 2 * 16 * 6 * 5, 2 * 4 * 7 * 54
+    assert flops.total == 2 * first + 3 * (second + third + last)
+    assert flops.winograd == (2 * first + 3 * last) // 4 + 3 * (second + third)

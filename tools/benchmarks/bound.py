@@ -5,12 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from statistics import median
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, conv_backward_flop, conv_flop
 
 from resdet.malloc import keep_freed_memory
 from resdet.precision import Precision
@@ -44,10 +44,13 @@ class Flops(NamedTuple):
     Attributes:
         forward: Of the forward pass.
         total: Of all that was run; with a backward pass that of the gradients too.
+        winograd: The same, if 3x3 convolutions of stride 1 and their gradients are computed by Winograd's algorithm
+            with 4x4 tiles: a quarter of their multiplications. Its transforms count as free.
     """
 
     forward: int
     total: int
+    winograd: int
 
 
 PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16")
@@ -84,17 +87,42 @@ def count_flops(forward: Callable[[], object], *, backward: bool = False) -> Flo
     Source: ``torch.utils.flop_counter``, which counts a backward pass by the gradients that are computed: none of what
         is frozen, and none with respect to the input of the first layer that is trained.
     """
-    with FlopCounterMode(display=False) as counter:
+    saved = 0
+
+    def counted(formula: Callable[..., int], weight_at: int) -> Callable[..., int]:
+        def count(*arguments: Any, out_val: Any = None, **options: Any) -> int:
+            nonlocal saved
+            flops = formula(*arguments, out_val=out_val, **options)
+            stride, dilation = arguments[weight_at + 2], arguments[weight_at + 4]
+            if arguments[weight_at].shape[2:] == (3, 3) and set(stride) == set(dilation) == {1}:
+                saved += flops * 3 // 4
+            return flops
+
+        count._get_raw = True  # type: ignore[attr-defined]  # it is given tensors, not their shapes
+        return count
+
+    formulas = {
+        torch.ops.aten.convolution: counted(conv_flop, 1),
+        torch.ops.aten.convolution_backward: counted(conv_backward_flop, 2),
+    }
+    with FlopCounterMode(display=False, custom_mapping=formulas) as counter:
         output = forward()
         forward_flops = counter.get_total_flops()
         if backward:
             assert isinstance(output, Mapping)
             torch.stack(list(output.values())).sum().backward()  # type: ignore[no-untyped-call]
-    return Flops(forward_flops, counter.get_total_flops())
+    total = counter.get_total_flops()
+    return Flops(forward_flops, total, total - saved)
 
 
 def bound_row(
-    precision: Precision, rate: Rate, flops: Flops, *, ours_seconds: float, torchvision_seconds: float
+    precision: Precision,
+    rate: Rate,
+    flops: Flops,
+    *,
+    ours_seconds: float,
+    torchvision_seconds: float,
+    winograd: bool = False,
 ) -> dict[str, str | float]:
     """Return how near to the bound two measured times come.
 
@@ -104,11 +132,14 @@ def bound_row(
         flops: What was computed in that time.
         ours_seconds: Time of our model.
         torchvision_seconds: Time of torchvision's, in the same precision.
+        winograd: Whether to count by Winograd's algorithm what it can compute, or all directly.
     """
-    bound = flops.total / rate.flops_per_second
+    counted = flops.winograd if winograd else flops.total
+    bound = counted / rate.flops_per_second
     return {
         "precision": precision,
-        "TFLOP": flops.total / 1e12,
+        "3x3 by": "Winograd" if winograd else "direct",
+        "TFLOP": counted / 1e12,
         "times forward": flops.total / flops.forward,
         "best rate [TFLOP/s]": rate.flops_per_second / 1e12,
         "seen in": rate.seen_in,
@@ -121,7 +152,7 @@ def bound_row(
 def bound_rows(
     rates: Mapping[Precision, Rate], flops: Flops, seconds: Mapping[str, Sequence[float]]
 ) -> list[dict[str, str | float]]:
-    """Return ``bound_row`` of each precision, for the medians of times as ``in_turn`` returns them."""
+    """Return two ``bound_row`` of each precision, for the medians of times as ``in_turn`` returns them."""
     return [
         bound_row(
             precision,
@@ -129,8 +160,10 @@ def bound_rows(
             flops,
             ours_seconds=median(seconds[f"ours {precision}"]),
             torchvision_seconds=median(seconds[f"torchvision {precision}"]),
+            winograd=winograd,
         )
         for precision in PRECISIONS
+        for winograd in (False, True)
     ]
 
 

@@ -79,7 +79,6 @@ def benchmark_inference(
     torch_device = find_device(device)
     peer_names = parse_peers(peers)
     pictures = photographs(images, num_images=num_images, batch_size=batch_size)
-    # Generated pictures have boxes, but nothing is trained on them here.
     sizes = {"min_size": min_size, "max_size": max_size}
     ours = build_ours(arch=arch, weights=weights, batches=pictures.batches, num_classes=0, seed=seed, **sizes)
     settings |= {"arch": ours.spec.arch, "device": str(torch_device)}
@@ -101,23 +100,27 @@ def benchmark_inference(
         f"Inference: {weights_text(ours, weights)}; {batch_size} of {pictures.origin} at {min_size}/{max_size} "
         f"({shapes}), {torch_device.type}; medians of {repeats}": time_rows(seconds),
         "What arithmetic alone would take": bound_rows(rates, flops, seconds),
-        "Detections against ours in the same precision": [
-            {"of": name, **agreement(_in_order(found[f"ours {name.split()[1]}"]), _in_order(found[name]))}
-            for name in found
-            if not name.startswith("ours") and name != "torchvision bf16"
-        ],
+        "Detections against ours in the same precision": _agreements(found),
     }
-    if "openvino" in peer_names:
-        inputs = [reference.transform(float_images(batch, torch_device))[0].tensors.cpu() for batch in pictures.batches]
-        quantized = models["ours int8"].model if int8 else None
-        assert quantized is None or isinstance(quantized, Detector)
-        times = in_turn(feature_runs(ours, quantized, inputs), repeats=repeats, warmup=warmup, device=torch_device)
-        tables["Body and pyramid alone"] = peer_rows(times, "openvino")
     if peer_names:
-        tables["Detectors: times of the peers over ours"] = [
+        tables["Detectors, the peers' times over ours"] = [
             row for name in peer_names for row in peer_rows(seconds, name)
         ]
+    if "openvino" in peer_names:
+        inputs = [reference.transform(float_images(batch, torch_device))[0].tensors.cpu() for batch in pictures.batches]
+        parts = feature_runs(ours, models["ours int8"].model if int8 else None, inputs)
+        times = in_turn(parts, repeats=repeats, warmup=warmup, device=torch_device)
+        tables["Body and pyramid alone"] = peer_rows(times, "openvino")
     return Report(work="inference", settings=settings, tables=tables)
+
+
+def _agreements(found: Found) -> list[dict[str, str | float]]:
+    """Compare what each of the others found with what ours did in the same precision."""
+    return [
+        {"of": name, **agreement(_in_order(found[f"ours {name.split()[1]}"]), _in_order(found[name]))}
+        for name in found
+        if not name.startswith("ours") and name != "torchvision bf16"
+    ]
 
 
 def peer_rows(seconds: Mapping[str, Sequence[float]], peer: str) -> list[dict[str, str | float]]:

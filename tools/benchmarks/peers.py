@@ -1,4 +1,4 @@
-"""Run our exports in ONNX Runtime and OpenVINO, at the precision and with the threads of what they are compared with."""
+"""Run our exports in ONNX Runtime and OpenVINO, in the precision and with the threads of ours."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torchvision.models.detection import FasterRCNN
 
 from resdet.data.loader import Batch
 from resdet.errors import UserError
@@ -70,7 +71,9 @@ def _over_batches(detect: Callable[[Tensor], Prediction], batches: Sequence[Batc
     return lambda number: [detect(image) for image in batches[number % len(batches)].images]
 
 
-def feature_runs(ours: Detector, int8: Detector | None, inputs: Sequence[Tensor]) -> dict[str, Callable[[int], object]]:
+def feature_runs(
+    ours: Detector, int8: FasterRCNN | None, inputs: Sequence[Tensor]
+) -> dict[str, Callable[[int], object]]:
     """Return what computes body and pyramid of inputs ``[1, 3, H, W]``: ours, and OpenVINO on our export of them.
 
     OpenVINO's int8 is what NNCF makes of the export, calibrated on the same inputs; left out where NNCF is missing.
