@@ -105,26 +105,25 @@ class FastProposalHead(KeepsReadyWeights, ProposalHead):
 
     def forward(self, x: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """Compute objectness ``[B, A, H, W]`` and deltas ``[B, 4 * A, H, W]`` of each level ``[B, C, H, W]``."""
-        if torch.is_grad_enabled() or is_captured() or has_hooks(self.cls_logits) or has_hooks(self.bbox_pred):
-            return super().forward(x)
-        logits, deltas = [], []
-        for feature in x:
-            outputs = self._outputs(self._hidden(feature))  # [B, 5 * A, H, W]
-            logits.append(outputs[:, : self.cls_logits.out_channels])
-            deltas.append(outputs[:, self.cls_logits.out_channels :])
-        return logits, deltas
-
-    def _outputs(self, hidden: Tensor) -> Tensor:
         first, second = self.cls_logits, self.bbox_pred
-        dtype, geometry = compute_dtype(hidden, first.weight), Geometry.of(first)
+        dtype, geometry = compute_dtype(x[0], first.weight), Geometry.of(first)
 
         def make() -> ReadyWeight:
             weight, bias = torch.cat([first.weight, second.weight]), torch.cat([first.bias, second.bias])
             return ReadyWeight(weight, bias, geometry, dtype)
 
-        ready = self.ready_weight("outputs", first, (second.weight, second.bias), (dtype,), make) or make()
-        outputs = convolve(hidden, ready.weight, None, geometry, ready=ready)
-        return outputs.to(widened(outputs.dtype))
+        # Asked in training too, so that it knows what is trained.
+        ready = self.ready_weight("outputs", first, (second.weight, second.bias), (dtype,), make)
+        if torch.is_grad_enabled() or is_captured() or has_hooks(first) or has_hooks(second):
+            return super().forward(x)
+        ready = ready or make()
+        logits, deltas = [], []
+        for feature in x:
+            outputs = convolve(self._hidden(feature), ready.weight, None, geometry, ready=ready)  # [B, 5 * A, H, W]
+            outputs = outputs.to(widened(outputs.dtype))
+            logits.append(outputs[:, : first.out_channels])
+            deltas.append(outputs[:, first.out_channels :])
+        return logits, deltas
 
     def _hidden(self, feature: Tensor) -> Tensor:
         return conv(feature, self.conv[0][0], relu=self.conv[0][1], keeper=self, name="conv")

@@ -10,6 +10,7 @@ from benchmarks import inference, run_benchmark
 from benchmarks.inference import agreement, detection_runs
 from benchmarks.memory import measure_steps
 from benchmarks.pair import Variant, build_ours, build_torchvision, float_images, variants
+from benchmarks.peers import PRECISIONS_OF
 from benchmarks.pictures import GENERATED_SIZE, annotated_pictures, photographs
 from benchmarks.roi_align import random_boxes
 from benchmarks.timing import in_turn, time_rows
@@ -91,6 +92,31 @@ def test_inference_of_a_checkpoint_on_photographs(small_detector, photos, tmp_pa
     assert written["settings"]["arch"] == "resnet18"
     assert written["machine"]["threads"] == torch.get_num_threads()
     assert [row["what"] for row in written["tables"][title]] == VARIANTS
+
+
+@pytest.mark.parametrize("peer", ["onnxruntime", pytest.param("openvino", marks=pytest.mark.slow)])
+def test_peers_run_our_export_and_find_the_same(small_detector, photos, peer):
+    pytest.importorskip(peer)
+    settings = [f"weights={small_detector}", f"images={photos[0]}", "min_size=64", "max_size=96", "repeats=1"]
+    report = run_benchmark(["work=inference", *settings, "warmup=0", "num_images=2", f"peers={peer}"])
+    rows = report.tables["Detectors, the peers' times over ours"]
+    assert [(row["peer"], row["precision"]) for row in rows] == [(peer, precision) for precision in PRECISIONS_OF[peer]]
+    assert all(row["peer / ours"] == row["peer [s]"] / row["ours [s]"] for row in rows)
+    agreements = {row["of"]: row for row in report.tables["Detections against ours in the same precision"]}
+    assert agreements[f"{peer} fp32"]["detections"] > 0
+    assert agreements[f"{peer} fp32"]["unmatched"] == 0
+    assert float(agreements[f"{peer} fp32"]["largest difference of a corner [px]"]) < 0.01
+    if peer == "openvino":
+        features = report.tables["Body and pyramid alone"]
+        assert [row["precision"] for row in features] == ["fp32", "bf16"]
+
+
+def test_peers_are_known_by_name(monkeypatch):
+    with pytest.raises(UserError, match="peers must be of onnxruntime, openvino, separated by commas; got 'tensorrt'"):
+        run_benchmark(["work=inference", "peers=onnxruntime,tensorrt"])
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    with pytest.raises(UserError, match="peers=openvino: it is not installed: pip install openvino"):
+        run_benchmark(["work=inference", "peers=openvino"])
 
 
 def test_each_model_is_given_images_on_its_own_device(monkeypatch):

@@ -48,10 +48,9 @@ def benchmark_inference(
     """Time ``model(images)`` of torchvision's Faster R-CNN and of ours, in float32 and under bfloat16 autocast.
 
     Both have the same weights and knobs and are given the same float images on the device; scaling, padding and
-    non-maximum suppression are inside. Each repetition runs each of the four on the next batch, in turn.
-
-    The bound is the multiply-adds of torchvision's convolutions and fully connected layers over the best rate that any
-    matrix product or convolution reached on this machine: pooling, norms, proposals and suppression count as free.
+    suppression are inside. Each repetition runs each of the four on the next batch, in turn. The bound is the
+    multiply-adds of torchvision's convolutions and fully connected layers over the best rate that any matrix product
+    or convolution reached on this machine: pooling, norms, proposals and suppression count as free.
 
     Args:
         images: Folder of photographs, the first of which are taken; empty for generated pictures.
@@ -64,8 +63,8 @@ def benchmark_inference(
         repeats: Calls of each, of which medians are given.
         warmup: Calls of each before these.
         int8: Whether to time ours in int8 too, on the CPU, calibrated on the same images.
-        peers: What else runs our exported detector on the CPU, separated by commas: onnxruntime, openvino. With
-            openvino, body and pyramid alone are timed too, in int8 as well if ``int8`` and NNCF is installed.
+        peers: What else runs our export on the CPU, separated by commas: onnxruntime, openvino (body and pyramid alone
+            too, with ``int8`` and NNCF in int8 as well).
         device: auto, cpu or cuda.
         seed: Of random weights.
 
@@ -89,9 +88,8 @@ def benchmark_inference(
     runs = detection_runs(models, pictures.batches) | detection_peers(peer_names, ours, pictures.batches)
     found: Found = {name: {} for name in runs}
     rates = best_rates(torch_device)
-    seconds = in_turn(
-        _recorded(runs, found, len(pictures.batches)), repeats=repeats, warmup=warmup, device=torch_device
-    )
+    recorded = _recorded(runs, found, len(pictures.batches))
+    seconds = in_turn(recorded, repeats=repeats, warmup=warmup, device=torch_device)
     rates = best_rates(torch_device, rates)
     used = [repetition % len(pictures.batches) for repetition in range(repeats)]
     flops = _median_flops(reference, [float_images(batch, torch_device) for batch in pictures.batches], used)
@@ -103,11 +101,10 @@ def benchmark_inference(
         "Detections against ours in the same precision": _agreements(found),
     }
     if peer_names:
-        tables["Detectors, the peers' times over ours"] = [
-            row for name in peer_names for row in peer_rows(seconds, name)
-        ]
+        rows = [row for name in peer_names for row in peer_rows(seconds, name)]
+        tables["Detectors, the peers' times over ours"] = rows
     if "openvino" in peer_names:
-        inputs = [reference.transform(float_images(batch, torch_device))[0].tensors.cpu() for batch in pictures.batches]
+        inputs = [ours.transform(float_images(batch, torch.device("cpu")))[0].tensors for batch in pictures.batches]
         parts = feature_runs(ours, models["ours int8"].model if int8 else None, inputs)
         times = in_turn(parts, repeats=repeats, warmup=warmup, device=torch_device)
         tables["Body and pyramid alone"] = peer_rows(times, "openvino")
