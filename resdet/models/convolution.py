@@ -143,9 +143,10 @@ def linear_relu(x: Tensor, layer: nn.Linear, keeper: KeepsReadyWeights, name: st
     dtype = compute_dtype(x, layer.weight)
     make = partial(ReadyWeight, layer.weight, layer.bias, POINT, dtype)
     ready = keeper.ready_weight(name, layer, (), (dtype,), make)  # asked in training too, to know what is trained
-    goes_back = torch.is_grad_enabled() and x.requires_grad
-    if ready is None or goes_back or has_hooks(layer) or not _runs_in_one(x, layer.weight, None, dtype):
+    goes_back = torch.is_grad_enabled() and any(t.requires_grad for t in (x, layer.weight, layer.bias))
+    if goes_back or has_hooks(layer) or not _runs_in_one(x, layer.weight, None, dtype):
         return F.relu(layer(x))
+    ready = ready or make()  # the same operation where nothing may be kept: as convolve does, and for its reason
     out: Tensor = torch.ops.mkldnn._linear_pointwise(x.to(dtype), ready.linear, ready.bias, "none", [], "")
     return out.relu_()  # torch's, which keeps NaN
 
