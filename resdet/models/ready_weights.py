@@ -138,6 +138,7 @@ class KeepsReadyWeights:
     if TYPE_CHECKING:  # TorchScript would read these annotations, and knows no such types
         _kept: dict[str, _Kept] | None
         _trained: frozenset[str]
+        training: bool
     else:
         _kept, _trained = None, frozenset()
 
@@ -162,9 +163,11 @@ class KeepsReadyWeights:
         if is_captured():
             return None
         # Fused optimizers write without counting up the version, so the weight of a layer that was ever trained through
-        # is never kept. Detectors that only predict keep theirs, though their weights may take gradients.
+        # is never kept. In training that is any that takes gradients: the RPN's head runs without recording there, and
+        # is trained through some of its anchors beside. Detectors that only predict keep their weights, though these
+        # may take gradients.
         sources = (conv.weight, *others) if conv.bias is None else (conv.weight, conv.bias, *others)
-        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in sources):
+        if (torch.is_grad_enabled() or self.training) and any(tensor.requires_grad for tensor in sources):
             self._trained |= {name}
         if name in self._trained:
             return None
