@@ -1,6 +1,7 @@
 """The command that measures what the documentation claims."""
 
 import json
+import os
 import runpy
 import subprocess
 import sys
@@ -118,3 +119,19 @@ def test_the_tool_tells_a_mistake_in_one_line():
     assert (run.returncode, run.stdout) == (2, "")
     assert run.stderr.startswith("benchmark.py: work= must be one of")
     assert run.stderr.count("\n") == 1
+
+
+def test_processes_of_their_own_find_the_benchmarks_that_the_command_found(tmp_path):
+    """Wherever the command is started, and whatever the environment says of paths."""
+    program = (
+        f"import sys; sys.path.insert(0, {str(TOOL.parent)!r})\n"
+        "from benchmarks.own_process import in_own_process\n"
+        "from benchmarks.timing import return_freed_memory\n"
+        "import json; print(json.dumps(in_own_process(return_freed_memory)))"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) in (True, False)

@@ -34,7 +34,8 @@ def in_own_process(
     run = subprocess.run(
         [sys.executable, "-c", _CHILD],
         input=pickle.dumps((function, arguments)),
-        env={**os.environ, **(environment or {})},
+        # The command puts this package's folder on its own path only.
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **(environment or {})},
         stdout=subprocess.PIPE,
         check=True,
     )
