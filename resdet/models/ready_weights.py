@@ -68,8 +68,7 @@ class PackedWeight:
             return found
         stride, padding, dilation, groups = self._geometry
         reorder = torch.ops.mkldnn._reorder_convolution_weight.default
-        # Not inference tensors, even where they are made at inference: training may come to use them.
-        with torch.inference_mode(False), torch.no_grad():
+        with _plainly():
             fresh: Tensor = reorder(self.weight, padding, stride, dilation, groups, shape)
         order = bytes(torch.ops.mkldnn._get_mkldnn_serialized_md(fresh).numpy())
         full = order not in self._orders and len(self._orders) == self._MOST_ORDERS

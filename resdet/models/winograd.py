@@ -77,7 +77,6 @@ class _Matrices(NamedTuple):
 @cache
 def _matrices(dtype: torch.dtype) -> _Matrices:
     """Compute the Kronecker squares of the three matrices, exactly, and round them once."""
-    last = len(POINTS)
     to_outputs = [[point**power for point in POINTS] + [Fraction(power == TILE - 1)] for power in range(TILE)]
     to_inputs: list[list[Fraction]] = []
     to_weights: list[list[Fraction]] = []
@@ -90,7 +89,6 @@ def _matrices(dtype: torch.dtype) -> _Matrices:
         to_weights.append([point**power / scale for power in range(3)])
     to_inputs.append(_with_roots(POINTS))
     to_weights.append([Fraction(0), Fraction(0), Fraction(1)])
-    assert len(to_inputs) == last + 1 == WINDOW
     return _Matrices(*(_kronecker_square(matrix, dtype) for matrix in (to_inputs, to_weights, to_outputs)))
 
 

@@ -111,6 +111,13 @@ def test_peers_run_our_export_and_find_the_same(small_detector, photos, peer):
         assert [row["precision"] for row in features] == ["fp32", "bf16"]
 
 
+def test_without_peers_nothing_is_exported(small_detector, monkeypatch):
+    """A plain comparison needs neither the time nor the packages of an export."""
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    settings = [f"weights={small_detector}", "min_size=64", "max_size=96", "repeats=1", "warmup=0", "num_images=1"]
+    assert len(run_benchmark(["work=inference", *settings]).tables) == 3
+
+
 def test_peers_are_known_by_name(monkeypatch):
     with pytest.raises(UserError, match="peers must be of onnxruntime, openvino, separated by commas; got 'tensorrt'"):
         run_benchmark(["work=inference", "peers=onnxruntime,tensorrt"])

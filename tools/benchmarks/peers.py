@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -54,6 +54,8 @@ def parse_peers(text: str) -> list[str]:
 def detection_peers(names: Sequence[str], ours: Detector, batches: Sequence[Batch]) -> dict[str, Detect]:
     """Export our detector, and return the peers that run it, by name and precision; each takes images one by one."""
     runs: dict[str, Detect] = {}
+    if not names:  # nothing to export for, and no package that an export needs
+        return runs
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "detector.onnx"
         detector_to_onnx(OneImage(folded_copy(ours)).eval(), path, batches[0].images[0])
