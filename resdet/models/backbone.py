@@ -18,7 +18,7 @@ from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastL
 
 from resdet.errors import UserError
 from resdet.models.bodies import Body, make_body
-from resdet.models.convolution import conv
+from resdet.models.convolution import conv, has_hooks
 from resdet.models.loading import load_backbone_weights
 from resdet.models.ready_weights import KeepsReadyWeights
 from resdet.models.spec import WeightsOrigin
@@ -44,6 +44,7 @@ class FastFeaturePyramid(KeepsReadyWeights, FeaturePyramidNetwork):  # type: ign
             above = inner
             inner = conv(feature, lateral[0], keeper=self, name=f"inner{index}")  # [B, out_channels, H, W], as above
             if above is not None:
+                inner = inner.clone() if has_hooks(lateral[0]) else inner  # what a hook was given stays as it was
                 _add_enlarged(inner, above)
             levels.insert(0, conv(inner, output[0], keeper=self, name=f"layer{index}"))
         levels, names = self.extra_blocks(levels, features, list(x))

@@ -134,3 +134,16 @@ def test_weights_in_training_are_not_kept_even_where_nothing_is_recorded(built) 
         for parameter in module.parameters():
             parameter.grad = torch.ones_like(parameter)
         optimizer.step()
+
+
+def test_what_a_hook_on_a_lateral_convolution_was_given_stays_as_it_was() -> None:
+    torch.manual_seed(0)
+    module, run, _ = pyramid([(20, 16), (10, 8)])
+    kept: list[Tensor] = []
+    copies: list[Tensor] = []
+    module.inner_blocks[0][0].register_forward_hook(
+        lambda _module, _inputs, output: (kept.append(output), copies.append(output.clone()))[:0] or None
+    )
+    with torch.no_grad():
+        run(module.eval())
+    assert torch.equal(kept[0], copies[0])
