@@ -1,6 +1,7 @@
-"""Boxes that overlap: suppression of many groups at once, soft-NMS, box voting.
+"""Boxes that overlap: suppression of many groups or rows at once, soft-NMS, box voting.
 
-Legend: ``N`` candidates of one image, all classes together; ``M`` of them kept; ``G`` groups of up to ``S`` members.
+Legend: ``N`` candidates of one image, all classes together; ``M`` of them kept; ``G`` groups of up to ``S`` members;
+``R`` rows of ``N`` candidates.
 """
 
 from __future__ import annotations
@@ -48,6 +49,36 @@ def suppress(boxes: list[Tensor], scores: list[Tensor], groups: list[Tensor], io
         else:
             results.append(batched_nms(boxes[image], image_scores, groups[image], iou_threshold))
     return results
+
+
+def suppress_rows(boxes: Tensor, used: Tensor, iou_threshold: float, groups: Tensor | None = None) -> Tensor:
+    """Suppress boxes that overlap better ones of their row and group, in tensors of fixed shapes.
+
+    The result is that of torchvision's ``nms`` for each row and group: a box is dropped where its IoU with an earlier
+    one that is kept is above the threshold. No shape follows from a value. It is one operator to torch,
+    ``resdet::suppress_rows``, for programs and compilers too.
+
+    Args:
+        boxes: ``[R, N, 4]``, float32 or float64; in each row the used ones lie by falling score.
+        used: Bool ``[R, N]``; the others are not kept and suppress nothing.
+        iou_threshold: IoU above which boxes suppress; ``inf`` keeps all that is used.
+        groups: Int64 ``[R, N]``: only boxes of one group suppress each other. By default each row is one group.
+
+    Returns:
+        Bool ``[R, N]``, whether a box is kept.
+
+    Raises:
+        ValueError: If a shape or a type is another.
+    """
+    row_shape = boxes.shape[:-1]
+    if boxes.dim() != 3 or boxes.shape[-1] != 4 or boxes.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"boxes must be float32 or float64 of shape [R, N, 4], got {_described(boxes)}")
+    if used.dtype != torch.bool or used.shape != row_shape:
+        raise ValueError(f"used must be bool of the boxes' shape {list(row_shape)}, got {_described(used)}")
+    if groups is not None and (groups.dtype != torch.int64 or groups.shape != row_shape):
+        raise ValueError(f"groups must be int64 of the boxes' shape {list(row_shape)}, got {_described(groups)}")
+    kept: Tensor = torch.ops.resdet.suppress_rows(boxes, used, iou_threshold, groups)
+    return kept
 
 
 def soft_nms(
@@ -135,3 +166,53 @@ def _by_group(groups: Tensor) -> tuple[Tensor, Tensor]:
     rows = groups.new_zeros(len(counts), size)
     rows[valid] = order
     return rows, valid
+
+
+def _described(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+
+
+# Not by `torch.library.custom_op`, whose checks add 5 us to each call.
+torch.library.define(
+    "resdet::suppress_rows",
+    "(Tensor boxes, Tensor used, float iou_threshold, Tensor? groups) -> Tensor",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+
+
+def _kept_shape(boxes: Tensor, used: Tensor, iou_threshold: float, groups: Tensor | None) -> Tensor:
+    return torch.empty_like(used)
+
+
+torch.library.register_fake("resdet::suppress_rows", _kept_shape)
+
+
+@torch.library.impl("resdet::suppress_rows", "CompositeExplicitAutograd")
+def _suppress_part_by_part(boxes: Tensor, used: Tensor, iou_threshold: float, groups: Tensor | None) -> Tensor:
+    """Suppress by torchvision's operator for each group of each row; on a CPU side by side."""
+    flat_boxes, size = boxes.reshape(-1, 4), used.shape[1]
+    members = used.reshape(-1).nonzero()[:, 0]  # [used ones]; waits for the device
+    kept = torch.zeros_like(used, memory_format=torch.contiguous_format)
+    if not len(members):
+        return kept
+    rows = members // size
+    changes = rows.diff() != 0
+    if groups is not None:
+        members = members[groups.reshape(-1)[members].argsort(stable=True)]
+        rows, order = (members // size).sort(stable=True)
+        members = members[order]
+        changes = (rows.diff() != 0) | (groups.reshape(-1)[members].diff() != 0)
+    starts = changes.nonzero()[:, 0] + 1  # of all parts but the first; waits, as the split does
+    parts = members.tensor_split(starts.cpu())
+    ranks = torch.arange(len(members), 0, -1, device=boxes.device, dtype=boxes.dtype)
+
+    def run(part: Tensor) -> Tensor:
+        return part if len(part) == 1 else part[nms(flat_boxes[part], ranks[: len(part)], iou_threshold)]  # waits
+
+    if boxes.device.type == "cpu" and flat_boxes[members].numel() > _MANY:
+        with ThreadPoolExecutor(torch.get_num_threads()) as threads:  # the operator releases Python's lock
+            left = list(threads.map(run, parts))
+    else:
+        left = [run(part) for part in parts]
+    kept.view(-1)[torch.cat(left)] = True
+    return kept
