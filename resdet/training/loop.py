@@ -92,8 +92,8 @@ def run(
 ) -> TrainResult:
     """Train until the last step, an early stop or a signal; leave checkpoints and logs in the run's folder.
 
-    The host waits for a GPU where a line says so, and some dozens of times more inside a detector's forward pass (NMS,
-    selections by masks): a step is not one queue of kernels.
+    Outside the forward pass the host waits for a GPU once in each step, to see whether loss and gradient are finite,
+    and once more for a line of the log.
 
     Every process of ``team`` calls this. ``begun`` is when the run began (``time.perf_counter``), ``saved`` the
     training state to resume from, empty for a new run. Errors are as ``resdet.train`` documents them.
@@ -143,7 +143,7 @@ def run(
 
             # Never step on a broken gradient, and stop at the same step everywhere: this waits for the device to finish
             # the backward pass, and (with several processes) for the slowest process.
-            wish = torch.tensor(float(stop.received != 0), device=team.device)
+            wish = torch.full((), float(stop.received != 0), device=team.device)
             own = torch.stack([values["loss"], values["grad_norm"].detach(), wish])  # [3]
             loss, grad_norm, stop_wish = team.mean(own).tolist()
             # fp16 meets infinite gradients by design: the scaler skips the step and lowers its scale.
@@ -151,7 +151,7 @@ def run(
                 moment = Moment(state.step, random_seed, team.rank, lr, train.precision, state.num_pieces)
                 raise task.not_finite(moment, values, micro_batches)
 
-            learner.scaler.step(learner.optimizer)  # fp16: waits for the device, to know whether a gradient is infinite
+            learner.scaler.step(learner.optimizer)  # fp16: the fused kernel itself looks whether a gradient is infinite
             learner.scaler.update()
             learner.optimizer.zero_grad(set_to_none=True)
             if learner.average is not None:
@@ -160,7 +160,7 @@ def run(
             state.step += 1
             log.advance()
             state.log_steps += 1
-            add_up(state.log_sums, values)
+            state.log_sums = add_up(state.log_sums, values)
             if state.step % train.log_every == 0 or state.step == num_steps:
                 line = log_interval(task, learner, state, log, lr)
                 tell(settings.on_log, line, task, learner, state)

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_, get_total_norm
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from resdet.errors import WeightsError, first_line
 from resdet.processes import Processes
+from resdet.training.average import AveragedModel
 from resdet.training.optim import LearningRate, build_optimizer
 from resdet.training.settings import RunSettings
 
@@ -36,7 +36,7 @@ class RunState:
     num_worse: int = 0  # evaluations since then
     evaluated: int | None = None  # step of the last evaluation; None before the first
     metrics: dict[str, float] = field(default_factory=dict)  # of that evaluation
-    log_sums: dict[str, Tensor] = field(default_factory=dict)  # since the last line of the log, scalars on the device
+    log_sums: dict[str, Tensor] = field(default_factory=dict)  # since the last line of the log; see step.add_up
     log_steps: int = 0  # they were summed over
     schedule: dict[str, int] = field(default_factory=dict)  # LearningRate's; empty if it follows the step alone
     num_images: dict[str, int] = field(default_factory=dict)  # of the splits train and val
@@ -77,7 +77,8 @@ class Learner:
             self.scaler.unscale_(self.optimizer)
             return clip_grad_norm_(trained, max_norm)
         norm = get_total_norm([p.grad for p in trained if p.grad is not None])
-        return norm / self.scaler.get_scale() if self.scaler.is_enabled() else norm  # fp16: waits for the device
+        # By a tensor: get_scale() would wait for the device. A scale is a power of two, so the bits are the same.
+        return norm / self.scaler.scale(torch.ones_like(norm)) if self.scaler.is_enabled() else norm
 
 
 def set_up(model: nn.Module, settings: RunSettings, team: Processes, saved: dict[str, Any]) -> tuple[Learner, RunState]:
@@ -98,7 +99,7 @@ def set_up(model: nn.Module, settings: RunSettings, team: Processes, saved: dict
         norm_weight_decay=optim.norm_weight_decay,
     )
     scaler = torch.amp.GradScaler(team.device.type, enabled=settings.train.precision == "fp16")
-    average = None if settings.train.ema_decay is None else _averaged(model, settings.train.ema_decay)
+    average = None if settings.train.ema_decay is None else AveragedModel(model, settings.train.ema_decay)
     state = RunState(schedule=rate.first_schedule())
     if saved:
         try:
@@ -137,14 +138,3 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> 
     optimizer.load_state_dict(saved)
     for group, settings in zip(optimizer.param_groups, own, strict=True):
         group |= settings
-
-
-def _averaged(model: nn.Module, decay: float) -> AveragedModel:
-    """Return an exponential moving average of a model's weights.
-
-    If a norm keeps running statistics, they are averaged too: those of the last weights are not those of the averaged
-    ones. Other buffers do not change in training and are copied.
-    """
-    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._NormBase)]
-    average = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
-    return AveragedModel(model, multi_avg_fn=average, use_buffers=any(norm.track_running_stats for norm in norms))

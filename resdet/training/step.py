@@ -60,11 +60,18 @@ def accumulate_gradients(
         with parallel.no_sync() if isinstance(parallel, DistributedDataParallel) and not is_last else nullcontext():
             values = losses(parallel, piece)
             scaler.scale(values["loss"] * share).backward()  # type: ignore[no-untyped-call]
-        add_up(means, {name: value.detach() * share for name, value in values.items()})
+        parts = torch.stack([value.detach() for value in values.values()]) * share
+        means = add_up(means, dict(zip(values, parts.unbind(), strict=True)))
     return means
 
 
-def add_up(sums: dict[str, Tensor], values: dict[str, Tensor]) -> None:
-    """Add each value to the sum of its name, in place; a name that is new begins a sum."""
-    for name, value in values.items():
-        sums[name] = sums[name] + value if name in sums else value
+def add_up(sums: dict[str, Tensor], values: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the sum of each value, a scalar, and of what ``sums`` has by its name.
+
+    All are computed at once, as parts of one tensor: an operation for each name would be one launch for each.
+    """
+    total = torch.stack(list(values.values()))
+    if sums:
+        zero = torch.zeros_like(total[0]) if values.keys() - sums.keys() else total[0]
+        total += torch.stack([sums.get(name, zero) for name in values])
+    return dict(zip(values, total.unbind(), strict=True))

@@ -7,11 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 from small_runs import ROOT, command, logged, train_here
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch import nn
+from torch.optim import swa_utils
 
 from resdet.commands.train import main
 from resdet.models.detector import build_detector
 from resdet.models.spec import DetectorSpec
+from resdet.training.average import AveragedModel
 
 STILL = ("optim.warmup_steps=0", "optim.schedule=constant")
 
@@ -47,7 +49,7 @@ def test_an_average_computes_with_its_newest_weights(norm: str) -> None:
     torch.manual_seed(0)
     spec = DetectorSpec(arch="resnet18", norm=norm, min_size=64, max_size=64, out_channels=16, box_head_channels=16)
     model = build_detector(spec, num_classes=3, trainable_layers=5)
-    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.5))
+    average = AveragedModel(model, 0.5)
     average.update_parameters(model)
     image = torch.rand(1, 3, 64, 64)
     average.eval()
@@ -63,6 +65,37 @@ def test_an_average_computes_with_its_newest_weights(norm: str) -> None:
         expected = fresh.backbone(image)["0"]
     torch.testing.assert_close(after, expected, rtol=1e-5, atol=1e-6)
     assert not torch.allclose(before, after, rtol=1e-3)
+
+
+def moved(model: nn.Module) -> nn.Module:
+    """Move every parameter and every statistic, as a step of training does."""
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.add_(
+                torch.randint(1, 5, tensor.shape) if not tensor.is_floating_point() else torch.randn_like(tensor)
+            )
+    return model
+
+
+@pytest.mark.parametrize("norm", ["frozen", "batch"])
+def test_the_average_is_torchs_bit_for_bit(norm: str) -> None:
+    """After each of four steps, buffers too; with another decay it is another."""
+    torch.manual_seed(0)
+    spec = DetectorSpec(arch="resnet18", norm=norm, out_channels=16, box_head_channels=16)
+    model = build_detector(spec, num_classes=3, trainable_layers=5)
+    function = swa_utils.get_ema_multi_avg_fn(0.9)
+    theirs = swa_utils.AveragedModel(model, multi_avg_fn=function, use_buffers=norm == "batch")
+    ours, other = AveragedModel(model, 0.9), AveragedModel(model, 0.91)
+    for _ in range(4):
+        for average in (theirs, ours, other):
+            average.update_parameters(model)
+        assert list(ours.state_dict()) == list(theirs.state_dict())
+        for name, value in theirs.state_dict().items():
+            assert ours.state_dict()[name].dtype == value.dtype
+            assert torch.equal(ours.state_dict()[name], value), name
+        moved(model)
+    ours.load_state_dict(theirs.state_dict())
+    assert any(not torch.equal(other.state_dict()[name], value) for name, value in theirs.state_dict().items())
 
 
 def test_statistics_of_trained_norms_are_averaged_too(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from resdet.training.optim import build_optimizer, lr_factor, scale_lr
+from resdet.training.step import add_up
 
 
 def factor(step: int, **changes: object) -> float:
@@ -59,3 +60,19 @@ def test_norms_have_their_own_decay_and_frozen_parameters_none() -> None:
 def test_adamw_by_name() -> None:
     optimizer = build_optimizer(nn.Linear(2, 2), name="adamw", lr=0.1)
     assert isinstance(optimizer, torch.optim.AdamW)
+
+
+def test_sums_by_name_are_those_of_each_name_alone() -> None:
+    """Bit for bit, also where a resumed run's sums lack a name or have it at another place."""
+    torch.manual_seed(0)
+    sums: dict[str, torch.Tensor] = {}
+    apart = {"loss": torch.zeros(()), "norm": torch.zeros(())}
+    for _ in range(5):
+        values = {name: torch.randn(()) for name in apart}
+        sums = add_up(sums, values)
+        apart = {name: apart[name] + values[name] for name in apart}
+    assert all(torch.equal(sums[name], apart[name]) for name in apart)
+    before = {"norm": torch.tensor(3.0), "loss": torch.tensor(5.0)}
+    after = add_up(before, {name: torch.tensor(1.0) for name in ("loss", "norm", "new")})
+    assert {name: value.item() for name, value in after.items()} == {"loss": 6, "norm": 4, "new": 1}
+    assert before["norm"].item() == 3, "what is summed is not written to"
