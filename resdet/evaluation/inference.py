@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
 
 from resdet.errors import WeightsError
 from resdet.evaluation.settings import InferenceSettings
@@ -50,22 +52,22 @@ def inference(model: nn.Module, settings: InferenceSettings = InferenceSettings(
     device = placed(model, settings.device)
     if device.type == "cpu":
         keep_freed_memory()
-    finite: list[Tensor] = []  # bool [] each, on the device
+    largest: list[Tensor] = []  # magnitudes, scalars on the device; NaN where there is one
 
     def watch(_module: nn.Module, _inputs: Any, outputs: Sequence[Tensor | Sequence[Tensor]]) -> None:
         for output in outputs:
-            finite.extend(torch.isfinite(part).all() for part in ([output] if isinstance(output, Tensor) else output))
+            largest.extend(_largest([output] if isinstance(output, Tensor) else output))
 
     @torch.no_grad()
     def run(images: Sequence[Tensor], where: str) -> list[Prediction]:
-        finite.clear()
+        largest.clear()
         batch = model_images(model, images, device)
         with autocast(device, settings.precision):
             outputs = model(batch) if settings.tricks is None else detect_with_tricks(model, batch, settings.tricks)
-        finite.extend(torch.isfinite(output[key]).all() for output in outputs for key in ("boxes", "scores"))
-        if finite and not torch.stack(finite).all():  # waits for the device
+        found, are_finite = _to_cpu(outputs, largest)
+        if not are_finite:
             raise WeightsError(f"the model computes NaN or infinity on {where} ({suspect(model, settings.precision)})")
-        return _to_cpu(outputs)
+        return found
 
     watched = [name for name, _ in model.named_modules() if name in ("rpn.head", "roi_heads.box_predictor")]
     handles = [model.get_submodule(name).register_forward_hook(watch) for name in watched]
@@ -90,14 +92,28 @@ def _by_tiles(model: nn.Module, run: Detect, tiles: Tiles, settings: InferenceSe
     )
 
 
-def _to_cpu(outputs: Sequence[Prediction]) -> list[Prediction]:
-    """Copy a model's outputs to the CPU, each key in one piece, so that waits count per batch and not per image."""
+def _largest(parts: Sequence[Tensor]) -> list[Tensor]:
+    """Return the largest magnitude in tensors of one device, a scalar, in a launch or two; nothing if all are empty."""
+    filled = [part for part in parts if part.numel()]
+    return [get_total_norm(filled, math.inf)] if filled else []
+
+
+def _to_cpu(outputs: Sequence[Prediction], largest: Sequence[Tensor]) -> tuple[list[Prediction], bool]:
+    """Copy a model's outputs to the CPU, all in one piece: each copy waits for the device.
+
+    Also returns whether all boxes and scores are finite, and the scalars ``largest`` too.
+    """
     counts = [len(output["scores"]) for output in outputs]
-    boxes = torch.cat([output["boxes"] for output in outputs]).float().cpu()  # [D, 4]; waits for the device
-    labels = torch.cat([output["labels"] for output in outputs]).cpu()  # [D]
-    scores = torch.cat([output["scores"] for output in outputs]).float().cpu()  # [D]
-    rows = zip(*(torch.split(column, counts) for column in (boxes, labels, scores)), strict=True)
-    return [Prediction(boxes=boxes, labels=labels, scores=scores) for boxes, labels, scores in rows]
+    boxes = torch.cat([output["boxes"] for output in outputs]).float()  # [D, 4]
+    scores = torch.cat([output["scores"] for output in outputs]).float()  # [D]
+    labels = torch.cat([output["labels"] for output in outputs])  # [D], exact as float32 up to 16 million classes
+    checked = torch.stack([value.float() for value in (*largest, *_largest([boxes, scores]))] or [scores.new_zeros(())])
+    whole = torch.cat([boxes.flatten(), scores, labels.float(), checked]).cpu()  # waits for the device
+    parts = torch.split(whole, [boxes.numel(), len(scores), len(labels), len(checked)])
+    columns = (parts[0].view(-1, 4), parts[1], parts[2].long())
+    rows = zip(*(torch.split(column, counts) for column in columns), strict=True)
+    found = [Prediction(boxes=boxes, labels=labels, scores=scores) for boxes, scores, labels in rows]
+    return found, bool(parts[3].isfinite().all())
 
 
 def suspect(model: nn.Module, precision: Precision) -> str:

@@ -10,7 +10,7 @@ from PIL import Image
 from torch import nn
 
 from resdet.commands import predict
-from resdet.errors import UserError
+from resdet.errors import UserError, WeightsError
 from resdet.evaluation.inference import device_for, inference
 from resdet.models.checkpoint import checkpoint_payload, save_int8_detector
 from resdet.models.detector import build_detector
@@ -70,19 +70,57 @@ class Boxes(nn.Module):
         ]
 
 
-def test_detections_leave_the_device_in_three_copies_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_detections_leave_the_device_in_one_copy_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     copies: list[torch.Size] = []
     to_cpu = torch.Tensor.cpu
     monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor: copies.append(tensor.shape) or to_cpu(tensor))
     counts = [2, 0, 3]
     with inference(Boxes()) as run:
         found = run([torch.full((3, 2, 2), n, dtype=torch.uint8) for n in counts], "three images")
-    assert copies == [(5, 4), (5,), (5,)]
-    assert [one["boxes"].dtype for one in found] == [torch.float32] * 3
+        assert copies == [(5 * 6 + 1,)]
+        (nothing,) = run([torch.zeros(3, 2, 2, dtype=torch.uint8)], "an image")
+    assert [tuple(nothing[key].shape) for key in ("boxes", "labels", "scores")] == [(0, 4), (0,), (0,)]
+    assert [tuple(one[key].dtype for key in ("boxes", "labels", "scores")) for one in found] == [
+        (torch.float32, torch.int64, torch.float32)
+    ] * 3
     for one, n in zip(found, counts, strict=True):
         assert one["boxes"].tolist() == torch.arange(4 * n).view(n, 4).tolist()
         assert one["labels"].tolist() == list(range(1, n + 1))
         assert one["scores"].tolist() == torch.linspace(1, 0, n).tolist()
+
+
+class Raw(Boxes):
+    """Has a network of proposals whose raw outputs hold one value somewhere; no box shows it."""
+
+    def __init__(self, value: float, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.rpn = nn.Module()
+        self.rpn.head = Head(value, dtype)
+
+    def forward(self, images: list[torch.Tensor]) -> list[Prediction]:
+        self.rpn.head()
+        return super().forward(images)
+
+
+class Head(nn.Module):
+    def __init__(self, value: float, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.value, self.dtype = value, dtype
+
+    def forward(self) -> tuple[list[torch.Tensor], torch.Tensor]:
+        of_level = torch.zeros(2, 3, 5, 7, dtype=self.dtype)
+        of_level[1, 2, 3, 4] = self.value
+        return [torch.zeros(0), of_level, of_level[:1]], torch.full((4, 9), -3.0)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_raw_output_that_is_not_finite_is_an_error(value: float, dtype: torch.dtype) -> None:
+    image = torch.full((3, 2, 2), 3, dtype=torch.uint8)
+    with inference(Raw(value, dtype)) as run, pytest.raises(WeightsError, match=r"NaN or infinity on the image \("):
+        run([image], "the image")
+    with inference(Raw(-torch.finfo(dtype).max, dtype)) as run:  # the largest number is one
+        assert len(run([image], "the image")[0]["scores"]) == 3
 
 
 @pytest.mark.skipif(not torch.cpu._is_vnni_supported(), reason="int8 needs a CPU with AVX512-VNNI")
