@@ -35,6 +35,7 @@ OPTIONAL = (
     "matplotlib",
     "sklearn",
     "torch.utils.tensorboard",
+    "resdet.models.suppression_kernels",  # imports triton
 )
 """Slow packages that not every run needs: only these are imported inside functions."""
 

@@ -6,6 +6,9 @@ Legend: ``N`` candidates of one image, all classes together; ``M`` of them kept;
 
 from __future__ import annotations
 
+import functools
+import importlib.util
+import logging
 from concurrent.futures import ThreadPoolExecutor
 from typing import Literal
 
@@ -14,6 +17,8 @@ from torch import Tensor
 from torchvision.ops import batched_nms, box_iou, nms
 
 from resdet.models.tracing import is_captured
+
+logger = logging.getLogger(__name__)
 
 # From this many numbers in an image's boxes on torchvision goes through the groups one by one, on a CPU.
 _MANY = 4000
@@ -55,8 +60,9 @@ def suppress_rows(boxes: Tensor, used: Tensor, iou_threshold: float, groups: Ten
     """Suppress boxes that overlap better ones of their row and group, in tensors of fixed shapes.
 
     The result is that of torchvision's ``nms`` for each row and group: a box is dropped where its IoU with an earlier
-    one that is kept is above the threshold. No shape follows from a value. It is one operator to torch,
-    ``resdet::suppress_rows``, for programs and compilers too.
+    one that is kept is above the threshold. No shape follows from a value, so that no GPU need be waited for: to torch
+    and its compilers this is one operator, ``resdet::suppress_rows``, and on CUDA devices two kernels of Triton. It
+    waits where there is no Triton, in float64, and on other devices.
 
     Args:
         boxes: ``[R, N, 4]``, float32 or float64; in each row the used ones lie by falling score.
@@ -172,22 +178,10 @@ def _described(tensor: Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
 
 
-# Not by `torch.library.custom_op`, whose checks add 5 us to each call.
-torch.library.define(
-    "resdet::suppress_rows",
-    "(Tensor boxes, Tensor used, float iou_threshold, Tensor? groups) -> Tensor",
-    tags=torch.Tag.pt2_compliant_tag,
-)
-
-
 def _kept_shape(boxes: Tensor, used: Tensor, iou_threshold: float, groups: Tensor | None) -> Tensor:
-    return torch.empty_like(used)
+    return torch.empty_like(used, memory_format=torch.contiguous_format)
 
 
-torch.library.register_fake("resdet::suppress_rows", _kept_shape)
-
-
-@torch.library.impl("resdet::suppress_rows", "CompositeExplicitAutograd")
 def _suppress_part_by_part(boxes: Tensor, used: Tensor, iou_threshold: float, groups: Tensor | None) -> Tensor:
     """Suppress by torchvision's operator for each group of each row; on a CPU side by side."""
     flat_boxes, size = boxes.reshape(-1, 4), used.shape[1]
@@ -216,3 +210,44 @@ def _suppress_part_by_part(boxes: Tensor, used: Tensor, iou_threshold: float, gr
         left = [run(part) for part in parts]
     kept.view(-1)[torch.cat(left)] = True
     return kept
+
+
+def _suppress_by_kernels(boxes: Tensor, used: Tensor, iou_threshold: float, groups: Tensor | None) -> Tensor:
+    if boxes.dtype != torch.float32 or not _kernels_run(boxes.device):
+        return _suppress_part_by_part(boxes, used, iou_threshold, groups)
+    from resdet.models.suppression_kernels import suppress_on_cuda
+
+    with torch.cuda.device(boxes.device):
+        return suppress_on_cuda(boxes, used, iou_threshold, groups)
+
+
+@functools.cache
+def _kernels_run(device: torch.device) -> bool:
+    """Return whether Triton's kernels run on a device; say once why not: Triton needs a C compiler, for one."""
+    if importlib.util.find_spec("triton") is None:
+        reason = "triton is not installed"
+    else:
+        from resdet.models.suppression_kernels import suppress_on_cuda
+
+        try:
+            with torch.cuda.device(device):
+                suppress_on_cuda(torch.zeros(1, 1, 4, device=device), torch.zeros(1, 1, device=device) > 0, 0.5, None)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # of the compilers, the driver, the file system: Triton has no class for them
+            reason = f"{type(error).__name__}: {error}"
+        else:
+            return True
+    logger.warning("%s is waited for in each suppression of boxes: kernels cannot be compiled (%s)", device, reason)
+    return False
+
+
+# Not by `torch.library.custom_op`, whose checks add 5 us to each call.
+torch.library.define(
+    "resdet::suppress_rows",
+    "(Tensor boxes, Tensor used, float iou_threshold, Tensor? groups) -> Tensor",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+torch.library.register_fake("resdet::suppress_rows", _kept_shape)
+torch.library.impl("resdet::suppress_rows", "CompositeExplicitAutograd", _suppress_part_by_part)
+torch.library.impl("resdet::suppress_rows", "CUDA", _suppress_by_kernels)

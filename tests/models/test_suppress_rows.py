@@ -1,12 +1,75 @@
 """Suppression in tensors of fixed shapes: the operator and its implementations."""
 
+import logging
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 from torch import Tensor
 from torchvision.ops import batched_nms, nms
 
+from resdet.models import suppression
 from resdet.models.suppression import suppress_rows
+
+ROOT = Path(__file__).resolve().parents[2]
+needs_triton = pytest.mark.skipif(
+    find_spec("triton") is None, reason="needs triton, which comes with torch's CUDA builds for Linux"
+)
+
+# A case's arguments are those of suppress_rows.
+INTERPRET = """
+import sys, torch
+from resdet.models import suppression_kernels
+suppression_kernels._LARGEST_TILE = int(sys.argv[3])
+cases = torch.load(sys.argv[1])
+torch.save([suppression_kernels.suppress_on_cuda(*case) for case in cases], sys.argv[2])
+"""
+
+# What a device's driver would be asked until a kernel is launched: all calls as they are made, on tensors of a CPU.
+COMPILE = """
+import sys, torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import JITFunction, driver
+from resdet.models.suppression_kernels import suppress_on_cuda
+
+class Driver:
+    capability = 0
+    def get_current_target(self): return GPUTarget("cuda", self.capability, 32)
+    def get_current_device(self): return self.capability
+    def get_current_stream(self, device): return 0
+
+programs = []
+launch = JITFunction.run
+
+def compile_only(kernel, *args, warmup, **settings):
+    compiled = launch(kernel, *args, warmup=True, **settings)
+    fused = None
+    if kernel.__name__ == "compare_kernel" and not programs:
+        fused = launch(kernel, *args, warmup=True, **{**settings, "enable_fp_fusion": True}).asm["ptx"]
+    programs.append((kernel.__name__, compiled.asm["ptx"], len(compiled.asm["cubin"]), fused))
+
+JITFunction.run = compile_only
+driver.set_active(Driver())
+for Driver.capability in map(int, sys.argv[2].split(",")):
+    for size in map(int, sys.argv[3].split(",")):
+        groups = torch.zeros(2, size, dtype=torch.int64)
+        for arguments in ((0.5, groups), (float("inf"), None)):
+            suppress_on_cuda(torch.zeros(2, size, 4), torch.ones(2, size, dtype=torch.bool), *arguments)
+torch.save(programs, sys.argv[1])
+"""
+
+
+def run_code(code: str, *arguments: str, **settings: str) -> None:
+    """Run code in a process of its own: Triton reads its settings when it is imported."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **settings}
+    command = [sys.executable, "-W", "ignore::RuntimeWarning", "-c", code, *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def random_rows(num_rows: int, size: int, num_groups: int = 1, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -146,3 +209,143 @@ def test_other_shapes_and_types_are_refused(arguments, message):
     boxes, used, *rest = arguments
     with pytest.raises(ValueError, match=message):
         suppress_rows(boxes, used, *(rest or [0.5]))
+
+
+def degenerate_rows(size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows of one box many times, of boxes without extent, of whole numbers with many equal IoUs, of unused boxes."""
+    generator = torch.Generator().manual_seed(size)
+    same = torch.tensor([3.0, 4, 9, 11]).expand(size, 4)
+    points = torch.randint(3, (size, 2), generator=generator).float().repeat(1, 2)
+    corners = torch.randint(6, (size, 2), generator=generator).float()
+    ties = torch.cat([corners, corners + torch.randint(1, 5, (size, 2), generator=generator)], dim=1)
+    boxes = torch.stack([same, points, ties, ties])
+    used = torch.ones(4, size, dtype=torch.bool)
+    used[3] = False
+    return boxes, used, torch.randint(2, (4, size), generator=generator)
+
+
+def kernel_cases(sizes: tuple[int, ...]) -> list[tuple[Tensor, Tensor, float, Tensor | None]]:
+    cases = []
+    for size in sizes:
+        for boxes, used, groups in (random_rows(2, size, 3, seed=size), degenerate_rows(size)):
+            thresholds = (0.0, 0.25, 0.5, 0.7, float("inf")) if size in (33, 64) else (0.7,)
+            cases += [(boxes, used, threshold, None) for threshold in thresholds]
+            cases += [(boxes, used, 0.5, groups)]
+    chain = torch.arange(100.0)[:, None] * torch.tensor([3.0, 0, 3, 0]) + torch.tensor([0.0, 0, 9, 9])
+    cases += [(chain[None], torch.ones(1, 100, dtype=torch.bool), 0.4, None)]  # each suppresses the next alone
+    return cases
+
+
+def interpreted(
+    cases: list[tuple[Tensor, Tensor, float, Tensor | None]], largest_tile: int, folder: Path
+) -> list[Tensor]:
+    """Run the kernels in Triton's interpreter, with numpy on a CPU."""
+    torch.save(cases, folder / "cases.pt")
+    files = str(folder / "cases.pt"), str(folder / "kept.pt")
+    run_code(INTERPRET, *files, str(largest_tile), TRITON_INTERPRET="1")
+    results: list[Tensor] = torch.load(folder / "kept.pt")
+    return results
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("sizes", "largest_tile"),
+    [
+        ((1, 31, 33, 70), 16384),
+        pytest.param((32, 64, 65, 257, 520), 16384, marks=pytest.mark.slow),
+        pytest.param((1, 70, 257), 16, marks=pytest.mark.slow),  # as rows of more than 16,384 boxes are gone through
+    ],
+)
+def test_the_kernels_as_interpreted_are_torchvisions_suppression(sizes, largest_tile, tmp_path):
+    cases = kernel_cases(sizes)
+    # The same with one box moved, one box not used and one group changed: the twins.
+    boxes, used, groups = random_rows(1, 70, 2)
+    boxes[0, 40], used[0, :41], groups[0, :41] = boxes[0, 0], True, 1
+    twins = [(boxes.clone(), used.clone(), 0.9, groups.clone()) for _ in range(4)]
+    twins[1][0][0, 0] += 1000
+    twins[2][1][0, 0] = False
+    twins[3][3][0, 40] = 0
+    results = interpreted(cases + twins, largest_tile, tmp_path)
+    for (boxes, used, *arguments), kept in zip(cases, results, strict=False):
+        assert kept.dtype == torch.bool
+        assert torch.equal(kept, by_torchvision(boxes, used, *arguments)), (tuple(used.shape), arguments)
+    assert any(0 < kept.sum() < case[1].sum() for case, kept in zip(cases, results, strict=False))
+    expected = by_torchvision(*twins[0])
+    assert [torch.equal(kept, expected) for kept in results[len(cases) :]] == [True, False, False, False]
+
+
+@needs_triton
+def test_thresholds_are_compared_as_in_float64():
+    """An IoU of 3/10 is above 0.3 when both are rounded to their types, as torchvision has it on a CPU."""
+    from resdet.models.suppression_kernels import rounded_down
+
+    for value in (0.0, 0.1, 0.3, 0.5, 0.7, 1.0):
+        as_float32 = torch.tensor(value, dtype=torch.float32)
+        assert (as_float32 > rounded_down(value)) == (as_float32.double() > value)
+        above = torch.nextafter(as_float32, torch.tensor(2.0))
+        assert above > rounded_down(value)
+    assert torch.tensor(0.3).item() > 0.3, "to the nearest would not do"
+    assert rounded_down(float("inf")) == float("inf")
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("capabilities", "sizes"), [("90", "2000"), pytest.param("80,90", "1,33,1000,4096,40000", marks=pytest.mark.slow)]
+)
+def test_the_kernels_compile_and_round_each_operation(capabilities, sizes, tmp_path):
+    path = tmp_path / "programs.pt"
+    run_code(COMPILE, str(path), capabilities, sizes, TRITON_CACHE_DIR=str(tmp_path / "cache"))
+    programs = torch.load(path)
+    calls = 2 * len(capabilities.split(",")) * len(sizes.split(","))
+    assert [name for name, *_ in programs] == ["compare_kernel", "keep_kernel"] * calls
+    for name, ptx, binary_size, _ in programs:
+        assert binary_size > 1000
+        if name == "compare_kernel":
+            assert "div.rn." in ptx
+            assert "fma.rn." not in ptx
+    assert "fma.rn." in programs[0][-1], "without the setting, additions are fused with multiplications"
+
+
+def test_a_device_whose_kernels_do_not_run_waits_and_says_so_once(monkeypatch, caplog):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    suppression._kernels_run.cache_clear()
+    boxes, used, groups = random_rows(2, 50, 3)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            kept = suppression._suppress_by_kernels(boxes, used, 0.5, groups)
+            assert torch.equal(kept, by_torchvision(boxes, used, 0.5, groups))
+    suppression._kernels_run.cache_clear()
+    assert [record.message for record in caplog.records] == [
+        "cpu is waited for in each suppression of boxes: kernels cannot be compiled (triton is not installed)"
+    ]
+
+
+@needs_triton
+def test_a_compiler_that_fails_is_named(caplog):
+    with caplog.at_level(logging.WARNING):
+        assert not suppression._kernels_run(torch.device("cpu"))  # no device that Triton compiles for
+    suppression._kernels_run.cache_clear()
+    assert "kernels cannot be compiled (ValueError: " in caplog.text
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_cuda_device_keeps_what_a_cpu_keeps_and_is_not_waited_for():
+    cases = [*kernel_cases((1, 31, 32, 33, 70, 2000, 4100)), (*random_rows(80, 2000)[:2], 0.7, None)]
+    on_device = [[part.cuda() if isinstance(part, Tensor) else part for part in case] for case in cases]
+    first = suppress_rows(*on_device[0])  # compiles, and asks whether kernels run
+    assert suppression._kernels_run(first.device), "the kernels do not run here"
+    results = []
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        results = [suppress_rows(*case) for case in on_device]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for case, kept in zip(cases, results, strict=True):
+        assert torch.equal(kept.cpu(), suppress_rows(*case))
+    boxes, used, iou_threshold, _ = on_device[-1]
+    moved = boxes.clone()
+    moved[0, 0] += 10000
+    assert not torch.equal(suppress_rows(moved, used, 0.0), suppress_rows(boxes, used, 0.0))
+    double = suppress_rows(boxes[:2].double(), used[:2], iou_threshold)  # waits
+    assert torch.equal(double.cpu(), suppress_rows(boxes[:2].double().cpu(), used[:2].cpu(), iou_threshold))
