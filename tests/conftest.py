@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Before torch is imported, and for the tools that tests start: threads of two test processes only wait for each
@@ -21,6 +22,9 @@ import torchvision
 from torch import nn
 
 from resdet.models.norm import calibrate_norm
+
+if TYPE_CHECKING:
+    from benchmarks.pretend_gpu import Record
 
 ASSETS = Path(__file__).resolve().parents[2] / "shared" / "assets"
 
@@ -94,3 +98,12 @@ def randomise_norms() -> Callable[[nn.Module], None]:
                 norm.bias.copy_(0.1 * torch.randn(norm.bias.shape, generator=generator))
 
     return randomise
+
+
+@pytest.fixture
+def device_record() -> Iterator[Record]:
+    """What the test asks of the pretend GPU."""
+    from benchmarks.pretend_gpu import pretend_gpu  # only then has torch a further device
+
+    with pretend_gpu() as record:
+        yield record

@@ -244,8 +244,9 @@ def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if func is torch.ops.prim.device.default:
         return DEVICE
     schema = schema_of(func)
-    if schema.decomposes:
-        return func.decompose(*args, **kwargs)
+    if schema.decomposes:  # at inference, where autograd has not done it; autocast looks at the parts
+        with torch._C._RestorePythonTLSSnapshot():  # type: ignore[attr-defined]
+            return func.decompose(*args, **kwargs)
     if schema.name == "is_pinned":
         return False
     if schema.name == "_to_copy":

@@ -41,7 +41,7 @@ _WAITS = {
     "bincount": "bincount",
     "nms": "nms",
 }
-_ALLOCATIONS = {
+_NO_KERNELS = {
     "empty",
     "empty_strided",
     "empty_like",
@@ -49,7 +49,7 @@ _ALLOCATIONS = {
     "new_empty_strided",
     "_unsafe_view",
     "lift",
-    "is_same_size",
+    "detach_",
 }
 _TAKING = {"index", "gather", "index_select", "take", "embedding"}  # a part of their first argument
 _BAGS = {"_embedding_bag", "_embedding_bag_forward_only"}
@@ -123,16 +123,14 @@ class Record:
             self.add_wait(_WAITS[schema.name])
         elif schema.name == "repeat_interleave" and len(args) == 1:  # without the size of the result
             self.add_wait("repeat_interleave")
-        if schema.is_view or schema.name in _ALLOCATIONS or schema.name == "_local_scalar_dense":
+        if schema.is_view or schema.name in _NO_KERNELS or schema.name == "_local_scalar_dense":
             return
         results = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
         read, written = _traffic(schema, args, kwargs, results)
         if read + written == 0:
             return
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)] or results
-        formula = flop_registry.get(func.overloadpacket)
-        multiply_adds = 0 if formula is None else formula(*args, **kwargs, out_val=result) // 2
-        name = str(func)
+        name, multiply_adds = str(func), _multiply_adds(func, args, kwargs, result)
         operator = Operator(name, calling_line(), read, written, multiply_adds, tensors[0].dtype)
         further = operator._replace(read=0, written=0, multiply_adds=0)
         num_further = NUM_KERNELS.get(name.rpartition(".")[0], 1) - 1
@@ -165,6 +163,14 @@ def schema_of(func: Any) -> OperatorSchema:
         torch.Tag.nondeterministic_seeded in func.tags,
         func.namespace != "prim" and func._can_decompose(),
     )
+
+
+def _multiply_adds(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> int:
+    if func is torch.ops.aten.convolution_backward.default:  # torch's formula overlooks groups
+        (grad, x, weight), is_transposed, (to_x, to_weight, _) = args[:3], args[7], args[10]
+        return (x if is_transposed else grad).numel() * weight[0].numel() * (to_x + to_weight)  # type: ignore[no-any-return]
+    formula = flop_registry.get(func.overloadpacket)
+    return 0 if formula is None else formula(*args, **kwargs, out_val=result) // 2
 
 
 def _traffic(
