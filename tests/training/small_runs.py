@@ -14,6 +14,7 @@ import torch
 from resdet.config import load_config
 from resdet.training import detection
 from resdet.training.loop import TrainResult
+from resdet.training.settings import Callback
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -58,11 +59,11 @@ def environment() -> dict[str, str]:
 
 
 def train(
-    output_dir: Path, *overrides: str, num_processes: int = 1, expected: int = 0
+    output_dir: Path, *overrides: str, num_processes: int = 1, torchrun: tuple[str, ...] = (), expected: int = 0
 ) -> subprocess.CompletedProcess[str]:
     """Run it to its end, and check the exit code."""
     done = subprocess.run(
-        command(output_dir, *overrides, num_processes=num_processes),
+        command(output_dir, *overrides, num_processes=num_processes, torchrun=torchrun),
         capture_output=True,
         text=True,
         timeout=600,
@@ -74,10 +75,10 @@ def train(
     return done
 
 
-def train_here(output_dir: Path, *overrides: str) -> TrainResult:
+def train_here(output_dir: Path, *overrides: str, on_log: Callback | None = None) -> TrainResult:
     """Run it in this process, where parts can be replaced."""
     settings = [*SMALL, f"output_dir={output_dir}", *overrides]
-    return detection.train(load_config(ROOT / "configs" / "quickstart.yaml", settings))
+    return detection.train(load_config(ROOT / "configs" / "quickstart.yaml", settings), on_log=on_log)
 
 
 def logged(folder: Path, key: str) -> list[float]:

@@ -22,12 +22,14 @@ class Report:
         settings: All that was set or left at its default.
         tables: Rows by the title of their table; the rows of a table have the same keys, with units in them.
         machine: Versions, cores, threads, and what the processors are.
+        taken: What was done on that machine.
     """
 
     work: str
     settings: Mapping[str, Any]
     tables: Mapping[str, Sequence[Mapping[str, str | float]]]
     machine: Mapping[str, Any] = field(default_factory=describe_machine)
+    taken: str = "Measured"
 
     def write(self, path: Path) -> None:
         """Write everything as json.
@@ -48,7 +50,7 @@ class Report:
         parts = [machine["gpu"]] if "gpu" in machine else []
         parts += [f"{processor}, {machine['cores']} cores, threads={machine['threads']}"]
         parts += [f"{name} {machine[name]}" for name in ("torch", "torchvision", "numpy")]
-        return f"Measured on {'; '.join(parts)}"
+        return f"{self.taken} on {'; '.join(parts)}"
 
 
 def _lay_out(rows: Sequence[Mapping[str, str | float]]) -> str:

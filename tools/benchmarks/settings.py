@@ -22,6 +22,29 @@ def check_counts(settings: Mapping[str, Any], *keys: str, least: int = 1) -> Non
             raise UserError(f"{key} must be {least} or more, got {settings[key]}")
 
 
+def check_positive(settings: Mapping[str, Any], *keys: str) -> None:
+    """Check that settings are above 0.
+
+    Raises:
+        UserError: If one is not.
+    """
+    for key in keys:
+        if not settings[key] > 0:
+            raise UserError(f"{key} must be above 0, got {settings[key]}")
+
+
+def parse_counts(key: str, text: str) -> list[int]:
+    """Read counts separated by commas: ``2,16``.
+
+    Raises:
+        UserError: If one is no whole number from 1.
+    """
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and int(part) for part in parts):
+        raise UserError(f"{key} must be whole numbers from 1, separated by commas, got {text!r}")
+    return [int(part) for part in parts]
+
+
 def find_device(name: str) -> torch.device:
     """Return the device that ``device=`` names: ``cpu``, ``cuda``, or ``auto`` for a GPU where there is one.
 

@@ -1,0 +1,85 @@
+"""What is tested on a real GPU (``-m gpu``), and what stands for it without one: the CPU, or the pretend GPU."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+from benchmarks.pretend_gpu import DEVICE, pretend_gpu
+from small_detectors import make_detector
+
+from resdet.models.detector import Detector
+
+# Read when CUDA is initialised, which any of these tests may be the first to do; train.deterministic needs it.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+ON_A_GPU = pytest.param("cuda", marks=pytest.mark.gpu)
+
+
+def require_cuda(request: pytest.FixtureRequest) -> None:
+    """Skip without a GPU; each test has a reason of its own, so that pytest's summary lists what would have run."""
+    if not torch.cuda.is_available():
+        pytest.skip(f"needs a CUDA device, where it would run {request.node.nodeid}")
+
+
+@pytest.fixture
+def exact() -> Iterator[None]:
+    """Compute float32 as float32: TF32 has 10 bits."""
+    matmul, cudnn = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    yield
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = matmul, cudnn
+
+
+@pytest.fixture(params=["pretend", ON_A_GPU])
+def device(request: pytest.FixtureRequest, exact: None) -> Iterator[torch.device]:
+    """A device that is not the CPU."""
+    yield from _device(request)
+
+
+@pytest.fixture(params=[pytest.param("pretend", marks=pytest.mark.slow), ON_A_GPU])
+def device_slowly(request: pytest.FixtureRequest, exact: None) -> Iterator[torch.device]:
+    """The same, for what takes longer."""
+    yield from _device(request)
+
+
+def _device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
+    if request.param == "cuda":
+        require_cuda(request)
+        yield torch.device("cuda", 0)
+        return
+    with pretend_gpu():
+        yield DEVICE
+
+
+@pytest.fixture(params=["cpu", ON_A_GPU])
+def named(request: pytest.FixtureRequest, exact: None) -> str:
+    """The name of a device as a configuration has it; the CPU stands for a GPU in what a whole run does."""
+    return _named(request)
+
+
+@pytest.fixture(params=[pytest.param("cpu", marks=pytest.mark.slow), ON_A_GPU])
+def named_slowly(request: pytest.FixtureRequest, exact: None) -> str:
+    """The same, for what takes longer."""
+    return _named(request)
+
+
+def _named(request: pytest.FixtureRequest) -> str:
+    if request.param == "cuda":
+        require_cuda(request)
+    return str(request.param)
+
+
+@pytest.fixture(params=[ON_A_GPU])
+def cuda(request: pytest.FixtureRequest, exact: None) -> torch.device:
+    """A real GPU: what nothing stands for."""
+    require_cuda(request)
+    return torch.device("cuda", 0)
+
+
+@pytest.fixture(scope="session")
+def detector() -> Detector:
+    """A small detector on the CPU, in evaluation mode; copy it before changing it."""
+    return make_detector()
