@@ -15,6 +15,7 @@ from benchmarks.pictures import GENERATED_SIZE, annotated_pictures, photographs
 from benchmarks.roi_align import random_boxes
 from benchmarks.timing import in_turn, time_rows
 from benchmarks.training import make_step
+from cards import require_cuda
 from PIL import Image
 
 from resdet.errors import DataError, TrainingError, UserError
@@ -146,7 +147,8 @@ def test_each_model_is_given_images_on_its_own_device(monkeypatch):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cpu._is_vnni_supported(), reason="int8 needs a CPU with AVX512-VNNI")
-def test_int8_beside_a_gpu(small_detector):
+def test_int8_beside_a_gpu(small_detector, request):
+    require_cuda(request)
     settings = [f"weights={small_detector}", "min_size=64", "max_size=96", "repeats=1", "warmup=0", "num_images=1"]
     report = run_benchmark(["work=inference", *settings, "int8=true", "device=cuda"])
     assert [row["what"] for row in next(iter(report.tables.values()))] == [*VARIANTS, "ours int8"]

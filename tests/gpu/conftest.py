@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from benchmarks.pretend_gpu import DEVICE, pretend_gpu
+from cards import ON_A_GPU, exact_float32, require_cuda
 from small_detectors import make_detector
 
 from resdet.models.detector import Detector
@@ -15,22 +16,12 @@ from resdet.models.detector import Detector
 # Read when CUDA is initialised, which any of these tests may be the first to do; train.deterministic needs it.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
-ON_A_GPU = pytest.param("cuda", marks=pytest.mark.gpu)
-
-
-def require_cuda(request: pytest.FixtureRequest) -> None:
-    """Skip without a GPU; each test has a reason of its own, so that pytest's summary lists what would have run."""
-    if not torch.cuda.is_available():
-        pytest.skip(f"needs a CUDA device, where it would run {request.node.nodeid}")
-
 
 @pytest.fixture
 def exact() -> Iterator[None]:
-    """Compute float32 as float32: TF32 has 10 bits."""
-    matmul, cudnn = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    yield
-    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = matmul, cudnn
+    """Compute float32 as float32."""
+    with exact_float32():
+        yield
 
 
 @pytest.fixture(params=["pretend", ON_A_GPU])

@@ -18,6 +18,8 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from benchmarks.pretend_gpu import DEVICE, pretend_gpu
+from cards import exact_float32, require_cuda
 from PIL import Image
 from torch import Tensor, nn
 from torchvision import ops
@@ -151,6 +153,30 @@ def test_recorded_answers_are_reproduced(
     assert not model.training
     assert model.spec == DetectorSpec(**MSRA, **CONVENTIONS["detectron2"])
     assert_reproduced(run(model, image), golden)
+
+
+@pytest.mark.gpu
+def test_a_gpu_reproduces_them(
+    zoo_file: Path, image: Tensor, golden: dict[str, npt.NDArray[Any]], request: pytest.FixtureRequest
+) -> None:
+    require_cuda(request)
+    assert_detections_reproduced(load_detector(zoo_file).cuda(), image, golden)
+
+
+def assert_detections_reproduced(model: Detector, image: Tensor, golden: dict[str, npt.NDArray[Any]]) -> None:
+    device = next(model.parameters()).device
+    with torch.no_grad(), exact_float32():
+        (found,) = model([image.to(device)])
+    assert found["boxes"].device == device
+    assert_near(found["boxes"].cpu(), golden["boxes"], "boxes")
+    torch.testing.assert_close(found["scores"].cpu(), torch.from_numpy(golden["scores"]), rtol=0, atol=1e-3)
+    assert (found["labels"].cpu() - 1).tolist() == golden["classes"].tolist()
+
+
+@pytest.mark.slow
+def test_a_pretend_gpu_reproduces_them(zoo_file: Path, image: Tensor, golden: dict[str, npt.NDArray[Any]]) -> None:
+    with pretend_gpu():
+        assert_detections_reproduced(load_detector(zoo_file).to(DEVICE), image, golden)
 
 
 @pytest.mark.slow
