@@ -24,8 +24,8 @@ work=memory       the peak of memory of such a step, each in a process of its ow
 work=roi_align    RoIAlign over P2..P5, forward and backward, torchvision's and ours; num_boxes=1000, channels=256,
                   height=800, width=1216, repeats=10
 
-work=gpu_model    what a GPU would launch and wait for in a training step and an inference of torchvision's and ours, and
-                  the time that follows from a card's figures: modelled, nothing is measured; batch_sizes=2,16,
+work=gpu_model    what a GPU would launch and wait for in a training step and an inference, torchvision's and ours;
+                  the time that follows from a card's figures is modelled, nothing is measured; batch_sizes=2,16,
                   min_size=800, max_size=1333, arch=, bandwidth_tb=3.0, bf16_tflops=798, tf32_tflops=399,
                   fp32_tflops=54, launch_us=4, wait_us=20, channels_last=false, seed=
 
