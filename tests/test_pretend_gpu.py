@@ -17,6 +17,8 @@ from benchmarks import pretend_record
 from benchmarks.pretend_gpu import DEVICE, Copy, PretendTensor, Record, pretend_gpu, to_pretend
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
+from torchvision.models.detection import FasterRCNN
+from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 
 DIFFERENT_DEVICES = "at least two devices"
 
@@ -434,6 +436,45 @@ def test_bfloat16_is_near_float32() -> None:
         rounded = conv(x).cpu().float()
     difference = (rounded - exact).abs().max() / exact.abs().max()
     assert 0 < difference < 0.01
+
+
+def test_torchvisions_detector_trains_bit_for_bit(device_record: Record) -> None:
+    """The device's random numbers are the CPU's; what it waits for, torchvision's sources say."""
+    torch.manual_seed(0)
+    backbone = resnet_fpn_backbone(backbone_name="resnet18", weights=None)
+    model = FasterRCNN(backbone, 5, min_size=64, max_size=96, rpn_post_nms_top_n_train=100)
+    images = [torch.rand(3, 60, 90), torch.rand(3, 70, 66)]
+    targets = [{"boxes": torch.tensor([[10.0, 10, 60, 55]]), "labels": torch.tensor([1])} for _ in images]
+    expected = torch.stack(train_once(model, images, targets))
+    there = to_pretend(copy.deepcopy(model))
+    batch = [image.to(DEVICE) for image in images]
+    truth = [{name: value.to(DEVICE) for name, value in target.items()} for target in targets]
+    device_record.clear()
+    found = torch.stack(train_once(there, batch, truth))
+    waits = Counter(what for what, _ in device_record.waits.elements())
+    # Of each image: its size checked, objects and background of two samplers, proposals above a size and a score, ...
+    assert waits["nonzero"] == 23
+    assert waits["item"] == 2, "whether boxes have an extent"
+    assert waits["nms"] == 2
+    assert waits["copy to the device"] > 20, "sizes, means, anchors of a cell, numbers assigned to indices"
+    assert not {"?"} & {operator.line for operator in device_record.operators}
+    assert torch.equal(found.cpu(), expected)
+    for mine, theirs in zip(there.parameters(), model.parameters(), strict=True):
+        assert (mine.grad is None) == (theirs.grad is None)
+        assert mine.grad is None or torch.equal(mine.grad.cpu(), theirs.grad)
+    with torch.no_grad():
+        there.roi_heads.box_predictor.cls_score.bias[1] += 0.1
+    assert not torch.equal(torch.stack(train_once(there, batch, truth)).cpu(), expected)
+    there.rpn.head.cls_logits.bias = nn.Parameter(there.rpn.head.cls_logits.bias.detach().cpu())
+    with pytest.raises(RuntimeError, match=DIFFERENT_DEVICES):
+        train_once(there, batch, truth)
+
+
+def train_once(model: nn.Module, images: list[Tensor], targets: list[dict[str, Tensor]]) -> list[Tensor]:
+    torch.manual_seed(1)
+    losses = list(model.train()(images, targets).values())
+    torch.stack(losses).sum().backward()
+    return [loss.detach() for loss in losses]
 
 
 @pytest.mark.usefixtures("device_record")
