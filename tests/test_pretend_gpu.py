@@ -149,6 +149,12 @@ WAITS: dict[str, tuple[Callable[[Tensor], object], dict[str, int], int]] = {
     "of a tensor": (lambda x: x.__setitem__(x > 2, x[0, 0]), {"mask as an index": 1}, 2),
     "of a number to an element": (lambda x: x.__setitem__((0, 0), 5), {"copy to the device": 1}, 1),
     "of a number to a row": (lambda x: x.__setitem__(0, 5), {}, 1),
+    "where with a number": (lambda x: torch.where(x > 2, x, 0), {}, 3),
+    "where with a number of the CPU": (
+        lambda x: torch.where(x > 2, x, torch.tensor(0.0)),
+        {"copy to the device": 1},
+        2,
+    ),
     "indices of the CPU": (lambda x: x[torch.tensor([0, 1])], {"copy to the device": 1}, 1),
     "indices of the device": (lambda x: x[(x[0] * 0).long()], {}, 3),
     "a slice": (lambda x: x[1:, 2], {}, 0),

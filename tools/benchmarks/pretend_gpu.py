@@ -76,7 +76,7 @@ class PretendTensor(Tensor):
     """A tensor of the device; ``plain`` is a tensor of the CPU with its numbers."""
 
     plain: Tensor
-    is_number = False  # made of a number by an assignment to an index, where CUDA's is a tensor of the CPU
+    is_number = False  # made of a number by torch; in an assignment to an index CUDA's is a tensor of the CPU
 
     @staticmethod
     def __new__(cls, plain: Tensor) -> PretendTensor:
@@ -257,7 +257,7 @@ def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     plain_args, plain_kwargs = tree_map(_to_plain, args), _to_plain_options(kwargs)
     result = func(*plain_args, **plain_kwargs)
     if _active is not None:
-        _note_indices(_active, schema, args)
+        _note_numbers(_active, schema, args)
         _active.add(func, plain_args, plain_kwargs, result)
     if schema.name.startswith("_foreach") and schema.written:
         torch.autograd.graph.increment_version(args[0])  # as CUDA's kernels do themselves
@@ -317,10 +317,19 @@ def _check_devices(schema: OperatorSchema, func: Any, args: tuple[Any, ...], kwa
                 )
 
 
-def _note_indices(record: Record, schema: OperatorSchema, args: tuple[Any, ...]) -> None:
-    """Note what assignments and indices wait for."""
+def _note_numbers(record: Record, schema: OperatorSchema, args: tuple[Any, ...]) -> None:
+    """Note what numbers, masks and indices cost, which depends on how they reach an operator.
+
+    Source: ``where_self_out``, ``canDispatchToMaskedFill`` and ``_index_put_impl_`` in torch's aten/src/ATen/native.
+    """
     if schema.name == "copy_" and args[1].is_number and args[0].dim() == 0:
         record.add_copy(args[1], to_device=True, waits=True)  # to more elements it is a fill
+    if schema.name == "where":
+        for value in args:
+            if not isinstance(value, PretendTensor):
+                record.add_copy(value, to_device=True, waits=True)
+            elif value.is_number:
+                record.add(torch.ops.aten.fill_.Scalar, (value.plain, 0), {}, value.plain)
     if schema.name not in INDEXING:
         return
     indices = [index for index in args[1] if index is not None]
