@@ -11,7 +11,7 @@ import pytest
 import torch
 from benchmarks import gpu, run_benchmark
 from benchmarks.cuda_waits import measured_waits
-from benchmarks.gpu import each_part, fine_tune, run_tests, seconds_of, speed_rows, times_in_turn
+from benchmarks.gpu import _outcomes_so_far, each_part, fine_tune, run_tests, seconds_of, speed_rows, times_in_turn
 from cards import require_cuda
 
 from resdet.errors import UserError
@@ -79,8 +79,21 @@ def test_tests_are_run_and_told_by_name() -> None:
     assert tables["Tests"] == [{"outcome": outcome, "tests": 2}]
     if outcome == "skipped":
         assert "needs a CUDA device" in str(tables["Tests by name"][0]["why"])
-    with pytest.raises(UserError, match="the tests did not end within 0 s"):
+    with pytest.raises(UserError, match="no test has ended within 0 s"):
         run_tests(0.001)
+
+
+def test_tests_that_ended_before_time_was_up_are_told(tmp_path: Path) -> None:
+    log = tmp_path / "log.txt"
+    log.write_text(
+        "[gw0] [ 50%] PASSED tests/gpu/test_a.py::test_one[cuda] \n"
+        "[gw1] [100%] FAILED tests/gpu/test_a.py::test_two \n"
+        "tests/gpu/test_a.py::test_three[cuda] \n"
+    )
+    assert [(row["test"], row["outcome"]) for row in _outcomes_so_far(log)] == [
+        ("tests/gpu/test_a.py::test_one[cuda]", "passed"),
+        ("tests/gpu/test_a.py::test_two", "failed"),
+    ]
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import re
 import subprocess
 import sys
 import tempfile
@@ -367,33 +368,44 @@ def fine_tune(
 
 
 def run_tests(seconds: float, select: Sequence[str] = ("-m", "gpu")) -> dict[str, Rows]:
-    """Run the tests for a GPU in a process of their own, for so many seconds at most.
+    """Run the tests for a GPU in processes of their own, for so many seconds at most.
 
     Args:
-        seconds: After these the process is ended, and what it had not finished is not reported.
+        seconds: After these they are ended, and those that had not finished are not in the rows.
         select: Arguments of pytest that select tests.
 
     Raises:
-        UserError: If there are no tests here, or pytest wrote no report in time.
+        UserError: If there are no tests here, or none has ended in time.
     """
     if not (_ROOT / "tests").is_dir():
         raise UserError(f"{_ROOT / 'tests'}: the tests are part of a checkout, not of an installation")
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "junit.xml")
-        command = [sys.executable, "-m", "pytest", "-n", "0", *select, f"--junit-xml={path}", f"--basetemp={folder}/t"]
-        with suppress(subprocess.TimeoutExpired):
-            subprocess.run(command, cwd=_ROOT, stdout=subprocess.DEVNULL, timeout=max(seconds, 1.0), check=False)
-        if not path.exists():
-            raise UserError(f"the tests did not end within {seconds:.0f} s")
-        cases = list(ElementTree.parse(path).getroot().iter("testcase"))
-    outcomes: Rows = [
-        {
-            "test": f"{case.get('classname')}::{case.get('name')}",
-            "outcome": next((child.tag for child in case if child.tag in _NOT_PASSED), "passed"),
-            "why": next((child.get("message", "")[:200] for child in case if child.tag in _NOT_PASSED), ""),
-        }
-        for case in cases
-    ]
+        junit, log = Path(folder, "junit.xml"), Path(folder, "log.txt")
+        command = [sys.executable, "-m", "pytest", "-vv", *select, f"--junit-xml={junit}", f"--basetemp={folder}/t"]
+        with log.open("w") as output, suppress(subprocess.TimeoutExpired):
+            subprocess.run(command, cwd=_ROOT, stdout=output, timeout=max(seconds, 1.0), check=False)
+        outcomes = _outcomes(junit) if junit.exists() else _outcomes_so_far(log)
+    if not outcomes:
+        raise UserError(f"no test has ended within {seconds:.0f} s")
     total = Counter(str(row["outcome"]) for row in outcomes)
     summary: Rows = [{"outcome": outcome, "tests": number} for outcome, number in total.items()]
     return {"Tests": summary, "Tests by name": outcomes}
+
+
+def _outcomes(junit: Path) -> Rows:
+    """Return what became of each test, from pytest's own report."""
+    rows: Rows = []
+    for case in ElementTree.parse(junit).getroot().iter("testcase"):
+        trouble = next((child for child in case if child.tag in _NOT_PASSED), None)
+        outcome, why = ("passed", "") if trouble is None else (trouble.tag, trouble.get("message", "")[:200])
+        rows.append({"test": f"{case.get('classname')}::{case.get('name')}", "outcome": outcome, "why": why})
+    return rows
+
+
+def _outcomes_so_far(log: Path) -> Rows:
+    """Return what became of the tests that ended, from the lines that pytest prints of them."""
+    rows: Rows = []
+    for line in log.read_text().splitlines():
+        if match := re.search(r"(PASSED|FAILED|ERROR|SKIPPED) +(tests/\S+::.*)", line):  # as workers' lines are printed
+            rows.append({"test": match[2].strip(), "outcome": match[1].lower(), "why": ""})
+    return rows
