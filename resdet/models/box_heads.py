@@ -132,7 +132,7 @@ class BoxHeads(InferenceBoxHeads):
     def __init__(self, pool: nn.Module, head: nn.Module, predictor: nn.Module, spec: DetectorSpec) -> None:
         super().__init__(pool, head, predictor, spec)
         self.fg_bg_sampler = Sampler(spec.box_batch_size_per_image, spec.box_positive_fraction)
-        self.num_found: list[Tensor] = []  # of each image of the last training batch, the objects found, a scalar
+        self.num_found = torch.zeros(0, dtype=torch.int64)  # of each image of the last training batch, objects found
         self.num_objects = 0  # of that batch
         self.class_loss, self.box_loss = spec.class_loss, spec.box_loss
         self.class_weights = None if spec.class_weights is None else torch.tensor(spec.class_weights)
@@ -168,10 +168,11 @@ class BoxHeads(InferenceBoxHeads):
         with torch.no_grad():
             self.num_objects = sum(len(objects) for objects in gt_boxes)
             ious = [box_iou(objects, boxes) for boxes, objects in zip(proposals, gt_boxes, strict=True)]
-            self.num_found = [
+            found = [  # of [objects, M]
                 (iou.max(dim=1).values >= FOUND_IOU).sum() if iou.numel() else iou.new_zeros((), dtype=torch.int64)
-                for iou in ious  # [objects, M]
+                for iou in ious
             ]
+            self.num_found = torch.stack(found)
         return [torch.cat((boxes, objects)) for boxes, objects in zip(proposals, gt_boxes, strict=True)]
 
     def __prepare_scriptable__(self) -> InferenceBoxHeads:

@@ -15,19 +15,20 @@ from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.models.detection.rpn import RPNHead
 
 from resdet.errors import UserError, name_some
+from resdet.models import padded
 from resdet.models.archs import VGGArch, find_arch
 from resdet.models.backbone import ResNetFPN, SingleLevel, check_anchors, freeze_stages
 from resdet.models.bodies import Body, make_body
 from resdet.models.box_heads import BoxHeads, BoxPredictor, Conv5Head, FastBoxHead
 from resdet.models.loading import load_backbone_weights
-from resdet.models.proposals import Anchors, FastProposalHead, FastProposalNetwork, ProposalNetwork
+from resdet.models.proposals import Anchors, FastProposalHead, FastProposalNetwork, KeptAnchors, ProposalNetwork
 from resdet.models.resnet import ResNet
 from resdet.models.roi_align import FastMultiScaleRoIAlign, MultiScaleRoIAlign
 from resdet.models.seeded import SeededTransform
 from resdet.models.spec import DetectorSpec, WeightsOrigin
 from resdet.models.tracing import scripted_as
 from resdet.models.transform import PilTransform
-from resdet.types import Category
+from resdet.types import Category, Prediction
 from resdet.weights.source import WeightsSource
 
 
@@ -72,7 +73,7 @@ class Detector(FasterRCNN):  # type: ignore[misc]
                 f"{len(spec.class_weights)}"
             )
         sizes = tuple((size,) for size in spec.anchor_sizes) if spec.layout == "fpn" else (spec.anchor_sizes,)
-        anchors = Anchors(
+        anchors = (KeptAnchors if spec.fast else Anchors)(
             sizes,
             (spec.aspect_ratios,) * len(sizes),
             rounded=spec.anchor_rounding,
@@ -110,8 +111,22 @@ class Detector(FasterRCNN):  # type: ignore[misc]
         self.spec = spec
         self.categories = tuple(categories)
 
-    def __prepare_scriptable__(self) -> Detector:
-        return scripted_as(self, type(self))
+    def forward(
+        self, images: list[Tensor], targets: list[dict[str, Tensor]] | None = None
+    ) -> dict[str, Tensor] | list[Prediction]:
+        """Compute the losses in training mode, and detections otherwise."""
+        device = self.rpn.head.cls_logits.weight.device
+        if padded.is_padded(self, device):
+            if not self.training:
+                return padded.detect(self, images, device)
+            if targets is not None:
+                return padded.compute_losses(self, images, targets, device)
+        result: dict[str, Tensor] | list[Prediction] = super().forward(images, targets)
+        return result
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        plain: nn.Module = scripted_as(self, FasterRCNN)
+        return plain
 
     def whole_body(self) -> nn.Module:
         """Return the body with all stages that the detector runs, conv5 too where it is run on each proposal."""
@@ -128,14 +143,21 @@ class Detector(FasterRCNN):  # type: ignore[misc]
         ``num_objects``: objects in the targets. ``num_found``: those of them that a proposal overlaps with an IoU of
         0.5 or more; ``num_found / num_objects`` is the proposals' recall.
         """
-        found = torch.stack(self.roi_heads.num_found).float()
-        rpn, box = self.rpn.fg_bg_sampler.num_positives, self.roi_heads.fg_bg_sampler.num_positives
+        heads: BoxHeads = self.roi_heads
+        found = heads.num_found.float()  # [B]
+        rpn, box = self.rpn.fg_bg_sampler.num_positives, heads.fg_bg_sampler.num_positives
         return {
-            "rpn_positives": found.new_tensor(sum(rpn) / len(rpn)),
-            "box_positives": found.new_tensor(sum(box) / len(box)),
-            "num_objects": found.new_tensor(self.roi_heads.num_objects / len(box)),
+            "rpn_positives": _mean(rpn, found.device),
+            "box_positives": _mean(box, found.device),
+            "num_objects": torch.full((), heads.num_objects / len(found), device=found.device),
             "num_found": found.mean(),
         }
+
+
+def _mean(counts: list[int] | Tensor, device: torch.device) -> Tensor:
+    if isinstance(counts, Tensor):
+        return counts.float().mean()
+    return torch.full((), sum(counts) / len(counts), device=device)
 
 
 class _WholeBody(nn.Module):

@@ -14,6 +14,7 @@ from torchvision.models.detection._utils import BoxCoder
 from torchvision.models.detection.roi_heads import fastrcnn_loss
 from torchvision.ops import generalized_box_iou_loss
 
+from resdet.devices import constant
 from resdet.models.spec import BoxLoss, ClassLoss
 
 # How much focal lowers the weight of what is already right (Lin et al. 2017, section 3.2: best of those tried).
@@ -48,22 +49,55 @@ def box_head_losses(
         scores_loss, boxes_loss = fastrcnn_loss(class_logits, box_regression, labels, regression_targets)
         return scores_loss, boxes_loss
 
-    label, target = torch.cat(labels), torch.cat(regression_targets)
-    each = F.cross_entropy(class_logits, label, reduction="none")  # [N]
+    label = torch.cat(labels)
+    return masked_box_losses(
+        class_logits,
+        box_regression,
+        label,
+        torch.cat(regression_targets),
+        torch.cat(proposals),
+        torch.ones_like(label, dtype=torch.bool),
+        box_coder,
+        class_loss=class_loss,
+        box_loss=box_loss,
+        class_weights=class_weights,
+    )
+
+
+def masked_box_losses(
+    class_logits: Tensor,  # [N, K + 1]
+    box_regression: Tensor,  # [N, 4 * (K + 1)]
+    labels: Tensor,  # int64 [N]; 0 is the background
+    regression_targets: Tensor,  # [N, 4]; those of the background may be anything
+    proposals: Tensor,  # [N, 4]
+    used: Tensor,  # bool [N]: rows that count
+    box_coder: BoxCoder,
+    *,
+    class_loss: ClassLoss,
+    box_loss: BoxLoss,
+    class_weights: Tensor | None,  # [K + 1]
+) -> tuple[Tensor, Tensor]:
+    """Compute ``box_head_losses`` of the rows that count, without looking at which these are."""
+    each = F.cross_entropy(class_logits, labels, reduction="none")  # [N]
     if class_loss == "focal":
         each = each * (1 - torch.exp(-each)) ** FOCAL_GAMMA
-    weights = torch.ones_like(each) if class_weights is None else class_weights.to(each)[label]
+    weights = used.to(each) if class_weights is None else class_weights.to(each)[labels] * used
     scores_loss = (each * weights).sum() / weights.sum()
 
-    positive = torch.where(label > 0)[0]  # [P]; waits for the device
-    deltas = box_regression.reshape(len(label), -1, 4)[positive, label[positive]]  # [N, K + 1, 4] -> [P, 4]
+    positive = ((labels > 0) & used)[:, None]  # [N, 1]
+    # Targets of the background may be infinite, and even times 0 that is NaN.
+    regression_targets = torch.where(positive, regression_targets, 0)
+    own = labels[:, None, None].expand(-1, 1, 4)
+    deltas = box_regression.view(len(labels), -1, 4).gather(1, own)[:, 0]  # [N, K + 1, 4] -> [N, 4]
     if box_loss == "smooth_l1":
-        boxes_loss = F.smooth_l1_loss(deltas, target[positive], beta=1 / 9, reduction="sum")
+        each = F.smooth_l1_loss(deltas, regression_targets, beta=1 / 9, reduction="none")  # [N, 4]
+        boxes_loss = (each * positive).sum()
     else:
-        anchors = torch.cat(proposals)[positive]
-        found, wanted = (box_coder.decode_single(part, anchors) for part in (deltas, target[positive]))  # [P, 4]
-        boxes_loss = generalized_box_iou_loss(found, wanted, reduction="sum")
-    return scores_loss, boxes_loss / label.numel()
+        # A proposal without extent, as unused rows have, would make a gradient of NaN, and NaN times 0 is NaN.
+        anchors = torch.where(positive, proposals, constant((0.0, 0.0, 1.0, 1.0), proposals.dtype, proposals.device))
+        found, wanted = (box_coder.decode_single(part, anchors) for part in (deltas, regression_targets))  # [N, 4]
+        boxes_loss = (generalized_box_iou_loss(found, wanted, reduction="none") * positive[:, 0]).sum()
+    return scores_loss, boxes_loss / used.sum()
 
 
 def class_balanced_weights(num_boxes: Sequence[int], beta: float) -> list[float]:

@@ -8,7 +8,9 @@ Legend: ``B`` images, ``A`` anchors at each pixel of a level, ``N`` anchors of a
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -20,6 +22,7 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead, concat_box_prediction_layers
 from torchvision.ops import batched_nms, clip_boxes_to_image, remove_small_boxes
 
+from resdet.devices import constant, is_queued
 from resdet.models.convolution import compute_dtype, conv, convolve, has_hooks
 from resdet.models.ready_weights import Geometry, KeepsReadyWeights, ReadyWeight
 from resdet.models.roi_align import multiply_transposed
@@ -70,6 +73,33 @@ class Anchors(AnchorGenerator):  # type: ignore[misc]  # torchvision ships no ty
         self.set_cell_anchors(widened(dtype) if self.widened else dtype, device)
         anchors = torch.cat(self.grid_anchors(grid_sizes, strides))  # [N, 4]
         return [anchors for _ in image_list.image_sizes]
+
+
+class KeptAnchors(Anchors):
+    """The same anchors, laid once for each size of image: on a GPU some sixty operations for each batch."""
+
+    _MOST = 8  # sizes, of 4 MB each at 800x1333
+
+    def forward(self, image_list: ImageList, feature_maps: list[Tensor]) -> list[Tensor]:
+        """Return the anchors of each image, ``[N, 4]``, the same tensor for all; it must not be written to."""
+        if is_captured():
+            laid: list[Tensor] = super().forward(image_list, feature_maps)
+            return laid
+        first = feature_maps[0]
+        key = (*(part.shape[-2:] for part in (image_list.tensors, *feature_maps)), first.dtype, first.device)
+        kept: OrderedDict[tuple[object, ...], Tensor] = self.__dict__.setdefault("_kept", OrderedDict())
+        if key not in kept:
+            with torch.inference_mode(False), torch.no_grad():
+                kept[key] = super().forward(image_list, feature_maps)[0]
+            if len(kept) > self._MOST:
+                kept.popitem(last=False)
+        return [kept[key] for _ in image_list.image_sizes]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_kept"}
+
+    def __prepare_scriptable__(self) -> Anchors:
+        return scripted_as(self, Anchors)
 
 
 def _exact_anchors(sizes: Sequence[int], aspect_ratios: Sequence[float]) -> Tensor:
@@ -141,67 +171,81 @@ class FastProposalHead(KeepsReadyWeights, ProposalHead):
         num_at_pixel = self.cls_logits.out_channels  # A
         num_of_image = sum(feature.shape[2] * feature.shape[3] for feature in x) * num_at_pixel  # N
         image = anchors.div(num_of_image, rounding_mode="floor")  # [S]
-        rest = anchors % num_of_image
-        order, patches = [], []
-        first = 0
-        for feature in x:
-            height, width = feature.shape[2:]
-            after = first + height * width * num_at_pixel
-            on_level = ((rest >= first) & (rest < after)).nonzero().view(-1)  # waits for the device
-            pixel = (rest[on_level] - first).div(num_at_pixel, rounding_mode="floor")
-            row, column = pixel.div(width, rounding_mode="floor"), pixel % width
-            order.append(on_level)
-            patches.append(_patches(feature, image[on_level], row, column))
-            first = after
-        rows = torch.cat(patches)  # [S, 9 * C], by level
+        pixel = (anchors % num_of_image).div(num_at_pixel, rounding_mode="floor")  # of its image, over all levels
+        rows = _patches(x, image, pixel)  # [S, 9 * C]
         weight, bias = self.conv[0][0].weight, self.conv[0][0].bias
         hidden = F.relu(F.linear(rows, weight.permute(0, 2, 3, 1).flatten(1), bias))  # [S, C]
         logits = F.linear(hidden, self.cls_logits.weight.flatten(1), self.cls_logits.bias)  # [S, A]
         deltas = F.linear(hidden, self.bbox_pred.weight.flatten(1), self.bbox_pred.bias)  # [S, 4 * A]
-        back = torch.cat(order).argsort()
-        which = (rest % num_at_pixel)[:, None]  # [S, 1]
-        logits = logits[back].gather(1, which).view(-1)
-        deltas = deltas[back].view(-1, num_at_pixel, 4).gather(1, which[..., None].expand(-1, 1, 4)).view(-1, 4)
+        which = (anchors % num_at_pixel)[:, None]  # [S, 1]; N is a multiple of A
+        logits = logits.gather(1, which).view(-1)
+        deltas = deltas.view(-1, num_at_pixel, 4).gather(1, which[..., None].expand(-1, 1, 4)).view(-1, 4)
         return logits.to(widened(logits.dtype)), deltas.to(widened(deltas.dtype))
 
     def __prepare_scriptable__(self) -> ProposalHead:
         return scripted_as(self, ProposalHead)
 
 
-def _patches(feature: Tensor, image: Tensor, y: Tensor, x: Tensor) -> Tensor:
-    """Read the 3x3 surroundings of pixels of ``[B, C, H, W]`` into ``[S, 9 * C]``, with zeros beyond the border."""
-    channels, height, width = feature.shape[1:]
-    steps = torch.arange(-1, 2, device=y.device)
-    ys, xs = (y[:, None] + steps)[:, :, None], (x[:, None] + steps)[:, None, :]  # [S, 3, 1], [S, 1, 3]
-    inside = (ys >= 0) & (ys < height) & (xs >= 0) & (xs < width)  # [S, 3, 3]
-    pixels = (image[:, None, None] * height + ys.clamp(0, height - 1)) * width + xs.clamp(0, width - 1)
-    rows = feature.permute(0, 2, 3, 1).reshape(-1, channels)  # [B * H * W, C]
-    read: Tensor = _ReadRows.apply(rows, pixels.flatten(), inside.flatten())  # [S * 9, C]
-    return read.view(len(y), 9 * channels)
+def _patches(levels: list[Tensor], image: Tensor, pixel: Tensor) -> Tensor:
+    """Read the 3x3 surroundings of pixels into ``[S, 9 * C]``, with zeros beyond the border.
+
+    Levels are ``[B, C, H, W]`` each, pixels, ``[S]``, are counted over an image's levels, rows and columns.
+    """
+    channels, device = levels[0].shape[1], pixel.device
+    shapes = [level.shape[2:] for level in levels]
+    ends = tuple(accumulate(height * width for height, width in shapes))
+    level = torch.bucketize(pixel, constant(ends, torch.int64, device), right=True)  # [S]
+    place = level[:, None, None]
+    height, width = (constant(tuple(side), torch.int64, device)[place] for side in zip(*shapes, strict=True))
+    of_level = pixel[:, None, None] - constant((0, *ends), torch.int64, device)[place]
+    steps = torch.arange(-1, 2, device=device)
+    y = of_level.div(width, rounding_mode="floor") + steps[:, None]  # [S, 3, 1]
+    x = of_level % width + steps  # [S, 1, 3]
+    inside = (y >= 0) & (y < height) & (x >= 0) & (x < width)  # [S, 3, 3]
+    of_map = y.clamp(min=0).minimum(height - 1) * width + x.clamp(min=0).minimum(width - 1)
+    row = image[:, None, None] * (height * width) + of_map  # [S, 3, 3], of its level
+    rows = [part.permute(0, 2, 3, 1).reshape(-1, channels) for part in levels]
+    read: Tensor = _ReadRows.apply(row.flatten(), inside.flatten(), place.expand_as(row).flatten(), *rows)  # [S * 9, C]
+    return read.view(len(pixel), 9 * channels)
 
 
 class _ReadRows(torch.autograd.Function):
-    """Rows ``[S, C]`` of a matrix ``[R, C]`` by index, zeros where ``used`` is false.
+    """Rows ``[S, C]`` of several matrices ``[R, C]`` by index, zeros where ``used`` is false.
 
     The gradient of torch's ``index_select`` is added up row by row in the rows' own type, and on a GPU in no fixed
-    order. Here each sum is taken in float32 at least, in the order of the indices, and rounded once. On a CPU only the
-    used entries are sorted. Elsewhere counting them would wait for the device, so all are (9 of 256 anchors an image),
-    and each row of the matrix looks up where its entries begin.
+    order. Here each sum is taken in float32 at least, in the order of the indices, and rounded once. On a CPU the rows
+    of each matrix are found by looking, and only the used entries are sorted. Elsewhere that would wait for the device:
+    every row is read from every matrix and kept of one, and all entries are sorted (9 of 256 anchors an image), in the
+    order of the matrices as if they were joined.
     """
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, index: Tensor, used: Tensor) -> Tensor:
-        ctx.save_for_backward(index, used)
-        ctx.num_rows = len(rows)
-        return rows.index_select(0, index).mul_(used[:, None])
+    def forward(ctx: Any, index: Tensor, used: Tensor, matrix: Tensor, *matrices: Tensor) -> Tensor:
+        ctx.num_rows = [len(rows) for rows in matrices]
+        firsts = constant((0, *accumulate(ctx.num_rows[:-1])), torch.int64, index.device)
+        ctx.save_for_backward(index, used, matrix, firsts)
+        read = matrices[0].new_zeros(len(index), matrices[0].shape[1])
+        for number, rows in enumerate(matrices):
+            of_this = used & (matrix == number)
+            if not is_queued(index.device):
+                taken = of_this.nonzero().view(-1)
+                read.index_copy_(0, taken, rows.index_select(0, index.index_select(0, taken)))
+            else:
+                read.addcmul_(rows.index_select(0, torch.where(of_this, index, 0)), of_this[:, None].to(rows.dtype))
+        return read
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        index, used = ctx.saved_tensors
-        if grad.device.type == "cpu":
-            return multiply_transposed(index[:, None], used[:, None], grad, ctx.num_rows), None, None
-        return sum_by_row(index, grad * used[:, None], ctx.num_rows), None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        index, used, matrix, firsts = ctx.saved_tensors
+        if not is_queued(grad.device):
+            grads = []
+            for number, num_rows in enumerate(ctx.num_rows):
+                of_this = used & (matrix == number)
+                grads.append(multiply_transposed(index[:, None], of_this[:, None], grad, num_rows))
+            return None, None, None, *grads
+        joined = sum_by_row(index + firsts[matrix], grad * used[:, None], sum(ctx.num_rows))
+        return None, None, None, *torch.split(joined, ctx.num_rows)
 
 
 def sum_by_row(index: Tensor, rows: Tensor, num_rows: int) -> Tensor:

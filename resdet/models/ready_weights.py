@@ -8,13 +8,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from resdet.models.tracing import is_captured
 from resdet.models.winograd import ELEMENTS, transform_weight
+
+_Ready = TypeVar("_Ready")
 
 
 class Geometry(NamedTuple):
@@ -122,7 +124,7 @@ class _Kept(NamedTuple):
     # Holding the tensors that it was made of keeps their memory from being reused. Without it a new weight could land
     # on the address of a freed one and be taken for it.
     sources: tuple[Tensor, ...]
-    ready: ReadyWeight
+    ready: Any
 
 
 class KeepsReadyWeights:
@@ -170,6 +172,14 @@ class KeepsReadyWeights:
             self._trained |= {name}
         if name in self._trained:
             return None
+        return self.keep(name, sources, settings, make)
+
+    def keep(
+        self, name: str, sources: tuple[Tensor, ...], settings: tuple[object, ...], make: Callable[[], _Ready]
+    ) -> _Ready | None:
+        """Return what was made of some tensors, kept under a name; None where it may not be kept."""
+        if is_captured():
+            return None
         key = settings
         try:
             for tensor in sources:
@@ -184,7 +194,8 @@ class KeepsReadyWeights:
             with _plainly():
                 kept = _Kept(key, tuple(tensor.detach() for tensor in sources), make())
             self._kept[name] = kept
-        return kept.ready
+        ready: _Ready = kept.ready
+        return ready
 
     def train(self, mode: bool = True) -> Any:
         """Set the mode and drop what is kept."""

@@ -38,7 +38,7 @@ from resdet.errors import UserError
 from resdet.models.archs import Arch, ResNetArch, find_arch
 from resdet.models.convolution import check_finite
 from resdet.models.feature_info import FeatureInfo
-from resdet.models.norm import MakeNorm, conv_norm, norm_layer
+from resdet.models.norm import MakeNorm, conv_norm, folded_together, norm_layer
 from resdet.models.shortcuts import BlockShape, DeepStem, fast_stem, make_shortcut
 from resdet.models.tracing import scripted_as
 
@@ -258,6 +258,11 @@ class FastResNet(ResNet):
 
     fast = True
     block_kinds: ClassVar = {"basic": FastBasicBlock, "bottleneck": FastBottleneck}
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        """Map images as ``ResNet.forward`` does."""
+        with folded_together(self, x):
+            return super().forward(x)
 
     def stem(self, x: Tensor) -> Tensor:
         """Map images ``[B, 3, H, W]`` as ``ResNet.stem`` does, to channels-last features."""

@@ -157,6 +157,39 @@ class FastMultiScaleRoIAlign(MultiScaleRoIAlign):
         return scripted_as(self, MultiScaleRoIAlign)
 
 
+def pool_by_level(
+    pool: MultiScaleRoIAlign, features: dict[str, Tensor], boxes: Tensor, image_shapes: list[tuple[int, int]]
+) -> tuple[Tensor, Tensor]:
+    """Pool boxes ``[B, P, 4]`` of a batch as ``pool`` does, sorted by the level that they are pooled from.
+
+    How many are on each level is the one thing that is looked at; torchvision looks at each level's, and at each
+    writes its part of the result to scattered rows.
+
+    Returns what was pooled, ``[B * P, C, 7, 7]``, and which box each row is of, int64 ``[B * P]``.
+    """
+    levels = _filter_input(features, pool.featmap_names)  # [B, C, H_i, W_i] each
+    num_images, num_boxes = boxes.shape[:2]
+    image = torch.arange(num_images, device=boxes.device, dtype=boxes.dtype)[:, None, None].expand(-1, num_boxes, 1)
+    rois = torch.cat([image, boxes], dim=2).flatten(0, 1)  # [B * P, 5]
+    if pool.scales is None or pool.map_levels is None:
+        pool.scales, pool.map_levels = _setup_scales(levels, image_shapes, pool.canonical_scale, pool.canonical_level)
+    counts = [len(rois)]
+    order = torch.arange(len(rois), device=rois.device)
+    if len(levels) > 1:
+        level = pool.map_levels([rois[:, 1:]])  # [B * P]
+        order = level.argsort(stable=True)
+        rois = rois[order]
+        numbers = torch.arange(len(levels), device=rois.device)
+        counts = (level[:, None] == numbers).sum(dim=0).tolist()  # waits for the device
+    parts = zip(levels, torch.split(rois, counts), pool.scales, strict=True)
+    return torch.cat(
+        [
+            roi_align(feature, part, pool.output_size, scale, pool.sampling_ratio, pool.aligned)
+            for feature, part, scale in parts
+        ]
+    ), order
+
+
 def _pool_aligned(
     features: list[Tensor],
     boxes: list[Tensor],

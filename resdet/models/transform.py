@@ -71,6 +71,11 @@ class PilTransform(SeededTransform):
             target["boxes"] = resize_boxes(target["boxes"], (height, width), size)
         return super().normalize(image.to(device, non_blocking=True).to(dtype) / 255), target
 
+    def pad(self, images: Sequence[Tensor], device: torch.device) -> tuple[Tensor, list[tuple[int, int]]]:
+        """Resize on the host what is there, and batch; see ``SeededTransform.pad``."""
+        batch, _ = self(list(images))
+        return batch.tensors, batch.image_sizes
+
     def __prepare_scriptable__(self) -> PilTransform:
         raise UserError(NOT_EXPORTABLE)
 

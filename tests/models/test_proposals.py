@@ -14,6 +14,7 @@ from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 
 from resdet.config import load_config
+from resdet.models import proposals
 from resdet.models.checkpoint import load_detector
 from resdet.models.detector import build_detector
 from resdet.models.proposals import FastProposalHead, FastProposalNetwork, _patches, _ReadRows, sum_by_row
@@ -129,17 +130,25 @@ def test_rows_are_read_and_given_back_as_by_indexing(num_used: int) -> None:
     rows = torch.randn(12, 5, dtype=torch.float64, requires_grad=True)
     index, used = torch.randint(12, (num_used,)), torch.rand(num_used) < 0.7
     upstream = torch.randn(num_used, 5, dtype=torch.float64)
-    ours, theirs = _ReadRows.apply(rows, index, used), rows.index_select(0, index) * used[:, None]
-    assert torch.equal(ours, theirs)
-    slopes, expected = (torch.autograd.grad(read, rows, upstream)[0] for read in (ours, theirs))
-    torch.testing.assert_close(slopes, expected, rtol=1e-14, atol=1e-14)  # float64 sums of some terms in any order
+    others = torch.randn(12, 5, dtype=torch.float64, requires_grad=True)
+    matrix = torch.randint(2, (num_used,))
+    joined = torch.cat([rows, others])
+    theirs = joined.index_select(0, index + 12 * matrix) * used[:, None]
+    for is_device in (False, True):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(proposals, "is_queued", lambda _, answer=is_device: answer)
+            ours = _ReadRows.apply(index, used, matrix, rows, others)
+            assert torch.equal(ours, theirs)
+            slopes = torch.autograd.grad(ours, (rows, others), upstream)
+        expected = torch.autograd.grad(theirs, (rows, others), upstream, retain_graph=True)
+        torch.testing.assert_close(slopes, expected, rtol=1e-14, atol=1e-14)  # float64 sums of some terms in any order
 
 
 def test_rows_read_on_other_devices_are_summed_in_float32_and_in_one_order() -> None:
     """Without a device at hand: which gradient runs there (on meta tensors), and what it computes (on CPU tensors)."""
     feature = torch.zeros(1, 4, 5, 5, device="meta", dtype=torch.bfloat16, requires_grad=True)
     places = torch.zeros(3, dtype=torch.int64, device="meta")
-    read = _patches(feature, places, places, places)
+    read = _patches([feature], places, places)
     assert read.grad_fn.next_functions[0][0].name() == "_ReadRowsBackward"
     assert torch.autograd.grad(read.sum(), feature)[0].shape == feature.shape
 
