@@ -29,6 +29,11 @@ work=gpu_model    what a GPU would launch and wait for in a training step and an
                   min_size=800, max_size=1333, arch=, bandwidth_tb=3.0, bf16_tflops=798, tf32_tflops=399,
                   fp32_tflops=54, launch_us=4, wait_us=20, channels_last=false, seed=
 
+work=gpu          on a CUDA device, within minutes=8: its tests, speed against torchvision's in both layouts, waits as
+                  measured and as counted, a profile, a fine-tune on bccd=FOLDER; batch_sizes=8,16, min_size=800,
+                  max_size=1333, repeats=8, warmup=2, steps=200, arch=, weights=, parts=speed,waits,profile,fine_tune,
+                  tests, figures=FILE (written after each part), seed=
+
 images=FOLDER     photographs; generated pictures without it
 annotations=FILE  their boxes for training, a COCO json
 weights=FILE      a detector's checkpoint, or ImageNet weights of its body (heads are random then); without it random

@@ -13,6 +13,7 @@ from typing import Any, get_type_hints
 
 from benchmarks.annotations import benchmark_annotations
 from benchmarks.evaluation import benchmark_evaluation
+from benchmarks.gpu import benchmark_gpu
 from benchmarks.gpu_model import benchmark_gpu_model
 from benchmarks.inference import benchmark_inference
 from benchmarks.loading import benchmark_loading
@@ -31,6 +32,7 @@ WORK: dict[str, Callable[..., Report]] = {
     "memory": benchmark_memory,
     "loading": benchmark_loading,
     "gpu_model": benchmark_gpu_model,
+    "gpu": benchmark_gpu,
 }
 """Every kind of work, by its name on the command line."""
 

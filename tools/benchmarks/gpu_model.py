@@ -182,7 +182,7 @@ def build_models(spec: DetectorSpec, seed: int, *, channels_last: bool = False) 
     return models | {"ours": ours}
 
 
-def random_batch(num_images: int, min_size: int, max_size: int, seed: int) -> Batch:
+def random_batch(num_images: int, min_size: int, max_size: int, seed: int, num_classes: int = NUM_CLASSES) -> Batch:
     """Return pictures of random pixels with boxes, of a size that the networks scale to ``min_size x max_size``."""
     generator = torch.Generator().manual_seed(seed)
     height, width = PICTURE_HEIGHT, round(PICTURE_HEIGHT * max_size / min_size)
@@ -191,7 +191,7 @@ def random_batch(num_images: int, min_size: int, max_size: int, seed: int) -> Ba
         images.append(torch.randint(0, 256, (3, height, width), dtype=torch.uint8, generator=generator))
         corners = torch.rand(BOXES_PER_IMAGE, 2, 2, generator=generator).sort(dim=1).values  # [N, low or high, x or y]
         boxes = corners.flatten(1) * torch.tensor([width - 16, height - 16] * 2) + torch.tensor([0, 0, 16, 16])
-        labels = torch.randint(1, NUM_CLASSES, (BOXES_PER_IMAGE,), generator=generator)
+        labels = torch.randint(1, num_classes, (BOXES_PER_IMAGE,), generator=generator)
         targets.append(Target(boxes=boxes, labels=labels, image_id=torch.tensor(number)))
     numbers = list(range(num_images))
     return Batch(images, targets, numbers, numbers)

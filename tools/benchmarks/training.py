@@ -9,6 +9,7 @@ from statistics import median
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
+from torch.utils.data._utils.pin_memory import pin_memory
 
 from benchmarks.bound import Flops, best_rates, bound_rows, count_flops
 from benchmarks.pair import Variant, build_ours, float_images, input_shape, shape_text, variants, weights_text
@@ -126,6 +127,9 @@ def make_step(variant: Variant, batches: list[Batch], device: torch.device) -> C
     """
     if variant.is_ours:
         assert isinstance(variant.model, Detector)
+        if device.type != "cpu":
+            # As the loader does.
+            batches = [pin_memory(batch) for batch in batches]  # type: ignore[no-untyped-call]
         return _our_step(variant.model, variant.precision, batches, device)
     return _torchvision_step(variant, batches, device)
 
