@@ -26,7 +26,6 @@ from resdet.errors import UserError, WeightsError
 from resdet.models.convolution import compute_dtype, convolve, has_hooks
 from resdet.models.ready_weights import Geometry, KeepsReadyWeights, ReadyWeight
 from resdet.models.spec import NormName
-from resdet.models.tracing import is_captured
 
 NORM_NAMES: tuple[NormName, ...] = ("frozen", "batch", "group")
 
@@ -113,7 +112,7 @@ def folded_together(body: nn.Module, x: Tensor) -> Iterator[None]:
     it is a handful. On a GPU each is a launch; on a CPU folding just before the weight is read is as fast.
     """
     pairs = []
-    if torch.is_grad_enabled() and is_queued(x.device) and not is_captured():
+    if torch.is_grad_enabled() and is_queued(x.device):
         for conv_name, norm_name in conv_norm_names(body):
             conv, norm = body.get_submodule(conv_name), body.get_submodule(norm_name)
             assert isinstance(conv, nn.Conv2d)

@@ -40,7 +40,7 @@ from resdet.models.convolution import check_finite
 from resdet.models.feature_info import FeatureInfo
 from resdet.models.norm import MakeNorm, conv_norm, folded_together, norm_layer
 from resdet.models.shortcuts import BlockShape, DeepStem, fast_stem, make_shortcut
-from resdet.models.tracing import scripted_as
+from resdet.models.tracing import is_captured, scripted_as
 
 
 class BasicBlock(nn.Module):
@@ -261,6 +261,8 @@ class FastResNet(ResNet):
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """Map images as ``ResNet.forward`` does."""
+        if is_captured():
+            return super().forward(x)
         with folded_together(self, x):
             return super().forward(x)
 
