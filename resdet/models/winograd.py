@@ -34,10 +34,10 @@ did not pay, in the same setting or in a whole network:
   stay in a core's cache (2 to 9 % slower, by the number of operations); huge pages (the same).
 * 6x6 outputs: 21 % fewer products and 52 % more multiplications in dense transforms. By count 5 % in all.
 * The shortcut added in place, in the 1x1 convolutions between: 0 to 2 % of inference.
-* Both transforms as compiled loops (numba 0.68), row by column with a third of the multiplications, bias and ReLU in the
-  same pass, float32, beside the above: 256 channels at 100x136 35 to 41 ms for 33, at 200x272 138 to 152 for 132; 128 channels
-  at 100x136 9.3 to 10.4 for 10.3; 64 channels at 200x272 13 to 20 for 15. Alone the loops take 7 of the 38 ms; between
-  products both they and the small products wait for the third-level cache.
+* Both transforms as compiled loops (numba 0.68), row by column with a third of the multiplications, bias and ReLU in
+  the same pass, float32, beside the above: 256 channels at 100x136 35 to 41 ms for 33, at 200x272 138 to 152 for 132;
+  128 channels at 100x136 9.3 to 10.4 for 10.3; 64 channels at 200x272 13 to 20 for 15. Alone the loops take 7 of the 38
+  ms; between products both they and the small products wait for the third-level cache.
 
 Source: Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks" (arXiv:1509.09308), section 4; gradients:
 their section 4.3 turned around. Points: Barabasz et al., "Error Analysis and Improving the Accuracy of Winograd
