@@ -115,7 +115,7 @@ class Detector(FasterRCNN):  # type: ignore[misc]
         self, images: list[Tensor], targets: list[dict[str, Tensor]] | None = None
     ) -> dict[str, Tensor] | list[Prediction]:
         """Compute the losses in training mode, and detections otherwise."""
-        device = self.rpn.head.cls_logits.weight.device
+        device = self.roi_heads.box_predictor.cls_score.weight.device
         if padded.is_padded(self, device):
             if not self.training:
                 return padded.detect(self, images, device)
