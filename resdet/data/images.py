@@ -1,4 +1,8 @@
-"""Read image files as uint8 RGB arrays, with errors that name the file."""
+"""Read image files as uint8 RGB arrays, with errors that name the file.
+
+Not built: decoding on a GPU (nvjpeg). Its pixels are not libjpeg's, augmentation takes images in host memory, and all
+that is done here about EXIF's orientation, CMYK, other formats and damaged files would be needed a second time.
+"""
 
 from __future__ import annotations
 

@@ -18,10 +18,10 @@ from resdet.evaluation.state import evaluation_mode, placed
 from resdet.evaluation.tiles import Detect, TiledDetection, checked_tiles
 from resdet.malloc import keep_freed_memory
 from resdet.models.finite import broken_tensor
+from resdet.models.inputs import model_images, transform_images
 from resdet.models.int8 import Int8Detector
 from resdet.models.spec import Tiles, Tricks
 from resdet.models.test_time import detect_with_tricks, detections_limited
-from resdet.models.transform import model_images
 from resdet.precision import Precision, autocast
 from resdet.processes import choose_device
 from resdet.types import Prediction
@@ -52,6 +52,8 @@ def inference(model: nn.Module, settings: InferenceSettings = InferenceSettings(
     device = placed(model, settings.device)
     if device.type == "cpu":
         keep_freed_memory()
+    # With tricks the detector's parts are called one by one.
+    prepare = model_images if settings.tricks in (None, Tricks()) else transform_images
     largest: list[Tensor] = []  # magnitudes, scalars on the device; NaN where there is one
 
     def watch(_module: nn.Module, _inputs: Any, outputs: Sequence[Tensor | Sequence[Tensor]]) -> None:
@@ -61,7 +63,7 @@ def inference(model: nn.Module, settings: InferenceSettings = InferenceSettings(
     @torch.no_grad()
     def run(images: Sequence[Tensor], where: str) -> list[Prediction]:
         largest.clear()
-        batch = model_images(model, images, device)
+        batch = prepare(model, images, device)
         with autocast(device, settings.precision):
             outputs = model(batch) if settings.tricks is None else detect_with_tricks(model, batch, settings.tricks)
         found, are_finite = _to_cpu(outputs, largest)

@@ -18,7 +18,7 @@ from resdet.evaluation.inference import suspect
 from resdet.evaluation.labels import match_labels, with_model_classes
 from resdet.evaluation.settings import InferenceSettings
 from resdet.evaluation.state import evaluation_mode, placed
-from resdet.models.transform import model_images
+from resdet.models.inputs import transform_images
 from resdet.precision import autocast
 from resdet.processes import Processes
 from resdet.random_states import random_states_kept, seed_torch
@@ -84,7 +84,7 @@ def _losses_of_images(
         # torchvision's parts compute losses if their own flag is set; the flags of the layers in them stay off.
         model.rpn.training = model.roi_heads.training = True
         for batch in eval_loader(dataset, team, batch_size=settings.batch_size, num_workers=settings.num_workers):
-            images = model_images(model, batch.images, device)
+            images = transform_images(model, batch.images, device)
             targets = batch.targets
             if own_label is not None:
                 targets = [Target(**{**target, "labels": own_label[target["labels"]]}) for target in targets]

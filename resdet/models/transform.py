@@ -1,7 +1,8 @@
 """The transform of images into the network's input with Pillow's resize, as detectron2 has it.
 
 Pillow works on the host, so images are resized before they are copied to the device: those of training by the data
-workers (``host_resize``), others by the transform itself, which takes uint8 images on the CPU (``model_images``).
+workers (``host_resize``), others by the transform itself, which takes uint8 images on the CPU (``models/inputs.py``): a
+detector scales boxes back to the size of the images that it was given, so they cannot come resized.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision.models.detection.transform import resize_boxes
 
+from resdet.devices import send
 from resdet.errors import UserError
 from resdet.models.seeded import SeededTransform, choose_size, size_generator
 from resdet.models.tracing import is_captured
@@ -69,7 +71,7 @@ class PilTransform(SeededTransform):
             image = _resized(image.cpu(), size)  # waits for the device, if the image is on one
         if target is not None:
             target["boxes"] = resize_boxes(target["boxes"], (height, width), size)
-        return super().normalize(image.to(device, non_blocking=True).to(dtype) / 255), target
+        return super().normalize(send(image, device).to(dtype) / 255), target
 
     def pad(self, images: Sequence[Tensor], device: torch.device) -> tuple[Tensor, list[tuple[int, int]]]:
         """Resize on the host what is there, and batch; see ``SeededTransform.pad``."""
@@ -89,16 +91,6 @@ def host_resize(model: nn.Module) -> HostResize | None:
     if not isinstance(transform, PilTransform):
         return None
     return partial(_resize_for_training, tuple(transform.min_size), transform.max_size)
-
-
-def model_images(model: nn.Module, images: Sequence[Tensor], device: torch.device) -> list[Tensor]:
-    """Return uint8 images ``[3, H, W]`` in host memory as a detector on ``device`` takes them.
-
-    They are copied asynchronously if pinned, as uint8: a quarter of float32's bytes.
-    """
-    if isinstance(getattr(model, "transform", None), PilTransform):
-        return list(images)
-    return [image.to(device, non_blocking=True).float().div_(255) for image in images]  # in [0, 1]
 
 
 def _resize_for_training(

@@ -38,8 +38,9 @@ from resdet.evaluation.settings import InferenceSettings
 from resdet.evaluation.write import write_metrics
 from resdet.models.checkpoint import checkpoint_payload, load_detector
 from resdet.models.detector import Detector
+from resdet.models.inputs import model_images, model_targets
 from resdet.models.seeded import image_seeds
-from resdet.models.transform import host_resize, model_images
+from resdet.models.transform import host_resize
 from resdet.precision import Precision, autocast
 from resdet.processes import Processes
 from resdet.training import guards
@@ -51,7 +52,6 @@ from resdet.training.resume import check_configuration, check_data
 from resdet.training.runlog import RunLog
 from resdet.training.settings import Callback, RunSettings
 from resdet.training.step import accumulate_gradients
-from resdet.types import target_to
 from resdet.weights.files import read_checkpoint, read_weights, weights_in
 
 logger = logging.getLogger(__name__)
@@ -273,14 +273,14 @@ class DetectionTask:
 
 
 def detection_losses(model: Detector, parallel: nn.Module, batch: Batch, precision: Precision) -> dict[str, Tensor]:
-    """Compute the losses of a batch in host memory, which is copied asynchronously if it is pinned.
+    """Compute the losses of a batch in host memory, whose pixels travel to the device in one copy.
 
     ``parallel`` is the detector or its wrapper for several processes; losses are float32, whatever the precision.
     Returns ``loss``, the losses it is the sum of, and what the detector counted, means over the batch's images.
     """
     device = next(model.parameters()).device
     images = model_images(model, batch.images, device)  # [3, H, W] each; the detector resizes, pads and stacks
-    targets = [target_to(target, device) for target in batch.targets]
+    targets = model_targets(model, batch.targets, device)
     with autocast(device, precision), image_seeds(model, batch.seeds):
         losses: dict[str, Tensor] = parallel(images, targets)
     loss = torch.stack(list(losses.values())).sum()
