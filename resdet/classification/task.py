@@ -36,6 +36,7 @@ from resdet.precision import autocast
 from resdet.processes import Processes
 from resdet.training import guards
 from resdet.training.checkpoint import load_training_state
+from resdet.training.compiled import compile_network, without_compiled_code
 from resdet.training.launch import launched
 from resdet.training.loop import TrainResult, run
 from resdet.training.resume import check_configuration, check_data
@@ -69,6 +70,8 @@ def pretrain(config: PretrainConfig) -> TrainResult:
         resize = config.eval.resize or config.model.image_size
         classifier = build_pretrained(config.model, train_set, resize=resize, resume_from=before)
         classifier.network.to(team.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if config.train.compile:
+            compile_network(classifier.network, team.device)
         saved = {} if resumed is None else load_training_state(resumed, classifier.network)
         del resumed, before  # the network has copies of their tensors
         settings = RunSettings(
@@ -173,9 +176,10 @@ class ClassificationTask:
         """Compute ``top1``, ``top5`` and ``val_loss``."""
         classifier, section = self._with_network(model), self.eval
         views, resize, scales = section.views, section.resize, section.scales
-        metrics = evaluate_classifier(
-            classifier, self.val_set, self.inference, self.team, views=views, resize=resize, scales=scales
-        )
+        with without_compiled_code(self.train.compile):
+            metrics = evaluate_classifier(
+                classifier, self.val_set, self.inference, self.team, views=views, resize=resize, scales=scales
+            )
         return metrics.as_dict()
 
     def report(self, log: RunLog, step: int, *, is_final: bool) -> None:

@@ -133,10 +133,15 @@ def _places(count: int, device: torch.device) -> Tensor:
 
 
 class SeededTransform(GeneralizedRCNNTransform):  # type: ignore[misc]
-    """torchvision's transform, which may draw an image's size from its seed, and takes strips and no NaN."""
+    """torchvision's transform, which may draw an image's size from its seed, and takes strips and no NaN.
+
+    Attributes:
+        longer_multiple: What the longer side of a padded batch is a multiple of in training; the shorter is one of 32.
+    """
 
     def __init__(self, min_size: int | tuple[int, ...], max_size: int, mean: list[float], std: list[float]) -> None:
         super().__init__(min_size, max_size, mean, std)
+        self.longer_multiple = 32
         self._generators: Iterator[torch.Generator] | None = None
 
     def forward(
@@ -159,7 +164,7 @@ class SeededTransform(GeneralizedRCNNTransform):  # type: ignore[misc]
         """
         _check_pixels(images)
         sizes = [self.scaled_size(image.shape[-2], image.shape[-1]) for image in images]
-        height, width = (math.ceil(max(sides) / 32) * 32 for sides in zip(*sizes, strict=True))
+        height, width = self.padded_size(sizes)
         dtype = images[0].dtype if images[0].is_floating_point() else torch.float32
         shape = (len(images), 3, height, width)
         batch = torch.empty(shape, dtype=dtype, device=device, memory_format=torch.channels_last).zero_()
@@ -174,6 +179,27 @@ class SeededTransform(GeneralizedRCNNTransform):  # type: ignore[misc]
                 pixels = F.interpolate(pixels[None], size=(height, width), mode="bilinear", align_corners=False)[0]
             place[:, :height, :width] = torch.addcmul(shift, pixels, factor)
         return batch, sizes
+
+    def batch_images(self, images: list[Tensor], size_divisible: int = 32) -> Tensor:
+        """Return images ``[3, H, W]`` as one batch ``[B, 3, H, W]`` of ``padded_size``, zeros where they end."""
+        if not self.training or self.longer_multiple == size_divisible:
+            batch: Tensor = super().batch_images(images, size_divisible)
+            return batch
+        height, width = self.padded_size([(image.shape[-2], image.shape[-1]) for image in images])
+        batch = images[0].new_zeros((len(images), 3, height, width))
+        for place, image in zip(batch, images, strict=True):
+            place[:, : image.shape[-2], : image.shape[-1]] = image
+        return batch
+
+    def padded_size(self, sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
+        """Return the size of a batch of images of these sizes: multiples of 32, the longer side as the class says."""
+        height, width = (
+            math.ceil(max(sides) / self.size_divisible) * self.size_divisible for sides in zip(*sizes, strict=True)
+        )
+        if self.training:
+            longer = math.ceil(max(height, width) / self.longer_multiple) * self.longer_multiple
+            height, width = (longer, width) if height >= width else (height, longer)
+        return height, width
 
     def scaled_size(self, height: int, width: int) -> tuple[int, int]:
         """Return the size of an image for the network; in training one of its lengths is drawn."""

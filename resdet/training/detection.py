@@ -45,6 +45,7 @@ from resdet.precision import Precision, autocast
 from resdet.processes import Processes
 from resdet.training import guards
 from resdet.training.checkpoint import load_training_state
+from resdet.training.compiled import compile_detector, without_compiled_code
 from resdet.training.folder import METRICS, PICTURES
 from resdet.training.launch import launched
 from resdet.training.loop import TrainResult, run
@@ -52,7 +53,7 @@ from resdet.training.resume import check_configuration, check_data
 from resdet.training.runlog import RunLog
 from resdet.training.settings import Callback, RunSettings
 from resdet.training.step import accumulate_gradients
-from resdet.weights.files import read_checkpoint, read_weights, weights_in
+from resdet.weights.files import WeightsFile, read_checkpoint, read_weights, weights_in
 
 logger = logging.getLogger(__name__)
 
@@ -113,8 +114,7 @@ def train(
             team.on_main(lambda: write_lists(config.output_dir, train_data.table, val_data.table))
         if team.is_main:
             warn_of_dense_images(config, {"train": train_data.table, "val": val_data.table})
-        torch.manual_seed(config.seed)
-        model = build_model(config.model, train_data, resume_from=resumed).to(team.device)
+        model = first_model(config, train_data, resumed, team.device)
         val_data = with_model_classes(model, val_data)
         match_labels(model, val_data.table)  # other classes in data.val are reported now, not at the first evaluation
         saved = {} if resumed is None else load_training_state(resumed, model)
@@ -136,6 +136,18 @@ def train(
         inference = inference_settings(config)
         task = DetectionTask(model, train_data, val_data, settings, config.loader, config.eval, inference, team)
         return run(task, settings, team, begun=begun, saved=saved)
+
+
+def first_model(
+    config: Config, train_set: DetectionDataset, resumed: WeightsFile | None, device: torch.device
+) -> Detector:
+    """Return the detector that a run begins or goes on with, on its device."""
+    torch.manual_seed(config.seed)
+    model = build_model(config.model, train_set, resume_from=resumed)
+    model.to(device)
+    if config.train.compile:
+        compile_detector(model, device)
+    return model
 
 
 def stated(config: Config, given: Mapping[str, Dataset[Any] | None], classes: Sequence[str] | None) -> Config:
@@ -231,11 +243,12 @@ class DetectionTask:
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         """Compute COCO's and VOC's metrics, and the losses if they are wanted; set the model's score threshold."""
         assert isinstance(model, Detector)
-        self.last = evaluate(model, self.val_set, self.inference, self.team)
+        with without_compiled_code(self.settings.train.compile):
+            self.last = evaluate(model, self.val_set, self.inference, self.team)
+            metrics = self.last.metrics
+            if self.eval.loss:
+                metrics |= validation_loss(model, self.val_set, self.inference, self.team)
         self.model.score_threshold = model.score_threshold = self.last.score_threshold
-        metrics = self.last.metrics
-        if self.eval.loss:
-            metrics |= validation_loss(model, self.val_set, self.inference, self.team)
         return metrics
 
     def report(self, log: RunLog, step: int, *, is_final: bool) -> None:
@@ -320,7 +333,8 @@ def repeat_step(path: Path, *, device: torch.device | None = None) -> tuple[Dete
 
     Args:
         path: What ``not_finite`` saved.
-        device: Where to compute; None: on the CPU. The bits are those of the run on the same kind of device.
+        device: Where to compute; None: on the CPU. The bits are those of the run on the same kind of device, but
+            with ``train.compile``.
 
     Returns:
         The detector in training mode, with gradients (not clipped), and the losses as the run logged them.

@@ -77,7 +77,7 @@ APPLIED = frozenset(
         *_keys(
             "train",
             "steps epochs batch_size accumulate precision device log_every eval_every save_every patience ema_decay "
-            "deterministic retry_out_of_memory label_smoothing mixup cutmix",
+            "deterministic compile retry_out_of_memory label_smoothing mixup cutmix",
         ),
         *_keys("eval", "batch_size precision loss reference num_pictures picture_score"),
         *("augment", "min_visibility", "output_dir", "resume", "seed"),
