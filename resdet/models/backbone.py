@@ -11,11 +11,13 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelMaxPool, LastLevelP6P7
 
+from resdet.devices import is_queued
 from resdet.errors import UserError
 from resdet.models.bodies import Body, make_body
 from resdet.models.convolution import conv, has_hooks
@@ -63,6 +65,11 @@ def _add_enlarged(level: Tensor, above: Tensor) -> None:
     height, width = above.shape[-2:]
     if level.shape[-2:] != (2 * height, 2 * width):
         level += F.interpolate(above, size=level.shape[-2:], mode="nearest")
+        return
+    if torch.is_grad_enabled() and is_queued(level.device):
+        # On a GPU the enlarged map costs less than the four copies that the gradient of a sum in a view is made of.
+        pixels = above.permute(0, 2, 3, 1)[:, :, None, :, None].expand(-1, -1, 2, -1, 2, -1)  # [B, H, 2, W, 2, C]
+        level += pixels.reshape(len(above), 2 * height, 2 * width, -1).permute(0, 3, 1, 2)
         return
     blocks = level.permute(0, 2, 3, 1).unflatten(2, (width, 2)).unflatten(1, (height, 2))  # type: ignore[no-untyped-call]
     blocks += above.permute(0, 2, 3, 1)[:, :, None, :, None]  # [B, H, 2, W, 2, C]

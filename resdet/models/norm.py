@@ -44,7 +44,8 @@ class FrozenBatchNorm2d(KeepsReadyWeights, torchvision.ops.FrozenBatchNorm2d):  
     Folded weights that are not being trained are kept (``KeepsReadyWeights``).
     """
 
-    _folded: Tensor | None = None  # the convolution's weight during one forward pass (``folded_together``)
+    # The convolution's weight and bias during one forward pass (``folded_together``).
+    _folded: tuple[Tensor, Tensor] | None = None
 
     def __init__(self, num_features: int, eps: float = 1e-5) -> None:
         super().__init__(num_features, eps)
@@ -70,9 +71,10 @@ class FrozenBatchNorm2d(KeepsReadyWeights, torchvision.ops.FrozenBatchNorm2d):  
         ready = self.ready_weight("", conv, statistics, (dtype, self.eps), make)
         if ready is not None:
             return convolve(x, conv.weight, ready.bias, geometry, ready=ready, residual=residual, relu=relu)
-        scale, shift = self._kept_affine(conv)
         if self._folded is not None:
-            return convolve(x, self._folded, shift.to(dtype), geometry, residual=residual, relu=relu)
+            weight, shift = self._folded
+            return convolve(x, weight, shift, geometry, residual=residual, relu=relu)
+        scale, shift = self._kept_affine(conv)
         return convolve(x, conv.weight, shift, geometry, scale=scale, residual=residual, relu=relu)
 
     def _kept_affine(self, conv: nn.Conv2d) -> tuple[Tensor, Tensor]:
@@ -85,15 +87,16 @@ class FrozenBatchNorm2d(KeepsReadyWeights, torchvision.ops.FrozenBatchNorm2d):  
             kept = self.keep("affine", sources, (conv.weight.dtype, self.eps), make)
         return make() if kept is None else kept
 
-    def factors(self, conv: nn.Conv2d) -> Tensor:
-        """Return the factor of each weight of a convolution, laid out as the weight is."""
-        scale, _ = self._kept_affine(conv)
+    def factors(self, conv: nn.Conv2d, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return the factor of each weight of a convolution, laid out as the weight is, and the bias in a type."""
+        scale, shift = self._kept_affine(conv)
 
-        def make() -> Tensor:
-            return torch.empty_like(conv.weight).copy_(scale.view(-1, 1, 1, 1))
+        def make() -> tuple[Tensor, Tensor]:
+            return torch.empty_like(conv.weight).copy_(scale.view(-1, 1, 1, 1)), shift.to(dtype)
 
         statistics = (self.weight, self.bias, self.running_mean, self.running_var)
-        kept = self.keep("factors", statistics, (conv.weight.stride(), conv.weight.dtype, self.eps), make)
+        settings = (conv.weight.stride(), conv.weight.dtype, dtype, self.eps)
+        kept = self.keep("factors", statistics, settings, make) if conv.bias is None else None
         return make() if kept is None else kept
 
     def _affine(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -120,10 +123,10 @@ def folded_together(body: nn.Module, x: Tensor) -> Iterator[None]:
                 pairs.append((conv, norm))
     if pairs:
         dtype = compute_dtype(x, pairs[0][0].weight)
-        factors = [norm.factors(conv) for conv, norm in pairs]
+        factors, shifts = zip(*(norm.factors(conv, dtype) for conv, norm in pairs), strict=True)
         folded = _FoldTogether.apply(dtype, factors, *(conv.weight for conv, _ in pairs))
-        for (_, norm), weight in zip(pairs, folded, strict=True):
-            norm._folded = weight
+        for (_, norm), weight, shift in zip(pairs, folded, shifts, strict=True):
+            norm._folded = weight, shift
     try:
         yield
     finally:
@@ -135,7 +138,7 @@ class _FoldTogether(torch.autograd.Function):
     """Products of weights ``[O, I, kh, kw]`` with factors of the same shape, in another type."""
 
     @staticmethod
-    def forward(ctx: Any, dtype: torch.dtype, factors: list[Tensor], *weights: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, dtype: torch.dtype, factors: tuple[Tensor, ...], *weights: Tensor) -> tuple[Tensor, ...]:
         ctx.factors = factors
         return _cast_together(torch._foreach_mul(weights, factors), dtype)
 
@@ -143,7 +146,7 @@ class _FoldTogether(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         wide = _cast_together(grads, ctx.factors[0].dtype)
-        factors: list[Tensor] = ctx.factors
+        factors: tuple[Tensor, ...] = ctx.factors
         return None, None, *torch._foreach_mul(wide, factors)
 
 

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from torchvision.models.detection._utils import BoxCoder
+from torchvision.models.detection._utils import BoxCoder, Matcher
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.rpn import RegionProposalNetwork
@@ -265,8 +265,13 @@ def _match_anchors(rpn: RegionProposalNetwork, anchors: Tensor, objects: Objects
     highest, matched = iou.max(dim=0)  # [N]
     is_best = (iou == iou.amax(dim=1, keepdim=True)).any(dim=0)
     matcher = rpn.proposal_matcher
-    status = torch.where(highest < matcher.low_threshold, 0, -1)
-    return torch.where((highest >= matcher.high_threshold) | is_best, 1, status), matched
+    return _status(matcher, highest).masked_fill_(is_best, 1), matched
+
+
+def _status(matcher: Matcher, highest: Tensor) -> Tensor:
+    """Return 1 where the highest IoU is that of an object, 0 that of the background, -1 neither, int64."""
+    status: Tensor = (highest < matcher.low_threshold).long() - 1
+    return status.masked_fill_(highest >= matcher.high_threshold, 1)
 
 
 @torch.no_grad()
@@ -280,8 +285,7 @@ def _sample(heads: BoxHeads, proposals: Boxes, objects: Objects) -> Regions:
     highest, matched = iou.max(dim=1)  # [B, P + G]
     boxes, used = torch.cat([proposals.boxes, objects.boxes], dim=1), torch.cat([proposals.used, exists], dim=1)
     matcher, sampler = heads.proposal_matcher, heads.fg_bg_sampler
-    status = torch.where(highest >= matcher.high_threshold, 1, torch.where(highest < matcher.low_threshold, 0, -1))
-    status = torch.where(used, status, -1)
+    status = torch.where(used, _status(matcher, highest), -1)
     keys = random_keys(sampler.seeds, status.shape, status.device)
     drawn = draw(status, keys, sampler.batch_size_per_image, sampler.positive_fraction)
     sampler.num_positives = drawn.positive.sum(dim=1)

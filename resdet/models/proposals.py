@@ -225,13 +225,14 @@ class _ReadRows(torch.autograd.Function):
         firsts = constant((0, *accumulate(ctx.num_rows[:-1])), torch.int64, index.device)
         ctx.save_for_backward(index, used, matrix, firsts)
         read = matrices[0].new_zeros(len(index), matrices[0].shape[1])
+        matrix = torch.where(used, matrix, -1)
         for number, rows in enumerate(matrices):
-            of_this = used & (matrix == number)
-            if not is_queued(index.device):
-                taken = of_this.nonzero().view(-1)
-                read.index_copy_(0, taken, rows.index_select(0, index.index_select(0, taken)))
-            else:
-                read.addcmul_(rows.index_select(0, torch.where(of_this, index, 0)), of_this[:, None].to(rows.dtype))
+            of_this = matrix == number
+            if is_queued(index.device):
+                read = torch.where(of_this[:, None], rows.index_select(0, index * of_this), read)
+                continue
+            taken = of_this.nonzero().view(-1)
+            read.index_copy_(0, taken, rows.index_select(0, index.index_select(0, taken)))
         return read
 
     @staticmethod

@@ -101,8 +101,8 @@ def draw(status: Tensor, keys: Tensor, size: int, positive_fraction: float) -> D
         positive_fraction: Of these at most.
     """
     num_rows, most = status.shape[1], int(size * positive_fraction)
-    positive_keys, positives = torch.where(status == 1, keys, -1).topk(min(most, num_rows), dim=1)
-    negative_keys, negatives = torch.where(status == 0, keys, -1).topk(min(size, num_rows), dim=1)
+    positive_keys, positives = keys.masked_fill(status != 1, -1).topk(min(most, num_rows), dim=1)
+    negative_keys, negatives = keys.masked_fill(status != 0, -1).topk(min(size, num_rows), dim=1)
     count = (positive_keys >= 0).sum(dim=1, keepdim=True)  # [B, 1]
     slot = torch.arange(size, device=status.device)  # [S]
     positive = slot < count  # [B, S]
