@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from functools import partial
 from itertools import accumulate
 from typing import Any
 
@@ -147,9 +148,19 @@ class FastProposalHead(KeepsReadyWeights, ProposalHead):
         if torch.is_grad_enabled() or is_captured() or has_hooks(first) or has_hooks(second):
             return super().forward(x)
         ready = ready or make()
+        # Cast and transformed once for all levels, also where it may not be kept.
+        conv3, relu = self.conv[0]
+        moves = Geometry.of(conv3)
+        make_hidden = partial(ReadyWeight, conv3.weight, conv3.bias, moves, dtype)
+        of_hidden = self.ready_weight("conv", conv3, (), (dtype,), make_hidden) or make_hidden()
+        is_hooked = has_hooks(conv3) or has_hooks(relu)
         logits, deltas = [], []
         for feature in x:
-            outputs = convolve(self._hidden(feature), ready.weight, None, geometry, ready=ready)  # [B, 5 * A, H, W]
+            if is_hooked:
+                hidden = self._hidden(feature)
+            else:
+                hidden = convolve(feature, conv3.weight, conv3.bias, moves, ready=of_hidden, relu=True)  # [B, C, H, W]
+            outputs = convolve(hidden, ready.weight, None, geometry, ready=ready)  # [B, 5 * A, H, W]
             outputs = outputs.to(widened(outputs.dtype))
             logits.append(outputs[:, : first.out_channels])
             deltas.append(outputs[:, first.out_channels :])
