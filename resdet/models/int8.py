@@ -17,7 +17,8 @@ Measured on 2 cores of an AMD EPYC (Zen 5, AVX512-VNNI), a ResNet-101 FPN fine-t
 416 px on val and test: float32 0.590, 0.594; bfloat16 0.588, 0.597; this 0.592, 0.597. An image at 800/1333 takes
 0.40 s, in turn with bfloat16's 0.65. The pyramid is 5 % of its norm from float32's (bfloat16 2 %). oneDNN's
 convolutions run at 1.6 to 2.0 TOP/s, twice bfloat16's rate, in nearly every shape of the network. With sums in uint8 in
-all stages AP is 0.586 and 0.600, and the pyramid 12 % off in about an eighth less time. ``qconv2d_pointwise`` takes 64
+all stages AP is 0.586 and 0.600, and the pyramid 12 % off in about an eighth less time (Zen 4, body and pyramid at
+800x1088: 0.47 s for 0.51). ``qconv2d_pointwise`` takes 64
 ms for the first linear layer, boxes as a batch, where the product takes 14 and bfloat16 29.
 """
 
