@@ -41,9 +41,6 @@ from resdet.models.suppression import suppress_rows
 from resdet.models.tracing import is_captured
 from resdet.types import Prediction
 
-_CANDIDATES = 2048
-"""Detections of an image among which overlaps are suppressed; where more pass the threshold, it is done again."""
-
 
 class Batch(NamedTuple):
     """Images as the network takes them."""
@@ -142,13 +139,8 @@ def detect(model: GeneralizedRCNN, images: Sequence[Tensor], device: torch.devic
     back, shape = order.argsort(), proposals.used.shape
     logits = logits[back].view(*shape, -1)  # [B, P, K + 1]
     deltas = deltas[back].view(*shape, -1, 4)  # [B, P, K + 1, 4]
-    most = _CANDIDATES
-    while True:
-        found, counts = _choose(heads, proposals, logits, deltas, batch.limits, most)
-        *numbers, num_candidates = counts.tolist()  # waits for the device
-        if num_candidates <= most:
-            break
-        most = 1 << (num_candidates - 1).bit_length()
+    found = _choose(heads, proposals, logits, deltas, batch.limits)
+    numbers = (found["scores"] >= 0).sum(dim=1).tolist()  # waits for the device
     boxes = found["boxes"] * batch.to_image
     return [
         Prediction(
@@ -178,6 +170,11 @@ def _pad_objects(targets: Sequence[Mapping[str, Tensor]], batch: Batch) -> Objec
     counts = [len(target["labels"]) for target in targets]
     for index, target in enumerate(targets):
         boxes = target["boxes"]
+        if boxes.dim() != 2 or boxes.shape[1] != 4 or len(boxes) != counts[index]:
+            raise UserError(
+                f"targets[{index}]: boxes must be [N, 4] and labels [N], got {list(boxes.shape)} and "
+                f"{list(target['labels'].shape)}"
+            )
         if boxes.device.type == "cpu" and len(bad := boxes[(boxes[:, 2:] <= boxes[:, :2]).any(dim=1)]):
             raise UserError(f"targets[{index}]: boxes must have positive width and height, got {bad[0].tolist()}")
     boxes = pad_sequence([target["boxes"] for target in targets], batch_first=True)  # [B, G, 4]
@@ -296,34 +293,30 @@ def _sample(heads: BoxHeads, proposals: Boxes, objects: Objects) -> Regions:
     return Regions(regions, labels, wanted, drawn.used)
 
 
-def _choose(
-    heads: BoxHeads, proposals: Boxes, logits: Tensor, deltas: Tensor, limits: Tensor, most: int
-) -> tuple[dict[str, Tensor], Tensor]:
-    """Choose the detections of each image, best first, among its ``most`` best candidates.
+def _choose(heads: BoxHeads, proposals: Boxes, logits: Tensor, deltas: Tensor, limits: Tensor) -> dict[str, Tensor]:
+    """Choose the detections of each image, best first: boxes ``[B, D, 4]``, labels and scores ``[B, D]``.
 
-    Returns boxes ``[B, D, 4]``, labels and scores ``[B, D]``, and how many of these rows each image has, followed by
-    the most candidates that an image has, int64 ``[B + 1]``.
+    Rows that are not used come last and have a score of -1. Overlaps are suppressed in rows of a class, so that there
+    is room for whatever passes the threshold.
     """
-    num_classes = logits.shape[2]
-    probabilities = torch.softmax(logits, dim=2)[..., 1:]  # [B, P, K]
-    passing = (probabilities > heads.score_thresh) & proposals.used[..., None]
-    num_candidates = passing.sum(dim=(1, 2)).amax(dim=0, keepdim=True)
-    scores = torch.where(passing, probabilities, -1).flatten(1)  # [B, P * K]
-    scores, chosen = scores.topk(min(most, scores.shape[1]), dim=1)  # [B, M]
-    proposal, labels = chosen.div(num_classes - 1, rounding_mode="floor"), chosen % (num_classes - 1) + 1
-    delta = _take(deltas.flatten(1, 2), proposal * num_classes + labels)  # [B, M, 4]
-    boxes = torch.minimum(decode(delta, _take(proposals.boxes, proposal), heads.box_coder).clamp(min=0), limits)
+    probabilities = torch.softmax(logits, dim=2)[..., 1:].transpose(1, 2)  # [B, K, P]
+    passing = (probabilities > heads.score_thresh) & proposals.used[:, None]
+    scores, order = torch.where(passing, probabilities, -1).sort(dim=2, descending=True)
+    order = order[..., None].expand(-1, -1, -1, 4)  # [B, K, P, 4]
+    own = proposals.boxes[:, None].expand_as(order).gather(2, order)
+    boxes = decode(deltas[:, :, 1:].transpose(1, 2).gather(2, order), own, heads.box_coder)
+    boxes = torch.minimum(boxes.clamp(min=0), limits[:, None])
     used = (scores >= 0) & (_least_side(boxes) >= heads.min_size)
-    kept = suppress_rows(boxes, used, heads.nms_thresh, labels)
-    scores, order = torch.where(kept, scores, -1).topk(min(heads.detections_per_img, scores.shape[1]), dim=1)  # [B, D]
-    boxes, labels = _take(boxes, order), labels.gather(1, order)
+    kept = suppress_rows(boxes.flatten(0, 1), used.flatten(0, 1), heads.nms_thresh).view_as(used)
+    scores = torch.where(kept, scores, -1).flatten(1)  # [B, K * P]
+    scores, chosen = scores.topk(min(heads.detections_per_img, scores.shape[1]), dim=1)  # [B, D]
+    boxes, labels = _take(boxes.flatten(1, 2), chosen), chosen.div(logits.shape[1], rounding_mode="floor") + 1
     if heads.min_size == 0:
         # As the usual path does: boxes without extent are dropped at the end, and have taken the places of others.
-        scores, order = torch.where(_least_side(boxes) >= heads.least_side, scores, -1).sort(
-            dim=1, descending=True, stable=True
-        )
+        scores = torch.where(_least_side(boxes) >= heads.least_side, scores, -1)
+        scores, order = scores.sort(dim=1, descending=True, stable=True)
         boxes, labels = _take(boxes, order), labels.gather(1, order)
-    return {"boxes": boxes, "labels": labels, "scores": scores}, torch.cat([(scores >= 0).sum(dim=1), num_candidates])
+    return {"boxes": boxes, "labels": labels, "scores": scores}
 
 
 def _take(rows: Tensor, index: Tensor) -> Tensor:

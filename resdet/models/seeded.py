@@ -161,7 +161,13 @@ class SeededTransform(GeneralizedRCNNTransform):  # type: ignore[misc]
 
         Images are ``[3, H, W]`` on any device, uint8 or floats in [0, 1]. They are scaled before they are normalised,
         which is the same but for rounding and reads each pixel once less.
+
+        Raises:
+            UserError: If an image is not ``[3, H, W]``, or pixels in host memory are not finite.
         """
+        for index, image in enumerate(images):
+            if image.dim() != 3 or image.shape[0] != 3:
+                raise UserError(f"images[{index}]: must be [3, H, W], got {list(image.shape)}")
         _check_pixels(images)
         sizes = [self.scaled_size(image.shape[-2], image.shape[-1]) for image in images]
         height, width = self.padded_size(sizes)

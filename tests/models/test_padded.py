@@ -119,16 +119,13 @@ def test_losses_and_gradients_are_those_of_the_usual_path(settings: dict[str, An
         {"box_min_size": 0.0, "rpn_min_size": 3.0},
         {"rpn_score_thresh": 0.5, "box_nms_thresh": 0.3, "box_detections_per_img": 7},
         {"layout": "dc5", "anchor_sizes": (16, 32, 64)},
+        {"box_score_thresh": 0.0, "box_detections_per_img": 1000},
     ],
     ids=lambda settings: "-".join(map(str, settings)) or "default",
 )
-@pytest.mark.parametrize("candidates", [2048, 16])
-def test_detections_are_those_of_the_usual_path(
-    settings: dict[str, Any], candidates: int, pad: Pad, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Also where more candidates pass than were made room for; no scores tie, whose order would be free."""
-    monkeypatch.setattr(padded, "_CANDIDATES", candidates)
-    model = detector(box_score_thresh=0.19, **settings).eval()
+def test_detections_are_those_of_the_usual_path(settings: dict[str, Any], pad: Pad) -> None:
+    """No scores tie here, whose order would be free."""
+    model = detector(**{"box_score_thresh": 0.19} | settings).eval()
     with torch.no_grad():
         pad(False)
         expected = model(images()[:2])
@@ -220,6 +217,12 @@ def test_bad_input_is_refused_before_anything_is_computed(pad: Pad) -> None:
         UserError, match=r"targets\[1\]: boxes must have positive width and height, got \[5.0, 5.0, 5.0"
     ):
         model(images(), flat)
+    with pytest.raises(
+        UserError, match=r"targets\[0\]: boxes must be \[N, 4\] and labels \[N\], got \[2, 3\] and \[2\]"
+    ):
+        model(images(), [{"boxes": torch.ones(2, 3), "labels": torch.ones(2)}, *targets()[1:]])
+    with pytest.raises(UserError, match=r"images\[1\]: must be \[3, H, W\], got \[1, 5, 6\]"):
+        model([images()[0], torch.zeros(1, 5, 6)], targets()[:2])
     broken = images()
     broken[2][0, 0, 0] = torch.nan
     with pytest.raises(UserError, match=r"images\[2\]: pixels must be finite"):
