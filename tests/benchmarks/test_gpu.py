@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SMALL = ["work=gpu", "min_size=64", "max_size=96", "batch_sizes=1", "repeats=1", "warmup=0", "device=cpu"]
 
 
+@pytest.mark.slow
 def test_parts_on_the_cpu(small_detector: Path, tmp_path: Path) -> None:
     figures = tmp_path / "figures.json"
     report = run_benchmark([*SMALL, f"weights={small_detector}", "parts=speed,waits,profile", f"figures={figures}"])

@@ -114,8 +114,9 @@ def test_the_report_says_modelled_wherever_it_models(monkeypatch: pytest.MonkeyP
     assert step[0]["modelled ms, ratio"] == step[0]["modelled GB, ratio"] == 1
     for row, of_inference in zip(step, inference, strict=True):
         assert all(math.isfinite(value) for value in row.values() if not isinstance(value, str))
-        # A backward pass with C3 to C5 trained: up to twice the forward pass.
-        assert 2 < float(row["modelled TFLOP"]) / float(of_inference["modelled TFLOP"]) < 3.2
+        # A backward pass with C3 to C5 trained: up to twice the forward pass. At inference the box head, half of the
+        # arithmetic at this size, sees 1,000 regions, in training 512, and ours goes back through a few anchors alone.
+        assert 1.3 < float(row["modelled TFLOP"]) / float(of_inference["modelled TFLOP"]) < 3.2
         assert float(row["before the optimizer"]) < float(row["operators"])
     text = str(report)
     assert "Modelled, not measured. Counted on" in text

@@ -24,15 +24,15 @@ def exact() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(params=["pretend", ON_A_GPU])
+@pytest.fixture(params=[pytest.param("pretend", marks=pytest.mark.slow), ON_A_GPU])
 def device(request: pytest.FixtureRequest, exact: None) -> Iterator[torch.device]:
     """A device that is not the CPU."""
     yield from _device(request)
 
 
-@pytest.fixture(params=[pytest.param("pretend", marks=pytest.mark.slow), ON_A_GPU])
-def device_slowly(request: pytest.FixtureRequest, exact: None) -> Iterator[torch.device]:
-    """The same, for what takes longer."""
+@pytest.fixture(params=["pretend", ON_A_GPU])
+def device_quickly(request: pytest.FixtureRequest, exact: None) -> Iterator[torch.device]:
+    """The same, for what shows in a second or two that these tests run."""
     yield from _device(request)
 
 
@@ -45,19 +45,9 @@ def _device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
         yield DEVICE
 
 
-@pytest.fixture(params=["cpu", ON_A_GPU])
+@pytest.fixture(params=[pytest.param("cpu", marks=pytest.mark.slow), ON_A_GPU])
 def named(request: pytest.FixtureRequest, exact: None) -> str:
     """The name of a device as a configuration has it; the CPU stands for a GPU in what a whole run does."""
-    return _named(request)
-
-
-@pytest.fixture(params=[pytest.param("cpu", marks=pytest.mark.slow), ON_A_GPU])
-def named_slowly(request: pytest.FixtureRequest, exact: None) -> str:
-    """The same, for what takes longer."""
-    return _named(request)
-
-
-def _named(request: pytest.FixtureRequest) -> str:
     if request.param == "cuda":
         require_cuda(request)
     return str(request.param)

@@ -26,10 +26,10 @@ from resdet.training.average import AveragedModel
 from resdet.training.optim import build_optimizer
 
 
-def test_losses_and_gradients(detector: Detector, device: torch.device) -> None:
+def test_losses_and_gradients(detector: Detector, device_quickly: torch.device_quickly) -> None:
     batch = make_batch()
     losses, gradients = losses_and_gradients(copy.deepcopy(detector), batch)
-    found_losses, found_gradients = losses_and_gradients(moved(detector, device), batch)
+    found_losses, found_gradients = losses_and_gradients(moved(detector, device_quickly), batch)
     assert_same_losses(found_losses, losses)
     assert_same_gradients(found_gradients, gradients)
 
@@ -47,9 +47,9 @@ def test_losses_of_other_weights_differ(detector: Detector, device: torch.device
         assert_same_gradients(found_gradients, gradients)
 
 
-def test_detections(detector: Detector, device: torch.device) -> None:
+def test_detections(detector: Detector, device_quickly: torch.device_quickly) -> None:
     batch = make_batch()
-    assert_same_detections(detections(moved(detector, device), batch), detections(detector, batch))
+    assert_same_detections(detections(moved(detector, device_quickly), batch), detections(detector, batch))
 
 
 def test_detections_of_other_weights_differ(detector: Detector, device: torch.device) -> None:
@@ -80,9 +80,9 @@ def test_channels_last(detector: Detector, device: torch.device) -> None:
     ],
     ids=["plain", "c4", "dc5"],
 )
-def test_other_kinds_of_detectors(device_slowly: torch.device, settings: dict[str, object]) -> None:
+def test_other_kinds_of_detectors(device: torch.device, settings: dict[str, object]) -> None:
     model, batch = make_detector(**settings), make_batch()
-    assert_same_detections(detections(moved(model, device_slowly), batch), detections(model, batch))
+    assert_same_detections(detections(moved(model, device), batch), detections(model, batch))
 
 
 def test_images_of_one_size_in_a_batch(detector: Detector, device: torch.device) -> None:

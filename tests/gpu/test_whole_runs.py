@@ -66,8 +66,8 @@ def test_half_precision_is_near_float32(detector: Detector, device: torch.device
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_training_in_half_precision(named_slowly: str, tmp_path: Path, precision: str) -> None:
-    train_here(tmp_path, *SHORT, on(named_slowly), f"train.precision={precision}", "optim.clip_grad_norm=10")
+def test_training_in_half_precision(named: str, tmp_path: Path, precision: str) -> None:
+    train_here(tmp_path, *SHORT, on(named), f"train.precision={precision}", "optim.clip_grad_norm=10")
     assert len(logged(tmp_path, "loss")) == 4
     assert all(map(math.isfinite, logged(tmp_path, "loss")))
     saved = torch.load(tmp_path / "last.pt", weights_only=True)
@@ -98,8 +98,8 @@ def test_an_infinite_fp16_gradient_is_not_stepped_on(
 # ---- runs
 
 
-def test_deterministic_runs_have_the_same_bits(named_slowly: str, tmp_path: Path) -> None:
-    settings = [*SHORT, on(named_slowly), "train.deterministic=true"]
+def test_deterministic_runs_have_the_same_bits(named: str, tmp_path: Path) -> None:
+    settings = [*SHORT, on(named), "train.deterministic=true"]
     train_here(tmp_path / "one", *settings)
     train_here(tmp_path / "two", *settings)
     assert differences(tmp_path / "one" / "last.pt", tmp_path / "two" / "last.pt") == []
@@ -107,8 +107,8 @@ def test_deterministic_runs_have_the_same_bits(named_slowly: str, tmp_path: Path
     assert differences(tmp_path / "one" / "last.pt", tmp_path / "other" / "last.pt")
 
 
-def test_a_resumed_run_has_the_bits_of_an_uninterrupted_one(named_slowly: str, tmp_path: Path) -> None:
-    settings = [*SHORT, on(named_slowly), "train.deterministic=true", "train.ema_decay=0.9"]
+def test_a_resumed_run_has_the_bits_of_an_uninterrupted_one(named: str, tmp_path: Path) -> None:
+    settings = [*SHORT, on(named), "train.deterministic=true", "train.ema_decay=0.9"]
     train_here(tmp_path / "whole", *settings)
 
     def stop(line: dict[str, Any]) -> None:
@@ -123,8 +123,8 @@ def test_a_resumed_run_has_the_bits_of_an_uninterrupted_one(named_slowly: str, t
     assert logged(tmp_path / "parts", "loss") == logged(tmp_path / "whole", "loss")
 
 
-def test_the_average_is_what_is_kept_as_best(named_slowly: str, tmp_path: Path) -> None:
-    train_here(tmp_path, *SHORT, on(named_slowly), "train.ema_decay=0.5")
+def test_the_average_is_what_is_kept_as_best(named: str, tmp_path: Path) -> None:
+    train_here(tmp_path, *SHORT, on(named), "train.ema_decay=0.5")
     last = torch.load(tmp_path / "last.pt", weights_only=True)
     best = torch.load(tmp_path / "best.pt", weights_only=True)
     name = "roi_heads.box_head.fc6.weight"
@@ -134,16 +134,16 @@ def test_the_average_is_what_is_kept_as_best(named_slowly: str, tmp_path: Path) 
     assert all(torch.isfinite(value).all() for value in best["model"].values())
 
 
-def test_accumulated_steps(named_slowly: str, tmp_path: Path) -> None:
+def test_accumulated_steps(named: str, tmp_path: Path) -> None:
     """Small boxes fill every sample, so that a batch in two parts trains the same."""
-    train_here(tmp_path / "whole", "train.steps=2", on(named_slowly), "optim.warmup_steps=0")
-    train_here(tmp_path / "parts", "train.steps=2", on(named_slowly), "optim.warmup_steps=0", "train.accumulate=2")
+    train_here(tmp_path / "whole", "train.steps=2", on(named), "optim.warmup_steps=0")
+    train_here(tmp_path / "parts", "train.steps=2", on(named), "optim.warmup_steps=0", "train.accumulate=2")
     # A float32 sum in another order; the second step may meet other proposals.
     np.testing.assert_allclose(logged(tmp_path / "parts", "loss")[0], logged(tmp_path / "whole", "loss")[0], rtol=1e-3)
 
 
 def test_memory_that_runs_out_is_met_by_smaller_pieces(
-    named_slowly: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    named: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pieces: list[int] = []
 
@@ -156,8 +156,8 @@ def test_memory_that_runs_out_is_met_by_smaller_pieces(
 
     monkeypatch.setattr(loop, "accumulate_gradients", tight)
     with pytest.raises(TrainingError, match="out of memory with 4 images at a time"):
-        train_here(tmp_path / "no", "train.steps=2", on(named_slowly))
-    assert train_here(tmp_path / "yes", "train.steps=2", on(named_slowly), "train.retry_out_of_memory=true").steps == 2
+        train_here(tmp_path / "no", "train.steps=2", on(named))
+    assert train_here(tmp_path / "yes", "train.steps=2", on(named), "train.retry_out_of_memory=true").steps == 2
     assert pieces == [1, 1, 2, 2]
 
 
@@ -206,15 +206,15 @@ def test_data_parallel_with_one_process(detector: Detector, named: str, tmp_path
     assert (found - expected).norm() <= 1e-3 * expected.norm()
 
 
-def test_torchrun_with_one_process(named_slowly: str, tmp_path: Path) -> None:
-    train(tmp_path / "launched", *SHORT, on(named_slowly), "train.deterministic=true", torchrun=("--standalone",))
-    train_here(tmp_path / "alone", *SHORT, on(named_slowly), "train.deterministic=true")
+def test_torchrun_with_one_process(named: str, tmp_path: Path) -> None:
+    train(tmp_path / "launched", *SHORT, on(named), "train.deterministic=true", torchrun=("--standalone",))
+    train_here(tmp_path / "alone", *SHORT, on(named), "train.deterministic=true")
     assert differences(tmp_path / "launched" / "last.pt", tmp_path / "alone" / "last.pt") == []
 
 
 @pytest.mark.skipif("compile" not in TrainConfig.model_fields, reason="no train.compile here")
-def test_a_compiled_network_trains_the_same(named_slowly: str, tmp_path: Path) -> None:
-    settings = ["train.steps=2", on(named_slowly), "optim.warmup_steps=0", "model.min_size=64"]
+def test_a_compiled_network_trains_the_same(named: str, tmp_path: Path) -> None:
+    settings = ["train.steps=2", on(named), "optim.warmup_steps=0", "model.min_size=64"]
     train_here(tmp_path / "plain", *settings)
     train_here(tmp_path / "compiled", *settings, "train.compile=true")
     # Fused kernels round elsewhere; a proposal that changes moves the loss of a step.
@@ -266,12 +266,12 @@ def test_prediction(detector: Detector, device: torch.device) -> None:
         np.testing.assert_allclose(one.boxes[:5], other.boxes[:5], atol=0.02)
 
 
-def test_exports(detector: Detector, device_slowly: torch.device, tmp_path: Path) -> None:
+def test_exports(detector: Detector, device: torch.device, tmp_path: Path) -> None:
     """Each compares its file with the model itself, and raises if they differ; the model stays where it is."""
-    model = copy.deepcopy(detector).to(device_slowly)
+    model = copy.deepcopy(detector).to(device)
     export_backbone(model, tmp_path / "body.safetensors")
     export_detector(model, tmp_path / "detector.torchscript", format="torchscript")
-    assert next(model.parameters()).device.type == device_slowly.type
+    assert next(model.parameters()).device.type == device.type
     assert (tmp_path / "body.safetensors").stat().st_size > 40_000_000
     assert (tmp_path / "detector.torchscript").exists()
 

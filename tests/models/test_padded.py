@@ -24,14 +24,14 @@ TARGETS = [
 ]
 SMALL: dict[str, Any] = {
     "arch": "resnet18",
-    "min_size": (64,),
-    "max_size": 100,
+    "min_size": (48,),
+    "max_size": 72,
     "box_head_channels": 64,
     "rpn_post_nms_top_n_test": 60,
 }
 # Everything is sampled, so that it does not matter which random numbers are drawn.
 ALL: dict[str, Any] = {
-    "rpn_batch_size_per_image": 3100,
+    "rpn_batch_size_per_image": 1600,
     "rpn_positive_fraction": 1.0,
     "box_batch_size_per_image": 64,
     "box_positive_fraction": 1.0,
@@ -83,18 +83,20 @@ def losses(model: Detector) -> tuple[dict[str, Tensor], list[Tensor], dict[str, 
     return found, list(gradients), model.training_counts()
 
 
-SETTINGS: list[dict[str, Any]] = [
-    {},
-    C4,
-    {"layout": "dc5", "anchor_sizes": (16, 32, 64)},
-    {"norm": "batch"},
-    {"class_loss": "focal", "box_loss": "giou"},
-    {"class_weights": (1.0, 2.0, 3.0, 0.5, 0.7)},
-    {"roi_aligned": True, "anchor_stride": "nominal", "rpn_rank_by": "logit"},
+SETTINGS = [
+    pytest.param({}, id="default"),
+    pytest.param({"class_loss": "focal", "box_loss": "giou"}, id="focal and giou"),
+    pytest.param({"class_weights": (1.0, 2.0, 3.0, 0.5, 0.7)}, id="class weights"),
+    pytest.param(C4, id="c4", marks=pytest.mark.slow),
+    pytest.param({"layout": "dc5", "anchor_sizes": (16, 32, 64)}, id="dc5", marks=pytest.mark.slow),
+    pytest.param({"norm": "batch"}, id="batch norm", marks=pytest.mark.slow),
+    pytest.param(
+        {"roi_aligned": True, "anchor_stride": "nominal", "rpn_rank_by": "logit"}, id="aligned", marks=pytest.mark.slow
+    ),
 ]
 
 
-@pytest.mark.parametrize("settings", SETTINGS, ids=lambda settings: "-".join(map(str, settings)) or "default")
+@pytest.mark.parametrize("settings", SETTINGS)
 def test_losses_and_gradients_are_those_of_the_usual_path(settings: dict[str, Any], pad: Pad) -> None:
     """In float64 both agree to rounding, but for objectness, which the usual path rounds to float32 in between."""
     model = detector(**ALL | settings)
