@@ -121,6 +121,7 @@ def test_the_tool_tells_a_mistake_in_one_line():
     assert run.stderr.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_processes_of_their_own_find_the_benchmarks_that_the_command_found(tmp_path):
     """Wherever the command is started, and whatever the environment says of paths."""
     program = (

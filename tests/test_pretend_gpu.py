@@ -444,6 +444,7 @@ def test_bfloat16_is_near_float32() -> None:
     assert 0 < difference < 0.01
 
 
+@pytest.mark.slow
 def test_torchvisions_detector_trains_bit_for_bit(device_record: Record) -> None:
     """The device's random numbers are the CPU's; what it waits for, torchvision's sources say."""
     torch.manual_seed(0)

@@ -168,6 +168,7 @@ def losses(model: Detector) -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow
 def test_bfloat16_losses_are_near_float32s(device_record: Record) -> None:
     """Under autocast, whose rules are CUDA's: 8 bits of a number, some 50 layers deep."""
     model = to_pretend(detector())
@@ -187,7 +188,7 @@ def most_are_slow(names: Iterable[str], *quick: str) -> list[Any]:
     return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
-@pytest.mark.parametrize("name", most_are_slow(SETTINGS, "fpn", "dc5", "focal and giou"))
+@pytest.mark.parametrize("name", most_are_slow(SETTINGS, "fpn"))
 def test_losses_and_gradients(name: str) -> None:
     check(losses, detector(**SETTINGS[name]))
 
@@ -212,6 +213,7 @@ TRICKS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", most_are_slow(TRICKS, "refine and voting"))
 def test_tricks(name: str) -> None:
     def run(model: Detector) -> list[Prediction]:
@@ -275,6 +277,7 @@ def step(model: Detector, *, clip: float | None = None) -> dict[str, Any]:
     return {"norms": norms, "model": dict(model.state_dict()), "average": dict(average.module.state_dict())}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm", ["frozen", pytest.param("batch", marks=pytest.mark.slow)])
 def test_steps_with_accumulation_clipping_and_average(norm: str) -> None:
     check(partial(step, clip=0.5), detector(norm=norm))
@@ -294,6 +297,7 @@ def test_a_step_waits_once_in_each_forward_pass(device_record: Record) -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not torch.cpu._is_vnni_supported(), reason="int8 needs a CPU with AVX512-VNNI")
 def test_int8_is_calibrated_on_a_copy_on_the_cpu_and_stays_there() -> None:
     model, smooth = detector(box_score_thresh=0.05).eval(), [F.avg_pool2d(image, 5, 1) for image in images()]

@@ -96,6 +96,7 @@ def on_maps(counted: Counted) -> Counter[Operator]:
     return Counter(one for one in counted.operators if "convolution" in one.name or "relu" in one.name)
 
 
+@pytest.mark.slow
 def test_the_report_says_modelled_wherever_it_models(monkeypatch: pytest.MonkeyPatch) -> None:
     settings = ["arch=resnet18", "min_size=64", "max_size=96", "batch_sizes=1"]
     report = run_benchmark(["work=gpu_model", *settings])

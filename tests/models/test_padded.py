@@ -86,7 +86,7 @@ def losses(model: Detector) -> tuple[dict[str, Tensor], list[Tensor], dict[str, 
 SETTINGS = [
     pytest.param({}, id="default"),
     pytest.param({"class_loss": "focal", "box_loss": "giou"}, id="focal and giou"),
-    pytest.param({"class_weights": (1.0, 2.0, 3.0, 0.5, 0.7)}, id="class weights"),
+    pytest.param({"class_weights": (1.0, 2.0, 3.0, 0.5, 0.7)}, id="class weights", marks=pytest.mark.slow),
     pytest.param(C4, id="c4", marks=pytest.mark.slow),
     pytest.param({"layout": "dc5", "anchor_sizes": (16, 32, 64)}, id="dc5", marks=pytest.mark.slow),
     pytest.param({"norm": "batch"}, id="batch norm", marks=pytest.mark.slow),

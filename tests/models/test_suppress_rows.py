@@ -289,9 +289,8 @@ def test_thresholds_are_compared_as_in_float64():
 
 
 @needs_triton
-@pytest.mark.parametrize(
-    ("capabilities", "sizes"), [("90", "2000"), pytest.param("80,90", "1,33,1000,4096,40000", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("capabilities", "sizes"), [("90", "2000"), ("80,90", "1,33,1000,4096,40000")])
 def test_the_kernels_compile_and_round_each_operation(capabilities, sizes, tmp_path):
     path = tmp_path / "programs.pt"
     run_code(COMPILE, str(path), capabilities, sizes, TRITON_CACHE_DIR=str(tmp_path / "cache"))

@@ -54,7 +54,8 @@ def differs(values: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
     return max(distance.item() for distance in distances)
 
 
-@pytest.mark.parametrize("norm", ["frozen", "batch", pytest.param("group", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("norm", ["frozen", "batch", "group"])
 def test_body_and_pyramid_are_one_graph(norm: str) -> None:
     """Whatever would end a graph, a hook or a value that is read, is an error here."""
     backbone = small_detector(norm).backbone

@@ -56,6 +56,7 @@ def assert_same_run(one: Path, other: Path) -> None:
     torch.testing.assert_close(weights(one), weights(other), rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_three_steps_are_the_cpus(tmp_path: Path, device_record: Record) -> None:
     train_here(tmp_path / "cpu", *SHORT, "train.device=cpu")
     assert device_record.operators == []
