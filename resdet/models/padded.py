@@ -36,7 +36,7 @@ from resdet.models.convolution import has_hooks
 from resdet.models.losses import masked_box_losses
 from resdet.models.proposals import FastProposalHead, FastProposalNetwork
 from resdet.models.roi_align import pool_by_level
-from resdet.models.seeded import SeededTransform, draw, random_keys
+from resdet.models.seeded import Drawn, Sampler, SeededTransform, draw, random_keys
 from resdet.models.suppression import suppress_rows
 from resdet.models.tracing import is_captured
 from resdet.types import Prediction
@@ -206,9 +206,9 @@ def _propose(rpn: RegionProposalNetwork, levels: list[Tensor], batch: Batch) -> 
         best.append(F.pad(index + first, (0, missing)) if missing else index + first)
         first += part.shape[1]
     score, chosen = torch.stack(best_logits, dim=1), torch.cat(best, dim=1)  # [B, L, most], [B, L * most]
-    boxes = decode(delta.gather(1, chosen[..., None].expand(-1, -1, 4)), anchors[chosen], rpn.box_coder)
+    boxes = decode(_take(delta, chosen), anchors[chosen], rpn.box_coder)
     boxes = torch.minimum(boxes.clamp(min=0), batch.limits)  # [B, L * most, 4]
-    used = ((boxes[..., 2:] - boxes[..., :2]).amin(dim=2) >= rpn.min_size).view_as(score) & (score > -math.inf)
+    used = (_least_side(boxes) >= rpn.min_size).view_as(score) & (score > -math.inf)
     if rpn.score_thresh > 0:
         used = used & (score.sigmoid() >= rpn.score_thresh)
     # By logits, also where the ranking is by probability: it rises with them, but for ties.
@@ -223,15 +223,11 @@ def _propose(rpn: RegionProposalNetwork, levels: list[Tensor], batch: Batch) -> 
 def _rpn_losses(
     rpn: RegionProposalNetwork, levels: list[Tensor], anchors: Tensor, objects: Objects
 ) -> dict[str, Tensor]:
-    sampler = rpn.fg_bg_sampler
     with torch.no_grad():
         # Image by image: with G rows for each, those of 16 images at 200,000 anchors would take gigabytes.
         each = [_match_anchors(rpn, anchors, objects, image) for image in range(len(objects.counts))]
         status, matched = (torch.stack(column) for column in zip(*each, strict=True))  # [B, N]
-        keys = random_keys(sampler.seeds, status.shape, status.device)
-        drawn = draw(status, keys, sampler.batch_size_per_image, sampler.positive_fraction)
-        sampler.num_positives = drawn.positive.sum(dim=1)
-        sampled, positive, used = drawn.rows, drawn.positive, drawn.used  # [B, S]
+        sampled, positive, used = _draw(rpn.fg_bg_sampler, status)  # [B, S]
         own = anchors[sampled]  # [B, S, 4]
         wanted = encode(_take(objects.boxes, matched.gather(1, sampled)), own, rpn.box_coder)
         # Whatever is there in place of an object, not even NaN times 0 may come through.
@@ -271,21 +267,25 @@ def _status(matcher: Matcher, highest: Tensor) -> Tensor:
     return status.masked_fill_(highest >= matcher.high_threshold, 1)
 
 
+def _draw(sampler: Sampler, status: Tensor) -> Drawn:
+    """Draw as many rows as a sampler does, from the seeds of its images, and leave it the number of positives."""
+    keys = random_keys(sampler.seeds, status.shape, status.device)
+    drawn = draw(status, keys, sampler.batch_size_per_image, sampler.positive_fraction)
+    sampler.num_positives = drawn.positive.sum(dim=1)
+    return drawn
+
+
 @torch.no_grad()
 def _sample(heads: BoxHeads, proposals: Boxes, objects: Objects) -> Regions:
     """Draw the proposals of each image that the box head is trained on, the objects themselves among them."""
     exists = objects.labels > 0  # [B, G]
-    iou = pairwise_iou(objects.boxes, torch.cat([proposals.boxes, objects.boxes], dim=1))  # [B, G, P + G]
+    boxes, used = torch.cat([proposals.boxes, objects.boxes], dim=1), torch.cat([proposals.used, exists], dim=1)
+    iou = pairwise_iou(objects.boxes, boxes)  # [B, G, P + G]
     iou = torch.where(exists[..., None], iou, -1)
     found = iou[..., : proposals.boxes.shape[1]].amax(dim=2) >= FOUND_IOU  # [B, G]
     heads.num_objects, heads.num_found = sum(objects.counts), found.sum(dim=1)
     highest, matched = iou.max(dim=1)  # [B, P + G]
-    boxes, used = torch.cat([proposals.boxes, objects.boxes], dim=1), torch.cat([proposals.used, exists], dim=1)
-    matcher, sampler = heads.proposal_matcher, heads.fg_bg_sampler
-    status = torch.where(used, _status(matcher, highest), -1)
-    keys = random_keys(sampler.seeds, status.shape, status.device)
-    drawn = draw(status, keys, sampler.batch_size_per_image, sampler.positive_fraction)
-    sampler.num_positives = drawn.positive.sum(dim=1)
+    drawn = _draw(heads.fg_bg_sampler, torch.where(used, _status(heads.proposal_matcher, highest), -1))
     of_object = matched.gather(1, drawn.rows)  # [B, S]
     regions = _take(boxes, drawn.rows)
     wanted = encode(_take(objects.boxes, of_object), regions, heads.box_coder)

@@ -87,7 +87,7 @@ def random_keys(seeds: Sequence[int], shape: torch.Size, device: torch.device) -
     if not seeds:
         seeds = torch.randint(2**62, (shape[0],)).tolist()
     # The seeds themselves are mixed too: sequences of neighbours would be the same, shifted by one.
-    first = send(_mix(torch.tensor(seeds)), torch.device(device))  # [B]
+    first = send(_mix(torch.tensor(seeds)), device)  # [B]
     return _mix(_places(shape[1], device) + first[:, None]).bitwise_and_(2**63 - 1)
 
 
