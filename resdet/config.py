@@ -275,13 +275,21 @@ class OptimConfig(Section):
         return self
 
 
+class DetectorOptimConfig(OptimConfig):
+    """Optimizer and learning rate."""
+
+    body_lr_factor: float = Field(1.0, gt=0)
+    """Factor of the rate for the body, whose weights are trained already, where those of pyramid, RPN and box head
+    begin at random; 1 trains all alike."""
+
+
 class TrainConfig(Section):
     """Length, batch size, precision and intervals of training."""
 
     steps: int | None = Field(None, ge=1)
-    """Number of optimizer steps; give this or ``epochs``."""
+    """Number of optimizer steps; give this or ``epochs`` (of a detector, or ``minutes``)."""
     epochs: float | None = Field(None, gt=0)
-    """Passes over the training images; give this or ``steps``."""
+    """Passes over the training images; give this or ``steps`` (of a detector, or ``minutes``)."""
     batch_size: int = Field(16, ge=1)
     """Images per optimizer step, over all processes and micro-batches together."""
     accumulate: int = Field(1, ge=1)
@@ -316,9 +324,7 @@ class TrainConfig(Section):
     """Halve micro-batches from then on when memory runs out (one process only)."""
 
     @model_validator(mode="after")
-    def _one_length(self) -> Self:
-        if (self.steps is None) == (self.epochs is None):
-            raise ValueError("give exactly one of steps and epochs")
+    def _batches_divide(self) -> Self:
         if self.batch_size % self.accumulate:
             raise ValueError(f"batch_size ({self.batch_size}) must be a multiple of accumulate ({self.accumulate})")
         return self
@@ -384,9 +390,13 @@ class Config(Section):
     or covered by holes and pasted objects."""
     loader: LoaderConfig = LoaderConfig()
     """Data loading."""
-    optim: OptimConfig = OptimConfig()
+    optim: DetectorOptimConfig = DetectorOptimConfig()
     """Optimizer and learning rate."""
-    train: TrainConfig
+    minutes: float | None = Field(None, gt=0)
+    """Wall-clock time of the whole run, reading of the data and evaluations included, in place of ``train.steps`` and
+    ``train.epochs``: the schedule follows the clock and is finished when the time is up, also on a machine that becomes
+    slower or faster. A resumed run has what is left of it."""
+    train: TrainConfig = TrainConfig()
     """Length, batch size, precision, intervals."""
     eval: EvalConfig = EvalConfig()
     """Evaluation."""
@@ -398,6 +408,12 @@ class Config(Section):
     the checkpoint's weights depend on them."""
     seed: int = Field(0, ge=0)
     """Seed of all random numbers: weights, order of images, augmentation, sampling of boxes."""
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Self:
+        if sum(length is not None for length in (self.train.steps, self.train.epochs, self.minutes)) != 1:
+            raise ValueError("give exactly one of train.steps, train.epochs and minutes (null takes one back)")
+        return self
 
 
 def load_config(config: str | Path | Mapping[str, Any], overrides: Overrides = ()) -> Config:

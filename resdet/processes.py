@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
 from collections.abc import Callable, Iterator
@@ -97,6 +98,10 @@ class Processes:
             dist.all_reduce(value)
             value /= self.world_size
         return value
+
+    def mean_of(self, number: float) -> float:
+        """Return the mean of a number that each process has, in each of them."""
+        return number if self.world_size == 1 else math.fsum(self.gather(number)) / self.world_size
 
 
 def choose_device(name: Literal["auto", "cpu", "cuda"], local_rank: int = 0) -> torch.device:

@@ -164,6 +164,12 @@ class ClassifierTrainConfig(TrainConfig):
     """Parameter of the Beta distribution of the part pasted from another image (Yun et al. 2019); 0 pastes none. With
     ``mixup`` too, each batch has one of the two."""
 
+    @model_validator(mode="after")
+    def _one_length(self) -> Self:
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("give exactly one of steps and epochs")
+        return self
+
 
 class ClassifierEvalConfig(Section):
     """Evaluation of the model."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Generator, Mapping, Sequence, Sized
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -31,10 +33,12 @@ from resdet.data.split import check_lists, write_lists
 from resdet.drawing import draw, legible_scale, picture_names, save_picture, shown_from
 from resdet.errors import TrainingError, UserError, WeightsError, printable
 from resdet.evaluation.detect import Evaluation, evaluate
+from resdet.evaluation.inference import inference as run_inference
 from resdet.evaluation.labels import match_labels, with_model_classes
 from resdet.evaluation.loss import validation_loss
 from resdet.evaluation.report import write_run_report
 from resdet.evaluation.settings import InferenceSettings
+from resdet.evaluation.state import placed
 from resdet.evaluation.write import write_metrics
 from resdet.models.checkpoint import checkpoint_payload, load_detector
 from resdet.models.detector import Detector
@@ -43,6 +47,7 @@ from resdet.models.seeded import image_seeds
 from resdet.models.transform import host_resize
 from resdet.precision import Precision, autocast
 from resdet.processes import Processes
+from resdet.random_states import random_states_kept
 from resdet.training import guards
 from resdet.training.checkpoint import load_training_state
 from resdet.training.compiled import compile_detector, without_compiled_code
@@ -56,6 +61,9 @@ from resdet.training.step import accumulate_gradients
 from resdet.weights.files import WeightsFile, read_checkpoint, read_weights, weights_in
 
 logger = logging.getLogger(__name__)
+
+_TIMED_IMAGES = 4
+_REPORT_S, _REPORT_S_PER_IMAGE = 4.0, 0.05  # checkpoints, pictures, report.html; metrics of each image (2 cores)
 
 
 def train(
@@ -129,11 +137,16 @@ def train(
             best_metric=config.eval.best_metric,
             num_images=num_images["train"],
             num_val_images=num_images["val"],
+            minutes=config.minutes,
+            body_lr_factor=config.optim.body_lr_factor,
             is_rejudged=is_rejudged,
             on_log=on_log,
             on_evaluation=on_evaluation,
         )
         inference = inference_settings(config)
+        if config.minutes is not None:
+            seconds = team.mean_of(evaluation_seconds(model, val_data, inference, team.world_size))
+            settings = replace(settings, evaluation_s=seconds)
         task = DetectionTask(model, train_data, val_data, settings, config.loader, config.eval, inference, team)
         return run(task, settings, team, begun=begun, saved=saved)
 
@@ -148,6 +161,22 @@ def first_model(
     if config.train.compile:
         compile_detector(model, device)
     return model
+
+
+def evaluation_seconds(
+    model: Detector, dataset: DetectionDataset, inference: InferenceSettings, num_processes: int
+) -> float:
+    """Estimate from a few images how long an evaluation takes, with checkpoints, pictures and report."""
+    num_images = dataset.table.num_images
+    chosen = np.unique(np.linspace(0, num_images - 1, _TIMED_IMAGES).astype(np.int64)).tolist()
+    images = [torch.from_numpy(dataset.image(index)).permute(2, 0, 1) for index in chosen]  # [3, H, W] each
+    with random_states_kept(placed(model, inference.device)), run_inference(model, inference) as run:
+        run(images[:1], "")  # sets up kernels
+        begun = time.perf_counter()
+        for image in images:
+            run([image], "")
+        seconds = (time.perf_counter() - begun) / len(images)
+    return seconds * math.ceil(num_images / num_processes) + _REPORT_S + _REPORT_S_PER_IMAGE * num_images
 
 
 def stated(config: Config, given: Mapping[str, Dataset[Any] | None], classes: Sequence[str] | None) -> Config:

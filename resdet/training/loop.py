@@ -25,6 +25,7 @@ from resdet.files import write_text
 from resdet.processes import Processes
 from resdet.training import guards
 from resdet.training.checkpoint import BEST, LAST, reported_disk_errors, save_checkpoint, save_last
+from resdet.training.clock import OPEN_END, Clock, check_minutes
 from resdet.training.folder import CONFIG
 from resdet.training.guards import Moment
 from resdet.training.interrupt import StopNow, StopSignals
@@ -98,26 +99,29 @@ def run(
     Every process of ``team`` calls this. ``begun`` is when the run began (``time.perf_counter``), ``saved`` the
     training state to resume from, empty for a new run. Errors are as ``resdet.train`` documents them.
     """
-    train, num_steps = settings.train, settings.num_steps
+    train = settings.train
     learner, state = set_up(task.model, settings, team, saved)
+    clock = begin_clock(settings, team, state, begun)
     batches = task.batches(state.step)
     start, evaluated, folder = state.step, state.evaluated, settings.output_dir
-    run_log = RunLog(folder, num_steps=num_steps, start_step=start, evaluated=evaluated, enabled=team.is_main)
+    run_log = RunLog(folder, num_steps=state.num_steps, start_step=start, evaluated=evaluated, enabled=team.is_main)
     # Closed here: what ends a run may be kept by its caller, with all variables of this function.
     with closing(batches), run_log as log, StopSignals(team.world_size) as stop:
         if team.is_main:
-            write_plan(task, learner)
+            write_plan(task, learner, state)
         learner.model.train()
         state.logged_at = time.perf_counter()
         while True:
             # Evaluate if it is time to; the clock of the training log stands still meanwhile.
-            if evaluation_is_due(state, settings):
+            if evaluation_is_due(state, settings, clock):
                 if state.saved != state.step:
                     save(task, learner, state)  # evaluation can take long: keep what was trained
                 paused = time.perf_counter()
                 with stoppable(task, learner, state, stop):
                     line = evaluate(task, learner, state, log)
                 save(task, learner, state)
+                if clock is not None:
+                    clock.after_evaluation(seconds_since(paused, team), elapsed=seconds_since(begun, team))
                 tell(settings.on_evaluation, line, task, learner, state)
                 state.logged_at += time.perf_counter() - paused
             if is_over(state, settings):
@@ -129,7 +133,7 @@ def run(
             torch.manual_seed(random_seed)
             lr = learner.rate.at(state.step, state.schedule)
             for group in learner.optimizer.param_groups:
-                group["lr"] = lr
+                group["lr"] = lr * group["lr_factor"]
 
             # Draw this process's share of the step: `accumulate` micro-batches of uint8 images in host memory.
             waiting = time.perf_counter()
@@ -158,10 +162,12 @@ def run(
                 learner.average.update_parameters(learner.model)
 
             state.step += 1
-            log.advance()
+            if clock is not None:
+                state.num_steps = clock.after_step(state.step, seconds_since(begun, team))
+            log.advance(state.num_steps)
             state.log_steps += 1
             state.log_sums = add_up(state.log_sums, values)
-            if state.step % train.log_every == 0 or state.step == num_steps:
+            if state.step % train.log_every == 0 or state.step == state.num_steps:
                 line = log_interval(task, learner, state, log, lr)
                 tell(settings.on_log, line, task, learner, state)
 
@@ -171,24 +177,42 @@ def run(
             if train.save_every is not None and state.step % train.save_every == 0:
                 save(task, learner, state)
 
-    if state.step < num_steps:
+    if state.step < state.num_steps:
         logger.info("stopped early: %s has not risen in %d evaluations", settings.best_metric, state.num_worse)
     assert state.best is not None
     return TrainResult(settings.output_dir, state.step, state.metrics, state.best, time.perf_counter() - begun)
 
 
-def evaluation_is_due(state: RunState, settings: RunSettings) -> bool:
+def seconds_since(begun: float, team: Processes) -> float:
+    """Return the seconds since ``begun``, the same in all processes."""
+    return team.mean_of(time.perf_counter() - begun)
+
+
+def evaluation_is_due(state: RunState, settings: RunSettings, clock: Clock | None) -> bool:
     """Return whether to evaluate before the next step: every ``eval_every`` steps and after the last."""
     every = settings.train.eval_every
     is_due = state.step > 0 and every is not None and state.step % every == 0
-    return (is_due or state.step >= settings.num_steps) and (state.evaluated != state.step or state.best is None)
+    is_due = is_due and (clock is None or clock.allows_evaluation)
+    return (is_due or state.step >= state.num_steps) and (state.evaluated != state.step or state.best is None)
 
 
 def is_over(state: RunState, settings: RunSettings) -> bool:
     """Return whether the run has done its steps, or ``patience`` evaluations in a row brought nothing."""
     patience = settings.train.patience
     is_stuck = patience is not None and state.num_worse >= patience and state.evaluated == state.step
-    return state.step >= settings.num_steps or is_stuck
+    return state.step >= state.num_steps or is_stuck
+
+
+def begin_clock(settings: RunSettings, team: Processes, state: RunState, begun: float) -> Clock | None:
+    """Return the clock of a run that has minutes, with the number of steps as far as it is known."""
+    if settings.minutes is None:
+        return None
+    clock = Clock(settings.minutes, settings.train.eval_every, state.schedule)
+    if not clock.knows_evaluation:
+        check_minutes(settings.minutes, settings.evaluation_s, seconds_since(begun, team))
+        clock.expect_evaluation(settings.evaluation_s)
+    state.num_steps = clock.resumed_steps(state.step)
+    return clock
 
 
 def evaluate(task: Task[BatchT], learner: Learner, state: RunState, log: RunLog) -> dict[str, Any]:
@@ -305,13 +329,18 @@ def interrupted(stop: StopSignals, state: RunState, settings: RunSettings) -> In
     """Return the error that ends a run after a signal; another process may have received it."""
     number = stop.received or signal.SIGTERM
     return Interrupted(
-        f"stopped by {signal.Signals(number).name} after step {state.step} of {settings.num_steps}: "
+        f"stopped by {signal.Signals(number).name} after step {state.step} of {length_text(state)}: "
         f"{settings.output_dir / LAST} holds everything, and the same command with resume=auto continues the run",
         number,
     )
 
 
-def write_plan(task: Task[BatchT], learner: Learner) -> None:
+def length_text(state: RunState) -> str:
+    """Return the number of steps of a run in words."""
+    return "as many as its time allows" if state.num_steps == OPEN_END else str(state.num_steps)
+
+
+def write_plan(task: Task[BatchT], learner: Learner, state: RunState) -> None:
     """Write config.yaml and log what is about to happen."""
     settings, team = learner.settings, learner.team
     text = yaml.safe_dump(settings.config, sort_keys=False, default_flow_style=None, width=120)
@@ -319,10 +348,14 @@ def write_plan(task: Task[BatchT], learner: Learner) -> None:
         write_text(path, text)
     for line in task.describe():
         logger.info("%s", line)
-    train, optim, num_steps = settings.train, settings.optim, settings.num_steps
-    at_a_time, epochs = learner.micro_batch_size, num_steps * train.batch_size / settings.num_images
-    length = f"{num_steps} steps of {train.batch_size} images ({at_a_time} at a time in each process)"
-    logger.info("%s, %.1f epochs; %s on %d x %s", length, epochs, train.precision, team.world_size, team.device.type)
+    train, optim = settings.train, settings.optim
+    batch = f"steps of {train.batch_size} images ({learner.micro_batch_size} at a time in each process)"
+    if settings.minutes is None:
+        epochs = settings.num_steps * train.batch_size / settings.num_images
+        length = f"{settings.num_steps} {batch}, {epochs:.1f} epochs"
+    else:
+        length = f"{settings.minutes:g} minutes, evaluations included, of {batch}"
+    logger.info("%s; %s on %d x %s", length, train.precision, team.world_size, team.device.type)
     scaled = f": {optim.lr:g} for {optim.lr_batch_size} images, scaled linearly (optim.lr_batch_size)"
     is_scaled = optim.lr_batch_size not in (None, train.batch_size)
     logger.info("learning rate %g%s", learner.rate.base, scaled if is_scaled else "")

@@ -48,6 +48,7 @@ REFUSED: dict[str, str] = {
     **dict.fromkeys((f"model.weights_origin.{name}" for name in WeightsOrigin.model_fields), _BEGUN),
     "model.trainable_layers": "the checkpoint's optimizer has a state for the old one's layers",
     "optim.name": "the checkpoint's optimizer state is the old one's",
+    "optim.body_lr_factor": "the checkpoint's optimizer has a state for the old one's groups",
     "data.train.format": "a run's training data may grow, but not become another dataset",
 }
 """Keys that must not change, and why."""
@@ -80,7 +81,7 @@ APPLIED = frozenset(
             "deterministic compile retry_out_of_memory label_smoothing mixup cutmix",
         ),
         *_keys("eval", "batch_size precision loss reference num_pictures picture_score"),
-        *("augment", "min_visibility", "output_dir", "resume", "seed"),
+        *("augment", "min_visibility", "minutes", "output_dir", "resume", "seed"),
     ]
 )
 """Keys whose change is applied."""

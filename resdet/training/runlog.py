@@ -24,6 +24,7 @@ from resdet.errors import TrainingError, name_some
 from resdet.evaluation.report_runs import read_log_lines
 from resdet.files import written_whole
 from resdet.training.checkpoint import reported_disk_errors
+from resdet.training.clock import OPEN_END
 from resdet.training.folder import EVENTS, LOG
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ class RunLog:
         self, output_dir: Path, *, num_steps: int, start_step: int, evaluated: int | None = None, enabled: bool
     ) -> None:
         self._folder, self._path = output_dir, output_dir / LOG
-        self._num_steps, self._start_step, self._evaluated = num_steps, start_step, evaluated or 0
+        self._num_steps, self._start_step, self._evaluated = _known(num_steps), start_step, evaluated or 0
         self._enabled = enabled
         self._board: SummaryWriter | None = None
         self._bar: tqdm[Never] | None = None
@@ -90,9 +91,10 @@ class RunLog:
             if kind is None:  # it must not hide the error that ended the run
                 raise
 
-    def advance(self) -> None:
-        """Count one step on the progress bar."""
+    def advance(self, num_steps: int) -> None:
+        """Count one step on the progress bar; ``num_steps`` is the length of the run as it is known now."""
         if self._bar is not None:
+            self._bar.total = _known(num_steps)
             self._bar.update()
 
     def losses(self, step: int, values: Mapping[str, float]) -> dict[str, Any]:
@@ -128,6 +130,10 @@ class RunLog:
             for name, value in values.items():
                 self._board.add_scalar(f"{group}/{name}", value, step)
         return line
+
+
+def _known(num_steps: int) -> int | None:
+    return None if num_steps == OPEN_END else num_steps
 
 
 @contextmanager

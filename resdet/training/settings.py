@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from resdet.config import OptimConfig, TrainConfig
+from resdet.training.clock import OPEN_END
 
 Callback = Callable[[dict[str, Any]], object]
 """Takes a line of metrics.jsonl, in the main process; what it returns is ignored, and what it raises ends the run."""
@@ -27,7 +28,10 @@ class RunSettings:
     best_metric: str  # its highest value makes an evaluation the best
     num_images: int  # an epoch
     num_val_images: int
+    minutes: float | None = None  # the schedule follows the clock; None: the number of steps is fixed
     is_rejudged: bool = False  # evaluations before resuming are not comparable with those to come
+    evaluation_s: float = 0.0  # seconds that an evaluation is expected to take; only ``minutes`` needs it
+    body_lr_factor: float = 1.0  # of the rate, for a detector's body
     plateau_patience: int | None = None  # for LearningRate, as is the next
     warmup_until_error: float | None = None
     on_log: Callback | None = None  # called after each line on losses
@@ -35,5 +39,7 @@ class RunSettings:
 
     @property
     def num_steps(self) -> int:
-        """Optimizer steps of the whole run."""
+        """Optimizer steps of the whole run; with ``minutes`` the clock decides (``RunState.num_steps``)."""
+        if self.minutes is not None:
+            return OPEN_END
         return self.train.steps or math.ceil((self.train.epochs or 0) * self.num_images / self.train.batch_size)

@@ -14,6 +14,7 @@ from torch.nn.utils import clip_grad_norm_, get_total_norm
 from resdet.errors import WeightsError, first_line
 from resdet.processes import Processes
 from resdet.training.average import AveragedModel
+from resdet.training.clock import Schedule
 from resdet.training.optim import LearningRate, build_optimizer
 from resdet.training.settings import RunSettings
 
@@ -38,9 +39,10 @@ class RunState:
     metrics: dict[str, float] = field(default_factory=dict)  # of that evaluation
     log_sums: dict[str, Tensor] = field(default_factory=dict)  # since the last line of the log; see step.add_up
     log_steps: int = 0  # they were summed over
-    schedule: dict[str, int] = field(default_factory=dict)  # LearningRate's; empty if it follows the step alone
+    schedule: Schedule = field(default_factory=dict)  # LearningRate's and Clock's; empty if it follows the step alone
     num_images: dict[str, int] = field(default_factory=dict)  # of the splits train and val
     # What follows is not saved.
+    num_steps: int = 0  # of the whole run; with ``minutes`` as the clock has decided by now
     saved: int | None = None  # step that last.pt holds; None if it holds none of this run
     num_pieces: int = 1  # in which each micro-batch is computed; more than one after memory ran out
     logged_at: float = field(default_factory=time.perf_counter)  # start of the log's interval, without evaluations
@@ -97,6 +99,7 @@ def set_up(model: nn.Module, settings: RunSettings, team: Processes, saved: dict
         momentum=optim.momentum,
         weight_decay=optim.weight_decay,
         norm_weight_decay=optim.norm_weight_decay,
+        body_lr_factor=settings.body_lr_factor,
     )
     scaler = torch.amp.GradScaler(team.device.type, enabled=settings.train.precision == "fp16")
     average = None if settings.train.ema_decay is None else AveragedModel(model, settings.train.ema_decay)
@@ -119,6 +122,7 @@ def set_up(model: nn.Module, settings: RunSettings, team: Processes, saved: dict
             state.best, state.num_worse = None, 0
             logger.info("evaluations are not comparable with earlier ones: the best checkpoint is sought anew")
         logger.info("resumed from %s at step %d", settings.resume_from, state.step)
+    state.num_steps = settings.num_steps
     state.num_images = {"train": settings.num_images, "val": settings.num_val_images}
     return Learner(settings, team, model, team.parallel(model), optimizer, scaler, rate, average), state
 

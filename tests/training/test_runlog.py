@@ -41,7 +41,7 @@ def test_an_evaluation_that_will_happen_again_is_dropped(tmp_path: Path) -> None
 def test_other_ranks_write_nothing(tmp_path: Path) -> None:
     with RunLog(tmp_path / "run", num_steps=1, start_step=0, enabled=False) as log:
         log.losses(1, VALUES)
-        log.advance()
+        log.advance(1)
     assert not (tmp_path / "run").exists()
 
 
