@@ -36,7 +36,7 @@ from resdet.models.norm import calibrate_norm
 from resdet.models.seeded import image_seeds
 from resdet.models.spec import DetectorSpec, Tricks
 from resdet.training.average import AveragedModel
-from resdet.training.detection import detection_losses
+from resdet.training.losses import detection_losses
 from resdet.training.optim import build_optimizer
 from resdet.training.step import accumulate_gradients
 from resdet.types import Prediction, Target

@@ -42,10 +42,7 @@ from resdet.evaluation.state import placed
 from resdet.evaluation.write import write_metrics
 from resdet.models.checkpoint import checkpoint_payload, load_detector
 from resdet.models.detector import Detector
-from resdet.models.inputs import model_images, model_targets
-from resdet.models.seeded import image_seeds
 from resdet.models.transform import host_resize
-from resdet.precision import Precision, autocast
 from resdet.processes import Processes
 from resdet.random_states import random_states_kept
 from resdet.training import guards
@@ -54,6 +51,7 @@ from resdet.training.compiled import compile_detector, without_compiled_code
 from resdet.training.folder import METRICS, PICTURES
 from resdet.training.launch import launched
 from resdet.training.loop import TrainResult, run
+from resdet.training.losses import detection_losses
 from resdet.training.resume import check_configuration, check_data
 from resdet.training.runlog import RunLog
 from resdet.training.settings import Callback, RunSettings
@@ -312,21 +310,6 @@ class DetectionTask:
             picture = draw(image, found, dataset.categories, score_threshold=threshold, scale=scale)
             save_picture(folder / f"{name}.png", picture)
             log.picture(step, printable(name), picture)
-
-
-def detection_losses(model: Detector, parallel: nn.Module, batch: Batch, precision: Precision) -> dict[str, Tensor]:
-    """Compute the losses of a batch in host memory, whose pixels travel to the device in one copy.
-
-    ``parallel`` is the detector or its wrapper for several processes; losses are float32, whatever the precision.
-    Returns ``loss``, the losses it is the sum of, and what the detector counted, means over the batch's images.
-    """
-    device = next(model.parameters()).device
-    images = model_images(model, batch.images, device)  # [3, H, W] each; the detector resizes, pads and stacks
-    targets = model_targets(model, batch.targets, device)
-    with autocast(device, precision), image_seeds(model, batch.seeds):
-        losses: dict[str, Tensor] = parallel(images, targets)
-    loss = torch.stack(list(losses.values())).sum()
-    return {"loss": loss, **losses, **model.training_counts()}
 
 
 def not_finite(

@@ -13,7 +13,7 @@ from resdet.data.loader import Batch
 from resdet.models.detector import Detector, build_detector
 from resdet.models.norm import calibrate_norm
 from resdet.models.spec import DetectorSpec
-from resdet.training.detection import detection_losses
+from resdet.training.losses import detection_losses
 from resdet.types import Prediction, Target
 
 NUM_CLASSES = 4

@@ -31,7 +31,7 @@ from resdet.models.detector import Detector
 from resdet.precision import Precision
 from resdet.prediction import predict
 from resdet.training import detection, loop
-from resdet.training.detection import detection_losses
+from resdet.training.losses import detection_losses
 from resdet.training.step import accumulate_gradients
 
 SHORT = ("train.steps=4", "train.eval_every=2", "optim.warmup_steps=0")

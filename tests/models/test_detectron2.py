@@ -48,7 +48,8 @@ from resdet.models.test_time import detect_with_tricks
 from resdet.models.transform import PilTransform, host_resize, scaled_size
 from resdet.processes import Processes
 from resdet.training import guards
-from resdet.training.detection import DetectionTask, detection_losses, not_finite, repeat_step
+from resdet.training.detection import DetectionTask, not_finite, repeat_step
+from resdet.training.losses import detection_losses
 from resdet.training.settings import RunSettings
 from resdet.training.step import accumulate_gradients
 from resdet.types import Category, Prediction

@@ -26,8 +26,9 @@ from resdet.models.detector import Detector, build_detector
 from resdet.models.spec import DetectorSpec
 from resdet.training import guards
 from resdet.training.checkpoint import newest_whole
-from resdet.training.detection import detection_losses, not_finite, repeat_step
+from resdet.training.detection import not_finite, repeat_step
 from resdet.training.folder import claimed
+from resdet.training.losses import detection_losses
 from resdet.training.step import accumulate_gradients
 from resdet.types import Target
 from resdet.weights.files import read_checkpoint

@@ -21,7 +21,7 @@ from resdet.data.loader import Batch
 from resdet.errors import TrainingError
 from resdet.models.detector import Detector
 from resdet.precision import Precision, autocast
-from resdet.training.detection import detection_losses
+from resdet.training.losses import detection_losses
 from resdet.training.optim import build_optimizer
 from resdet.training.step import accumulate_gradients
 from resdet.types import target_to

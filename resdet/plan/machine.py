@@ -1,0 +1,94 @@
+"""How fast a machine trains a detector: a few steps at two sizes and in two precisions, seconds in all."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from resdet.data.dataset import DetectionDataset
+from resdet.data.loader import Batch
+from resdet.models.detector import Detector
+from resdet.precision import Precision
+from resdet.random_states import random_states_kept
+from resdet.training.losses import detection_losses
+
+_SMALL, _LARGE = 256, 512  # shorter sides that are timed, pixels
+_PAYS = 0.9  # a lower precision is taken if a step takes less than this share of the time
+_NUM_SAMPLES = 4  # images, evenly spread
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a step costs here.
+
+    Attributes:
+        device: ``cpu`` or ``cuda``.
+        precision: The faster of float32 and bfloat16; float32 unless the other one pays.
+        gain: How many times as fast as float32 bfloat16 is.
+        per_image: Seconds of a training step for each image, whatever its size.
+        per_megapixel: Seconds for each million pixels in addition.
+    """
+
+    device: str
+    precision: Precision
+    gain: float
+    per_image: float
+    per_megapixel: float
+
+    def seconds(self, height: float, width: float) -> float:
+        """Return the seconds of a training step for each image that is scaled to this size."""
+        return self.per_image + self.per_megapixel * height * width / 1e6
+
+
+_MAX_ASPECT = 2.0  # of an image that is timed: the longer side is cut down to this many shorter ones
+
+
+def measure_machine(model: Detector, train_set: DetectionDataset, device: torch.device) -> Machine:
+    """Time training steps of a detector on images of the dataset; the detector is as before afterwards.
+
+    Gradients are computed and dropped. Each size and precision is run twice, and the second run counts.
+    """
+    transform, training = model.transform, model.training
+    before = transform.min_size, transform.max_size
+    batch = _batch(train_set, 1 if device.type == "cpu" else _NUM_SAMPLES)
+
+    def step_seconds(precision: Precision, side: int) -> float:
+        transform.min_size, transform.max_size = (side,), int(_MAX_ASPECT * side)
+        seconds = 0.0
+        for _ in range(2):
+            begun = time.perf_counter()
+            detection_losses(model, model, batch, precision)["loss"].backward()  # type: ignore[no-untyped-call]
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            seconds = (time.perf_counter() - begun) / len(batch.images)
+        return seconds
+
+    model.to(device).train()
+    try:
+        with random_states_kept(device):
+            full, half = step_seconds("fp32", _SMALL), step_seconds("bf16", _SMALL)
+            precision: Precision = "bf16" if half < _PAYS * full else "fp32"
+            large = step_seconds(precision, _LARGE)
+    finally:
+        transform.min_size, transform.max_size = before
+        model.train(training)
+        model.zero_grad(set_to_none=True)
+    small = half if precision == "bf16" else full
+    pixels = [_megapixels(batch, side, int(_MAX_ASPECT * side)) for side in (_SMALL, _LARGE)]
+    slope = max(large - small, 0.0) / max(pixels[1] - pixels[0], 1e-6)
+    return Machine(device.type, precision, full / half, max(small - slope * pixels[0], 0.0), slope)
+
+
+def _batch(dataset: DetectionDataset, num_images: int) -> Batch:
+    indices = np.linspace(0, len(dataset) - 1, num_images + 1)[:num_images].astype(np.int64).tolist()
+    images, targets = zip(*(dataset[index, 0] for index in indices), strict=True)
+    return Batch(list(images), list(targets), indices, list(range(num_images)))
+
+
+def _megapixels(batch: Batch, min_size: int, max_size: int) -> float:
+    sizes = np.array([image.shape[-2:] for image in batch.images], dtype=np.float64)  # [B, 2]
+    scale = np.minimum(min_size / sizes.min(axis=1), max_size / sizes.max(axis=1))
+    return float((sizes.prod(axis=1) * scale**2).mean()) / 1e6
