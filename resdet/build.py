@@ -170,7 +170,8 @@ def build_given_dataset(
     train_set: DetectionDataset | None,
 ) -> DetectionDataset:
     """Return a dataset that a program has given, to train on, or where ``train_set`` is known to evaluate on."""
-    augment = build_augment(list(config.augment), min_visibility=config.min_visibility) if config.augment else None
+    augments = config.augment and not config.plan  # a plan decides later
+    augment = build_augment(list(config.augment), min_visibility=config.min_visibility) if augments else None
     return wrap_dataset(
         dataset,
         classes=classes,

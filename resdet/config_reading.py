@@ -131,6 +131,14 @@ def config_to_plain(config: BaseModel) -> dict[str, Any]:
     return config.model_dump(mode="json")
 
 
+def flattened(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return the values of nested sections by their dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= flattened(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
+
+
 def config_to_yaml(config: BaseModel) -> str:
     """Return the whole configuration, defaults included, as YAML that reads back to the same."""
     return yaml.safe_dump(config_to_plain(config), sort_keys=False, default_flow_style=None, width=120)

@@ -18,7 +18,7 @@ from import_rules import PACKAGE, broken_rules
 
 ROOT = Path(__file__).resolve().parents[1]
 
-PACKAGE_LINES = 31_000
+PACKAGE_LINES = 33_000
 """19,500 when the package took its present form; each feature added since has moved it by what it needs."""
 FILE_LINES = 500
 FUNCTION_LINES = 80

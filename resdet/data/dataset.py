@@ -159,9 +159,14 @@ class DetectionDataset(Dataset[tuple[Tensor, Target]]):
         Raises:
             DataError: If there is nothing to train on.
         """
+        chosen = self.augmented(augment)
+        chosen._log_left_out()
+        return chosen
+
+    def augmented(self, augment: Augment | None) -> DetectionDataset:
+        """Return this dataset with ``augment``, unless it has steps of its own."""
         chosen = copy.copy(self)
         chosen._augment = self._augment or augment
-        chosen._log_left_out()
         return chosen
 
     def with_classes_of(self, categories: Sequence[Category]) -> DetectionDataset:

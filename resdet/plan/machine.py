@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,6 +19,8 @@ from resdet.training.losses import detection_losses
 
 _SMALL, _LARGE = 256, 512  # shorter sides that are timed, pixels
 _PAYS = 0.9  # a lower precision is taken if a step takes less than this share of the time
+_BYTES = 2.5e9  # of a training step on a CPU for each million pixels, ResNet-101 in float32
+_REPEATS = 3
 _NUM_SAMPLES = 4  # images, evenly spread
 
 
@@ -30,6 +34,7 @@ class Machine:
         gain: How many times as fast as float32 bfloat16 is.
         per_image: Seconds of a training step for each image, whatever its size.
         per_megapixel: Seconds for each million pixels in addition.
+        megapixels: How many a step may have at once in this memory, half of which is left free.
     """
 
     device: str
@@ -37,6 +42,7 @@ class Machine:
     gain: float
     per_image: float
     per_megapixel: float
+    megapixels: float
 
     def seconds(self, height: float, width: float) -> float:
         """Return the seconds of a training step for each image that is scaled to this size."""
@@ -49,7 +55,8 @@ _MAX_ASPECT = 2.0  # of an image that is timed: the longer side is cut down to t
 def measure_machine(model: Detector, train_set: DetectionDataset, device: torch.device) -> Machine:
     """Time training steps of a detector on images of the dataset; the detector is as before afterwards.
 
-    Gradients are computed and dropped. Each size and precision is run twice, and the second run counts.
+    Gradients are computed and dropped. Of several runs of each size and precision the fastest counts: the first sets up
+    kernels, and other programs of the machine make one slow now and then.
     """
     transform, training = model.transform, model.training
     before = transform.min_size, transform.max_size
@@ -57,13 +64,13 @@ def measure_machine(model: Detector, train_set: DetectionDataset, device: torch.
 
     def step_seconds(precision: Precision, side: int) -> float:
         transform.min_size, transform.max_size = (side,), int(_MAX_ASPECT * side)
-        seconds = 0.0
-        for _ in range(2):
+        seconds = math.inf
+        for _ in range(_REPEATS):
             begun = time.perf_counter()
             detection_losses(model, model, batch, precision)["loss"].backward()  # type: ignore[no-untyped-call]
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
-            seconds = (time.perf_counter() - begun) / len(batch.images)
+            seconds = min(seconds, (time.perf_counter() - begun) / len(batch.images))
         return seconds
 
     model.to(device).train()
@@ -79,7 +86,22 @@ def measure_machine(model: Detector, train_set: DetectionDataset, device: torch.
     small = half if precision == "bf16" else full
     pixels = [_megapixels(batch, side, int(_MAX_ASPECT * side)) for side in (_SMALL, _LARGE)]
     slope = max(large - small, 0.0) / max(pixels[1] - pixels[0], 1e-6)
-    return Machine(device.type, precision, full / half, max(small - slope * pixels[0], 0.0), slope)
+    used = _BYTES
+    if device.type == "cuda":
+        used = torch.cuda.max_memory_allocated(device) / (pixels[1] * len(batch.images))
+    room = _memory(device) / 2 / used
+    return Machine(device.type, precision, full / half, max(small - slope * pixels[0], 0.0), slope, room)
+
+
+def _memory(device: torch.device) -> float:
+    """Return the bytes of the device's memory that are free."""
+    if device.type == "cuda":
+        return float(torch.cuda.mem_get_info(device)[0])
+    try:
+        facts = Path("/proc/meminfo").read_text(encoding="ascii")
+        return 1024 * float(facts.partition("MemAvailable:")[2].split()[0])
+    except (OSError, IndexError):  # not Linux
+        return 8e9
 
 
 def _batch(dataset: DetectionDataset, num_images: int) -> Batch:

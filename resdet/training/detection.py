@@ -27,6 +27,7 @@ from resdet.build import (
 from resdet.config import Config, EvalConfig, HeldOut, LoaderConfig, PythonSource
 from resdet.config_reading import config_to_plain
 from resdet.data.annotations import AnnotationTable
+from resdet.data.augment.pipeline import build_augment
 from resdet.data.dataset import DetectionDataset
 from resdet.data.loader import Batch, train_loader
 from resdet.data.split import check_lists, write_lists
@@ -43,16 +44,17 @@ from resdet.evaluation.write import write_metrics
 from resdet.models.checkpoint import checkpoint_payload, load_detector
 from resdet.models.detector import Detector
 from resdet.models.transform import host_resize
+from resdet.plan.plan import make_plan, resumed_plan
 from resdet.processes import Processes
 from resdet.random_states import random_states_kept
 from resdet.training import guards
 from resdet.training.checkpoint import load_training_state
 from resdet.training.compiled import compile_detector, without_compiled_code
-from resdet.training.folder import METRICS, PICTURES
+from resdet.training.folder import CONFIG, METRICS, PICTURES
 from resdet.training.launch import launched
 from resdet.training.loop import TrainResult, run
 from resdet.training.losses import detection_losses
-from resdet.training.resume import check_configuration, check_data
+from resdet.training.resume import check_configuration, check_data, configuration_of
 from resdet.training.runlog import RunLog
 from resdet.training.settings import Callback, RunSettings
 from resdet.training.step import accumulate_gradients
@@ -101,19 +103,16 @@ def train(
     config = stated(config, {"train": train_set, "val": val_set}, classes)
     with launched(config.output_dir, config.train, config.resume) as (team, resume_from):
         resumed = None if resume_from is None else read_weights(resume_from)  # once: it can be large
+        if resumed is not None and config.plan:
+            config = resumed_plan(config, configuration_of(resumed, Config))
         is_rejudged = resumed is not None and check_configuration(resumed, config)
-        if train_set is None:
-            train_data = build_train_set(config)
-        else:
-            train_data = build_given_dataset(train_set, config, team, classes, None)
-        if val_set is None:
-            val_data = build_val_set(config)
-        else:
-            val_data = build_given_dataset(val_set, config, team, classes, train_data)
+        train_data, val_data = read_data(config, train_set, val_set, classes, team)
         num_images = {"train": train_data.table.num_images, "val": val_data.table.num_images}
         if resumed is not None:
             before, now = ([c.name for c in categories] for categories in (resumed.categories, train_data.categories))
             is_rejudged |= check_data(resumed, before, now, num_images)
+        if config.plan:
+            config, train_data = planned(config, train_data, val_data, team, begun)
         if isinstance(config.data.val, HeldOut):
             if resumed is not None:
                 check_lists(resumed.path.parent, train_data.table, val_data.table)
@@ -147,6 +146,42 @@ def train(
             settings = replace(settings, evaluation_s=seconds)
         task = DetectionTask(model, train_data, val_data, settings, config.loader, config.eval, inference, team)
         return run(task, settings, team, begun=begun, saved=saved)
+
+
+def read_data(
+    config: Config,
+    train_set: Dataset[Any] | None,
+    val_set: Dataset[Any] | None,
+    classes: Sequence[str] | None,
+    team: Processes,
+) -> tuple[DetectionDataset, DetectionDataset]:
+    """Return the training and validation data of a run: those given, or those of its configuration."""
+    if train_set is None:
+        train_data = build_train_set(config, augmented=not config.plan)
+    else:
+        train_data = build_given_dataset(train_set, config, team, classes, None)
+    if val_set is None:
+        return train_data, build_val_set(config)
+    return train_data, build_given_dataset(val_set, config, team, classes, train_data)
+
+
+def planned(
+    config: Config, train_set: DetectionDataset, val_set: DetectionDataset, team: Processes, begun: float
+) -> tuple[Config, DetectionDataset]:
+    """Plan a run in the main process, and return its configuration and its training data in all of them."""
+
+    def made() -> Config:
+        plan = make_plan(config, train_set, val_set, team.device, begun=begun)
+        for line in plan.text().splitlines():
+            logger.info("%s", line)
+        logger.info("planned in %.0f s: %s", plan.seconds, config.output_dir / CONFIG)
+        plan.write(config.output_dir)
+        return plan.config
+
+    chosen: Config = team.on_main(made)
+    team.micro_batch_size(chosen.train.batch_size, chosen.train.accumulate)
+    augment = build_augment(list(chosen.augment), min_visibility=chosen.min_visibility) if chosen.augment else None
+    return chosen, train_set.augmented(augment)
 
 
 def first_model(

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel
 
-from resdet.config_reading import config_to_plain, parse_settings
+from resdet.config_reading import config_to_plain, flattened, parse_settings
 from resdet.errors import ConfigError, UserError, WeightsError, name_some
 from resdet.models.spec import WeightsOrigin
 from resdet.weights.files import WeightsFile
@@ -81,7 +81,7 @@ APPLIED = frozenset(
             "deterministic compile retry_out_of_memory label_smoothing mixup cutmix",
         ),
         *_keys("eval", "batch_size precision loss reference num_pictures picture_score"),
-        *("augment", "min_visibility", "minutes", "output_dir", "resume", "seed"),
+        *("augment", "min_visibility", "minutes", "plan", "output_dir", "resume", "seed"),
     ]
 )
 """Keys whose change is applied."""
@@ -111,7 +111,7 @@ def check_configuration(file: WeightsFile, config: BaseModel) -> bool:
         UserError: If a key of ``REFUSED`` has changed; the message has both values of each.
         WeightsError: If the checkpoint carries no configuration, or one of another command.
     """
-    before, now = (flattened(config_to_plain(one)) for one in (_configuration_of(file, type(config)), config))
+    before, now = (flattened(config_to_plain(one)) for one in (configuration_of(file, type(config)), config))
     changed = [key for key in now if key not in _OWN and before.get(key) != now[key]]
     changed += [key for key in before if key not in now]  # of a dataset in another format
     refused = [
@@ -163,15 +163,8 @@ def check_data(file: WeightsFile, before: Sequence[str], classes: Sequence[str],
     return "val" in changed
 
 
-def flattened(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return the values of nested sections by their dotted keys."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= flattened(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return flat
-
-
-def _configuration_of(file: WeightsFile, kind: type[_Config]) -> _Config:
+def configuration_of(file: WeightsFile, kind: type[_Config]) -> _Config:
+    """Return the configuration that a checkpoint carries; a WeightsError if it is not one of this command."""
     if "config" not in file.content:
         raise WeightsError(f"{file.path}: carries no configuration: is it the last.pt of a run?")
     try:

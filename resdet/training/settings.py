@@ -42,4 +42,9 @@ class RunSettings:
         """Optimizer steps of the whole run; with ``minutes`` the clock decides (``RunState.num_steps``)."""
         if self.minutes is not None:
             return OPEN_END
-        return self.train.steps or math.ceil((self.train.epochs or 0) * self.num_images / self.train.batch_size)
+        return fixed_steps(self.train, self.num_images)
+
+
+def fixed_steps(train: TrainConfig, num_images: int) -> int:
+    """Return the optimizer steps that ``train`` states, directly or by passes over ``num_images`` images."""
+    return train.steps or math.ceil((train.epochs or 0) * num_images / train.batch_size)

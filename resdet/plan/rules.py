@@ -1,0 +1,319 @@
+"""The rules of a plan: each turns facts into values of the configuration, with its reason.
+
+A rule sees what is decided before it, by the user or an earlier rule, in ``Facts.settled``; ``RULES`` is their order.
+What each rule is worth is in ``configs/README.md``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from resdet.check.anchor_coverage import IOU_REACHED, AnchorLayout, best_iou
+from resdet.models.proposals import Anchors
+from resdet.plan.fingerprint import CROWDED_IOU, Fingerprint
+from resdet.plan.machine import Machine
+from resdet.types import Floats
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What rules may look at.
+
+    Attributes:
+        data: Facts of the data.
+        machine: Speed of the machine.
+        boxes: Objects of the training data, xyxy in pixels of the stored image, ``[N, 4]``.
+        sizes: ``(height, width)`` of each object's image, ``[N, 2]``.
+        seconds: Time for training alone; None where the number of steps is given.
+        num_steps: Number of steps, where that is given.
+        num_workers: Processors of the machine.
+        settled: Values by dotted key: those that the user states, those of the rules so far, and defaults.
+    """
+
+    data: Fingerprint
+    machine: Machine
+    boxes: Floats
+    sizes: Floats
+    seconds: float | None
+    num_steps: int | None
+    num_workers: int
+    settled: Mapping[str, Any]
+
+    def image_seconds(self, side: float) -> float:
+        """Return the seconds of a training step for each image whose shorter side is scaled to ``side`` pixels."""
+        height, width = self.data.image_size
+        scale = side / min(height, width)
+        return self.machine.seconds(height * scale, width * scale)
+
+    @property
+    def megapixels(self) -> float:
+        """Size of a typical image as the network sees it, in millions of pixels."""
+        height, width = self.data.image_size
+        scale = _last(self.settled["model.min_size"]) / min(height, width)
+        return height * width * scale**2 / 1e6
+
+    @property
+    def num_visits(self) -> float:
+        """Images that a run trains on, repeated ones included."""
+        if self.seconds is None:
+            return float((self.num_steps or 1) * self.settled["train.batch_size"])
+        return self.seconds / self.image_seconds(_last(self.settled["model.min_size"]))
+
+    @property
+    def estimated_steps(self) -> int:
+        """Steps of the run."""
+        return self.num_steps or max(1, round(self.num_visits / self.settled["train.batch_size"]))
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A value that a rule chooses, and why."""
+
+    key: str  # dotted
+    value: Any
+    because: str
+
+
+def precision(facts: Facts) -> Iterator[Choice]:
+    """Take the precision that is faster here: a step costs least in it, and AP is the same within a point."""
+    gain, name = facts.machine.gain, facts.machine.precision
+    yield Choice("train.precision", name, f"a step in bfloat16 is {gain:.1f} times as fast as in float32 here")
+
+
+_OBJECT_PIXELS = 32
+"""Side in pixels that three quarters of all objects should have at least: four cells of the finest level."""
+
+_SHORTEST = 320
+_MOST_ENLARGED = 2.0
+_FEWEST_VISITS = 600
+"""Images that heads from random weights need to see; below it a larger picture costs more AP than it gains."""
+
+
+def image_size(facts: Facts) -> Iterator[Choice]:
+    """Scale images so that most objects have ``_OBJECT_PIXELS``, if the time allows enough images of that size."""
+    data = facts.data
+    height, width = data.image_size
+    wanted = _OBJECT_PIXELS / data.relative_sides[1]
+    native = min(height, width)
+    side = min(max(wanted, _SHORTEST), _MOST_ENLARGED * native)
+    because = f"three quarters of the objects then have {data.relative_sides[1] * side:.0f} pixels or more"
+    if wanted < _SHORTEST:
+        because = f"objects would be large enough at {wanted:.0f}; below {_SHORTEST} their borders get inexact"
+    elif wanted > _MOST_ENLARGED * native:
+        because += f"; more than {_MOST_ENLARGED:g} times the stored size adds nothing to see"
+    if facts.seconds is not None:
+        affordable = _affordable_side(facts)
+        if affordable < side:
+            side = max(affordable, min(_SHORTEST, side))
+            because = (
+                f"the time allows {facts.seconds / facts.image_seconds(side):.0f} images of this size, and the heads "
+                f"need some {_FEWEST_VISITS}; small objects would want {wanted:.0f}"
+            )
+    side = _whole(side)
+    yield Choice("model.min_size", side, because)
+    aspect = max(height, width) / native
+    longest = _whole(side * max(aspect, 1.0) * 1.25)
+    yield Choice("model.max_size", longest, f"images are typically {aspect:.2f} times as long as short")
+
+
+def _affordable_side(facts: Facts) -> int:
+    """Return the shorter side at which the time allows ``_FEWEST_VISITS`` images."""
+    assert facts.seconds is not None
+    sides = range(128, 2049, 16)
+    return max(
+        (side for side in sides if facts.seconds >= _FEWEST_VISITS * facts.image_seconds(side)), default=sides[0]
+    )
+
+
+def _whole(side: float) -> int:
+    return max(32, 16 * round(side / 16))
+
+
+_ANCHOR_SIDES = (8, 11, 16, 23, 32, 45)
+_RATIOS: tuple[tuple[float, ...], ...] = (
+    (0.5, 1.0, 2.0),
+    (0.33, 0.67, 1.5, 3.0),
+    (0.25, 0.5, 1.0, 2.0, 4.0),
+    (0.12, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0),
+)
+_REACHED = 0.99
+_MAX_BOXES = 20_000  # looked at, evenly spread
+
+
+def anchors(facts: Facts) -> Iterator[Choice]:
+    """Take the anchors of the fewest shapes that reach ``_REACHED`` of the objects, and of those the nearest in size.
+
+    An RPN learns from anchors that overlap an object; one that none reaches is learned from its best one alone.
+    """
+    every = max(1, len(facts.boxes) // _MAX_BOXES)
+    boxes, sizes = facts.boxes[::every], facts.sizes[::every]
+    best: tuple[bool, float, int, tuple[float, ...], float] | None = None
+    for ratios in _RATIOS:
+        for smallest in _ANCHOR_SIDES:
+            iou = best_iou(boxes, sizes, _layout(facts, smallest, ratios), _last(facts.settled["model.min_size"]))
+            reached = float((iou >= IOU_REACHED).mean())
+            is_enough = reached >= _REACHED
+            rank = (is_enough, float(iou.mean()) if is_enough else reached, smallest, ratios, reached)
+            if best is None or rank[:2] > best[:2]:
+                best = rank
+        if best is not None and best[0]:
+            break
+    assert best is not None
+    _, _, smallest, ratios, reached = best
+    because = f"{reached:.1%} of the objects are reached at IoU {IOU_REACHED:g}"
+    yield Choice("model.anchor_sizes", [smallest << level for level in range(5)], because)
+    yield Choice("model.aspect_ratios", list(ratios), "the fewest shapes that do so")
+
+
+def _layout(facts: Facts, smallest: int, ratios: tuple[float, ...]) -> AnchorLayout:
+    sizes = tuple((smallest << level,) for level in range(5))
+    cells = Anchors(sizes, (ratios,) * 5, rounded=True, strides=(), widened=True).cell_anchors
+    return AnchorLayout(
+        cell_anchors=tuple(cell.double().numpy() for cell in cells),
+        nominal=False,
+        min_sizes=(_last(facts.settled["model.min_size"]),),
+        max_size=facts.settled["model.max_size"],
+        sides_rounded=False,
+    )
+
+
+_REGIONS = 128
+_MOST_REGIONS = 512
+
+
+def regions(facts: Facts) -> Iterator[Choice]:
+    """Train the box head on as many regions of an image as its objects need; a quarter of them are positives."""
+    high = facts.data.objects_per_image[4]
+    number = int(min(max(_REGIONS, 2 ** math.ceil(math.log2(max(4 * high, 1)))), _MOST_REGIONS))
+    yield Choice(
+        "model.box_batch_size_per_image",
+        number,
+        f"images have up to {high:.0f} objects, and a region costs time in the box head",
+    )
+
+
+def dense_images(facts: Facts) -> Iterator[Choice]:
+    """Keep more detections and proposals of an image than the usual numbers where it holds more objects."""
+    most = facts.data.most_objects
+    if most <= 100:
+        return
+    number = 100 * math.ceil(1.25 * most / 100)
+    yield Choice("eval.max_detections", number, f"an image holds up to {most} objects, and 100 detections are usual")
+    for key, factor in (("rpn_post_nms_top_n_train", 2), ("rpn_post_nms_top_n_test", 2), ("rpn_pre_nms_top_n_test", 3)):
+        if factor * number > facts.settled[f"model.{key}"]:
+            yield Choice(f"model.{key}", factor * number, "so many objects need as many proposals and more")
+
+
+_TINY_PIXELS = 12
+_TILE = 800
+
+
+def tiles(facts: Facts) -> Iterator[Choice]:
+    """Cut pictures into tiles where objects would be too small in whole ones, though the pictures are large."""
+    data = facts.data
+    side = _last(facts.settled["model.min_size"])
+    scale = side / min(data.image_size)
+    if scale >= 0.5 or data.object_sides[2] * scale >= _TINY_PIXELS:
+        return
+    tile = _whole(min(max(side, 20 * data.object_sides[2]), min(data.image_size)))
+    middle = data.object_sides[2]
+    because = f"half of the objects have {middle:.0f} pixels or less, and {middle * scale:.0f} in whole images"
+    yield Choice("eval.tiles", [tile, 0.2], because)
+    yield Choice("augment", [{"RandomTile": {"side": tile}}, {"HorizontalFlip": {"p": 0.5}}], "as it will be evaluated")
+
+
+_SMALL_BATCH = 2
+_ENOUGH_STEPS = 1500
+
+
+def batch(facts: Facts) -> Iterator[Choice]:
+    """Take small batches where there is time for few steps: frozen norms do not need large ones."""
+    if facts.num_steps is not None:
+        yield Choice("train.batch_size", _SMALL_BATCH, "the number of steps is given; norms are frozen")
+        return
+    visits, megapixels = facts.num_visits, facts.megapixels
+    largest = min(visits / _ENOUGH_STEPS, facts.machine.megapixels / megapixels)
+    size = max(number for number in (2, 4, 8, 16) if number <= max(largest, _SMALL_BATCH))
+    yield Choice("train.batch_size", size, f"leaves some {visits / size:.0f} steps; norms are frozen")
+
+
+_RATE = 2e-4
+
+
+def optimizer(facts: Facts) -> Iterator[Choice]:
+    """Take AdamW with a cosine: few steps suffice it, and the rate has fallen to 0 when the time is up."""
+    steps, size = facts.estimated_steps, facts.settled["train.batch_size"]
+    yield Choice("optim.name", "adamw", f"needs fewer steps than SGD, and there are some {steps}")
+    rate = _RATE * math.sqrt(size / _SMALL_BATCH)
+    yield Choice("optim.lr", float(f"{rate:.1e}"), f"{_RATE:g} for {_SMALL_BATCH} images, times the root of the batch")
+    yield Choice("optim.lr_batch_size", None, "the rate is that of this batch")
+    yield Choice("optim.schedule", "cosine", "ends at 0 when the time is up")
+    warmup = max(10, min(500, round(0.08 * steps)))
+    yield Choice("optim.warmup_steps", warmup, "a twelfth of the steps")
+    yield Choice("optim.clip_grad_norm", 10.0, "a rare large gradient cannot undo the steps before it")
+
+
+_LEAN = 0.1
+
+
+def flips(facts: Facts) -> Iterator[Choice]:
+    """Flip images left to right, and turn them too where objects lie in all directions."""
+    lean = facts.data.aspect_lean
+    settled = [step for step in facts.settled["augment"] if "RandomTile" in step]
+    turns = [{"HorizontalFlip": {"p": 0.5}}]
+    because = f"objects have a preferred direction (they lean by {math.exp(lean):.2f} in height over width)"
+    if lean < _LEAN:
+        turns += [{"VerticalFlip": {"p": 0.5}}, {"RandomRotate90": {"p": 0.5}}]
+        because = (
+            f"objects lie in all directions ({math.exp(lean):.2f} in height over width): turned images are as good"
+        )
+    yield Choice("augment", [*settled, *turns], because)
+
+
+def suppression(facts: Facts) -> Iterator[Choice]:
+    """Lower the scores of overlapping boxes instead of dropping them where objects of a class overlap."""
+    crowded = facts.data.crowded
+    if crowded < 0.02:
+        return
+    because = f"{crowded:.1%} of the objects overlap one of their class by {CROWDED_IOU:g}"
+    yield Choice("eval.tricks.nms", "soft-linear", because)
+
+
+def evaluation(facts: Facts) -> Iterator[Choice]:
+    """Evaluate once, at the end, where the cosine has its best model."""
+    yield Choice("train.eval_every", None, "the rate ends at 0: the last model is the best, and evaluations take time")
+
+
+def workers(facts: Facts) -> Iterator[Choice]:
+    """Read images in as many processes as the computation does not need."""
+    if facts.machine.device == "cpu":
+        number = min(max(1, facts.num_workers // 8), 4)
+        yield Choice("loader.num_workers", number, f"the {facts.num_workers} processors compute")
+    else:
+        yield Choice("loader.num_workers", max(1, min(facts.num_workers - 1, 8)), "the GPU must not wait for images")
+
+
+Rule = Callable[[Facts], Iterator[Choice]]
+
+RULES: tuple[Rule, ...] = (
+    precision,
+    image_size,
+    tiles,
+    anchors,
+    regions,
+    dense_images,
+    batch,
+    optimizer,
+    flips,
+    suppression,
+    evaluation,
+    workers,
+)
+"""In this order: each may look at what those before it have chosen."""
+
+
+def _last(sizes: int | tuple[int, ...] | list[int]) -> int:
+    return sizes if isinstance(sizes, int) else sizes[-1]
