@@ -415,8 +415,11 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:
-        if sum(length is not None for length in (self.train.steps, self.train.epochs, self.minutes)) != 1:
-            raise ValueError("give exactly one of train.steps, train.epochs and minutes (null takes one back)")
+        lengths = {"train.steps": self.train.steps, "train.epochs": self.train.epochs, "minutes": self.minutes}
+        given = [f"{key} {value:g}" for key, value in lengths.items() if value is not None]
+        if len(given) != 1:
+            got = f"{' and '.join(given)} ({given[0].split()[0]}=null takes one back)" if given else "none"
+            raise ValueError(f"give exactly one of train.steps, train.epochs and minutes, got {got}")
         return self
 
 

@@ -54,7 +54,7 @@ def main(arguments: Sequence[str]) -> None:
     from resdet.evaluation.inference import device_for
     from resdet.evaluation.labels import with_model_classes
     from resdet.evaluation.report import write_report
-    from resdet.evaluation.report_runs import ReportedRun, check_same_ground_truth, read_log
+    from resdet.evaluation.report_runs import ReportedRun, check_same_ground_truth, read_log, read_plan
     from resdet.evaluation.write import EVALUATION_FILES, metrics_table, write_evaluation
     from resdet.files import check_outputs, make_output_folder
     from resdet.models.checkpoint import load_detector
@@ -90,7 +90,8 @@ def main(arguments: Sequence[str]) -> None:
         if config.eval.reference:
             evaluation = evaluation.with_reference(dataset.table)
         write_evaluation(folder, evaluation, dataset.table)
-        runs.append(ReportedRun(name, evaluation, config_to_plain(config), log))
+        plan = read_plan(file.path.parent)
+        runs.append(ReportedRun(name, evaluation, config_to_plain(config), log, plan))
         written = ", ".join(str(folder / file_name) for file_name in EVALUATION_FILES)
         # What stdout refuses (a full disk) it refuses again at the end, when all files are written.
         with suppress(OSError):

@@ -21,7 +21,7 @@ from resdet.evaluation import report_tables as tables
 from resdet.evaluation.detect import Evaluation
 from resdet.evaluation.errors import ERROR_KINDS
 from resdet.evaluation.report_gallery import gallery
-from resdet.evaluation.report_runs import IOU_THRESHOLDS, MeasuredRun, ReportedRun, measure, read_log
+from resdet.evaluation.report_runs import IOU_THRESHOLDS, MeasuredRun, ReportedRun, measure, read_log, read_plan
 from resdet.files import write_text
 from resdet.types import Target
 
@@ -36,9 +36,10 @@ def write_report(
 ) -> None:
     """Write one self-contained page on one or several evaluations of the same dataset, in place of an old file.
 
-    It shows the overall metrics, training curves, differences in configuration, precision-recall curves, a table per
-    class with the score threshold of the best F1, the cost of each kind of error, a confusion matrix, and the images
-    that cost most AP with ground truth and detections, to be filtered by class, kind of error and score.
+    It shows the overall metrics, training curves, differences in configuration, the plans of runs that chose their own
+    settings, precision-recall curves, a table per class with the score threshold of the best F1, the cost of each kind
+    of error, a confusion matrix, and the images that cost most AP with ground truth and detections, to be filtered by
+    class, kind of error and score.
 
     The page loads nothing, and its own content security policy forbids it to: styles and the script are allowed by
     their hashes, images as data only. All names are escaped.
@@ -63,7 +64,8 @@ def write_run_report(
     config: Mapping[str, Any],
 ) -> None:
     """Write ``report.html`` into a run's folder, whose name is the run's, with the curves of its ``metrics.jsonl``."""
-    run = ReportedRun(output_dir.resolve().name, evaluation, config, read_log(output_dir))
+    name, log, plan = output_dir.resolve().name, read_log(output_dir), read_plan(output_dir)
+    run = ReportedRun(name, evaluation, config, log, plan)
     write_report(output_dir / "report.html", dataset, [run])
 
 
@@ -83,6 +85,7 @@ def _content(table: AnnotationTable, measured: Sequence[MeasuredRun]) -> dict[st
         "metrics": tables.metric_rows(runs),
         "iou_thresholds": IOU_THRESHOLDS,
         "config": tables.config_differences(runs),
+        "plans": tables.plans(runs),
         "compared": tables.compared_rows(rows_of_runs),
         "class_rows": rows_of_runs,
         "pooled": [one.curves.pooled[0].best_f1() for one in measured],

@@ -34,6 +34,7 @@ class ReportedRun:
     evaluation: Evaluation
     config: Mapping[str, Any] = field(default_factory=dict)  # plain values; the page lists keys that differ
     log: Sequence[Mapping[str, Any]] = ()  # of metrics.jsonl (read_log)
+    plan: Mapping[str, Any] | None = None  # of plan.json (read_plan): facts, and rows of key, value and reason
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,20 @@ def measure(table: AnnotationTable, run: ReportedRun) -> MeasuredRun:
         confusion=confusion_matrix(table, detections, score_threshold=threshold, iou_threshold=iou_threshold),
         score_threshold=threshold,
     )
+
+
+def read_plan(output_dir: Path) -> dict[str, Any] | None:
+    """Read the plan of a run that chose its own settings; None for other runs, and with a warning if it is damaged."""
+    path = output_dir / "plan.json"
+    if not path.is_file():
+        return None
+    try:
+        plan: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        rows = [{name: row[name] for name in ("key", "value", "because", "is_stated")} for row in plan["rows"]]
+        return {"facts": [str(fact) for fact in plan["facts"]], "rows": rows}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        logger.warning("%s: left out of the report, as damaged: %s", path, error)
+        return None
 
 
 def read_log(output_dir: Path) -> list[dict[str, Any]]:

@@ -36,6 +36,19 @@ def config_differences(runs: Sequence[ReportedRun]) -> list[tuple[str, list[str]
     return [(key, values) for key, values in rows if len(set(values)) > 1]
 
 
+def plans(runs: Sequence[ReportedRun]) -> list[dict[str, Any]]:
+    """Return facts and rows of the plan of each run that has one, values as JSON."""
+    return [
+        {
+            "run": run.name,
+            "facts": run.plan["facts"],
+            "rows": [{**row, "value": json.dumps(row["value"])} for row in run.plan["rows"]],
+        }
+        for run in runs
+        if run.plan is not None
+    ]
+
+
 def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     flat: dict[str, str] = {}
     for key, value in config.items():

@@ -23,12 +23,10 @@ from resdet.files import write_text
 from resdet.plan.fingerprint import fingerprint
 from resdet.plan.machine import Machine, measure_machine
 from resdet.plan.rules import RULES, Facts
+from resdet.training.folder import PLAN
 from resdet.training.settings import fixed_steps
 
 logger = logging.getLogger(__name__)
-
-PLAN = "plan.json"
-"""File in a run's folder that holds its plan."""
 
 _EVALUATION = 0.5  # share of a training step that detection in an image takes
 _REPORT_S = 10.0  # start of workers, checkpoints, report

@@ -44,8 +44,8 @@ from resdet.evaluation.write import write_metrics
 from resdet.models.checkpoint import checkpoint_payload, load_detector
 from resdet.models.detector import Detector
 from resdet.models.transform import host_resize
-from resdet.plan.plan import make_plan, resumed_plan
-from resdet.processes import Processes
+from resdet.plan.plan import Plan, make_plan, resumed_plan
+from resdet.processes import Processes, processes
 from resdet.random_states import random_states_kept
 from resdet.training import guards
 from resdet.training.checkpoint import load_training_state
@@ -146,6 +146,20 @@ def train(
             settings = replace(settings, evaluation_s=seconds)
         task = DetectionTask(model, train_data, val_data, settings, config.loader, config.eval, inference, team)
         return run(task, settings, team, begun=begun, saved=saved)
+
+
+def plan_alone(config: Config) -> Plan:
+    """Plan a run as ``train`` would, and leave it at that; nothing is written.
+
+    Raises:
+        UserError: If the configuration chooses nothing (``plan`` is false), or its data do not allow it.
+    """
+    if not config.plan:
+        raise UserError("plan: must be true, as in the recipe finetune: this configuration leaves nothing to choose")
+    begun = time.perf_counter()
+    with processes(config.train.device) as team:
+        train_data, val_data = read_data(stated(config, {"train": None, "val": None}, None), None, None, None, team)
+        return make_plan(config, train_data, val_data, team.device, begun=begun)
 
 
 def read_data(

@@ -16,7 +16,8 @@ from resdet.errors import UserError
 from resdet.files import make_output_folder, remove_temporary
 from resdet.training.checkpoint import BEST, LAST, PREVIOUS, newest_whole
 
-LOCK, CONFIG, LOG, METRICS, REPORT = ".lock", "config.yaml", "metrics.jsonl", "metrics.json", "report.html"
+LOCK, CONFIG, PLAN = ".lock", "config.yaml", "plan.json"
+LOG, METRICS, REPORT = "metrics.jsonl", "metrics.json", "report.html"
 EVENTS, PICTURES = "tensorboard", "pictures"  # folders
 
 
@@ -58,7 +59,7 @@ def claimed(folder: Path) -> Iterator[None]:
 
 
 def _check_kinds(folder: Path) -> None:
-    for name in (LOCK, CONFIG, LOG, METRICS, LAST, PREVIOUS, BEST, REPORT):
+    for name in (LOCK, CONFIG, PLAN, LOG, METRICS, LAST, PREVIOUS, BEST, REPORT):
         path = folder / name
         if path.exists() and not path.is_file():
             kind = "a folder" if path.is_dir() else "something else"

@@ -1,0 +1,156 @@
+"""Each rule of a plan chooses by facts, and another fact makes it choose otherwise."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from resdet.config import load_config
+from resdet.config_reading import config_to_plain, flattened
+from resdet.plan import rules
+from resdet.plan.fingerprint import Fingerprint
+from resdet.plan.machine import Machine
+from resdet.plan.rules import Facts
+
+MACHINE = Machine("cpu", "bf16", gain=2.0, per_image=0.05, per_megapixel=2.0, megapixels=20.0)
+
+DATA = Fingerprint(
+    num_images=100,
+    num_boxes=1000,
+    image_size=(480, 640),
+    largest_side=640,
+    object_sides=np.array([20.0, 30.0, 40.0, 60.0, 90.0]),
+    relative_sides=np.array([20.0, 30.0, 40.0, 60.0, 90.0]) / 480,
+    aspects=np.array([0.5, 0.8, 1.0, 1.3, 2.0]),
+    aspect_lean=0.3,
+    objects_per_image=np.array([1.0, 4.0, 8.0, 12.0, 20.0]),
+    most_objects=30,
+    images_of_class={"cat": 60, "dog": 50},
+    crowded=0.0,
+    gray=False,
+    alike=0.0,
+)
+
+
+def facts(seconds: float | None = 540.0, *, machine: Machine = MACHINE, **settled: Any) -> Facts:
+    """Return facts about which a test changes what it is about."""
+    defaults = flattened(config_to_plain(load_config("finetune", {"data": {"train": {"format": "shapes"}}})))
+    centres = np.random.default_rng(0).uniform(100, 380, (400, 2))
+    sides = np.exp(np.random.default_rng(1).normal(np.log(40), 0.4, (400, 1)))
+    boxes = np.concatenate([centres - sides / 2, centres + sides / 2], axis=1)
+    num_steps = None if seconds is not None else 300
+    return Facts(DATA, machine, boxes, np.full((400, 2), [480.0, 640.0]), seconds, num_steps, 2, defaults | settled)
+
+
+def chosen(rule: rules.Rule, given: Facts) -> dict[str, Any]:
+    """Return the values that a rule chooses, each with a reason."""
+    choices = list(rule(given))
+    assert all(choice.because and choice.key in given.settled for choice in choices)
+    return {choice.key: choice.value for choice in choices}
+
+
+def with_data(given: Facts, **changes: Any) -> Facts:
+    """Return facts with others of the data."""
+    return replace(given, data=replace(given.data, **changes))
+
+
+def test_precision_is_the_faster_one() -> None:
+    assert chosen(rules.precision, facts()) == {"train.precision": "bf16"}
+    slow = replace(MACHINE, precision="fp32", gain=0.3)
+    assert chosen(rules.precision, facts(machine=slow)) == {"train.precision": "fp32"}
+
+
+def test_small_objects_get_larger_images_as_far_as_the_time_allows() -> None:
+    ample = chosen(rules.image_size, facts(seconds=36_000))["model.min_size"]
+    assert abs(ample - 32 / (30 / 480)) <= 8  # three quarters of the objects have 32 pixels
+    tight = chosen(rules.image_size, facts(seconds=200))["model.min_size"]
+    assert tight < ample
+    large = with_data(facts(seconds=36_000), relative_sides=DATA.relative_sides * 10)
+    assert chosen(rules.image_size, large)["model.min_size"] == 320
+    tiny = with_data(facts(seconds=1e9), relative_sides=DATA.relative_sides / 10)
+    assert chosen(rules.image_size, tiny)["model.min_size"] == 960  # twice the stored size
+
+
+def test_long_pictures_keep_their_shape() -> None:
+    long = with_data(facts(36_000), image_size=(300, 1200))
+    sizes = chosen(rules.image_size, long)
+    assert sizes["model.max_size"] >= 4 * sizes["model.min_size"]
+
+
+def test_anchors_reach_the_objects_and_follow_their_size_and_shape() -> None:
+    given = facts(**{"model.min_size": 480, "model.max_size": 800})
+    usual = chosen(rules.anchors, given)
+    assert usual["model.aspect_ratios"] == [0.5, 1.0, 2.0]
+    assert len(usual["model.anchor_sizes"]) == 5
+    small = replace(given, boxes=np.concatenate([given.boxes[:, :2], given.boxes[:, :2] + 12], axis=1))
+    assert chosen(rules.anchors, small)["model.anchor_sizes"][0] < usual["model.anchor_sizes"][0]
+    flat = np.concatenate([given.boxes[:, :2], given.boxes[:, :2] + [224, 28]], axis=1)
+    assert min(chosen(rules.anchors, replace(given, boxes=flat))["model.aspect_ratios"]) < 0.5
+
+
+def test_what_a_rule_says_of_its_anchors_is_what_check_counts() -> None:
+    given = facts(**{"model.min_size": 480, "model.max_size": 800})
+    said = next(iter(rules.anchors(given))).because
+    assert said.startswith(("99.", "100.0%"))
+
+
+@pytest.mark.parametrize(("objects", "number"), [(3, 128), (20, 128), (60, 256), (500, 512)])
+def test_more_objects_need_more_regions(objects: int, number: int) -> None:
+    given = with_data(facts(), objects_per_image=np.array([1.0, 1, 1, 1, objects]))
+    assert chosen(rules.regions, given) == {"model.box_batch_size_per_image": number}
+
+
+def test_dense_images_keep_more_detections() -> None:
+    assert chosen(rules.dense_images, facts()) == {}
+    dense = chosen(rules.dense_images, with_data(facts(), most_objects=2000))
+    assert dense["eval.max_detections"] >= 2000
+    assert dense["model.rpn_post_nms_top_n_test"] >= dense["eval.max_detections"]
+
+
+def test_tiny_objects_in_large_pictures_are_seen_in_tiles() -> None:
+    assert chosen(rules.tiles, facts(**{"model.min_size": 480})) == {}
+    large = with_data(
+        facts(**{"model.min_size": 640}), image_size=(4000, 6000), object_sides=np.array([20.0, 25, 30, 40, 60])
+    )
+    tiles = chosen(rules.tiles, large)
+    side = tiles["eval.tiles"][0]
+    assert {"RandomTile": {"side": side}} in tiles["augment"]
+    assert side < 4000
+    kept = chosen(rules.flips, replace(large, settled={**large.settled, "augment": tiles["augment"]}))
+    assert kept["augment"][0] == {"RandomTile": {"side": side}}
+
+
+def test_batches_grow_with_the_time_and_fit_into_memory() -> None:
+    short = chosen(rules.batch, facts(500))["train.batch_size"]
+    long = chosen(rules.batch, facts(100_000))["train.batch_size"]
+    assert short == 2 < long
+    assert chosen(rules.batch, facts(100_000, machine=replace(MACHINE, megapixels=1.5)))["train.batch_size"] == 2
+
+
+def test_the_rate_follows_the_batch_and_warmup_the_steps() -> None:
+    small, large = (chosen(rules.optimizer, facts(**{"train.batch_size": size})) for size in (2, 8))
+    assert large["optim.lr"] == pytest.approx(2 * small["optim.lr"])
+    assert 0 < small["optim.warmup_steps"] < facts(**{"train.batch_size": 2}).estimated_steps / 5
+    assert (small["optim.name"], small["optim.schedule"]) == ("adamw", "cosine")
+
+
+def test_images_are_turned_where_objects_lie_in_all_directions() -> None:
+    upright = chosen(rules.flips, facts())["augment"]
+    turned = chosen(rules.flips, with_data(facts(), aspect_lean=0.01))["augment"]
+    assert upright == [{"HorizontalFlip": {"p": 0.5}}]
+    assert {"RandomRotate90": {"p": 0.5}} in turned
+
+
+def test_crowds_get_soft_suppression() -> None:
+    assert "eval.tricks.nms" not in chosen(rules.suppression, facts())
+    assert chosen(rules.suppression, with_data(facts(), crowded=0.2))["eval.tricks.nms"] == "soft-linear"
+
+
+def test_a_fixed_number_of_steps_leaves_the_clock_out() -> None:
+    given = facts(None, **{"model.min_size": 416, "train.batch_size": 2})
+    assert given.estimated_steps == 300
+    assert chosen(rules.batch, given) == {"train.batch_size": 2}
+    assert "time" not in next(iter(rules.image_size(given))).because
