@@ -393,12 +393,12 @@ class Config(Section):
     optim: DetectorOptimConfig = DetectorOptimConfig()
     """Optimizer and learning rate."""
     minutes: float | None = Field(None, gt=0)
-    """Wall-clock time of the whole run, reading of the data and evaluations included, in place of ``train.steps`` and
-    ``train.epochs``: the schedule follows the clock and is finished when the time is up, also on a machine that becomes
-    slower or faster. A resumed run has what is left of it."""
+    """Time of the whole run, evaluations included. It stands in place of ``train.steps`` and ``train.epochs``: the
+    schedule follows the clock and is finished when the time is up, also on a machine that becomes slower or faster. A
+    resumed run has what is left of it."""
     plan: bool = False
-    """Choose what this configuration does not state by facts of the data and the speed of the machine, measured when
-    the run begins (``resdet/plan/rules.py``). What came of it is logged with its reasons and written to config.yaml,
+    """Whether to choose what is not stated. When the run begins, rules (``resdet/plan/rules.py``) choose by facts of the
+    data and the measured speed of the machine; what came of it is logged with its reasons and written to config.yaml,
     where ``plan`` is false: that file repeats the run without choosing again."""
     train: TrainConfig = TrainConfig()
     """Length, batch size, precision, intervals."""

@@ -13,11 +13,22 @@ PACKAGE = "resdet"
 GROUND = ("types", "errors", "files", "yaml12", "precision", "random_states")
 
 NEVER: Mapping[str, tuple[str, ...]] = {
-    "weights": ("models", "data", "check", "training", "evaluation", "classification", "config", "build"),
-    "models": ("config", "build", "data", "check", "training", "evaluation", "export", "classification", "prediction"),
-    "data": ("evaluation", "prediction", "training", "config", "build"),
-    "evaluation": ("training", "config", "build"),
-    "check": ("training", "evaluation", "config", "build"),
+    "weights": ("models", "plan", "data", "check", "training", "evaluation", "classification", "config", "build"),
+    "models": (
+        "plan",
+        "config",
+        "build",
+        "data",
+        "check",
+        "training",
+        "evaluation",
+        "export",
+        "classification",
+        "prediction",
+    ),
+    "data": ("plan", "evaluation", "prediction", "training", "config", "build"),
+    "evaluation": ("plan", "training", "config", "build"),
+    "check": ("plan", "training", "evaluation", "config", "build"),
     **dict.fromkeys(GROUND, ("models", "weights", "data", "check", "training", "evaluation", "export", "config")),
 }
 """What a part of the package imports neither itself nor through other modules."""

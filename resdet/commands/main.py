@@ -19,11 +19,11 @@ A first detector, on generated images: minutes on a CPU, nothing to download.
 
     resdet train quickstart
 
-On your own images: what can be trained, by name; what is wrong with the data; training, numbers and pictures.
+On your own images: what is wrong with the data; training in the minutes you have, with settings chosen for your data;
+numbers and pictures. `resdet recipes` lists what else can be trained.
 
-    resdet recipes
     resdet check FOLDER
-    resdet train frcnn_r101 data=FOLDER output_dir=runs/mine
+    resdet train finetune data=FOLDER minutes=30 output_dir=runs/mine
     resdet eval runs/mine
     resdet predict runs/mine photo.jpg
 
