@@ -397,9 +397,9 @@ class Config(Section):
     schedule follows the clock and is finished when the time is up, also on a machine that becomes slower or faster. A
     resumed run has what is left of it."""
     plan: bool = False
-    """Whether to choose what is not stated. When the run begins, rules (``resdet/plan/rules.py``) choose by facts of the
-    data and the measured speed of the machine; what came of it is logged with its reasons and written to config.yaml,
-    where ``plan`` is false: that file repeats the run without choosing again."""
+    """Whether to choose what is not stated. When the run begins, rules (``resdet/plan/rules.py``) choose by facts of
+    the data and the measured speed of the machine; what came of it is logged with its reasons and written to
+    config.yaml, where ``plan`` is false: that file repeats the run without choosing again."""
     train: TrainConfig = TrainConfig()
     """Length, batch size, precision, intervals."""
     eval: EvalConfig = EvalConfig()

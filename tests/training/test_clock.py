@@ -5,10 +5,14 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
+from small_runs import differences, logged, train_here
 
 from resdet.errors import UserError
+from resdet.training import loop
 from resdet.training.clock import OPEN_END, Clock, Schedule, check_minutes, schedule_position, schedule_progress
 from resdet.training.optim import lr_factor
 
@@ -114,3 +118,51 @@ def test_too_few_minutes_are_refused() -> None:
     with pytest.raises(UserError, match=r"minutes: 0.5 do not suffice: .* needs about 0.8; give more"):
         check_minutes(0.5, evaluation_s=20.0, elapsed=30.0)
     check_minutes(1.0, evaluation_s=20.0, elapsed=30.0)
+
+
+@pytest.fixture
+def ticking(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let each step take a second by the clock, and nothing else take any time."""
+    after_step = Clock.after_step
+
+    def fake(clock: Any, step: int, _: float) -> int:
+        clock.ticks = getattr(clock, "ticks", 0) + 1
+        return after_step(clock, step, float(clock.ticks))
+
+    monkeypatch.setattr(Clock, "after_step", fake)
+    monkeypatch.setattr(loop, "seconds_since", lambda *_: 0.0)
+    monkeypatch.setattr("resdet.training.detection.evaluation_seconds", lambda *_: 0.0)
+
+
+class StopHereError(Exception):
+    """What a program raises to end a run."""
+
+
+def test_a_run_by_the_clock_resumes_bit_for_bit(tmp_path: Path, ticking: None) -> None:
+    minutes = ("train.steps=null", "minutes=0.2", "train.save_every=1", "seed=3")  # 12 steps of a second
+    whole = train_here(tmp_path / "whole", *minutes)
+    assert whole.steps == 12
+
+    def stop(line: dict[str, Any]) -> None:
+        if line["step"] == 5:
+            raise StopHereError
+
+    with pytest.raises(StopHereError):
+        train_here(tmp_path / "parts", *minutes, on_log=stop)
+    assert train_here(tmp_path / "parts", *minutes, "resume=auto").steps == 12
+    different = differences(tmp_path / "whole" / "last.pt", tmp_path / "parts" / "last.pt")
+    assert {name for name in different if not name.startswith(".training.schedule")} == set()
+    assert logged(tmp_path / "whole", "lr") == logged(tmp_path / "parts", "lr")
+    # The twin: other decisions of the clock leave another model.
+    other = train_here(tmp_path / "other", *minutes[:1], "minutes=0.25", *minutes[2:])
+    assert other.steps == 15
+    assert logged(tmp_path / "whole", "lr") != logged(tmp_path / "other", "lr")[:12]
+
+
+def test_more_minutes_let_a_finished_run_go_on(tmp_path: Path, ticking: None) -> None:
+    assert train_here(tmp_path, "train.steps=null", "minutes=0.1").steps == 6
+    result = train_here(tmp_path, "train.steps=null", "minutes=0.2", "resume=auto")
+    assert result.steps == 12
+    rates = logged(tmp_path, "lr")
+    assert rates[6] > rates[5]
+    assert rates[-1] < 0.1 * max(rates)
