@@ -48,7 +48,7 @@ def anchor_coverage(table: AnnotationTable, layout: AnchorLayout) -> Coverage:
     boxes = table.boxes_in_image()[keep]  # [N, 4]
     sizes = table.sizes[table.image_of_box()[keep]].astype(np.float64)  # [N, 2]
     if layout.tile is not None:
-        boxes, sizes = _in_tiles(boxes, sizes, layout.tile)
+        boxes, sizes = in_tiles(boxes, sizes, layout.tile)
     missed = [best_iou(boxes, sizes, layout, min_size) < IOU_REACHED for min_size in layout.min_sizes]
     unreached = np.mean(missed, axis=0)  # [N]
     area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
@@ -60,7 +60,7 @@ def anchor_coverage(table: AnnotationTable, layout: AnchorLayout) -> Coverage:
     )
 
 
-def _in_tiles(boxes: Floats, sizes: Floats, side: int) -> tuple[Floats, Floats]:
+def in_tiles(boxes: Floats, sizes: Floats, side: int) -> tuple[Floats, Floats]:
     """Return each box as the tile around it holds it, ``[N, 4]``, and the tile's ``(height, width)``, ``[N, 2]``."""
     tiles = np.minimum(sizes, side)
     corners = np.clip(np.round((boxes[:, :2] + boxes[:, 2:] - tiles[:, ::-1]) / 2), 0, (sizes - tiles)[:, ::-1])

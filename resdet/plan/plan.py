@@ -23,6 +23,7 @@ from resdet.files import write_text
 from resdet.plan.fingerprint import fingerprint
 from resdet.plan.machine import Machine, measure_machine
 from resdet.plan.rules import RULES, Facts
+from resdet.processes import Processes
 from resdet.training.folder import PLAN
 from resdet.training.settings import fixed_steps
 
@@ -81,7 +82,7 @@ class Plan:
 
 
 def make_plan(
-    config: Config, train_set: DetectionDataset, val_set: DetectionDataset, device: torch.device, *, begun: float
+    config: Config, train_set: DetectionDataset, val_set: DetectionDataset, team: Processes, *, begun: float
 ) -> Plan:
     """Choose what a configuration does not state.
 
@@ -89,12 +90,12 @@ def make_plan(
         config: The configuration; what it states, in its file or by overrides, is left as it is.
         train_set: The training data, without augmentation.
         val_set: The validation data.
-        device: Where the run trains.
+        team: The processes that will train; this one alone measures.
         begun: When the run began (``time.perf_counter``): its minutes count from then.
     """
     started = time.perf_counter()
     data = fingerprint(train_set, val_set.table)
-    machine = _measured(config, train_set, device)
+    machine = _measured(config, train_set, team.device)
     table, used = train_set.table, train_set.trained
     stated = stated_keys(config)
     settled = flattened(config_to_plain(config))
@@ -106,6 +107,7 @@ def make_plan(
         seconds=None,
         num_steps=None if config.minutes is not None else fixed_steps(config.train, data.num_images),
         num_workers=default_num_workers(),
+        num_processes=team.world_size,
         settled=settled,
     )
     rows: list[Row] = []
@@ -124,8 +126,12 @@ def make_plan(
 
 def resumed_plan(config: Config, before: Config) -> Config:
     """Return the configuration of a planned run that goes on: its own, ``before``, with what is stated now."""
-    now = flattened(config_to_plain(config))
-    return _with(before, {key: now[key] for key in stated_keys(config)})
+    plain = config_to_plain(config)
+    now, stated = flattened(plain), stated_keys(config)
+    values = {key: now[key] for key in stated if not key.startswith("data.")}
+    if len(values) < len(stated):  # other data may be in another format, with other keys
+        values["data"] = plain["data"]
+    return _with(before, values)
 
 
 def stated_keys(config: Config) -> set[str]:
@@ -153,17 +159,12 @@ def _measured(config: Config, train_set: DetectionDataset, device: torch.device)
 def _training_seconds(facts: Facts, minutes: float, begun: float, num_val_images: int) -> float:
     """Return the time that is left for training steps when the last model is evaluated too."""
     left = 60 * minutes - (time.perf_counter() - begun) - _REPORT_S
-    evaluation = _EVALUATION * num_val_images * facts.image_seconds(_shortest(facts))
+    evaluation = _EVALUATION * num_val_images / facts.num_processes * facts.image_seconds(facts.side)
     return max(left - evaluation, 0.1 * 60 * minutes)
 
 
-def _shortest(facts: Facts) -> int:
-    size = facts.settled["model.min_size"]
-    return int(size if isinstance(size, int) else size[-1])
-
-
 def _machine_line(machine: Machine, facts: Facts) -> str:
-    seconds = facts.image_seconds(_shortest(facts))
+    seconds = facts.image_seconds(facts.side)
     return (
         f"{machine.device}: {seconds:.2f} s to train on an image of this size, bfloat16 {machine.gain:.1f} times as "
         f"fast as float32; room for {machine.megapixels:.0f} megapixels in a step"

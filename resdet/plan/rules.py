@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from resdet.check.anchor_coverage import IOU_REACHED, AnchorLayout, best_iou
+from resdet.check.anchor_coverage import IOU_REACHED, AnchorLayout, best_iou, in_tiles
 from resdet.models.proposals import Anchors
 from resdet.plan.fingerprint import CROWDED_IOU, Fingerprint
 from resdet.plan.machine import Machine
@@ -30,6 +30,7 @@ class Facts:
         seconds: Time for training alone; None where the number of steps is given.
         num_steps: Number of steps, where that is given.
         num_workers: Processors of the machine.
+        num_processes: Processes that train together, each on a share of the batch.
         settled: Values by dotted key: those that the user states, those of the rules so far, and defaults.
     """
 
@@ -40,6 +41,7 @@ class Facts:
     seconds: float | None
     num_steps: int | None
     num_workers: int
+    num_processes: int
     settled: Mapping[str, Any]
 
     def image_seconds(self, side: float) -> float:
@@ -49,10 +51,16 @@ class Facts:
         return self.machine.seconds(height * scale, width * scale)
 
     @property
+    def side(self) -> int:
+        """Length in pixels to which the shorter side of an image is scaled in evaluation."""
+        size = self.settled["model.min_size"]
+        return int(size if isinstance(size, int) else size[-1])
+
+    @property
     def megapixels(self) -> float:
         """Size of a typical image as the network sees it, in millions of pixels."""
         height, width = self.data.image_size
-        scale = _last(self.settled["model.min_size"]) / min(height, width)
+        scale = self.side / min(height, width)
         return height * width * scale**2 / 1e6
 
     @property
@@ -60,7 +68,7 @@ class Facts:
         """Images that a run trains on, repeated ones included."""
         if self.seconds is None:
             return float((self.num_steps or 1) * self.settled["train.batch_size"])
-        return self.seconds / self.image_seconds(_last(self.settled["model.min_size"]))
+        return self.num_processes * self.seconds / self.image_seconds(self.side)
 
     @property
     def estimated_steps(self) -> int:
@@ -142,6 +150,7 @@ _RATIOS: tuple[tuple[float, ...], ...] = (
     (0.35, 0.5, 0.71, 1.0, 1.41, 2.0, 2.83),
     (0.25, 0.35, 0.5, 0.71, 1.0, 1.41, 2.0, 2.83, 4.0),
 )
+_NUM_LEVELS = 5
 _REACHED = 0.99
 _MAX_BOXES = 20_000  # looked at, evenly spread
 
@@ -153,9 +162,13 @@ def anchors(facts: Facts) -> Iterator[Choice]:
     nothing reaches so many, because sizes differ too much, the fewest shapes are taken that come within a point of the
     most that can be reached: each level has one size, twice that of the level before.
     """
+    if facts.settled["model.layout"] != "fpn" or len(facts.settled["model.anchor_sizes"]) != _NUM_LEVELS:
+        return  # of other features the usual anchors are taken
     every = max(1, len(facts.boxes) // _MAX_BOXES)
     boxes, sizes = facts.boxes[::every], facts.sizes[::every]
-    side = _last(facts.settled["model.min_size"])
+    if (tiles := facts.settled["eval.tiles"]) is not None:
+        boxes, sizes = in_tiles(boxes, sizes, tiles[0])
+    side = facts.side
     found = []
     for ratios in _RATIOS:
         ious = {smallest: best_iou(boxes, sizes, _layout(facts, smallest, ratios), side) for smallest in _ANCHOR_SIDES}
@@ -168,17 +181,17 @@ def anchors(facts: Facts) -> Iterator[Choice]:
     most = max(share for share, _, _ in found)
     share, smallest, ratios = next(one for one in found if one[0] >= min(_REACHED, most - 0.01))
     because = f"{share:.1%} of the objects are reached at IoU {IOU_REACHED:g}"
-    yield Choice("model.anchor_sizes", [smallest << level for level in range(5)], because)
+    yield Choice("model.anchor_sizes", [smallest << level for level in range(_NUM_LEVELS)], because)
     yield Choice("model.aspect_ratios", list(ratios), "the fewest shapes that reach as many")
 
 
 def _layout(facts: Facts, smallest: int, ratios: tuple[float, ...]) -> AnchorLayout:
-    sizes = tuple((smallest << level,) for level in range(5))
-    cells = Anchors(sizes, (ratios,) * 5, rounded=True, strides=(), widened=True).cell_anchors
+    sizes = tuple((smallest << level,) for level in range(_NUM_LEVELS))
+    cells = Anchors(sizes, (ratios,) * _NUM_LEVELS, rounded=True, strides=(), widened=True).cell_anchors
     return AnchorLayout(
         cell_anchors=tuple(cell.double().numpy() for cell in cells),
         nominal=False,
-        min_sizes=(_last(facts.settled["model.min_size"]),),
+        min_sizes=(facts.side,),
         max_size=facts.settled["model.max_size"],
         sides_rounded=False,
     )
@@ -212,13 +225,13 @@ def dense_images(facts: Facts) -> Iterator[Choice]:
 
 
 _TINY_PIXELS = 12
-_TILE = 800
+"""Side in pixels, as the network sees it, below which an object is hardly found."""
 
 
 def tiles(facts: Facts) -> Iterator[Choice]:
     """Cut pictures into tiles where objects would be too small in whole ones, though the pictures are large."""
     data = facts.data
-    side = _last(facts.settled["model.min_size"])
+    side = facts.side
     scale = side / min(data.image_size)
     if scale >= 0.5 or data.object_sides[2] * scale >= _TINY_PIXELS:
         return
@@ -226,7 +239,6 @@ def tiles(facts: Facts) -> Iterator[Choice]:
     middle = data.object_sides[2]
     because = f"half of the objects have {middle:.0f} pixels or less, and {middle * scale:.0f} in whole images"
     yield Choice("eval.tiles", [tile, 0.2], because)
-    yield Choice("augment", [{"RandomTile": {"side": tile}}, {"HorizontalFlip": {"p": 0.5}}], "as it will be evaluated")
 
 
 _SMALL_BATCH = 2
@@ -235,12 +247,13 @@ _ENOUGH_STEPS = 1500
 
 def batch(facts: Facts) -> Iterator[Choice]:
     """Take small batches where there is time for few steps: frozen norms do not need large ones."""
+    smallest = _SMALL_BATCH * facts.num_processes
     if facts.num_steps is not None:
-        yield Choice("train.batch_size", _SMALL_BATCH, "the number of steps is given; norms are frozen")
+        yield Choice("train.batch_size", smallest, "the number of steps is given; norms are frozen")
         return
-    visits, megapixels = facts.num_visits, facts.megapixels
-    largest = min(visits / _ENOUGH_STEPS, facts.machine.megapixels / megapixels)
-    size = max(number for number in (2, 4, 8, 16) if number <= max(largest, _SMALL_BATCH))
+    visits, room = facts.num_visits, facts.num_processes * facts.machine.megapixels / facts.megapixels
+    largest = min(visits / _ENOUGH_STEPS, room)
+    size = max(number for number in (smallest << n for n in range(4)) if number <= max(largest, smallest))
     yield Choice("train.batch_size", size, f"leaves some {visits / size:.0f} steps; norms are frozen")
 
 
@@ -259,7 +272,8 @@ def optimizer(facts: Facts) -> Iterator[Choice]:
     rate = min(max(_RATE * math.sqrt(_FEW_STEPS / steps), _LOWEST_RATE), _RATE)
     yield Choice("optim.lr", float(f"{rate:.1e}"), f"the fewer steps, the larger: {_RATE:g} up to {_FEW_STEPS}")
     yield Choice("optim.lr_batch_size", None, "the rate is that of this batch")
-    yield Choice("optim.body_lr_factor", _BODY, "the body is trained already, pyramid and heads begin at random")
+    if facts.settled["model.weights"] is not None:
+        yield Choice("optim.body_lr_factor", _BODY, "the body is trained already, pyramid and heads begin at random")
     yield Choice("optim.schedule", "cosine", "ends at 0 when the time is up")
     warmup = max(10, min(500, round(0.08 * steps)))
     yield Choice("optim.warmup_steps", warmup, "a twelfth of the steps")
@@ -269,18 +283,20 @@ def optimizer(facts: Facts) -> Iterator[Choice]:
 _LEAN = 0.1
 
 
-def flips(facts: Facts) -> Iterator[Choice]:
-    """Flip images left to right, and turn them too where objects lie in all directions."""
+def augmentation(facts: Facts) -> Iterator[Choice]:
+    """Flip images left to right, and turn them too where objects lie in all directions; tiles are cut before."""
     lean = facts.data.aspect_lean
-    settled = [step for step in facts.settled["augment"] if "RandomTile" in step]
-    turns = [{"HorizontalFlip": {"p": 0.5}}]
+    steps: list[dict[str, Any]] = [{"HorizontalFlip": {"p": 0.5}}]
     because = f"objects have a preferred direction (they lean by {math.exp(lean):.2f} in height over width)"
     if lean < _LEAN:
-        turns += [{"VerticalFlip": {"p": 0.5}}, {"RandomRotate90": {"p": 0.5}}]
+        steps += [{"VerticalFlip": {"p": 0.5}}, {"RandomRotate90": {"p": 0.5}}]
         because = (
             f"objects lie in all directions ({math.exp(lean):.2f} in height over width): turned images are as good"
         )
-    yield Choice("augment", [*settled, *turns], because)
+    if (tiles := facts.settled["eval.tiles"]) is not None:
+        steps.insert(0, {"RandomTile": {"side": tiles[0]}})
+        because += "; trained on tiles as evaluated"
+    yield Choice("augment", steps, because)
 
 
 _VOTING = 0.5
@@ -322,13 +338,9 @@ RULES: tuple[Rule, ...] = (
     dense_images,
     batch,
     optimizer,
-    flips,
+    augmentation,
     suppression,
     evaluation,
     workers,
 )
 """In this order: each may look at what those before it have chosen."""
-
-
-def _last(sizes: int | tuple[int, ...] | list[int]) -> int:
-    return sizes if isinstance(sizes, int) else sizes[-1]

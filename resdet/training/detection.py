@@ -159,7 +159,7 @@ def plan_alone(config: Config) -> Plan:
     begun = time.perf_counter()
     with processes(config.train.device) as team:
         train_data, val_data = read_data(stated(config, {"train": None, "val": None}, None), None, None, None, team)
-        return make_plan(config, train_data, val_data, team.device, begun=begun)
+        return make_plan(config, train_data, val_data, team, begun=begun)
 
 
 def read_data(
@@ -185,7 +185,7 @@ def planned(
     """Plan a run in the main process, and return its configuration and its training data in all of them."""
 
     def made() -> Config:
-        plan = make_plan(config, train_set, val_set, team.device, begun=begun)
+        plan = make_plan(config, train_set, val_set, team, begun=begun)
         for line in plan.text().splitlines():
             logger.info("%s", line)
         logger.info("planned in %.0f s: %s", plan.seconds, config.output_dir / CONFIG)

@@ -42,7 +42,7 @@ def facts(seconds: float | None = 540.0, *, machine: Machine = MACHINE, **settle
     sides = np.exp(np.random.default_rng(1).normal(np.log(40), 0.4, (400, 1)))
     boxes = np.concatenate([centres - sides / 2, centres + sides / 2], axis=1)
     num_steps = None if seconds is not None else 300
-    return Facts(DATA, machine, boxes, np.full((400, 2), [480.0, 640.0]), seconds, num_steps, 2, defaults | settled)
+    return Facts(DATA, machine, boxes, np.full((400, 2), [480.0, 640.0]), seconds, num_steps, 2, 1, defaults | settled)
 
 
 def chosen(rule: rules.Rule, given: Facts) -> dict[str, Any]:
@@ -91,6 +91,11 @@ def test_anchors_reach_the_objects_and_follow_their_size_and_shape() -> None:
     assert min(chosen(rules.anchors, replace(given, boxes=flat))["model.aspect_ratios"]) < 0.5
 
 
+def test_anchors_of_other_features_are_left_as_they_are() -> None:
+    assert chosen(rules.anchors, facts(**{"model.layout": "c4"})) == {}
+    assert chosen(rules.anchors, facts(**{"model.anchor_sizes": [8, 16, 32, 64]})) == {}
+
+
 def test_what_a_rule_says_of_its_anchors_is_what_check_counts() -> None:
     given = facts(**{"model.min_size": 480, "model.max_size": 800})
     said = next(iter(rules.anchors(given))).because
@@ -115,12 +120,16 @@ def test_tiny_objects_in_large_pictures_are_seen_in_tiles() -> None:
     large = with_data(
         facts(**{"model.min_size": 640}), image_size=(4000, 6000), object_sides=np.array([20.0, 25, 30, 40, 60])
     )
-    tiles = chosen(rules.tiles, large)
-    side = tiles["eval.tiles"][0]
-    assert {"RandomTile": {"side": side}} in tiles["augment"]
+    side, overlap = chosen(rules.tiles, large)["eval.tiles"]
     assert side < 4000
-    kept = chosen(rules.flips, replace(large, settled={**large.settled, "augment": tiles["augment"]}))
-    assert kept["augment"][0] == {"RandomTile": {"side": side}}
+    tiled = replace(large, settled={**large.settled, "eval.tiles": [side, overlap], "model.max_size": 800})
+    assert chosen(rules.augmentation, tiled)["augment"][0] == {"RandomTile": {"side": side}}
+    # In tiles objects keep their size, so anchors are larger than for whole images scaled down.
+    boxes = np.concatenate([large.boxes[:, :2], large.boxes[:, :2] + 60], axis=1)
+    tiled = replace(tiled, boxes=boxes, sizes=np.full((400, 2), [4000.0, 6000.0]))
+    whole = replace(tiled, settled={**tiled.settled, "eval.tiles": None})
+    smallest = [chosen(rules.anchors, given)["model.anchor_sizes"][0] for given in (tiled, whole)]
+    assert smallest[0] > smallest[1]
 
 
 def test_batches_grow_with_the_time_and_fit_into_memory() -> None:
@@ -128,6 +137,7 @@ def test_batches_grow_with_the_time_and_fit_into_memory() -> None:
     long = chosen(rules.batch, facts(100_000))["train.batch_size"]
     assert short == 2 < long
     assert chosen(rules.batch, facts(100_000, machine=replace(MACHINE, megapixels=1.5)))["train.batch_size"] == 2
+    assert chosen(rules.batch, replace(facts(500), num_processes=3))["train.batch_size"] == 6
 
 
 def test_the_rate_falls_and_warmup_grows_with_the_number_of_steps() -> None:
@@ -138,11 +148,12 @@ def test_the_rate_falls_and_warmup_grows_with_the_number_of_steps() -> None:
     assert few["optim.warmup_steps"] < facts(500, **settled).estimated_steps / 5
     assert (few["optim.name"], few["optim.schedule"]) == ("adamw", "cosine")
     assert few["optim.body_lr_factor"] < 1
+    assert "optim.body_lr_factor" not in chosen(rules.optimizer, facts(**settled, **{"model.weights": None}))
 
 
 def test_images_are_turned_where_objects_lie_in_all_directions() -> None:
-    upright = chosen(rules.flips, facts())["augment"]
-    turned = chosen(rules.flips, with_data(facts(), aspect_lean=0.01))["augment"]
+    upright = chosen(rules.augmentation, facts())["augment"]
+    turned = chosen(rules.augmentation, with_data(facts(), aspect_lean=0.01))["augment"]
     assert upright == [{"HorizontalFlip": {"p": 0.5}}]
     assert {"RandomRotate90": {"p": 0.5}} in turned
 

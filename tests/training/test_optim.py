@@ -57,6 +57,26 @@ def test_norms_have_their_own_decay_and_frozen_parameters_none() -> None:
     assert [decay.get(id(p)) for p in model.parameters()] == [0.5, 0.5, 0.25, 0.25, 0.25, 0.25, None, None]
 
 
+def test_the_body_has_its_own_rate() -> None:
+    model = nn.Module()
+    model.backbone = nn.Module()
+    model.backbone.body = nn.Sequential(nn.Conv2d(3, 8, 1), nn.GroupNorm(2, 8))
+    model.backbone.fpn = nn.Conv2d(8, 8, 1)
+    optimizer = build_optimizer(model, name="adamw", lr=0.1, norm_weight_decay=0.25, body_lr_factor=0.5)
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    assert [rates[id(p)] for p in model.parameters()] == [0.05, 0.05, 0.05, 0.05, 0.1, 0.1]
+    assert all(group["lr"] == 0.1 * group["lr_factor"] for group in optimizer.param_groups)
+    alike = build_optimizer(model, name="adamw", lr=0.1, norm_weight_decay=0.25)
+    assert len(alike.param_groups) == 2  # as checkpoints without the factor have them
+
+
+def test_a_position_moves_the_schedule_and_leaves_the_warmup() -> None:
+    at = {"num_steps": 100, "warmup_factor": 0.0, "schedule": "cosine"}
+    assert factor(10, position=50, warmup_steps=0, **at) == pytest.approx(0.5)
+    assert factor(10, position=50, warmup_steps=20, **at) == pytest.approx(0.25)
+    assert factor(50, warmup_steps=0, **at) == factor(10, position=50, warmup_steps=0, **at)
+
+
 def test_adamw_by_name() -> None:
     optimizer = build_optimizer(nn.Linear(2, 2), name="adamw", lr=0.1)
     assert isinstance(optimizer, torch.optim.AdamW)
