@@ -21,11 +21,13 @@ from resdet.errors import DataError
 from resdet.types import Bools, Floats
 
 MAX_IMAGES = 256
-"""Images that are decoded; a JPEG of a megapixel takes some 10 ms."""
+MAX_MEGAPIXELS = 400.0
+"""How many images are decoded, and at most so many pixels of them; a JPEG of a megapixel takes some 10 ms."""
 
 CROWDED_IOU = 0.5
 """IoU of two objects of one class from which non-maximum suppression at its usual threshold loses one of them."""
 
+_MAX_CROWDS = 2000  # images, evenly spread, in which overlaps are looked at
 _MAX_PAIRS_IN_IMAGE = 1000  # objects of an image whose overlaps are looked at
 _GRAY = 2.0  # levels by which the channels of a gray image differ on average, JPEG's rounding included
 
@@ -110,24 +112,29 @@ def _percentiles(values: npt.NDArray[np.floating] | npt.NDArray[np.integer]) -> 
 
 
 def _crowded(boxes: Floats, labels: npt.NDArray[np.int64], image_of_box: npt.NDArray[np.int64]) -> Bools:
-    """Return which boxes another of their image and class overlaps by ``CROWDED_IOU``, bool ``[N]``."""
-    crowded = np.zeros(len(boxes), dtype=np.bool_)
-    starts = np.searchsorted(image_of_box, np.unique(image_of_box))
-    for rows in np.split(np.arange(len(boxes)), starts[1:]):
-        rows = rows[:_MAX_PAIRS_IN_IMAGE]
+    """Return which boxes, of those looked at, one of their class overlaps by ``CROWDED_IOU``, bool ``[n]``."""
+    found = [np.zeros(0, dtype=np.bool_)]
+    images = np.unique(image_of_box)
+    images = images[:: max(1, len(images) // _MAX_CROWDS)]
+    starts, ends = (np.searchsorted(image_of_box, images, side) for side in ("left", "right"))
+    for start, end in zip(starts.tolist(), ends.tolist(), strict=True):
+        rows = slice(start, min(end, start + _MAX_PAIRS_IN_IMAGE))
         own = boxes[rows]  # [n, 4]
         corners = np.maximum(own[:, None, :2], own[None, :, :2]), np.minimum(own[:, None, 2:], own[None, :, 2:])
         shared = np.prod(np.maximum(corners[1] - corners[0], 0), axis=2)  # [n, n]
         area = np.prod(own[:, 2:] - own[:, :2], axis=1)
         overlaps = shared >= CROWDED_IOU * (area[:, None] + area[None] - shared)
         same = labels[rows][:, None] == labels[rows][None]
-        crowded[rows] = (overlaps & same & ~np.eye(len(rows), dtype=np.bool_)).any(axis=1)
+        found.append((overlaps & same & ~np.eye(len(own), dtype=np.bool_)).any(axis=1))
+    crowded: Bools = np.concatenate(found)
     return crowded
 
 
 def _thumbnails(dataset: DetectionDataset) -> Iterator[tuple[ImageFacts, bool]]:
     """Yield what is known of evenly spread images, and whether each is gray; those that cannot be read are left out."""
-    chosen = np.unique(np.linspace(0, len(dataset) - 1, min(MAX_IMAGES, len(dataset))).astype(np.int64))
+    megapixels = float(dataset.table.sizes.prod(axis=1, dtype=np.float64).mean()) / 1e6
+    number = max(1, min(MAX_IMAGES, len(dataset), int(MAX_MEGAPIXELS / megapixels)))
+    chosen = np.unique(np.linspace(0, len(dataset) - 1, number).astype(np.int64))
     for index in chosen.tolist():
         try:
             pixels = dataset.image(index)
