@@ -399,7 +399,7 @@ def parse_only(script: Path, *arguments: str) -> None:
 def check_training(script: Path, *arguments: str, load: Callable[..., Any]) -> None:
     """Load the configuration with its overrides; and train some steps where that needs no data."""
     parse_only(script, *arguments)
-    config, *overrides = arguments
+    config, *overrides = (word for word in arguments if not word.startswith("--"))  # parse_only has seen the options
     load(config, overrides)
     for name, small in WITHOUT_DATA.items():
         if Path(config).name.startswith(name):

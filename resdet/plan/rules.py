@@ -91,10 +91,11 @@ def precision(facts: Facts) -> Iterator[Choice]:
     yield Choice("train.precision", name, f"a step in bfloat16 is {gain:.1f} times as fast as in float32 here")
 
 
-_OBJECT_PIXELS = 32
-"""Side in pixels that three quarters of all objects should have at least: four cells of the finest level."""
+_OBJECT_PIXELS = 24
+"""Side in pixels that three quarters of all objects should have at least: six cells of the finest level. 32 came to 3
+points of AP less on photographs of animals, at 480 pixels for 416 and as many steps."""
 
-_SHORTEST = 320
+_SHORTEST, _FLOOR = 384, 256  # with enough time, and with hardly any
 _MOST_ENLARGED = 2.0
 _FEWEST_VISITS, _THEIR_SECONDS = 600, 540
 """Images that heads from random weights need to see in so short a time; below it a larger picture costs more AP than it
@@ -110,13 +111,13 @@ def image_size(facts: Facts) -> Iterator[Choice]:
     side = min(max(wanted, _SHORTEST), _MOST_ENLARGED * native)
     because = f"three quarters of the objects then have {data.relative_sides[1] * side:.0f} pixels or more"
     if wanted < _SHORTEST:
-        because = f"objects would be large enough at {wanted:.0f}; below {_SHORTEST} their borders get inexact"
+        because = f"objects would be large enough at {wanted:.0f}; below {_SHORTEST} their borders and details get lost"
     elif wanted > _MOST_ENLARGED * native:
         because += f"; more than {_MOST_ENLARGED:g} times the stored size adds nothing to see"
     if facts.seconds is not None:
         affordable = _affordable_side(facts)
         if affordable < side:
-            side = max(affordable, min(_SHORTEST, side))
+            side = max(affordable, _FLOOR)
             because = (
                 f"the time allows {facts.seconds / facts.image_seconds(side):.0f} images of this size, and the heads "
                 f"need some {_visits_needed(facts.seconds):.0f}; small objects would want {wanted:.0f}"
@@ -151,7 +152,7 @@ _RATIOS: tuple[tuple[float, ...], ...] = (
     (0.25, 0.35, 0.5, 0.71, 1.0, 1.41, 2.0, 2.83, 4.0),
 )
 _NUM_LEVELS = 5
-_REACHED = 0.99
+_REACHED, _WORTH = 0.99, 0.03  # shares of the objects
 _MAX_BOXES = 20_000  # looked at, evenly spread
 
 
@@ -159,8 +160,9 @@ def anchors(facts: Facts) -> Iterator[Choice]:
     """Take the fewest shapes of anchors that reach ``_REACHED`` of the objects, and of those the nearest in size.
 
     An RPN learns from anchors that overlap an object; one that none reaches is learned from its best one alone. Where
-    nothing reaches so many, because sizes differ too much, the fewest shapes are taken that come within a point of the
-    most that can be reached: each level has one size, twice that of the level before.
+    nothing reaches so many, because each level has one size, twice that of the level before, the fewest shapes are
+    taken that come within ``_WORTH`` of the most: further shapes are more to tell apart for few objects (five in place
+    of three cost 2.7 points of AP on photographs where they reached 1.6 % more objects).
     """
     if facts.settled["model.layout"] != "fpn" or len(facts.settled["model.anchor_sizes"]) != _NUM_LEVELS:
         return  # of other features the usual anchors are taken
@@ -179,7 +181,7 @@ def anchors(facts: Facts) -> Iterator[Choice]:
         if enough:
             break
     most = max(share for share, _, _ in found)
-    share, smallest, ratios = next(one for one in found if one[0] >= min(_REACHED, most - 0.01))
+    share, smallest, ratios = next(one for one in found if one[0] >= min(_REACHED, most - _WORTH))
     because = f"{share:.1%} of the objects are reached at IoU {IOU_REACHED:g}"
     yield Choice("model.anchor_sizes", [smallest << level for level in range(_NUM_LEVELS)], because)
     yield Choice("model.aspect_ratios", list(ratios), "the fewest shapes that reach as many")

@@ -65,11 +65,13 @@ def test_precision_is_the_faster_one() -> None:
 
 def test_small_objects_get_larger_images_as_far_as_the_time_allows() -> None:
     ample = chosen(rules.image_size, facts(seconds=36_000))["model.min_size"]
-    assert abs(ample - 32 / (30 / 480)) <= 8  # three quarters of the objects have 32 pixels
-    tight = chosen(rules.image_size, facts(seconds=200))["model.min_size"]
-    assert tight < ample
+    assert abs(ample - 24 / (30 / 480)) <= 8  # three quarters of the objects have 24 pixels
+    small = with_data(facts(seconds=36_000), relative_sides=DATA.relative_sides / 2)
+    tight = replace(small, seconds=540.0)
+    assert chosen(rules.image_size, small)["model.min_size"] > chosen(rules.image_size, tight)["model.min_size"] > 256
+    assert chosen(rules.image_size, facts(seconds=30))["model.min_size"] == 256
     large = with_data(facts(seconds=36_000), relative_sides=DATA.relative_sides * 10)
-    assert chosen(rules.image_size, large)["model.min_size"] == 320
+    assert chosen(rules.image_size, large)["model.min_size"] == 384
     tiny = with_data(facts(seconds=1e9), relative_sides=DATA.relative_sides / 10)
     assert chosen(rules.image_size, tiny)["model.min_size"] == 960  # twice the stored size
 
