@@ -65,8 +65,8 @@ def test_a_signal_ends_a_run_in_good_order(
 ) -> None:
     real = RunLog.advance
 
-    def stop_after_a_step(log: RunLog) -> None:
-        real(log)
+    def stop_after_a_step(log: RunLog, num_steps: int) -> None:
+        real(log, num_steps)
         os.kill(os.getpid(), signal.SIGTERM)
 
     with monkeypatch.context() as patched:

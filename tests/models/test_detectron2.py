@@ -714,7 +714,7 @@ class OnMeta(nn.Module):
 
 
 def test_nothing_comes_back_from_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("evaluation.inference", "training.detection"):
+    for module in ("evaluation.inference", "training.losses"):
         monkeypatch.setattr(f"resdet.{module}.autocast", lambda *_: nullcontext())  # torch has none for this device
     model = OnMeta()
     with inference(model) as run_on:
