@@ -114,6 +114,7 @@ def assert_agrees(metrics: Path, report: Path) -> None:
     assert f"COCO's twelve numbers equal those of pycocotools {version} to 1e-9." in report.read_text()
 
 
+@pytest.mark.slow
 def test_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path: Path) -> None:
     done = run(
         "train.py",
@@ -144,7 +145,7 @@ def test_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoin
     [
         pytest.param("train.precision=fp16", marks=pytest.mark.slow),
         pytest.param("train.accumulate=2", marks=pytest.mark.slow),
-        "loader.num_workers=2",
+        pytest.param("loader.num_workers=2", marks=pytest.mark.slow),
     ],
 )
 def test_other_ways_to_compute_train_too(setting: str, tmp_path: Path) -> None:

@@ -165,7 +165,7 @@ SUFFIXES = {"torchscript": ".pt", "export": ".pt2", "onnx": ".onnx", "openvino":
         ("export", False),
         pytest.param("export", True, marks=pytest.mark.slow),
         pytest.param("onnx", True, marks=pytest.mark.slow),
-        ("openvino", False),
+        pytest.param("openvino", False, marks=pytest.mark.slow),
         pytest.param("openvino", True, marks=pytest.mark.slow),
     ],
 )

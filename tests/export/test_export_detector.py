@@ -95,7 +95,7 @@ def check_image(run: Any, model: Detector, image: Tensor, shift: float = 0.0) ->
     return len(scores)
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", ["torchscript", "onnx", pytest.param("openvino", marks=pytest.mark.slow)])
 def test_the_file_detects_what_the_model_detects(tmp_path: Path, format: Any) -> None:
     """At sizes that the export did not compare, too."""
     model = small_detector()
@@ -131,10 +131,8 @@ def test_the_file_detects_what_the_model_detects(tmp_path: Path, format: Any) ->
 
 # In a process that had used a DataLoader's workers before, OpenVINO 2026.4 left something behind here of which the next
 # subprocess died (SIGSEGV in poll): .ci/run has a process of its own for this test. TorchScript's takes long.
-ALONE = [name if name == "onnx" else pytest.param(name, marks=pytest.mark.slow) for name in FORMATS]
-
-
-@pytest.mark.parametrize("format", ALONE)
+@pytest.mark.slow
+@pytest.mark.parametrize("format", FORMATS)
 def test_images_with_and_without_detections(tmp_path: Path, format: Any, caplog: pytest.LogCaptureFixture) -> None:
     """A tracer sees one image: neither of the two may be built into the file."""
     generator = torch.Generator().manual_seed(0)

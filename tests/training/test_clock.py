@@ -139,30 +139,30 @@ class StopHereError(Exception):
 
 
 def test_a_run_by_the_clock_resumes_bit_for_bit(tmp_path: Path, ticking: None) -> None:
-    minutes = ("train.steps=null", "minutes=0.2", "train.save_every=1", "seed=3")  # 12 steps of a second
+    minutes = ("train.steps=null", "minutes=0.1", "seed=3")  # 6 steps of a second
     whole = train_here(tmp_path / "whole", *minutes)
-    assert whole.steps == 12
+    assert whole.steps == 6
 
     def stop(line: dict[str, Any]) -> None:
-        if line["step"] == 5:
+        if line["step"] == 3:
             raise StopHereError
 
     with pytest.raises(StopHereError):
         train_here(tmp_path / "parts", *minutes, on_log=stop)
-    assert train_here(tmp_path / "parts", *minutes, "resume=auto").steps == 12
+    assert train_here(tmp_path / "parts", *minutes, "resume=auto").steps == 6
     different = differences(tmp_path / "whole" / "last.pt", tmp_path / "parts" / "last.pt")
     assert {name for name in different if not name.startswith(".training.schedule")} == set()
     assert logged(tmp_path / "whole", "lr") == logged(tmp_path / "parts", "lr")
     # The twin: other decisions of the clock leave another model.
-    other = train_here(tmp_path / "other", *minutes[:1], "minutes=0.25", *minutes[2:])
-    assert other.steps == 15
-    assert logged(tmp_path / "whole", "lr") != logged(tmp_path / "other", "lr")[:12]
+    other = train_here(tmp_path / "other", *minutes[:1], "minutes=0.12", *minutes[2:])
+    assert other.steps == 7
+    assert logged(tmp_path / "whole", "lr") != logged(tmp_path / "other", "lr")[:6]
 
 
 def test_more_minutes_let_a_finished_run_go_on(tmp_path: Path, ticking: None) -> None:
-    assert train_here(tmp_path, "train.steps=null", "minutes=0.1").steps == 6
-    result = train_here(tmp_path, "train.steps=null", "minutes=0.2", "resume=auto")
-    assert result.steps == 12
+    assert train_here(tmp_path, "train.steps=null", "minutes=0.05").steps == 3
+    result = train_here(tmp_path, "train.steps=null", "minutes=0.1", "resume=auto")
+    assert result.steps == 6
     rates = logged(tmp_path, "lr")
-    assert rates[6] > rates[5]
-    assert rates[-1] < 0.1 * max(rates)
+    assert rates[3] > rates[2]
+    assert rates[-1] < rates[3]

@@ -91,6 +91,7 @@ def test_a_given_dataset_trains_as_one_of_files_does(tmp_path: Path) -> None:
     assert evaluate(model, Subset(Shapes(9, 1), range(4))).metrics == expected
 
 
+@pytest.mark.slow
 def test_a_run_on_random_transforms_continues_bit_for_bit(tmp_path: Path) -> None:
     moved = Shapes(24, 0, mirrored=True)
     train(tmp_path / "whole", train_set=moved)

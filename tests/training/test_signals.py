@@ -187,7 +187,8 @@ def test_handlers_are_there_around_the_steps_alone(tmp_path: Path, monkeypatch: 
     assert seen["evaluate"] != before
 
 
-@pytest.mark.parametrize("num_signals", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.slow
+@pytest.mark.parametrize("num_signals", [1, 2])
 def test_ctrl_c_with_workers(num_signals: int, tmp_path: Path) -> None:
     """It reaches the whole process group; once or twice, the run ends with its code and no traceback."""
     process = subprocess.Popen(
