@@ -16,6 +16,7 @@ from pydantic import BaseModel
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from resdet.check import anchor_coverage as coverage
 from resdet.check.anchor_coverage import AnchorLayout
 from resdet.check.browse import write_browse_page
 from resdet.check.limits import DetectorLimits
@@ -35,7 +36,7 @@ from resdet.config import (
     config_from_plain,
 )
 from resdet.data.annotations import AnnotationTable
-from resdet.data.augment.pipeline import MIN_VISIBILITY, build_augment
+from resdet.data.augment.pipeline import MIN_VISIBILITY, Augment, build_augment
 from resdet.data.coco import read_coco
 from resdet.data.dataset import DetectionDataset
 from resdet.data.image_files import check_files
@@ -53,7 +54,6 @@ from resdet.models.checkpoint import load_detector_weights
 from resdet.models.detector import Detector, build_detector
 from resdet.models.losses import class_balanced_weights
 from resdet.models.norm import calibrate_norm, has_fresh_frozen_norm
-from resdet.models.proposals import Anchors
 from resdet.models.spec import WEIGHTS_FACTS, DetectorSpec, Tiles
 from resdet.processes import Processes
 from resdet.weights.files import WeightsFile, WeightsPath, read_weights
@@ -162,6 +162,11 @@ def build_val_set(config: Config) -> DetectionDataset:
     return build_dataset(data.val, training=False)
 
 
+def config_augment(config: Config) -> Augment | None:
+    """Build the steps of ``augment``; None if there are none."""
+    return build_augment(list(config.augment), min_visibility=config.min_visibility) if config.augment else None
+
+
 def build_given_dataset(
     dataset: Dataset[Any],
     config: Config,
@@ -170,8 +175,7 @@ def build_given_dataset(
     train_set: DetectionDataset | None,
 ) -> DetectionDataset:
     """Return a dataset that a program has given, to train on, or where ``train_set`` is known to evaluate on."""
-    augments = config.augment and not config.plan  # a plan decides later
-    augment = build_augment(list(config.augment), min_visibility=config.min_visibility) if augments else None
+    augment = None if config.plan else config_augment(config)  # a plan decides later
     return wrap_dataset(
         dataset,
         classes=classes,
@@ -288,14 +292,13 @@ def anchor_layout(config: ModelConfig, tiles: Tiles | None = None) -> AnchorLayo
 
     With ``tiles`` (``eval.tiles``) it is taken to see no image whole, in training either.
     """
-    sizes = tuple((size,) for size in config.anchor_sizes)
-    ratios = (config.aspect_ratios,) * len(sizes)
-    anchors = Anchors(sizes, ratios, rounded=config.anchor_rounding, strides=(), widened=True)
-    return AnchorLayout(
-        cell_anchors=tuple(cells.double().numpy() for cells in anchors.cell_anchors),
-        nominal=config.anchor_stride == "nominal",
+    return coverage.anchor_layout(
+        config.anchor_sizes,
+        config.aspect_ratios,
         min_sizes=(config.min_size,) if isinstance(config.min_size, int) else config.min_size,
         max_size=config.max_size,
+        rounded=config.anchor_rounding,
+        nominal=config.anchor_stride == "nominal",
         sides_rounded=config.resize == "pil",
         tile=None if tiles is None else tiles.side,
     )

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from resdet.data.annotations import AnnotationTable
+from resdet.models.proposals import Anchors
 from resdet.types import Floats
 
 IOU_REACHED = 0.5
@@ -28,6 +30,24 @@ class AnchorLayout:
     max_size: int  # maximum of the longer side after that, in pixels
     sides_rounded: bool  # whether scaled sides are rounded to the nearest pixel, as by Pillow's resize, or down
     tile: int | None = None  # side in pixels of the tiles that images are seen by; None: images are seen whole
+
+
+def anchor_layout(
+    anchor_sizes: Sequence[int],
+    aspect_ratios: Sequence[float],
+    *,
+    min_sizes: tuple[int, ...],
+    max_size: int,
+    rounded: bool = True,
+    nominal: bool = False,
+    sides_rounded: bool = False,
+    tile: int | None = None,
+) -> AnchorLayout:
+    """Return where a detector puts its anchors: one size for each level, every ratio at each location."""
+    sizes = tuple((size,) for size in anchor_sizes)
+    anchors = Anchors(sizes, (tuple(aspect_ratios),) * len(sizes), rounded=rounded, strides=(), widened=True)
+    cells = tuple(cell.double().numpy() for cell in anchors.cell_anchors)
+    return AnchorLayout(cells, nominal, min_sizes, max_size, sides_rounded, tile)
 
 
 @dataclass(frozen=True)

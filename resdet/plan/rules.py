@@ -1,7 +1,7 @@
 """The rules of a plan: each turns facts into values of the configuration, with its reason.
 
 A rule sees what is decided before it, by the user or an earlier rule, in ``Facts.settled``; ``RULES`` is their order.
-What each rule is worth is in ``configs/README.md``.
+What single choices have come to is in ``configs/README.md``; for some there is no figure yet.
 """
 
 from __future__ import annotations
@@ -11,8 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from resdet.check.anchor_coverage import IOU_REACHED, AnchorLayout, best_iou, in_tiles
-from resdet.models.proposals import Anchors
+from resdet.check.anchor_coverage import IOU_REACHED, AnchorLayout, anchor_layout, best_iou, in_tiles
 from resdet.plan.fingerprint import CROWDED_IOU, Fingerprint
 from resdet.plan.machine import Machine
 from resdet.types import Floats
@@ -170,10 +169,15 @@ def anchors(facts: Facts) -> Iterator[Choice]:
     boxes, sizes = facts.boxes[::every], facts.sizes[::every]
     if (tiles := facts.settled["eval.tiles"]) is not None:
         boxes, sizes = in_tiles(boxes, sizes, tiles[0])
-    side = facts.side
+    side, max_size = facts.side, facts.settled["model.max_size"]
+
+    def layout(smallest: int, ratios: tuple[float, ...]) -> AnchorLayout:
+        sides = [smallest << level for level in range(_NUM_LEVELS)]
+        return anchor_layout(sides, ratios, min_sizes=(side,), max_size=max_size)
+
     found = []
     for ratios in _RATIOS:
-        ious = {smallest: best_iou(boxes, sizes, _layout(facts, smallest, ratios), side) for smallest in _ANCHOR_SIDES}
+        ious = {smallest: best_iou(boxes, sizes, layout(smallest, ratios), side) for smallest in _ANCHOR_SIDES}
         reached = {smallest: float((iou >= IOU_REACHED).mean()) for smallest, iou in ious.items()}
         enough = [smallest for smallest in ious if reached[smallest] >= _REACHED]
         best = max(enough or ious, key=lambda smallest: float(ious[smallest].mean()) if enough else reached[smallest])
@@ -185,18 +189,6 @@ def anchors(facts: Facts) -> Iterator[Choice]:
     because = f"{share:.1%} of the objects are reached at IoU {IOU_REACHED:g}"
     yield Choice("model.anchor_sizes", [smallest << level for level in range(_NUM_LEVELS)], because)
     yield Choice("model.aspect_ratios", list(ratios), "the fewest shapes that reach as many")
-
-
-def _layout(facts: Facts, smallest: int, ratios: tuple[float, ...]) -> AnchorLayout:
-    sizes = tuple((smallest << level,) for level in range(_NUM_LEVELS))
-    cells = Anchors(sizes, (ratios,) * _NUM_LEVELS, rounded=True, strides=(), widened=True).cell_anchors
-    return AnchorLayout(
-        cell_anchors=tuple(cell.double().numpy() for cell in cells),
-        nominal=False,
-        min_sizes=(facts.side,),
-        max_size=facts.settled["model.max_size"],
-        sides_rounded=False,
-    )
 
 
 _REGIONS = 128

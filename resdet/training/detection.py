@@ -20,6 +20,7 @@ from resdet.build import (
     build_model,
     build_train_set,
     build_val_set,
+    config_augment,
     detector_limits,
     inference_settings,
     missing_data,
@@ -27,7 +28,6 @@ from resdet.build import (
 from resdet.config import Config, EvalConfig, HeldOut, LoaderConfig, PythonSource
 from resdet.config_reading import config_to_plain
 from resdet.data.annotations import AnnotationTable
-from resdet.data.augment.pipeline import build_augment
 from resdet.data.dataset import DetectionDataset
 from resdet.data.loader import Batch, train_loader
 from resdet.data.split import check_lists, write_lists
@@ -194,8 +194,7 @@ def planned(
 
     chosen: Config = team.on_main(made)
     team.micro_batch_size(chosen.train.batch_size, chosen.train.accumulate)
-    augment = build_augment(list(chosen.augment), min_visibility=chosen.min_visibility) if chosen.augment else None
-    return chosen, train_set.augmented(augment)
+    return chosen, train_set.augmented(config_augment(chosen))
 
 
 def first_model(

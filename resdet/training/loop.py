@@ -184,7 +184,7 @@ def run(
 
 
 def seconds_since(begun: float, team: Processes) -> float:
-    """Return the seconds since ``begun``, the same in all processes."""
+    """Return the seconds since ``begun``, the same in all processes, which wait for each other to agree on it."""
     return team.mean_of(time.perf_counter() - begun)
 
 
