@@ -34,6 +34,11 @@ work=gpu          on a CUDA device, within minutes=8: its tests, speed against t
                   max_size=1333, repeats=8, warmup=2, steps=200, arch=, weights=, parts=speed,waits,profile,fine_tune,
                   tests, figures=FILE (written after each part), seed=
 
+work=recipes      fine-tunes in the same minutes by torchvision's reference recipe, by frcnn_r101 with SGD and AdamW at
+                  416 px, and by finetune; data=FOLDERS (each with images, train.json, val.json, test.json),
+                  minutes=10, recipes=torchvision,sgd,adamw,finetune, runs=FOLDER (keeps ours), arch=, weights=, seed=;
+                  recipes=finetune,without_anchors,... leaves single rules of finetune out
+
 images=FOLDER     photographs; generated pictures without it
 annotations=FILE  their boxes for training, a COCO json
 weights=FILE      a detector's checkpoint, or ImageNet weights of its body (heads are random then); without it random

@@ -19,6 +19,7 @@ nothing: it writes what was chosen, with the reasons, to standard error, and the
 """
 
 import sys
+import time
 from collections.abc import Sequence
 
 from resdet.commands.run import command_parser, show
@@ -27,6 +28,7 @@ from resdet.errors import printable
 
 def main(arguments: Sequence[str]) -> None:
     """Run ``resdet train``."""
+    begun = time.perf_counter()  # before torch is imported, which takes a minute from a cold disk
     from resdet.config import Config, load_config
     from resdet.config_keys import sections_text
 
@@ -45,7 +47,7 @@ def main(arguments: Sequence[str]) -> None:
         sys.stderr.write(printable(plan.text()) + "\n\n")
         show(config_to_yaml(plan.config).rstrip("\n"))
         return
-    result = train(config)
+    result = train(config, begun=begun)
     numbers = "  ".join(f"{name} {result.metrics[name]:.3f}" for name in ("AP", "AP50", "AP75"))
     metric = config.eval.best_metric
     show(f"{numbers}  (best {metric} {result.best:.3f}) after {result.steps} steps, {result.seconds:.0f} s")

@@ -235,20 +235,22 @@ def tiles(facts: Facts) -> Iterator[Choice]:
     yield Choice("eval.tiles", [tile, 0.2], because)
 
 
-_SMALL_BATCH = 2
+_SMALL_BATCH, _FOR_STATISTICS = 2, 8
 _ENOUGH_STEPS = 1500
 
 
 def batch(facts: Facts) -> Iterator[Choice]:
-    """Take small batches where there is time for few steps: frozen norms do not need large ones."""
-    smallest = _SMALL_BATCH * facts.num_processes
+    """Take small batches where there is time for few steps: only norms of a batch's own statistics need larger ones."""
+    uses_statistics = facts.settled["model.norm"] == "batch"
+    smallest = (_FOR_STATISTICS if uses_statistics else _SMALL_BATCH) * facts.num_processes
+    norms = "norms take their statistics from a batch" if uses_statistics else "norms need no larger batch"
     if facts.num_steps is not None:
-        yield Choice("train.batch_size", smallest, "the number of steps is given; norms are frozen")
+        yield Choice("train.batch_size", smallest, f"the number of steps is given; {norms}")
         return
     visits, room = facts.num_visits, facts.num_processes * facts.machine.megapixels / facts.megapixels
     largest = min(visits / _ENOUGH_STEPS, room)
     size = max(number for number in (smallest << n for n in range(4)) if number <= max(largest, smallest))
-    yield Choice("train.batch_size", size, f"leaves some {visits / size:.0f} steps; norms are frozen")
+    yield Choice("train.batch_size", size, f"leaves some {visits / size:.0f} steps; {norms}")
 
 
 _RATE, _LOWEST_RATE = 4e-4, 1e-4

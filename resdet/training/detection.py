@@ -74,6 +74,7 @@ def train(
     classes: Sequence[str] | None = None,
     on_log: Callback | None = None,
     on_evaluation: Callback | None = None,
+    begun: float | None = None,
 ) -> TrainResult:
     """Train a detector as the configuration says, evaluate it, and leave everything in ``config.output_dir``.
 
@@ -92,6 +93,7 @@ def train(
         on_log: Called in the main process with each line on losses that metrics.jsonl gets, ``step`` included.
         on_evaluation: The same for the lines on evaluations. What either raises reaches the caller unchanged, when
             last.pt is written; ``resume=auto`` continues such a run too.
+        begun: ``time.perf_counter()`` from which ``config.minutes`` count, as of the program's start; None: now.
 
     Raises:
         UserError: If data, weights or settings do not allow it (each subclass says which), and ``TrainingError`` if a
@@ -99,7 +101,7 @@ def train(
         InternalError: If the numbers of the last evaluation are not pycocotools' (``eval.reference``).
         Interrupted: After SIGTERM or SIGINT, when everything is on the disk.
     """
-    begun = time.perf_counter()
+    begun = time.perf_counter() if begun is None else begun
     config = stated(config, {"train": train_set, "val": val_set}, classes)
     with launched(config.output_dir, config.train, config.resume) as (team, resume_from):
         resumed = None if resume_from is None else read_weights(resume_from)  # once: it can be large
@@ -210,7 +212,7 @@ def first_model(
 
 
 def evaluation_seconds(
-    model: Detector, dataset: DetectionDataset, inference: InferenceSettings, num_processes: int
+    model: nn.Module, dataset: DetectionDataset, inference: InferenceSettings, num_processes: int
 ) -> float:
     """Estimate from a few images how long an evaluation takes, with checkpoints, pictures and report."""
     num_images = dataset.table.num_images

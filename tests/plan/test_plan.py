@@ -104,6 +104,12 @@ def test_a_run_ends_within_its_minutes(tmp_path: Path) -> None:
     assert rates[-1] < 0.02 * max(rates)
 
 
+def test_minutes_count_from_the_programs_start(tmp_path: Path) -> None:
+    settings = [*SMALL, "minutes=10", "plan=false", "train.batch_size=2", f"output_dir={tmp_path}"]
+    with pytest.raises(UserError, match=r"this run needs about 60\.\d"):
+        train(load_config("finetune", settings), begun=time.perf_counter() - 3600)
+
+
 def test_plan_only_shows_a_plan_and_trains_nothing(tmp_path: Path) -> None:
     command = [
         sys.executable,

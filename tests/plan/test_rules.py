@@ -140,6 +140,7 @@ def test_batches_grow_with_the_time_and_fit_into_memory() -> None:
     assert short == 2 < long
     assert chosen(rules.batch, facts(100_000, machine=replace(MACHINE, megapixels=1.5)))["train.batch_size"] == 2
     assert chosen(rules.batch, replace(facts(500), num_processes=3))["train.batch_size"] == 6
+    assert chosen(rules.batch, facts(500, **{"model.norm": "batch"}))["train.batch_size"] == 8
 
 
 def test_the_rate_falls_and_warmup_grows_with_the_number_of_steps() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import signal
@@ -15,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from coco_files import coco_folder
 from small_runs import ROOT, command, differences, environment, train, train_here
 from torch import Tensor, nn
 
@@ -152,30 +151,6 @@ with claimed(Path({str(tmp_path)!r})):
     holder.wait()
     with claimed(tmp_path):  # a lock does not outlive its process
         pass
-
-
-def coco_folder(folder: Path, num_images: int) -> Path:
-    """Write generated pictures as files, with a COCO json."""
-    table, images = shapes_table(num_images, 64, 0), ShapesImages(64, 0)
-    folder.mkdir()
-    for index in range(num_images):
-        Image.fromarray(images(index)).save(folder / f"{index}.png")
-    owners = table.image_of_box()
-    document = {
-        "images": [{"id": i, "file_name": f"{i}.png", "height": 64, "width": 64} for i in range(num_images)],
-        "annotations": [
-            {
-                "id": row,
-                "image_id": int(owners[row]),
-                "category_id": int(table.labels[row]),
-                "bbox": table.boxes_xywh[row].tolist(),
-            }
-            for row in range(table.num_boxes)
-        ],
-        "categories": [{"id": c.category_id, "name": c.name} for c in table.categories],
-    }
-    (folder / "a.json").write_text(json.dumps(document))
-    return folder
 
 
 @pytest.mark.slow

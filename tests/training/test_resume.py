@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,12 +9,13 @@ from typing import Any, get_args
 
 import pytest
 import torch
+from coco_files import coco_folder
 from pydantic import BaseModel
 from small_runs import logged, train_here
 
 from resdet.classification.config import PretrainConfig
 from resdet.config import Config
-from resdet.data.shapes import ShapesImages, shapes_table
+from resdet.data.shapes import shapes_table
 from resdet.errors import UserError, WeightsError
 from resdet.training.loop import TrainResult
 from resdet.training.resume import APPLIED, REFUSED, REJUDGED
@@ -111,39 +111,12 @@ def test_classes_that_are_now_named_in_their_order_go_on(begun: Path, tmp_path: 
     assert go_on(begun, tmp_path, "train.steps=2", "data.train.classes=[circle, square, triangle]").steps == 2
 
 
-def coco_export(folder: Path, ids: dict[str, int], num_images: int) -> Path:
-    """Write a COCO json of generated images in which classes have these ids, and the images beside it."""
-    from PIL import Image
-
-    table, images = shapes_table(num_images, 64, 0), ShapesImages(64, 0)
-    folder.mkdir()
-    names, owners = [c.name for c in table.categories], table.image_of_box()
-    for index in range(num_images):
-        Image.fromarray(images(index)).save(folder / f"{index}.png")
-    boxes = [
-        {
-            "id": row + 1,
-            "image_id": int(owners[row]),
-            "category_id": ids[names[table.labels[row] - 1]],
-            "bbox": table.boxes_xywh[row].tolist(),
-        }
-        for row in range(table.num_boxes)
-    ]
-    document = {
-        "images": [{"id": i, "file_name": f"{i}.png", "height": 64, "width": 64} for i in range(num_images)],
-        "annotations": boxes,
-        "categories": [{"id": number, "name": name} for name, number in ids.items()],
-    }
-    (folder / "a.json").write_text(json.dumps(document))
-    return folder
-
-
 def test_the_same_data_exported_with_other_numbers(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Other numbers in the same order mean the same classes; in another order they would change places."""
     caplog.set_level("INFO")
-    first = coco_export(tmp_path / "first", {"circle": 1, "square": 2, "triangle": 3}, 4)
-    shifted = coco_export(tmp_path / "shifted", {"circle": 10, "square": 20, "triangle": 30}, 6)
-    swapped = coco_export(tmp_path / "swapped", {"square": 1, "circle": 2, "triangle": 3}, 4)
+    first = coco_folder(tmp_path / "first", 4, {"circle": 1, "square": 2, "triangle": 3})
+    shifted = coco_folder(tmp_path / "shifted", 6, {"circle": 10, "square": 20, "triangle": 30})
+    swapped = coco_folder(tmp_path / "swapped", 4, {"square": 1, "circle": 2, "triangle": 3})
 
     def source(folder: Path) -> tuple[str, ...]:
         text = f"{{format: coco, images: {folder}, annotations: {folder / 'a.json'}}}"

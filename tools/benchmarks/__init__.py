@@ -18,6 +18,7 @@ from benchmarks.gpu_model import benchmark_gpu_model
 from benchmarks.inference import benchmark_inference
 from benchmarks.loading import benchmark_loading
 from benchmarks.memory import benchmark_memory
+from benchmarks.recipes import benchmark_recipes
 from benchmarks.report import Report
 from benchmarks.roi_align import benchmark_roi_align
 from benchmarks.training import benchmark_training
@@ -33,6 +34,7 @@ WORK: dict[str, Callable[..., Report]] = {
     "loading": benchmark_loading,
     "gpu_model": benchmark_gpu_model,
     "gpu": benchmark_gpu,
+    "recipes": benchmark_recipes,
 }
 """Every kind of work, by its name on the command line."""
 
