@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from benchmarks import run_benchmark
-from benchmarks.recipes import RECIPES
+from benchmarks.recipes import RECIPES, common_settings
 from coco_files import coco_folder
 
 from resdet.config import load_config
@@ -23,11 +23,12 @@ def split_set(folder: Path) -> Path:
     return folder
 
 
-def test_every_recipe_of_ours_is_a_configuration() -> None:
+def test_every_recipe_of_ours_is_a_configuration(tmp_path: Path) -> None:
     ours = [recipe for recipe in RECIPES.values() if recipe is not None]
     assert len(ours) == len(RECIPES) - 1  # all but torchvision's
     for name, *overrides in ours:
-        load_config(name, overrides)
+        common = common_settings(tmp_path, 10, "resnet50", "", 0)
+        assert load_config(name, [*common, *overrides]).minutes == 10
 
 
 @pytest.mark.parametrize(

@@ -154,7 +154,7 @@ def fine_tune(
     """
     chosen = RECIPES[recipe]
     name, *overrides = chosen if chosen is not None else ("frcnn_r101",)
-    overrides = [*_common(folder, arch, weights, seed), *overrides, f"minutes={minutes}", f"output_dir={output_dir}"]
+    overrides = [*common_settings(folder, minutes, arch, weights, seed), *overrides, f"output_dir={output_dir}"]
     config = load_config(name, overrides)
     test_set = build_val_set(load_config(name, [*overrides, f"data.val.annotations={folder / 'test.json'}"]))
     model: nn.Module
@@ -170,13 +170,15 @@ def fine_tune(
     return {"AP": metrics["AP"], "AP50": metrics["AP50"], **figures}
 
 
-def _common(folder: Path, arch: str, weights: str, seed: int) -> list[str]:
+def common_settings(folder: Path, minutes: float, arch: str, weights: str, seed: int) -> list[str]:
+    """Return the overrides of every recipe: data, length and body."""
     data = [
         f"data.{split}={{format: coco, images: {folder / 'images'}, annotations: {folder / f'{split}.json'}}}"
         for split in ("train", "val")
     ]
     body = [f"model.arch={arch}", f"model.weights={weights or 'null'}"]
-    return [*data, *body, f"seed={seed}", *([] if weights else ["model.calibration_images=32"])]
+    length = ["train.steps=null", f"minutes={minutes}"]
+    return [*data, *body, *length, f"seed={seed}", *([] if weights else ["model.calibration_images=32"])]
 
 
 def _train_torchvision(config: Config, minutes: float) -> tuple[FasterRCNN, dict[str, float]]:
