@@ -114,6 +114,7 @@ SMALL_DETECTION = (
     *(f"data.{part}.{size}" for part in ("train", "val") for size in ("num_images=8", "image_size=64")),
     *("model.min_size=64", "model.max_size=64", "model.out_channels=16", "model.box_head_channels=16"),
     *("train.steps=2", "train.batch_size=4", "train.eval_every=null", "eval.num_pictures=1", "resume=auto"),
+    "plan=false",
 )
 SMALL_CLASSIFICATION = ("train.epochs=null", "train.steps=2", "train.log_every=1", "train.batch_size=8", "resume=auto")
 WITHOUT_DATA = {"quickstart": SMALL_DETECTION, "pretrain_digits": SMALL_CLASSIFICATION}

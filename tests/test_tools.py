@@ -36,6 +36,8 @@ TINY = [
     "train.batch_size=4",
     "train.log_every=1",
     "eval.num_pictures=2",
+    "eval.tricks={}",
+    "plan=false",
 ]
 
 

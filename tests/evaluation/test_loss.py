@@ -262,6 +262,7 @@ RUN = (
     "train.device=cpu",
     "loader.num_workers=0",
     "eval.num_pictures=1",
+    "plan=false",
 )
 
 

@@ -225,6 +225,7 @@ def test_a_compiled_network_trains_the_same(named: str, tmp_path: Path) -> None:
 def test_it_learns(cuda: torch.device, tmp_path: Path) -> None:
     """A run of a minute: 160 steps of the quickstart reach an AP that chance does not."""
     overrides = ["train.steps=160", "train.eval_every=160", "train.precision=bf16", on("cuda"), "eval.num_pictures=0"]
+    overrides += ["train.batch_size=16", "plan=false"]
     config = load_config(ROOT / "configs" / "quickstart.yaml", [*overrides, f"output_dir={tmp_path}"])
     assert detection.train(config).metrics["AP50"] > 0.2
 

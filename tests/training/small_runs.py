@@ -35,6 +35,8 @@ SMALL = (
     "train.batch_size=4",
     "train.log_every=1",
     "eval.num_pictures=0",
+    "eval.tricks={}",
+    "plan=false",  # its measurements would take longer than the run
 )
 
 

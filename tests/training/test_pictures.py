@@ -26,7 +26,7 @@ def test_images_with_one_name_have_a_picture_each(tmp_path: Path) -> None:
     source = f"{{format: coco, images: {tmp_path}, annotations: {tmp_path}/instances.json}}"
     overrides = [f"data.train={source}", f"data.val={source}", f"output_dir={tmp_path}/run", "train.steps=1"]
     overrides += ["model.min_size=64", "model.max_size=64", "model.out_channels=16", "model.box_head_channels=16"]
-    overrides += ["train.batch_size=2", "loader.num_workers=0", "eval.num_pictures=9"]
+    overrides += ["train.batch_size=2", "loader.num_workers=0", "eval.num_pictures=9", "plan=false"]
     train(load_config(ROOT / "configs" / "quickstart.yaml", overrides))
     pictures = {path.name: path for path in (tmp_path / "run" / "pictures").iterdir()}
     assert set(pictures) == {"1.png", "1_2.png", "1_3.png"}

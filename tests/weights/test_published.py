@@ -375,6 +375,7 @@ def test_a_name_is_fine_tuned_on_other_classes(
         "train.device": "cpu",
         "loader.num_workers": 0,
         "eval.num_pictures": 0,
+        "plan": "false",
         "output_dir": run,
     }
     assert main(["train", "quickstart", *(f"{key}={value}" for key, value in overrides.items())]) is None
