@@ -39,6 +39,11 @@ def schedule_progress(step: int, schedule: Schedule) -> float:
     return 1.0 if step >= num_steps else begun + (1 - begun) * (step - at) / (num_steps - at)
 
 
+def knows_evaluation(schedule: Schedule) -> bool:
+    """Return whether the time of an evaluation is known, from this call or an earlier one."""
+    return _EVALUATION_S in schedule
+
+
 class Clock:
     """The time of a run: of this call and of those before it that it resumes.
 
@@ -59,11 +64,6 @@ class Clock:
             schedule[_LIMIT] = self._limit
             share = self._before / max(self._limit - schedule.get(_EVALUATION_S, 0.0), 1e-6)
             schedule[PROGRESS], schedule[STEPS] = min(share, 1.0), OPEN_END
-
-    @property
-    def knows_evaluation(self) -> bool:
-        """Whether the time of an evaluation is known, from this call or an earlier one."""
-        return _EVALUATION_S in self.schedule
 
     @property
     def allows_evaluation(self) -> bool:

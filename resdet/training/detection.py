@@ -49,6 +49,7 @@ from resdet.processes import Processes, processes
 from resdet.random_states import random_states_kept
 from resdet.training import guards
 from resdet.training.checkpoint import load_training_state
+from resdet.training.clock import knows_evaluation
 from resdet.training.compiled import compile_detector, without_compiled_code
 from resdet.training.folder import CONFIG, METRICS, PICTURES
 from resdet.training.launch import launched
@@ -126,28 +127,40 @@ def train(
         match_labels(model, val_data.table)  # other classes in data.val are reported now, not at the first evaluation
         saved = {} if resumed is None else load_training_state(resumed, model)
         del resumed  # the model has copies of its tensors
-        settings = RunSettings(
-            config=config_to_plain(config),
-            output_dir=config.output_dir,
-            resume_from=resume_from,
-            seed=config.seed,
-            train=config.train,
-            optim=config.optim,
-            best_metric=config.eval.best_metric,
-            num_images=num_images["train"],
-            num_val_images=num_images["val"],
-            minutes=config.minutes,
-            body_lr_factor=config.optim.body_lr_factor,
-            is_rejudged=is_rejudged,
-            on_log=on_log,
-            on_evaluation=on_evaluation,
-        )
+        settings = run_settings(config, resume_from, num_images, is_rejudged, on_log, on_evaluation)
         inference = inference_settings(config)
-        if config.minutes is not None:
+        if config.minutes is not None and not knows_evaluation(saved.get("schedule", {})):
             seconds = team.mean_of(evaluation_seconds(model, val_data, inference, team.world_size))
             settings = replace(settings, evaluation_s=seconds)
         task = DetectionTask(model, train_data, val_data, settings, config.loader, config.eval, inference, team)
         return run(task, settings, team, begun=begun, saved=saved)
+
+
+def run_settings(
+    config: Config,
+    resume_from: Path | None,
+    num_images: Mapping[str, int],
+    is_rejudged: bool,
+    on_log: Callback | None,
+    on_evaluation: Callback | None,
+) -> RunSettings:
+    """Return what the training loop is told of a run; ``num_images`` are by split."""
+    return RunSettings(
+        config=config_to_plain(config),
+        output_dir=config.output_dir,
+        resume_from=resume_from,
+        seed=config.seed,
+        train=config.train,
+        optim=config.optim,
+        best_metric=config.eval.best_metric,
+        num_images=num_images["train"],
+        num_val_images=num_images["val"],
+        minutes=config.minutes,
+        body_lr_factor=config.optim.body_lr_factor,
+        is_rejudged=is_rejudged,
+        on_log=on_log,
+        on_evaluation=on_evaluation,
+    )
 
 
 def plan_alone(config: Config) -> Plan:

@@ -25,7 +25,7 @@ from resdet.files import write_text
 from resdet.processes import Processes
 from resdet.training import guards
 from resdet.training.checkpoint import BEST, LAST, reported_disk_errors, save_checkpoint, save_last
-from resdet.training.clock import OPEN_END, Clock, check_minutes
+from resdet.training.clock import OPEN_END, Clock, check_minutes, knows_evaluation
 from resdet.training.folder import CONFIG
 from resdet.training.guards import Moment
 from resdet.training.interrupt import StopNow, StopSignals
@@ -208,7 +208,7 @@ def begin_clock(settings: RunSettings, team: Processes, state: RunState, begun: 
     if settings.minutes is None:
         return None
     clock = Clock(settings.minutes, settings.train.eval_every, state.schedule)
-    if not clock.knows_evaluation:
+    if not knows_evaluation(state.schedule):
         check_minutes(settings.minutes, settings.evaluation_s, seconds_since(begun, team))
         clock.expect_evaluation(settings.evaluation_s)
     state.num_steps = clock.resumed_steps(state.step)
