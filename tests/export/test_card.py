@@ -256,7 +256,7 @@ def test_what_a_card_states(tmp_path: Path, model: Detector, source: WeightsFile
         r"| classes | 1 a\|b, 2 \<b\>c\</b\>, 3 \*d\*\\n |",
         "Training began with random weights, so nobody else's licence applies to them.",
         "| architecture | resnet18, layout fpn, norm frozen |",
-        "| `train.steps` | 300 |",
+        "| `train.steps` | 700 |",
         "| `train.precision` | fp32 |",
         "RGB in [0, 1], minus 0.485, 0.456, 0.406, divided by 0.229, 0.224, 0.225 |",
         "The detector scales images to 128 pixels on the shorter side",
