@@ -159,7 +159,7 @@ def fine_tune(
     test_set = build_val_set(load_config(name, [*overrides, f"data.val.annotations={folder / 'test.json'}"]))
     model: nn.Module
     if chosen is None:
-        model, figures = _train_torchvision(config, minutes)
+        model, figures = _train_torchvision(config)
         inference = InferenceSettings()
     else:
         result = train(config)
@@ -181,8 +181,8 @@ def common_settings(folder: Path, minutes: float, arch: str, weights: str, seed:
     return [*data, *body, *length, f"seed={seed}", *([] if weights else ["model.calibration_images=32"])]
 
 
-def _train_torchvision(config: Config, minutes: float) -> tuple[FasterRCNN, dict[str, float]]:
-    """Train torchvision's Faster R-CNN in float32 by its reference recipe, for so many minutes with an evaluation.
+def _train_torchvision(config: Config) -> tuple[FasterRCNN, dict[str, float]]:
+    """Train torchvision's Faster R-CNN in float32 by its reference recipe, for ``config.minutes`` with an evaluation.
 
     SGD at 0.02 for 16 images, here 2; images at 800/1333, flipped; the rate rises over the first epoch and is divided
     by 10 after 16/26 and 22/26 of the time, as the reference does after epochs 16 and 22 of 26.
@@ -190,6 +190,7 @@ def _train_torchvision(config: Config, minutes: float) -> tuple[FasterRCNN, dict
     Source: torchvision's ``references/detection/train.py`` and ``engine.py``.
     """
     begun = time.perf_counter()
+    assert config.minutes is not None
     device = torch.device("cpu")
     team = Processes(0, 1, device)
     train_set, val_set = build_train_set(config), build_val_set(config)
@@ -199,7 +200,7 @@ def _train_torchvision(config: Config, minutes: float) -> tuple[FasterRCNN, dict
     base_lr = _LR * _BATCH_SIZE / _LR_BATCH_SIZE
     optimizer = torch.optim.SGD(parameters, lr=base_lr, momentum=0.9, weight_decay=1e-4)
     warmup = max(1, min(_WARMUP_STEPS, math.ceil(train_set.table.num_images / _BATCH_SIZE) - 1))
-    limit = 60 * minutes - evaluation_seconds(model, val_set, InferenceSettings(), 1)
+    limit = 60 * config.minutes - evaluation_seconds(model, val_set, InferenceSettings(), 1)
     step, step_s = 0, 0.0
     batches = train_loader(
         *(train_set, team), batch_size=_BATCH_SIZE, num_micro_batches=1, num_workers=1, seed=config.seed, start_batch=0
