@@ -302,6 +302,9 @@ class TrainConfig(Section):
     """Steps between lines in metrics.jsonl and TensorBoard; losses are means over these steps."""
     eval_every: int | None = Field(None, ge=1)
     """Steps between evaluations on ``data.val``; null evaluates only after the last step."""
+    eval_images: int | None = Field(None, ge=1)
+    """Images of ``data.val`` that these evaluations look at, evenly spread over it: for many images and little time.
+    null takes all. The commands that evaluate a finished run (``resdet eval``) always take all."""
     save_every: int | None = Field(None, ge=1)
     """Steps between writings of last.pt; null writes it with each evaluation."""
     patience: int | None = Field(None, ge=1)

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch
 import yaml
 from torch import Tensor
@@ -26,6 +25,7 @@ from resdet.classification.spec import ClassifierSpec
 from resdet.classification.views import TrainView, centre_views
 from resdet.config_reading import parse_settings
 from resdet.data.names import on_disk
+from resdet.data.order import evenly_spread
 from resdet.errors import WeightsError
 from resdet.weights.files import WeightsPath, read_weights
 from resdet.weights.pickles import is_plain
@@ -76,7 +76,7 @@ def measure_mean(images: LabelledImages, *, num_images: int, resize: int, size: 
     Returns float32 ``[3, size, size]`` in [0, 1].
     """
     total = torch.zeros(3, size, size, dtype=torch.float64)
-    rows = np.unique(np.linspace(0, len(images) - 1, min(num_images, len(images))).round().astype(int))
+    rows = evenly_spread(len(images), num_images)
     for row in rows.tolist():
         total += centre_views(images.image(row), resize=resize, size=size)[0]
     return (total / (255 * len(rows))).float()

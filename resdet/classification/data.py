@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, Protocol, TypeAlias
 
@@ -18,6 +18,7 @@ from torch import Tensor
 from resdet.data.images import read_image
 from resdet.data.names import IMAGE_SUFFIXES, is_hidden, same_form
 from resdet.errors import DataError, UserError, name_some, shortened
+from resdet.types import Ints
 from resdet.weights.arrays import read_pickle
 
 Split: TypeAlias = Literal["train", "val", "trainval", "test"]
@@ -53,6 +54,26 @@ class LabelledImages:
     def image(self, index: int) -> Image.Image:
         """Return image ``index``, 8-bit RGB."""
         return Image.fromarray(self.pictures(index))
+
+    def select_images(self, indices: Ints) -> LabelledImages:
+        """Return the images at ``indices``, in that order, of the same classes."""
+        return replace(self, labels=self.labels[indices], pictures=_ChosenPictures(self.pictures, indices))
+
+
+@dataclass(frozen=True)
+class _ChosenPictures:
+    """Some of the images."""
+
+    pictures: Pictures
+    indices: Ints  # [N]
+
+    def __call__(self, index: int) -> npt.NDArray[np.uint8]:
+        """Return the chosen image ``index``."""
+        return self.pictures(int(self.indices[index]))
+
+    def name(self, index: int) -> str:
+        """Return its name for messages."""
+        return self.pictures.name(int(self.indices[index]))
 
 
 @dataclass(frozen=True)

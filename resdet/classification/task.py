@@ -41,7 +41,7 @@ from resdet.training.launch import launched
 from resdet.training.loop import TrainResult, run
 from resdet.training.resume import check_configuration, check_data
 from resdet.training.runlog import RunLog
-from resdet.training.settings import RunSettings
+from resdet.training.settings import RunSettings, evaluated_part
 from resdet.weights.files import read_weights
 
 Mix = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -63,6 +63,7 @@ def pretrain(config: PretrainConfig) -> TrainResult:
         # Other classes in data.val are reported now, not at the first evaluation.
         match_classes(val_set.classes, train_set.classes, where=val_set.name)
         num_images = {"train": len(train_set), "val": len(val_set)}
+        val_set = evaluated_part(val_set, config.train.eval_images)
         before = None if resumed is None else load_classifier(resumed)
         if resumed is not None and before is not None:
             is_rejudged |= check_data(resumed, before.classes, train_set.classes, num_images)

@@ -36,6 +36,11 @@ _ORDER, _AUGMENTATION, _ROUNDING, _FIRST_CLASS = range(4)
 """Streams of hashed numbers. Each class has one of its own, from ``_FIRST_CLASS`` on."""
 
 
+def evenly_spread(num_images: int, number: int) -> Ints:
+    """Return the indices of ``number`` of the images, or of all if there are fewer, ascending from first to last."""
+    return np.linspace(0, num_images - 1, min(number, num_images)).round().astype(np.int64)
+
+
 @dataclass(frozen=True)
 class ImageOrder:
     """An endless order of images."""

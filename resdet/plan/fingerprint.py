@@ -17,6 +17,7 @@ from resdet.data.annotations import AnnotationTable
 from resdet.data.dataset import DetectionDataset
 from resdet.data.image_facts import THUMBNAIL_SIZE, ImageFacts, near_duplicates
 from resdet.data.images import ImageHeader
+from resdet.data.order import evenly_spread
 from resdet.errors import DataError
 from resdet.types import Bools, Floats
 
@@ -134,8 +135,7 @@ def _thumbnails(dataset: DetectionDataset) -> Iterator[tuple[ImageFacts, bool]]:
     """Yield what is known of evenly spread images, and whether each is gray; those that cannot be read are left out."""
     megapixels = float(dataset.table.sizes.prod(axis=1, dtype=np.float64).mean()) / 1e6
     number = max(1, min(MAX_IMAGES, len(dataset), int(MAX_MEGAPIXELS / megapixels)))
-    chosen = np.unique(np.linspace(0, len(dataset) - 1, number).astype(np.int64))
-    for index in chosen.tolist():
+    for index in evenly_spread(len(dataset), number).tolist():
         try:
             pixels = dataset.image(index)
         except DataError:

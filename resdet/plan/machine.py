@@ -12,6 +12,7 @@ import torch
 
 from resdet.data.dataset import DetectionDataset
 from resdet.data.loader import Batch
+from resdet.data.order import evenly_spread
 from resdet.models.detector import Detector
 from resdet.precision import Precision
 from resdet.random_states import random_states_kept
@@ -105,9 +106,9 @@ def _memory(device: torch.device) -> float:
 
 
 def _batch(dataset: DetectionDataset, num_images: int) -> Batch:
-    indices = np.linspace(0, len(dataset) - 1, num_images + 1)[:num_images].astype(np.int64).tolist()
+    indices = evenly_spread(len(dataset), num_images).tolist()
     images, targets = zip(*(dataset[index, 0] for index in indices), strict=True)
-    return Batch(list(images), list(targets), indices, list(range(num_images)))
+    return Batch(list(images), list(targets), indices, list(range(len(indices))))
 
 
 def _megapixels(batch: Batch, min_size: int, max_size: int) -> float:

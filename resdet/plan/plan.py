@@ -29,7 +29,6 @@ from resdet.training.settings import fixed_steps
 
 logger = logging.getLogger(__name__)
 
-_EVALUATION = 0.5  # share of a training step that detection in an image takes
 _REPORT_S = 10.0  # start of workers, checkpoints, report
 
 
@@ -104,7 +103,9 @@ def make_plan(
         machine=machine,
         boxes=table.boxes_in_image()[used],
         sizes=table.sizes[table.image_of_box()[used]].astype(np.float64),
+        run_seconds=None if config.minutes is None else 60 * config.minutes,
         seconds=None,
+        num_val_images=val_set.table.num_images,
         num_steps=None if config.minutes is not None else fixed_steps(config.train, data.num_images),
         num_workers=default_num_workers(),
         num_processes=team.world_size,
@@ -113,7 +114,7 @@ def make_plan(
     rows: list[Row] = []
     for rule in RULES:
         if config.minutes is not None:
-            facts = replace(facts, seconds=_training_seconds(facts, config.minutes, begun, val_set.table.num_images))
+            facts = replace(facts, seconds=_training_seconds(facts, 60 * config.minutes, time.perf_counter() - begun))
         for choice in rule(facts):
             is_stated = choice.key in stated
             rows.append(Row(choice.key, settled[choice.key] if is_stated else choice.value, choice.because, is_stated))
@@ -156,11 +157,10 @@ def _measured(config: Config, train_set: DetectionDataset, device: torch.device)
     return measure_machine(model, train_set, device)
 
 
-def _training_seconds(facts: Facts, minutes: float, begun: float, num_val_images: int) -> float:
+def _training_seconds(facts: Facts, run_seconds: float, elapsed: float) -> float:
     """Return the time that is left for training steps when the last model is evaluated too."""
-    left = 60 * minutes - (time.perf_counter() - begun) - _REPORT_S
-    evaluation = _EVALUATION * num_val_images / facts.num_processes * facts.image_seconds(facts.side)
-    return max(left - evaluation, 0.1 * 60 * minutes)
+    evaluation = facts.num_evaluated * facts.evaluation_seconds
+    return max(run_seconds - elapsed - _REPORT_S - evaluation, 0.1 * run_seconds)
 
 
 def _machine_line(machine: Machine, facts: Facts) -> str:

@@ -11,10 +11,18 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from resdet.check.anchor_coverage import IOU_REACHED, AnchorLayout, anchor_layout, best_iou, in_tiles
+from resdet.evaluation.tiles import tile_grid
+from resdet.models.spec import Tiles
 from resdet.plan.fingerprint import CROWDED_IOU, Fingerprint
 from resdet.plan.machine import Machine
 from resdet.types import Floats
+
+_DETECTION = 0.5  # share of a training step that detection in an image takes
+_LAST = 0.2  # share of a run's time that its last evaluation may take
+_FEWEST_EVALUATED = 20  # images, however long they take
 
 
 @dataclass(frozen=True)
@@ -26,7 +34,9 @@ class Facts:
         machine: Speed of the machine.
         boxes: Objects of the training data, xyxy in pixels of the stored image, ``[N, 4]``.
         sizes: ``(height, width)`` of each object's image, ``[N, 2]``.
+        run_seconds: Time for the whole run; None where the number of steps is given.
         seconds: Time for training alone; None where the number of steps is given.
+        num_val_images: Validation images.
         num_steps: Number of steps, where that is given.
         num_workers: Processors of the machine.
         num_processes: Processes that train together, each on a share of the batch.
@@ -37,7 +47,9 @@ class Facts:
     machine: Machine
     boxes: Floats
     sizes: Floats
+    run_seconds: float | None
     seconds: float | None
+    num_val_images: int
     num_steps: int | None
     num_workers: int
     num_processes: int
@@ -61,6 +73,25 @@ class Facts:
         height, width = self.data.image_size
         scale = self.side / min(height, width)
         return height * width * scale**2 / 1e6
+
+    @property
+    def evaluation_seconds(self) -> float:
+        """Seconds that the evaluation of an image takes."""
+        seconds = self.image_seconds(self.side)
+        if (tiles := self.settled["eval.tiles"]) is not None:
+            count = len(tile_grid(*self.data.image_size, Tiles(*tiles)))
+            seconds += count * self.machine.seconds(self.side, self.side)
+        return _DETECTION * seconds / self.num_processes
+
+    @property
+    def num_evaluated(self) -> int:
+        """Validation images that an evaluation looks at: what is stated, or what its share of the time allows."""
+        stated, most = self.settled["train.eval_images"], self.num_val_images
+        if stated is not None:
+            return min(int(stated), most)
+        if self.run_seconds is None:
+            return most
+        return min(most, max(_FEWEST_EVALUATED, int(_LAST * self.run_seconds / self.evaluation_seconds)))
 
     @property
     def num_visits(self) -> float:
@@ -150,6 +181,7 @@ _RATIOS: tuple[tuple[float, ...], ...] = (
     (0.35, 0.5, 0.71, 1.0, 1.41, 2.0, 2.83),
     (0.25, 0.35, 0.5, 0.71, 1.0, 1.41, 2.0, 2.83, 4.0),
 )
+_LOWEST, _HIGHEST = 0.25, 4.0  # of these
 _NUM_LEVELS = 5
 _REACHED, _WORTH = 0.99, 0.03  # shares of the objects
 _MAX_BOXES = 20_000  # looked at, evenly spread
@@ -161,7 +193,8 @@ def anchors(facts: Facts) -> Iterator[Choice]:
     An RPN learns from anchors that overlap an object; one that none reaches is learned from its best one alone. Where
     nothing reaches so many, because each level has one size, twice that of the level before, the fewest shapes are
     taken that come within ``_WORTH`` of the most: further shapes are more to tell apart for few objects (five in place
-    of three cost 2.7 points of AP on photographs where they reached 1.6 % more objects).
+    of three cost 2.7 points of AP on photographs where they reached 1.6 % more objects). Where objects are longer than
+    the usual shapes, as many that are spread over theirs may be taken instead.
     """
     if facts.settled["model.layout"] != "fpn" or len(facts.settled["model.anchor_sizes"]) != _NUM_LEVELS:
         return  # of other features the usual anchors are taken
@@ -171,12 +204,17 @@ def anchors(facts: Facts) -> Iterator[Choice]:
         boxes, sizes = in_tiles(boxes, sizes, tiles[0])
     side, max_size = facts.side, facts.settled["model.max_size"]
 
+    shapes = list(_RATIOS)
+    low, _, _, _, high = facts.data.aspects
+    if low < _LOWEST or high > _HIGHEST:  # lines of text, ships, poles
+        shapes = [some for usual in _RATIOS for some in (usual, _spread(low, high, len(usual)))]
+
     def layout(smallest: int, ratios: tuple[float, ...]) -> AnchorLayout:
         sides = [smallest << level for level in range(_NUM_LEVELS)]
         return anchor_layout(sides, ratios, min_sizes=(side,), max_size=max_size)
 
     found = []
-    for ratios in _RATIOS:
+    for ratios in shapes:
         ious = {smallest: best_iou(boxes, sizes, layout(smallest, ratios), side) for smallest in _ANCHOR_SIDES}
         reached = {smallest: float((iou >= IOU_REACHED).mean()) for smallest, iou in ious.items()}
         enough = [smallest for smallest in ious if reached[smallest] >= _REACHED]
@@ -189,6 +227,11 @@ def anchors(facts: Facts) -> Iterator[Choice]:
     because = f"{share:.1%} of the objects are reached at IoU {IOU_REACHED:g}"
     yield Choice("model.anchor_sizes", [smallest << level for level in range(_NUM_LEVELS)], because)
     yield Choice("model.aspect_ratios", list(ratios), "the fewest shapes that reach as many")
+
+
+def _spread(low: float, high: float, number: int) -> tuple[float, ...]:
+    """Return numbers of two digits at equal factors from ``low`` to ``high``."""
+    return tuple(float(f"{value:.2g}") for value in np.geomspace(low, high, number))
 
 
 _REGIONS = 128
@@ -309,9 +352,31 @@ def suppression(facts: Facts) -> Iterator[Choice]:
         yield Choice("eval.tricks.nms", "soft-linear", because)
 
 
+_INTERIM = 0.05  # share of a run's time for all evaluations before the last
+_FEWEST_INTERIM, _MOST_INTERIM = 3, 9
+_REPORT_S = 5.0  # checkpoint, pictures and report of an evaluation
+_SAVED_S = 300.0
+
+
 def evaluation(facts: Facts) -> Iterator[Choice]:
-    """Evaluate once, at the end, where the cosine has its best model."""
-    yield Choice("train.eval_every", None, "the rate ends at 0: the last model is the best, and evaluations take time")
+    """Evaluate at the end, where the cosine has its best model, and before it where that is cheap.
+
+    Evaluations are to show how it goes; they look at a part of the validation images where all would take too long.
+    """
+    number, every = facts.num_evaluated, None
+    because = "the rate ends at 0: the last model is the best, and evaluations take time"
+    if facts.settled["train.eval_images"] is None and number < facts.num_val_images:
+        part = f"all {facts.num_val_images} would take more than {_LAST:.0%} of the time; resdet eval looks at all"
+        yield Choice("train.eval_images", number, part)
+    if facts.seconds is not None:
+        interim = int(_INTERIM * facts.seconds / (_REPORT_S + number * facts.evaluation_seconds))
+        if interim >= _FEWEST_INTERIM:
+            every = math.ceil(facts.estimated_steps / (min(interim, _MOST_INTERIM) + 1))
+            because = f"to show how it goes, in at most {_INTERIM:.0%} of the time"
+        if every is None and facts.seconds > 2 * _SAVED_S:
+            steps = max(1, round(_SAVED_S / facts.seconds * facts.estimated_steps))
+            yield Choice("train.save_every", steps, f"no more than {_SAVED_S / 60:.0f} minutes are lost to a power cut")
+    yield Choice("train.eval_every", every, because)
 
 
 def workers(facts: Facts) -> Iterator[Choice]:

@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -30,6 +29,7 @@ from resdet.config_reading import config_to_plain
 from resdet.data.annotations import AnnotationTable
 from resdet.data.dataset import DetectionDataset
 from resdet.data.loader import Batch, train_loader
+from resdet.data.order import evenly_spread
 from resdet.data.split import check_lists, write_lists
 from resdet.drawing import draw, legible_scale, picture_names, save_picture, shown_from
 from resdet.errors import TrainingError, UserError, WeightsError, printable
@@ -57,7 +57,7 @@ from resdet.training.loop import TrainResult, run
 from resdet.training.losses import detection_losses
 from resdet.training.resume import check_configuration, check_data, configuration_of
 from resdet.training.runlog import RunLog
-from resdet.training.settings import Callback, RunSettings
+from resdet.training.settings import Callback, RunSettings, evaluated_part
 from resdet.training.step import accumulate_gradients
 from resdet.weights.files import WeightsFile, read_checkpoint, read_weights, weights_in
 
@@ -123,7 +123,7 @@ def train(
         if team.is_main:
             warn_of_dense_images(config, {"train": train_data.table, "val": val_data.table})
         model = first_model(config, train_data, resumed, team.device)
-        val_data = with_model_classes(model, val_data)
+        val_data = evaluated_part(with_model_classes(model, val_data), config.train.eval_images)
         match_labels(model, val_data.table)  # other classes in data.val are reported now, not at the first evaluation
         saved = {} if resumed is None else load_training_state(resumed, model)
         del resumed  # the model has copies of its tensors
@@ -229,8 +229,8 @@ def evaluation_seconds(
 ) -> float:
     """Estimate from a few images how long an evaluation takes, with checkpoints, pictures and report."""
     num_images = dataset.table.num_images
-    chosen = np.unique(np.linspace(0, num_images - 1, _TIMED_IMAGES).astype(np.int64)).tolist()
-    images = [torch.from_numpy(dataset.image(index)).permute(2, 0, 1) for index in chosen]  # [3, H, W] each
+    chosen = evenly_spread(num_images, _TIMED_IMAGES)
+    images = [torch.from_numpy(dataset.image(index)).permute(2, 0, 1) for index in chosen.tolist()]  # [3, H, W] each
     with random_states_kept(placed(model, inference.device)), run_inference(model, inference) as run:
         run(images[:1], "")  # sets up kernels
         begun = time.perf_counter()

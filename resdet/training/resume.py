@@ -94,6 +94,7 @@ REJUDGED = frozenset(
             "rpn_score_thresh rpn_min_size box_score_thresh box_nms_thresh box_detections_per_img box_min_size",
         ),
         *_keys("data", "val"),
+        *_keys("train", "eval_images"),
         *_keys("eval", "tricks tiles best_metric max_detections resize views scales"),
     ]
 )

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
+
+from typing_extensions import Self
 
 from resdet.config import OptimConfig, TrainConfig
+from resdet.data.order import evenly_spread
 from resdet.training.clock import OPEN_END
+from resdet.types import Ints
+
+logger = logging.getLogger(__name__)
 
 Callback = Callable[[dict[str, Any]], object]
 """Takes a line of metrics.jsonl, in the main process; what it returns is ignored, and what it raises ends the run."""
@@ -43,6 +50,25 @@ class RunSettings:
         if self.minutes is not None:
             return OPEN_END
         return fixed_steps(self.train, self.num_images)
+
+
+class _Selectable(Protocol):
+    def __len__(self) -> int: ...
+
+    def select_images(self, indices: Ints) -> Self: ...
+
+
+_Images = TypeVar("_Images", bound=_Selectable)
+
+
+def evaluated_part(val_set: _Images, number: int | None) -> _Images:
+    """Return ``number`` of the validation images, evenly spread; all of them if there are no more, or for None."""
+    if number is None or number >= len(val_set):
+        return val_set
+    logger.info(
+        "evaluations look at %d of the %d images of data.val, evenly spread (train.eval_images)", number, len(val_set)
+    )
+    return val_set.select_images(evenly_spread(len(val_set), number))
 
 
 def fixed_steps(train: TrainConfig, num_images: int) -> int:

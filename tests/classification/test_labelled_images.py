@@ -26,6 +26,15 @@ def test_folder_is_listed_by_class(folder: Path) -> None:
     assert not np.array_equal(np.array(images.image(9)), np.array(read_folder(folder / "train").image(10)))
 
 
+def test_some_of_the_images_are_images_of_the_same_classes(folder: Path) -> None:
+    images = read_folder(folder / "train")
+    some = images.select_images(np.array([9, 0]))
+    assert (len(some), some.classes, some.labels.tolist()) == (2, images.classes, [1, 0])
+    assert some.pictures.name(0) == images.pictures.name(9)
+    assert np.array_equal(np.array(some.image(0)), np.array(images.image(9)))
+    assert not np.array_equal(np.array(some.image(1)), np.array(images.image(9)))
+
+
 def test_given_classes_decide_the_labels_and_some_may_be_absent(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "classes.txt").write_text("red a colour\nwhite\ngreen\nblue\n")
     names = read_class_names(tmp_path / "classes.txt")

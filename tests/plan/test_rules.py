@@ -41,8 +41,19 @@ def facts(seconds: float | None = 540.0, *, machine: Machine = MACHINE, **settle
     centres = np.random.default_rng(0).uniform(100, 380, (400, 2))
     sides = np.exp(np.random.default_rng(1).normal(np.log(40), 0.4, (400, 1)))
     boxes = np.concatenate([centres - sides / 2, centres + sides / 2], axis=1)
-    num_steps = None if seconds is not None else 300
-    return Facts(DATA, machine, boxes, np.full((400, 2), [480.0, 640.0]), seconds, num_steps, 2, 1, defaults | settled)
+    return Facts(
+        data=DATA,
+        machine=machine,
+        boxes=boxes,
+        sizes=np.full((400, 2), [480.0, 640.0]),
+        run_seconds=seconds,
+        seconds=seconds,
+        num_val_images=40,
+        num_steps=None if seconds is not None else 300,
+        num_workers=2,
+        num_processes=1,
+        settled=defaults | settled,
+    )
 
 
 def chosen(rule: rules.Rule, given: Facts) -> dict[str, Any]:
@@ -91,6 +102,21 @@ def test_anchors_reach_the_objects_and_follow_their_size_and_shape() -> None:
     assert chosen(rules.anchors, small)["model.anchor_sizes"][0] < usual["model.anchor_sizes"][0]
     flat = np.concatenate([given.boxes[:, :2], given.boxes[:, :2] + [224, 28]], axis=1)
     assert min(chosen(rules.anchors, replace(given, boxes=flat))["model.aspect_ratios"]) < 0.5
+
+
+@pytest.mark.parametrize(("width", "height"), [(400, 24), (14, 200)])
+def test_objects_longer_than_the_usual_shapes_get_shapes_of_their_own(width: int, height: int) -> None:
+    given = facts(**{"model.min_size": 480, "model.max_size": 800})
+    rng = np.random.default_rng(0)
+    sides = np.array([width, height]) * rng.uniform(0.7, 1.4, (400, 2))
+    corners = rng.uniform(0, [640, 480] - sides)
+    aspects = np.percentile(sides[:, 1] / sides[:, 0], [5, 25, 50, 75, 95])
+    long = replace(given, boxes=np.concatenate([corners, corners + sides], axis=1))
+    before, after = (list(rules.anchors(one)) for one in (long, with_data(long, aspects=aspects)))
+    share_before, share_after = (float(choices[0].because.partition("%")[0]) for choices in (before, after))
+    assert share_after > 90 > share_before
+    assert len(after[1].value) <= 5
+    assert all(aspects[0] * 0.9 <= ratio <= aspects[4] * 1.1 for ratio in after[1].value)
 
 
 def test_anchors_of_other_features_are_left_as_they_are() -> None:
@@ -164,6 +190,30 @@ def test_images_are_turned_where_objects_lie_in_all_directions() -> None:
 def test_crowds_get_soft_suppression() -> None:
     assert "eval.tricks.nms" not in chosen(rules.suppression, facts())
     assert chosen(rules.suppression, with_data(facts(), crowded=0.2))["eval.tricks.nms"] == "soft-linear"
+
+
+def test_evaluations_keep_to_their_share_of_the_time() -> None:
+    settled = {"model.min_size": 416, "train.batch_size": 2}
+    assert chosen(rules.evaluation, facts(**settled)) == {"train.eval_every": None}
+    many = replace(facts(**settled), num_val_images=5000)
+    number = chosen(rules.evaluation, many)["train.eval_images"]
+    assert 0.15 < number * many.evaluation_seconds / 540 <= 0.2
+    # What is stated is left alone, and tiles make images dearer.
+    assert replace(many, settled={**many.settled, "train.eval_images": 3000}).num_evaluated == 3000
+    tiled = replace(many, settled={**many.settled, "eval.tiles": [200, 0.2]})
+    assert tiled.num_evaluated < number / 4
+    assert replace(many, run_seconds=None).num_evaluated == 5000
+
+
+def test_long_runs_show_how_they_go_and_save() -> None:
+    settled = {"model.min_size": 416, "train.batch_size": 2}
+    long = facts(3600, **settled)
+    every = chosen(rules.evaluation, long)["train.eval_every"]
+    assert long.estimated_steps / 11 < every < long.estimated_steps / 3
+    dear = chosen(rules.evaluation, replace(long, num_val_images=1000))
+    assert dear["train.eval_every"] is None
+    seconds_of_a_step = 3600 / long.estimated_steps
+    assert 200 < dear["train.save_every"] * seconds_of_a_step < 400
 
 
 def test_a_fixed_number_of_steps_leaves_the_clock_out() -> None:
