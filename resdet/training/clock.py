@@ -118,5 +118,5 @@ def check_minutes(minutes: float, evaluation_s: float, elapsed: float) -> None:
     if needed >= minutes:
         raise UserError(
             f"minutes: {minutes:g} do not suffice: until the first step and for one evaluation this run needs about "
-            f"{needed:.1f}; give more, or a smaller model.min_size or data.val"
+            f"{needed:.1f}; give more, or a smaller model.min_size or train.eval_images"
         )
