@@ -16,7 +16,7 @@ import numpy as np
 from resdet.check.anchor_coverage import IOU_REACHED, AnchorLayout, anchor_layout, best_iou, in_tiles
 from resdet.evaluation.tiles import tile_grid
 from resdet.models.spec import Tiles
-from resdet.plan.fingerprint import CROWDED_IOU, Fingerprint
+from resdet.plan.fingerprint import Fingerprint
 from resdet.plan.machine import Machine
 from resdet.types import Floats
 
@@ -338,18 +338,26 @@ def augmentation(facts: Facts) -> Iterator[Choice]:
     yield Choice("augment", steps, because)
 
 
-_VOTING = 0.5
-_CROWDED = 0.02  # share of objects
+_VOTING = 0.75
+_MOST_SOFT = 500
 
 
 def suppression(facts: Facts) -> Iterator[Choice]:
-    """Take the mean of the boxes around each detection; lower scores of others instead of dropping them in crowds."""
-    because = "the mean of all boxes found around an object is nearer to it than the best one, at no cost"
+    """Lower the scores of overlapping boxes instead of dropping them, and take the mean of the boxes around each.
+
+    Of detectors after ten minutes, on five datasets, this came to 2.0 points of mean AP on val and 1.3 on test; voting
+    at an IoU of 0.5, where loose boxes of large objects vote too, to -0.5 and 0.2.
+    """
+    number = facts.settled["eval.max_detections"]
+    if number <= _MOST_SOFT:
+        because = (
+            "what overlaps may be an object of its own, or the better box: its score is lowered, it is not dropped"
+        )
+        yield Choice("eval.tricks.nms", "soft-gaussian", because)
+    else:
+        yield Choice("eval.tricks.nms", "hard", f"soft suppression goes through {number} detections one by one")
+    because = "the mean of the boxes close to a detection is nearer to the object than the best of them, at no cost"
     yield Choice("eval.tricks.voting", _VOTING, because)
-    crowded = facts.data.crowded
-    if crowded >= _CROWDED:
-        because = f"{crowded:.1%} of the objects overlap one of their class by {CROWDED_IOU:g}"
-        yield Choice("eval.tricks.nms", "soft-linear", because)
 
 
 _INTERIM = 0.05  # share of a run's time for all evaluations before the last

@@ -187,9 +187,10 @@ def test_images_are_turned_where_objects_lie_in_all_directions() -> None:
     assert {"RandomRotate90": {"p": 0.5}} in turned
 
 
-def test_crowds_get_soft_suppression() -> None:
-    assert "eval.tricks.nms" not in chosen(rules.suppression, facts())
-    assert chosen(rules.suppression, with_data(facts(), crowded=0.2))["eval.tricks.nms"] == "soft-linear"
+def test_suppression_is_soft_but_for_thousands_of_detections() -> None:
+    usual = chosen(rules.suppression, facts())
+    assert usual == {"eval.tricks.nms": "soft-gaussian", "eval.tricks.voting": 0.75}
+    assert chosen(rules.suppression, facts(**{"eval.max_detections": 2500}))["eval.tricks.nms"] == "hard"
 
 
 def test_evaluations_keep_to_their_share_of_the_time() -> None:
