@@ -326,8 +326,9 @@ PROGRAMS = {
     "python3": RECORDER,
     "pip": RECORDER,
     "torchrun": RECORDER,
-    # What these two print is what later commands read.
-    "resdet": RECORDER + f'case "$1" in recipes|config) exec {sys.executable} -m resdet "$@";; esac\n',
+    # What these two print is what later commands read, where it goes to one or to a file.
+    "resdet": RECORDER
+    + f'[ -c /dev/stdout ] || case "$1" in recipes|config) exec {sys.executable} -m resdet "$@";; esac\n',
     "srun": RECORDER + 'exec "$@"\n',
     "scontrol": "#!/bin/sh\nprintf 'host1\\nhost2\\n'\n",
     "head": f'#!/bin/sh\nexec {shutil.which("head")} "$@"\n',
@@ -349,7 +350,8 @@ def record(block: Block, world: Path) -> list[list[str]]:
         [bash, "-euo", "pipefail", "-c", block.code],
         cwd=world,
         env=environment,
-        capture_output=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
         text=True,
         check=False,
     )

@@ -154,6 +154,7 @@ def test_int8_beside_a_gpu(small_detector, request):
     assert [row["what"] for row in next(iter(report.tables.values()))] == [*VARIANTS, "ours int8"]
 
 
+@pytest.mark.slow
 def test_training_on_annotated_photographs(small_detector, photos):
     folder, annotations = photos
     report = run_benchmark(

@@ -206,11 +206,14 @@ ON_A_FULL_DISK = {
     "describe png": f"{DESCRIBE} --output {{}}/out/x.png",
     "describe pdf": f"{DESCRIBE} --output {{}}/out/x.pdf",
 }
+SLOW_TO_EXPORT = ("export export", "export onnx", "export openvino")
 
 
 @pytest.mark.usefixtures("capsys")  # progress bars are written to memory, not to pytest's file
 @pytest.mark.parametrize("num_bytes", [pytest.param(0, marks=pytest.mark.slow), 300])
-@pytest.mark.parametrize("case", ON_A_FULL_DISK)
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=[pytest.mark.slow] * (case in SLOW_TO_EXPORT)) for case in ON_A_FULL_DISK]
+)
 def test_a_full_disk_is_an_error_that_names_the_file_and_leaves_nothing(case: str, num_bytes: int, place: Path) -> None:
     if case == "quantize" and not HAS_VNNI:
         pytest.skip("int8 needs a CPU with AVX512-VNNI")
@@ -295,7 +298,9 @@ def test_a_table_is_shown_before_the_next_evaluation(
     assert calls[1].endswith(f"written: {place}/out/run/metrics.json, {place}/out/run/detections.json\n")
 
 
-@pytest.mark.parametrize("text", ['{"what": "my notes"}', "[1]", "no JSON"])
+@pytest.mark.parametrize(
+    "text", ['{"what": "my notes"}', *(pytest.param(text, marks=pytest.mark.slow) for text in ("[1]", "no JSON"))]
+)
 def test_an_exports_report_replaces_no_other_file(text: str, place: Path) -> None:
     (place / "x.json").write_text(text)
     before = contents(place)

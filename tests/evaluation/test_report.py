@@ -587,7 +587,7 @@ LUMINANCE = """query => {
 """Computes the WCAG contrast of each element's text with its background."""
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("scheme", ["light", pytest.param("dark", marks=pytest.mark.slow)])
 def test_text_stands_out_in_light_and_dark(scheme: str, visit: Open, double: Path) -> None:
     page = visit(double, scheme=scheme)
     ground = page.evaluate("getComputedStyle(document.body).backgroundColor")

@@ -127,7 +127,7 @@ def test_one_value_of_a_layer_is_enough(run: Callable[[Detector], None], value: 
         run(model)
 
 
-@pytest.mark.parametrize("arch", ["resnet50", "vgg16", "resnet34"])
+@pytest.mark.parametrize("arch", ["resnet50", "vgg16", pytest.param("resnet34", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("training", [True, False])
 def test_fast_and_plain_bodies_agree_on_which_channels_are_nan(arch: str, training: bool) -> None:
     fast, plain = detector(fast=True, arch=arch).backbone, detector(fast=False, arch=arch).backbone

@@ -31,6 +31,7 @@ def count(model: FasterRCNN, record: Record, *, training: bool) -> tuple[int, in
     return len(record.operators), record.waits.total()
 
 
+@pytest.mark.slow
 def test_a_gpu_is_asked_for_little_and_seldom_waited_for(device_record: Record) -> None:
     """The counts of the documentation as bounds; the first pass keeps anchors and folded weights for the next."""
     spec = DetectorSpec(arch="resnet101", min_size=(64,), max_size=100)

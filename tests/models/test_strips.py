@@ -132,7 +132,13 @@ def test_data_workers_scale_a_strip_as_the_detector_does(size: tuple[int, int]) 
 
 
 @pytest.mark.parametrize(
-    ("fast", "resize", "batch_size"), [(True, "torch", 1), (True, "pil", 3), (False, "torch", 3), (False, "pil", 1)]
+    ("fast", "resize", "batch_size"),
+    [
+        (True, "pil", 3),
+        (False, "torch", 3),
+        pytest.param(True, "torch", 1, marks=pytest.mark.slow),
+        pytest.param(False, "pil", 1, marks=pytest.mark.slow),
+    ],
 )
 def test_they_are_evaluated_and_predicted_on(
     strips: Path, tmp_path: Path, fast: bool, resize: str, batch_size: int
@@ -152,7 +158,8 @@ def test_they_are_evaluated_and_predicted_on(
     assert len(list((tmp_path / "out").glob("*.png"))) == len(files)
 
 
-@pytest.mark.parametrize(("fast", "resize"), [("true", "pil"), pytest.param("false", "torch", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("fast", "resize"), [("true", "pil"), ("false", "torch")])
 def test_they_are_trained_on(strips: Path, tmp_path: Path, fast: str, resize: str) -> None:
     source = f"{{format: coco, images: {strips}, annotations: {strips / 'a.json'}}}"
     text = f"""

@@ -174,7 +174,9 @@ class Pruned(Exception):  # noqa: N818
     """As optuna.TrialPruned: no error of ours."""
 
 
-@pytest.mark.parametrize(("where", "kind"), [("on_log", SystemExit), ("on_evaluation", Pruned)])
+@pytest.mark.parametrize(
+    ("where", "kind"), [pytest.param("on_log", SystemExit, marks=pytest.mark.slow), ("on_evaluation", Pruned)]
+)
 def test_what_a_callback_raises_ends_the_run_in_order(where: str, kind: type[BaseException], tmp_path: Path) -> None:
     reason = kind("not promising")
 

@@ -76,10 +76,11 @@ def stop_worker_after(num_images: int, monkeypatch: pytest.MonkeyPatch) -> None:
     ("number", "code"),
     [
         pytest.param(signal.SIGTERM, 143, id="TERM"),
-        pytest.param(signal.SIGHUP, 129, id="HUP", marks=pytest.mark.slow),
-        pytest.param(signal.SIGINT, 130, id="INT", marks=pytest.mark.slow),
+        pytest.param(signal.SIGHUP, 129, id="HUP"),
+        pytest.param(signal.SIGINT, 130, id="INT"),
     ],
 )
+@pytest.mark.slow
 def test_a_signal_is_granted_while_a_worker_hangs(
     number: int, code: int, untouched: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
