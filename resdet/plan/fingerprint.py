@@ -44,7 +44,6 @@ class Fingerprint:
     object_sides: Floats  # percentiles of sqrt(area), pixels of the stored image
     relative_sides: Floats  # percentiles of sqrt(area) over the image's shorter side
     aspects: Floats  # percentiles of height / width
-    aspect_lean: float  # mean over classes of |mean of log(height / width)|; 0 where objects lie in all directions
     objects_per_image: Floats  # percentiles
     most_objects: int  # in one image, of training or validation
     images_of_class: dict[str, int]  # training images with a box of each class
@@ -86,7 +85,6 @@ def fingerprint(train_set: DetectionDataset, val_table: AnnotationTable | None =
     per_image = np.bincount(image_of_box, minlength=table.num_images)  # [I]
     of_class = np.unique(np.stack([labels, image_of_box]), axis=1)[0]
     counts = np.bincount(of_class, minlength=table.num_classes)
-    leans = [abs(np.log(aspects[labels == label]).mean()) for label in np.unique(labels)]
     found = list(_thumbnails(train_set))
     most = max(int(one.objects_per_image().max(initial=0)) for one in (table, val_table or table))
     return Fingerprint(
@@ -97,7 +95,6 @@ def fingerprint(train_set: DetectionDataset, val_table: AnnotationTable | None =
         object_sides=_percentiles(sides),
         relative_sides=_percentiles(sides / shorter),
         aspects=_percentiles(aspects),
-        aspect_lean=float(np.mean(leans)),
         objects_per_image=_percentiles(per_image),
         most_objects=most,
         images_of_class={category.name: int(counts[category.label]) for category in table.categories},

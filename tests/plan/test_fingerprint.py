@@ -59,13 +59,7 @@ def test_sizes_and_shapes_are_those_of_the_boxes() -> None:
     assert found.object_sides[2] == pytest.approx(20)
     assert found.relative_sides[2] == pytest.approx(0.2)
     assert found.aspects[2] == pytest.approx(0.25)
-    assert found.aspect_lean == pytest.approx(2 / 3 * np.log(4))
     assert found.most_objects == 2
-
-
-def test_directions_that_cancel_out_lean_nowhere() -> None:
-    found = facts(table([[[0, 0, 40, 10], [50, 0, 10, 40]]]))
-    assert found.aspect_lean == pytest.approx(0, abs=1e-9)
 
 
 def test_only_objects_of_one_class_crowd_each_other() -> None:

@@ -25,7 +25,6 @@ DATA = Fingerprint(
     object_sides=np.array([20.0, 30.0, 40.0, 60.0, 90.0]),
     relative_sides=np.array([20.0, 30.0, 40.0, 60.0, 90.0]) / 480,
     aspects=np.array([0.5, 0.8, 1.0, 1.3, 2.0]),
-    aspect_lean=0.3,
     objects_per_image=np.array([1.0, 4.0, 8.0, 12.0, 20.0]),
     most_objects=30,
     images_of_class={"cat": 60, "dog": 50},
@@ -180,11 +179,8 @@ def test_the_rate_falls_and_warmup_grows_with_the_number_of_steps() -> None:
     assert "optim.body_lr_factor" not in chosen(rules.optimizer, facts(**settled, **{"model.weights": None}))
 
 
-def test_images_are_turned_where_objects_lie_in_all_directions() -> None:
-    upright = chosen(rules.augmentation, facts())["augment"]
-    turned = chosen(rules.augmentation, with_data(facts(), aspect_lean=0.01))["augment"]
-    assert upright == [{"HorizontalFlip": {"p": 0.5}}]
-    assert {"RandomRotate90": {"p": 0.5}} in turned
+def test_images_are_mirrored_and_no_more() -> None:
+    assert chosen(rules.augmentation, facts())["augment"] == [{"HorizontalFlip": {"p": 0.5}}]
 
 
 def test_suppression_is_soft_but_for_thousands_of_detections() -> None:

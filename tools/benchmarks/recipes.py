@@ -52,7 +52,7 @@ RECIPES: dict[str, tuple[str, ...] | None] = {
     "without_batch": ("finetune", "train.batch_size=4"),
     "without_rate": ("finetune", "optim.lr=1e-4", "optim.body_lr_factor=1"),
     "without_clipping": ("finetune", "optim.clip_grad_norm=null"),
-    "without_turning": ("finetune", "augment=[{HorizontalFlip: {p: 0.5}}]"),
+    "without_flipping": ("finetune", "augment=[]"),
     "without_voting": ("finetune", "eval.tricks.voting=null"),
     "without_soft": ("finetune", "eval.tricks.nms=hard"),
 }
