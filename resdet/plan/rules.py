@@ -230,8 +230,8 @@ def anchors(facts: Facts) -> Iterator[Choice]:
 
 
 def _spread(low: float, high: float, number: int) -> tuple[float, ...]:
-    """Return numbers of two digits at equal factors from ``low`` to ``high``."""
-    return tuple(float(f"{value:.2g}") for value in np.geomspace(low, high, number))
+    """Return numbers of two digits at equal factors from ``low`` to ``high``, each once."""
+    return tuple(sorted({float(f"{value:.2g}") for value in np.geomspace(low, high, number)}))
 
 
 _REGIONS = 128

@@ -118,6 +118,13 @@ def test_objects_longer_than_the_usual_shapes_get_shapes_of_their_own(width: int
     assert all(aspects[0] * 0.9 <= ratio <= aspects[4] * 1.1 for ratio in after[1].value)
 
 
+def test_long_objects_of_one_shape_need_one_shape() -> None:
+    boxes = np.tile([10.0, 10.0, 410.0, 30.0], (400, 1))
+    given = replace(facts(**{"model.min_size": 480, "model.max_size": 800}), boxes=boxes)
+    choices = chosen(rules.anchors, with_data(given, aspects=np.full(5, 0.05)))
+    assert choices["model.aspect_ratios"] == [0.05]
+
+
 def test_anchors_of_other_features_are_left_as_they_are() -> None:
     assert chosen(rules.anchors, facts(**{"model.layout": "c4"})) == {}
     assert chosen(rules.anchors, facts(**{"model.anchor_sizes": [8, 16, 32, 64]})) == {}
