@@ -181,7 +181,6 @@ _RATIOS: tuple[tuple[float, ...], ...] = (
     (0.35, 0.5, 0.71, 1.0, 1.41, 2.0, 2.83),
     (0.25, 0.35, 0.5, 0.71, 1.0, 1.41, 2.0, 2.83, 4.0),
 )
-_LOWEST, _HIGHEST = 0.25, 4.0  # of these
 _NUM_LEVELS = 5
 _REACHED, _WORTH = 0.99, 0.03  # shares of the objects
 _MAX_BOXES = 20_000  # looked at, evenly spread
@@ -206,7 +205,7 @@ def anchors(facts: Facts) -> Iterator[Choice]:
 
     shapes = list(_RATIOS)
     low, _, _, _, high = facts.data.aspects
-    if low < _LOWEST or high > _HIGHEST:  # lines of text, ships, poles
+    if low < _RATIOS[-1][0] or high > _RATIOS[-1][-1]:  # lines of text, ships, poles
         shapes = [some for usual in _RATIOS for some in (usual, _spread(low, high, len(usual)))]
 
     def layout(smallest: int, ratios: tuple[float, ...]) -> AnchorLayout:
@@ -326,7 +325,7 @@ def augmentation(facts: Facts) -> Iterator[Choice]:
     192: so short a run sees too few images to need more of them.
     """
     steps: list[dict[str, Any]] = [{"HorizontalFlip": {"p": 0.5}}]
-    because = "a mirrored object is one of its class; further augmentation has cost AP in runs as short as these"
+    because = "a mirrored object is one of its class; turning images too has cost AP in short runs"
     if (tiles := facts.settled["eval.tiles"]) is not None:
         steps.insert(0, {"RandomTile": {"side": tiles[0]}})
         because += "; trained on tiles as evaluated"

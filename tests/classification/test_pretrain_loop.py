@@ -52,6 +52,13 @@ def test_a_run_leaves_its_tree(whole: Path) -> None:
     assert torch.load(whole / "last.pt", weights_only=True)["training"]["step"] == 4
 
 
+def test_a_part_of_the_images_is_evaluated(folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "resdet")
+    result = pretrain(config_of(folder, tmp_path, *ONE_RATE, "train.steps=2", "train.eval_images=4"))
+    assert "evaluations look at 4 of the" in caplog.text
+    assert 4 * result.metrics["top1"] == pytest.approx(round(4 * result.metrics["top1"]))
+
+
 def test_two_steps_and_two_more_are_four_bit_for_bit(folder: Path, whole: Path, tmp_path: Path) -> None:
     pretrain(config_of(folder, tmp_path, *ONE_RATE, "train.steps=2", "loader.num_workers=0"))
     pretrain(config_of(folder, tmp_path, *ONE_RATE, "resume=auto"))
