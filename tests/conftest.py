@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -27,6 +28,15 @@ if TYPE_CHECKING:
     from benchmarks.pretend_gpu import Record
 
 ASSETS = Path(__file__).resolve().parents[2] / "shared" / "assets"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Hide a GPU from all tests but those for one (``-m gpu``): they are about the CPU or the pretend GPU.
+
+    torch takes one kind of accelerator in a process, the pretend GPU or a real one.
+    """
+    if re.search(r"(?<!not )\bgpu\b", str(config.option.markexpr)) is None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 @pytest.fixture(scope="session")
@@ -103,7 +113,7 @@ def randomise_norms() -> Callable[[nn.Module], None]:
 @pytest.fixture
 def device_record() -> Iterator[Record]:
     """What the test asks of the pretend GPU."""
-    from benchmarks.pretend_gpu import pretend_gpu  # only then has torch a further device
+    from benchmarks.pretend_gpu import pretend_gpu
 
     with pretend_gpu() as record:
         yield record

@@ -7,7 +7,7 @@ import gc
 
 import pytest
 import torch
-from benchmarks.cuda_waits import measured_waits
+from benchmarks.cuda_waits import counted_waits, measured_waits
 from benchmarks.gpu_model import count
 from benchmarks.inference import detection_runs
 from benchmarks.pair import Variant
@@ -20,7 +20,7 @@ from resdet.models.detector import Detector
 @pytest.mark.parametrize("training", [False, True], ids=["inference", "step"])
 def test_measured_waits_are_those_counted(detector: Detector, cuda: torch.device, training: bool) -> None:
     batch = make_batch()
-    counted = count(detector, "ours", batch, training=training).waits
+    counted = counted_waits(detector, "ours", batch, training=training)
     variant = Variant(copy.deepcopy(detector).to(cuda).train(training), "bf16", True, cuda)
     run = make_step(variant, [batch], cuda) if training else detection_runs({"ours": variant}, [batch])["ours"]
     run(0)

@@ -278,6 +278,7 @@ def test_exports(detector: Detector, device: torch.device, tmp_path: Path) -> No
     assert (tmp_path / "detector.torchscript").exists()
 
 
+@pytest.mark.skipif(not torch.cpu._is_vnni_supported(), reason="int8 needs a CPU with AVX512-VNNI")
 def test_an_int8_detector_refuses_the_device(device: torch.device) -> None:
     model = int8.Int8Detector.empty(make_detector().spec, num_classes=4)
     with pytest.raises(UserError, match="runs on the CPU in its own types"):

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import warnings
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
 
 import torch
+from torchvision.models.detection import FasterRCNN
+
+from benchmarks.gpu_model import count
+from benchmarks.own_process import in_own_process
+from resdet.data.loader import Batch
 
 _WARNING = "called a synchronizing CUDA operation"
 
@@ -29,3 +34,24 @@ def measured_waits(run: Callable[[], object]) -> Counter[str]:
             torch.cuda.set_sync_debug_mode(before)
     lines = [f"{one.filename}:{one.lineno}" for one in caught if _WARNING in str(one.message)]
     return Counter("/".join(line.split("/")[-3:]) for line in lines)
+
+
+def counted_waits(model: FasterRCNN, name: str, batch: Batch, *, training: bool) -> Counter[str]:
+    """Count the same on the pretend GPU, in a process of its own, as torch has one kind of accelerator in each.
+
+    Args:
+        model: On the CPU.
+        name: Its name; ours begins with "ours".
+        batch: In host memory.
+        training: Whether to count a training step, not an inference.
+    """
+    environment = {"CUDA_VISIBLE_DEVICES": ""}
+    lines = in_own_process(_counted, model, name, batch, training, environment=environment)
+    return Counter({at: int(number) for at, number in lines.items()})
+
+
+def _counted(model: FasterRCNN, name: str, batch: Batch, training: bool) -> dict[str, float]:
+    lines: dict[str, float] = defaultdict(float)
+    for (_, at), number in count(model, name, batch, training=training).waits.items():
+        lines[at] += number
+    return lines

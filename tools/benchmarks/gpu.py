@@ -22,8 +22,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from torchvision.models.detection import FasterRCNN
 
-from benchmarks.cuda_waits import measured_waits
-from benchmarks.gpu_model import count, random_batch
+from benchmarks.cuda_waits import counted_waits, measured_waits
+from benchmarks.gpu_model import random_batch
 from benchmarks.inference import detection_runs
 from benchmarks.pair import Variant, build_ours, build_torchvision
 from benchmarks.report import Report
@@ -291,10 +291,10 @@ def compare_waits(work: Work) -> dict[str, Rows]:
             run = _run(copy.deepcopy(model).to(work.device), name, batch, training=training)
             run()  # what is kept between calls is made by the first
             measured = measured_waits(run) if work.device.type == "cuda" else None
-            counted = count(model, name, batch, training=training).waits
+            counted = counted_waits(model, name, batch, training=training)
             row: dict[str, str | float] = {"of": what, "counted": counted.total()}
             totals.append(row | {"measured": "-" if measured is None else measured.total()})
-            lines += [{"of": what, "by": "counted", "waits": n, "at": at} for (_, at), n in counted.most_common()]
+            lines += [{"of": what, "by": "counted", "waits": n, "at": at} for at, n in counted.most_common()]
             lines += [{"of": what, "by": "measured", "waits": n, "at": at} for at, n in (measured or {}).items()]
     return {"Waits of the host, two images": totals, "Waits of the host by line": lines}
 

@@ -9,6 +9,9 @@ torch lets Python stand for its device "privateuse1", here ``pgpu``. It works in
 a tensor and copying one are kernels registered for that device; every other operator finds a ``PretendTensor`` among
 its arguments. Results are the CPU's, bit for bit. Under ``torch.autocast("pgpu")`` CUDA's rules hold. Times are not
 measured; the module ``gpu_model`` computes them from what is counted.
+
+torch has one kind of accelerator in a process, and takes this one for it from the first ``pretend_gpu`` or
+``to_pretend`` on: a process that computes on a CUDA device cannot count here, and has another do it.
 """
 
 from __future__ import annotations
@@ -33,7 +36,12 @@ _Moved = TypeVar("_Moved", nn.Module, Tensor)
 
 
 def to_pretend(moved: _Moved) -> _Moved:
-    """Return a tensor on the device, or a module after moving it there in place."""
+    """Return a tensor on the device, or a module after moving it there in place.
+
+    Raises:
+        RuntimeError: If this process sees a CUDA device.
+    """
+    _register()
     return moved.to(DEVICE)
 
 
@@ -42,9 +50,10 @@ def pretend_gpu() -> Iterator[Record]:
     """Note what is asked of the device in the block, by all threads; pinned memory and generators are pretended too.
 
     Raises:
-        RuntimeError: In the block of another.
+        RuntimeError: In the block of another, or if this process sees a CUDA device.
     """
     global _active
+    _register()
     if _active is not None:
         raise RuntimeError("pretend_gpu: one block at a time, got one inside another")
     # torch decides by a tensor's type whether its foreach operators take it.
@@ -173,11 +182,11 @@ class _Hooks(backend_registration._DummyPrivateUse1Hook):
         return _active is not None
 
 
-backend_registration._setup_privateuseone_for_python_backend(NAME, _DeviceModule(), _Hooks())
-DEVICE = torch.device(NAME, 0)
-"""The device: ``pgpu:0``."""
+DEVICE = torch.device("privateuseone", 0)
+"""The device, which torch calls ``pgpu:0`` once it is registered."""
 
 _active: Record | None = None
+_registered: list[torch.library.Library] = []  # what they register lasts as long as they do
 _CpuGenerator = torch.Generator
 _clear_torchs_cache = torch.clear_autocast_cache
 
@@ -347,7 +356,7 @@ def _note_numbers(record: Record, schema: OperatorSchema, args: tuple[Any, ...])
 
 
 def _is_pretend(device: Any) -> bool:
-    return device is not None and torch.device(device).type == NAME
+    return device is not None and torch.device(device).type == DEVICE.type
 
 
 def _to_plain(value: Any) -> Any:
@@ -362,7 +371,20 @@ def _to_plain_options(kwargs: dict[str, Any]) -> dict[str, Any]:
     return options
 
 
-def _register() -> torch.library.Library:
+def _register() -> None:
+    """Make the device torch's accelerator in this process, for good, unless it is so already."""
+    if _registered:
+        return
+    if torch.cuda.is_available():
+        raise RuntimeError(
+            "pretend_gpu: torch has one kind of accelerator in a process, and this one sees a CUDA device; hide it by "
+            "CUDA_VISIBLE_DEVICES='' before CUDA is used"
+        )
+    backend_registration._setup_privateuseone_for_python_backend(NAME, _DeviceModule(), _Hooks())
+    _registered.extend([_register_operators(), *pretend_autocast.register(NAME)])
+
+
+def _register_operators() -> torch.library.Library:
     """Register what creates tensors on the device, and what copies while torch keeps Python out."""
     library = torch.library.Library("aten", "IMPL")  # type: ignore[no-untyped-call]
     aten = torch.ops.aten
@@ -390,6 +412,3 @@ def _register() -> torch.library.Library:
     for func, kernel in kernels.items():
         library.impl(func, kernel, "PrivateUse1")  # type: ignore[no-untyped-call]
     return library
-
-
-_registered = [_register(), *pretend_autocast.register(NAME)]  # lasts as long as this
