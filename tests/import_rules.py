@@ -46,7 +46,8 @@ OPTIONAL = (
     "matplotlib",
     "sklearn",
     "torch.utils.tensorboard",
-    "resdet.models.suppression_kernels",  # imports triton
+    "resdet.models.epilogue_kernels",  # imports triton
+    "resdet.models.suppression_kernels",  # likewise
 )
 """Slow packages that not every run needs: only these are imported inside functions."""
 

@@ -36,7 +36,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from resdet.devices import is_queued
 from resdet.errors import UserError
+from resdet.models.epilogue import run_epilogue
 from resdet.models.ready_weights import (
     ELEMENT_PRODUCTS,
     POINT,
@@ -77,8 +79,9 @@ def convolve(
 ) -> Tensor:
     """Compute ``relu(conv(x, weight * scale) + bias + residual)``.
 
-    On a CPU with oneDNN it is one operation, or Winograd's algorithm where that is faster (``winograd.pays``);
-    elsewhere, and under tracing and compilation, the usual operations. It is differentiable once, with respect to
+    On a CPU with oneDNN it is one operation, or Winograd's algorithm where that is faster (``winograd.pays``); on other
+    devices a convolution and one operator for the rest (``run_epilogue``); elsewhere, and under tracing and
+    compilation, the usual operations. It is differentiable once, with respect to
     ``x``, ``weight``, ``bias`` and ``residual``, but not ``scale``. ``ready`` is what was kept of weight, scale and
     bias, of the type below, and is used where nothing goes backward. The result, ``[B, O, H', W']``, has the type
     ``compute_dtype(x, weight)`` and is channels-last where ``x`` is.
@@ -92,6 +95,8 @@ def convolve(
         elif scale is not None:
             weight = (weight * scale.reshape(-1, 1, 1, 1)).to(dtype=dtype, memory_format=torch.channels_last)
             bias = _cast(bias, dtype)
+        if _is_queued_plainly(x):
+            return run_epilogue(F.conv2d(x, weight, None, *geometry), bias, residual, relu)
         out: Tensor = F.conv2d(x, weight, bias, *geometry)
         if residual is not None:
             out += residual  # the output is ours alone, and a convolution's gradient does not need it
@@ -169,6 +174,11 @@ def _runs_in_one(x: Tensor, weight: Tensor, residual: Tensor | None, dtype: torc
         and _is_plain(weight)
         and (residual is None or _is_plain(residual))
     )
+
+
+def _is_queued_plainly(x: Tensor) -> bool:
+    """Return whether a tensor is on a device that is not a CPU, and no tracer or ``torch.func`` looks on."""
+    return is_queued(x.device) and not is_captured() and not torch._C._functorch.is_functorch_wrapped_tensor(x)
 
 
 def _is_plain(tensor: Tensor) -> bool:

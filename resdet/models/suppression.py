@@ -6,9 +6,6 @@ Legend: ``N`` candidates of one image, all classes together; ``M`` of them kept;
 
 from __future__ import annotations
 
-import functools
-import importlib.util
-import logging
 from concurrent.futures import ThreadPoolExecutor
 from typing import Literal
 
@@ -16,9 +13,8 @@ import torch
 from torch import Tensor
 from torchvision.ops import batched_nms, box_iou, nms
 
+from resdet.models.kernels import kernels_run
 from resdet.models.tracing import is_captured
-
-logger = logging.getLogger(__name__)
 
 # From this many numbers in an image's boxes on torchvision goes through the groups one by one, on a CPU.
 _MANY = 4000
@@ -213,33 +209,12 @@ def _suppress_part_by_part(boxes: Tensor, used: Tensor, iou_threshold: float, gr
 
 
 def _suppress_by_kernels(boxes: Tensor, used: Tensor, iou_threshold: float, groups: Tensor | None) -> Tensor:
-    if boxes.dtype != torch.float32 or not _kernels_run(boxes.device):
+    if boxes.dtype != torch.float32 or not kernels_run(boxes.device):
         return _suppress_part_by_part(boxes, used, iou_threshold, groups)
     from resdet.models.suppression_kernels import suppress_on_cuda
 
     with torch.cuda.device(boxes.device):
         return suppress_on_cuda(boxes, used, iou_threshold, groups)
-
-
-@functools.cache
-def _kernels_run(device: torch.device) -> bool:
-    """Return whether Triton's kernels run on a device; say once why not: Triton needs a C compiler, for one."""
-    if importlib.util.find_spec("triton") is None:
-        reason = "triton is not installed"
-    else:
-        from resdet.models.suppression_kernels import suppress_on_cuda
-
-        try:
-            with torch.cuda.device(device):
-                suppress_on_cuda(torch.zeros(1, 1, 4, device=device), torch.zeros(1, 1, device=device) > 0, 0.5, None)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:  # of the compilers, the driver, the file system: Triton has no class for them
-            reason = f"{type(error).__name__}: {error}"
-        else:
-            return True
-    logger.warning("%s is waited for in each suppression of boxes: kernels cannot be compiled (%s)", device, reason)
-    return False
 
 
 # Not by `torch.library.custom_op`, whose checks add 5 us to each call.

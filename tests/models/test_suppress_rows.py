@@ -1,10 +1,6 @@
 """Suppression in tensors of fixed shapes: the operator and its implementations."""
 
 import logging
-import os
-import subprocess
-import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -12,14 +8,11 @@ import torch
 from hypothesis import given, settings, strategies as st
 from torch import Tensor
 from torchvision.ops import batched_nms, nms
+from triton_alone import COMPILE_ONLY, needs_triton, run_code
 
 from resdet.models import suppression
+from resdet.models.kernels import kernels_run
 from resdet.models.suppression import suppress_rows
-
-ROOT = Path(__file__).resolve().parents[2]
-needs_triton = pytest.mark.skipif(
-    find_spec("triton") is None, reason="needs triton, which comes with torch's CUDA builds for Linux"
-)
 
 # A case's arguments are those of suppress_rows.
 INTERPRET = """
@@ -30,21 +23,10 @@ cases = torch.load(sys.argv[1])
 torch.save([suppression_kernels.suppress_on_cuda(*case) for case in cases], sys.argv[2])
 """
 
-# What a device's driver would be asked until a kernel is launched: all calls as they are made, on tensors of a CPU.
 COMPILE = """
-import sys, torch
-from triton.backends.compiler import GPUTarget
-from triton.runtime import JITFunction, driver
 from resdet.models.suppression_kernels import suppress_on_cuda
 
-class Driver:
-    capability = 0
-    def get_current_target(self): return GPUTarget("cuda", self.capability, 32)
-    def get_current_device(self): return self.capability
-    def get_current_stream(self, device): return 0
-
 programs = []
-launch = JITFunction.run
 
 def compile_only(kernel, *args, warmup, **settings):
     compiled = launch(kernel, *args, warmup=True, **settings)
@@ -54,7 +36,6 @@ def compile_only(kernel, *args, warmup, **settings):
     programs.append((kernel.__name__, compiled.asm["ptx"], len(compiled.asm["cubin"]), fused))
 
 JITFunction.run = compile_only
-driver.set_active(Driver())
 for Driver.capability in map(int, sys.argv[2].split(",")):
     for size in map(int, sys.argv[3].split(",")):
         groups = torch.zeros(2, size, dtype=torch.int64)
@@ -62,14 +43,6 @@ for Driver.capability in map(int, sys.argv[2].split(",")):
             suppress_on_cuda(torch.zeros(2, size, 4), torch.ones(2, size, dtype=torch.bool), *arguments)
 torch.save(programs, sys.argv[1])
 """
-
-
-def run_code(code: str, *arguments: str, **settings: str) -> None:
-    """Run code in a process of its own: Triton reads its settings when it is imported."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), **settings}
-    command = [sys.executable, "-W", "ignore::RuntimeWarning", "-c", code, *arguments]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
 
 
 def random_rows(num_rows: int, size: int, num_groups: int = 1, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -293,7 +266,7 @@ def test_thresholds_are_compared_as_in_float64():
 @pytest.mark.parametrize(("capabilities", "sizes"), [("90", "2000"), ("80,90", "1,33,1000,4096,40000")])
 def test_the_kernels_compile_and_round_each_operation(capabilities, sizes, tmp_path):
     path = tmp_path / "programs.pt"
-    run_code(COMPILE, str(path), capabilities, sizes, TRITON_CACHE_DIR=str(tmp_path / "cache"))
+    run_code(COMPILE_ONLY + COMPILE, str(path), capabilities, sizes, TRITON_CACHE_DIR=str(tmp_path / "cache"))
     programs = torch.load(path)
     calls = 2 * len(capabilities.split(",")) * len(sizes.split(","))
     assert [name for name, *_ in programs] == ["compare_kernel", "keep_kernel"] * calls
@@ -307,23 +280,24 @@ def test_the_kernels_compile_and_round_each_operation(capabilities, sizes, tmp_p
 
 def test_a_device_whose_kernels_do_not_run_waits_and_says_so_once(monkeypatch, caplog):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    suppression._kernels_run.cache_clear()
+    kernels_run.cache_clear()
     boxes, used, groups = random_rows(2, 50, 3)
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
             kept = suppression._suppress_by_kernels(boxes, used, 0.5, groups)
             assert torch.equal(kept, by_torchvision(boxes, used, 0.5, groups))
-    suppression._kernels_run.cache_clear()
+    kernels_run.cache_clear()
     assert [record.message for record in caplog.records] == [
-        "cpu is waited for in each suppression of boxes: kernels cannot be compiled (triton is not installed)"
+        "cpu is slower than it could be, and waited for in each suppression of boxes: kernels cannot be compiled "
+        "(triton is not installed)"
     ]
 
 
 @needs_triton
 def test_a_compiler_that_fails_is_named(caplog):
     with caplog.at_level(logging.WARNING):
-        assert not suppression._kernels_run(torch.device("cpu"))  # no device that Triton compiles for
-    suppression._kernels_run.cache_clear()
+        assert not kernels_run(torch.device("cpu"))  # no device that Triton compiles for
+    kernels_run.cache_clear()
     assert "kernels cannot be compiled (ValueError: " in caplog.text
 
 
@@ -333,7 +307,7 @@ def test_a_cuda_device_keeps_what_a_cpu_keeps_and_is_not_waited_for():
     cases = [*kernel_cases((1, 31, 32, 33, 70, 2000, 4100)), (*random_rows(80, 2000)[:2], 0.7, None)]
     on_device = [[part.cuda() if isinstance(part, Tensor) else part for part in case] for case in cases]
     first = suppress_rows(*on_device[0])  # compiles, and asks whether kernels run
-    assert suppression._kernels_run(first.device), "the kernels do not run here"
+    assert kernels_run(first.device), "the kernels do not run here"
     results = []
     torch.cuda.set_sync_debug_mode("error")
     try:
