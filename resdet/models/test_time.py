@@ -43,6 +43,7 @@ from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.ops import batched_nms, clip_boxes_to_image
 
+from resdet.devices import send
 from resdet.errors import UserError
 from resdet.models.spec import Tricks
 from resdet.models.suppression import soft_nms, vote
@@ -90,7 +91,17 @@ def detect_with_tricks(model: nn.Module, images: Sequence[Tensor], tricks: Trick
                     candidates.append(prediction)
     heads = model.roi_heads
     threshold = heads.nms_thresh if tricks.nms_threshold is None else tricks.nms_threshold
-    return [merge(candidates, tricks, nms_threshold=threshold, limit=heads.detections_per_img) for candidates in found]
+    # On the CPU: soft-NMS is a hundred short steps that each ask for a result.
+    merged = [
+        merge(
+            [_moved(part, torch.device("cpu")) for part in candidates],
+            tricks,
+            nms_threshold=threshold,
+            limit=heads.detections_per_img,
+        )
+        for candidates in found
+    ]
+    return [_moved(one, image.device) for one, image in zip(merged, images, strict=True)]
 
 
 def merge(candidates: Sequence[Prediction], tricks: Tricks, *, nms_threshold: float, limit: int) -> Prediction:
@@ -120,6 +131,11 @@ def merge(candidates: Sequence[Prediction], tricks: Tricks, *, nms_threshold: fl
     if tricks.voting is not None:
         kept_boxes = vote(kept_boxes, kept_labels, boxes, scores, labels, iou_threshold=tricks.voting)
     return Prediction(boxes=kept_boxes, labels=kept_labels, scores=kept_scores)
+
+
+def _moved(prediction: Prediction, device: torch.device) -> Prediction:
+    boxes, scores, labels = (send(prediction[key], device) for key in ("boxes", "scores", "labels"))
+    return Prediction(boxes=boxes, scores=scores, labels=labels)
 
 
 def mirror_boxes(boxes: Tensor, width: int) -> Tensor:

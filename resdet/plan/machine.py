@@ -32,7 +32,7 @@ class Machine:
     Attributes:
         device: ``cpu`` or ``cuda``.
         precision: The faster of float32 and bfloat16; float32 unless the other one pays.
-        gain: How many times as fast as float32 bfloat16 is.
+        gain: How many times as fast as float32 bfloat16 is; None if this CPU only emulates it, half a minute a step.
         per_image: Seconds of a training step for each image, whatever its size.
         per_megapixel: Seconds for each million pixels in addition.
         megapixels: How many a step may have at once in this memory, half of which is left free.
@@ -40,7 +40,7 @@ class Machine:
 
     device: str
     precision: Precision
-    gain: float
+    gain: float | None
     per_image: float
     per_megapixel: float
     megapixels: float
@@ -57,7 +57,8 @@ def measure_machine(model: Detector, train_set: DetectionDataset, device: torch.
     """Time training steps of a detector on images of the dataset; the detector is as before afterwards.
 
     Gradients are computed and dropped. Of several runs of each size and precision the fastest counts: the first sets up
-    kernels, and other programs of the machine make one slow now and then.
+    kernels, and other programs of the machine make one slow now and then. Precisions are compared at the smaller size,
+    on a GPU at the larger one: in a small step it only waits for the host.
     """
     transform, training = model.transform, model.training
     before = transform.min_size, transform.max_size
@@ -77,21 +78,31 @@ def measure_machine(model: Detector, train_set: DetectionDataset, device: torch.
     model.to(device).train()
     try:
         with random_states_kept(device):
-            full, half = step_seconds("fp32", _SMALL), step_seconds("bf16", _SMALL)
-            precision: Precision = "bf16" if half < _PAYS * full else "fp32"
-            large = step_seconds(precision, _LARGE)
+            compared, other = (_SMALL, _LARGE) if device.type == "cpu" else (_LARGE, _SMALL)
+            full = step_seconds("fp32", compared)
+            half = step_seconds("bf16", compared) if _has_bf16(device) else None
+            precision: Precision = "fp32" if half is None or half > _PAYS * full else "bf16"
+            seconds = {compared: full if precision == "fp32" else half, other: step_seconds(precision, other)}
     finally:
         transform.min_size, transform.max_size = before
         model.train(training)
         model.zero_grad(set_to_none=True)
-    small = half if precision == "bf16" else full
+    small, large = seconds[_SMALL], seconds[_LARGE]
+    assert small is not None
+    assert large is not None
     pixels = [_megapixels(batch, side, int(_MAX_ASPECT * side)) for side in (_SMALL, _LARGE)]
     slope = max(large - small, 0.0) / max(pixels[1] - pixels[0], 1e-6)
     used = _BYTES
     if device.type == "cuda":
         used = torch.cuda.max_memory_allocated(device) / (pixels[1] * len(batch.images))
     room = _memory(device) / 2 / used
-    return Machine(device.type, precision, full / half, max(small - slope * pixels[0], 0.0), slope, room)
+    gain = None if half is None else full / half
+    return Machine(device.type, precision, gain, max(small - slope * pixels[0], 0.0), slope, room)
+
+
+def _has_bf16(device: torch.device) -> bool:
+    """Return whether a device is not known to lack arithmetic in bfloat16."""
+    return device.type != "cpu" or (torch._C._has_mkldnn and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()))
 
 
 def _memory(device: torch.device) -> float:

@@ -166,6 +166,6 @@ def _training_seconds(facts: Facts, run_seconds: float, elapsed: float) -> float
 def _machine_line(machine: Machine, facts: Facts) -> str:
     seconds = facts.image_seconds(facts.side)
     return (
-        f"{machine.device}: {seconds:.2f} s to train on an image of this size, bfloat16 {machine.gain:.1f} times as "
-        f"fast as float32; room for {machine.megapixels:.0f} megapixels in a step"
+        f"{machine.device}: {seconds:.3g} s to train on an image of this size, in {machine.precision}; room for "
+        f"{machine.megapixels:.0f} megapixels in a step"
     )

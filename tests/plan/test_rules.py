@@ -71,6 +71,11 @@ def test_precision_is_the_faster_one() -> None:
     assert chosen(rules.precision, facts()) == {"train.precision": "bf16"}
     slow = replace(MACHINE, precision="fp32", gain=0.3)
     assert chosen(rules.precision, facts(machine=slow)) == {"train.precision": "fp32"}
+    (choice,) = rules.precision(facts(machine=slow))
+    assert "takes 3.33 of the time" in choice.because
+    (choice,) = rules.precision(facts(machine=replace(slow, gain=None)))
+    assert choice.value == "fp32"
+    assert "does not compute in bfloat16" in choice.because
 
 
 def test_small_objects_get_larger_images_as_far_as_the_time_allows() -> None:
