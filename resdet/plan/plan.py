@@ -29,7 +29,7 @@ from resdet.training.settings import fixed_steps
 
 logger = logging.getLogger(__name__)
 
-_REPORT_S = 10.0  # start of workers, checkpoints, report
+_START_S = 5.0  # of the workers, and of the first step
 
 
 @dataclass(frozen=True)
@@ -159,8 +159,7 @@ def _measured(config: Config, train_set: DetectionDataset, device: torch.device)
 
 def _training_seconds(facts: Facts, run_seconds: float, elapsed: float) -> float:
     """Return the time that is left for training steps when the last model is evaluated too."""
-    evaluation = facts.num_evaluated * facts.evaluation_seconds
-    return max(run_seconds - elapsed - _REPORT_S - evaluation, 0.1 * run_seconds)
+    return max(run_seconds - elapsed - _START_S - facts.evaluation_seconds, 0.1 * run_seconds)
 
 
 def _machine_line(machine: Machine, facts: Facts) -> str:

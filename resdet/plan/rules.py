@@ -18,6 +18,7 @@ from resdet.evaluation.tiles import tile_grid
 from resdet.models.spec import Tiles
 from resdet.plan.fingerprint import Fingerprint
 from resdet.plan.machine import Machine
+from resdet.training.settings import seconds_beside_detection
 from resdet.types import Floats
 
 _DETECTION = 0.5  # share of a training step that detection in an image takes
@@ -75,8 +76,8 @@ class Facts:
         return height * width * scale**2 / 1e6
 
     @property
-    def evaluation_seconds(self) -> float:
-        """Seconds that the evaluation of an image takes."""
+    def detection_seconds(self) -> float:
+        """Seconds that detection in an image takes."""
         seconds = self.image_seconds(self.side)
         if (tiles := self.settled["eval.tiles"]) is not None:
             count = len(tile_grid(*self.data.image_size, Tiles(*tiles)))
@@ -91,7 +92,12 @@ class Facts:
             return min(int(stated), most)
         if self.run_seconds is None:
             return most
-        return min(most, max(_FEWEST_EVALUATED, int(_LAST * self.run_seconds / self.evaluation_seconds)))
+        return min(most, max(_FEWEST_EVALUATED, int(_LAST * self.run_seconds / self.detection_seconds)))
+
+    @property
+    def evaluation_seconds(self) -> float:
+        """Seconds of an evaluation of ``num_evaluated`` images."""
+        return self.num_evaluated * self.detection_seconds + seconds_beside_detection(self.num_evaluated)
 
     @property
     def num_visits(self) -> float:
@@ -359,7 +365,6 @@ def suppression(facts: Facts) -> Iterator[Choice]:
 
 _INTERIM = 0.05  # share of a run's time for all evaluations before the last
 _FEWEST_INTERIM, _MOST_INTERIM = 3, 9
-_REPORT_S = 5.0  # checkpoint, pictures and report of an evaluation
 _SAVED_S = 300.0
 
 
@@ -374,7 +379,7 @@ def evaluation(facts: Facts) -> Iterator[Choice]:
         part = f"all {facts.num_val_images} would take more than {_LAST:.0%} of the time; resdet eval looks at all"
         yield Choice("train.eval_images", number, part)
     if facts.seconds is not None:
-        interim = int(_INTERIM * facts.seconds / (_REPORT_S + number * facts.evaluation_seconds))
+        interim = int(_INTERIM * facts.seconds / facts.evaluation_seconds)
         if interim >= _FEWEST_INTERIM:
             every = math.ceil(facts.estimated_steps / (min(interim, _MOST_INTERIM) + 1))
             because = f"to show how it goes, in at most {_INTERIM:.0%} of the time"

@@ -57,14 +57,13 @@ from resdet.training.loop import TrainResult, run
 from resdet.training.losses import detection_losses
 from resdet.training.resume import check_configuration, check_data, configuration_of
 from resdet.training.runlog import RunLog
-from resdet.training.settings import Callback, RunSettings, evaluated_part
+from resdet.training.settings import Callback, RunSettings, evaluated_part, seconds_beside_detection
 from resdet.training.step import accumulate_gradients
 from resdet.weights.files import WeightsFile, read_checkpoint, read_weights, weights_in
 
 logger = logging.getLogger(__name__)
 
 _TIMED_IMAGES = 4
-_REPORT_S, _REPORT_S_PER_IMAGE = 4.0, 0.05  # checkpoints, pictures, report.html; metrics of each image (2 cores)
 
 
 def train(
@@ -237,7 +236,7 @@ def evaluation_seconds(
         for image in images:
             run([image], "")
         seconds = (time.perf_counter() - begun) / len(images)
-    return seconds * math.ceil(num_images / num_processes) + _REPORT_S + _REPORT_S_PER_IMAGE * num_images
+    return seconds * math.ceil(num_images / num_processes) + seconds_beside_detection(num_images)
 
 
 def stated(config: Config, given: Mapping[str, Dataset[Any] | None], classes: Sequence[str] | None) -> Config:

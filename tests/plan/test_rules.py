@@ -206,7 +206,7 @@ def test_evaluations_keep_to_their_share_of_the_time() -> None:
     assert chosen(rules.evaluation, facts(**settled)) == {"train.eval_every": None}
     many = replace(facts(**settled), num_val_images=5000)
     number = chosen(rules.evaluation, many)["train.eval_images"]
-    assert 0.15 < number * many.evaluation_seconds / 540 <= 0.2
+    assert 0.15 < number * many.detection_seconds / 540 <= 0.2
     # What is stated is left alone, and tiles make images dearer.
     assert replace(many, settled={**many.settled, "train.eval_images": 3000}).num_evaluated == 3000
     tiled = replace(many, settled={**many.settled, "eval.tiles": [200, 0.2]})
