@@ -287,9 +287,11 @@ class TrainConfig(Section):
     """Length, batch size, precision and intervals of training."""
 
     steps: int | None = Field(None, ge=1)
-    """Number of optimizer steps; give this or ``epochs`` (of a detector, or ``minutes``)."""
+    """Number of optimizer steps; give this or ``epochs``. Beside a detector's ``minutes`` it is the most of them, and
+    may be left out."""
     epochs: float | None = Field(None, gt=0)
-    """Passes over the training images; give this or ``steps`` (of a detector, or ``minutes``)."""
+    """Passes over the training images; give this or ``steps``. Beside a detector's ``minutes`` it is the most of them,
+    and may be left out."""
     batch_size: int = Field(16, ge=1)
     """Images per optimizer step, over all processes and micro-batches together."""
     accumulate: int = Field(1, ge=1)
@@ -396,9 +398,9 @@ class Config(Section):
     optim: DetectorOptimConfig = DetectorOptimConfig()
     """Optimizer and learning rate."""
     minutes: float | None = Field(None, gt=0)
-    """Time of the whole run, evaluations included. It stands in place of ``train.steps`` and ``train.epochs``: the
-    schedule follows the clock and is finished when the time is up, also on a machine that becomes slower or faster. A
-    resumed run has what is left of it."""
+    """Time of the whole run, evaluations included: the schedule follows the clock and is finished when the time is up,
+    also on a machine that becomes slower or faster, or when ``train.steps`` or ``train.epochs`` are done, if one is
+    given. A resumed run has what is left of the time."""
     plan: bool = False
     """Whether to choose what is not stated. When the run begins, rules (``resdet/plan/rules.py``) choose by facts of
     the data and the measured speed of the machine; what came of it is logged with its reasons and written to
@@ -418,11 +420,12 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:
-        lengths = {"train.steps": self.train.steps, "train.epochs": self.train.epochs, "minutes": self.minutes}
-        given = [f"{key} {value:g}" for key, value in lengths.items() if value is not None]
-        if len(given) != 1:
-            got = f"{' and '.join(given)} ({given[0].split()[0]}=null takes one back)" if given else "none"
-            raise ValueError(f"give exactly one of train.steps, train.epochs and minutes, got {got}")
+        steps, epochs = self.train.steps, self.train.epochs
+        if steps is not None and epochs is not None:
+            got = f"train.steps {steps} and train.epochs {epochs:g} (train.steps=null takes one back)"
+            raise ValueError(f"give train.steps or train.epochs, not both, got {got}")
+        if steps is None and epochs is None and self.minutes is None:
+            raise ValueError("give train.steps, train.epochs or minutes, got none of them")
         return self
 
 

@@ -51,10 +51,14 @@ class Clock:
         minutes: Time for the whole run, evaluations included.
         eval_every: Steps between evaluations; None evaluates only at the end.
         schedule: ``RunState.schedule``, in which all that is decided is kept.
+        most_steps: Steps after which the run ends though there is time.
     """
 
-    def __init__(self, minutes: float, eval_every: int | None, schedule: Schedule) -> None:
+    def __init__(
+        self, minutes: float, eval_every: int | None, schedule: Schedule, *, most_steps: int = OPEN_END
+    ) -> None:
         self.schedule = schedule
+        self._most_steps = most_steps
         self._limit, self._eval_every = 60 * minutes, eval_every
         self._before = schedule.get(_SECONDS, 0.0)  # of earlier calls
         self._left = math.inf  # seconds, without the evaluation at the end
@@ -76,7 +80,7 @@ class Clock:
 
     def resumed_steps(self, step: int) -> int:
         """Return the number of steps of the run before the first step of this call, ``step`` of which are done."""
-        return self._decided(step) if _STEP_S in self.schedule else OPEN_END
+        return self._decided(step) if _STEP_S in self.schedule else self._most_steps
 
     def after_evaluation(self, seconds: float, *, elapsed: float) -> None:
         """Take over the measured time of an evaluation, and count the next step from its end."""
@@ -106,7 +110,7 @@ class Clock:
         evaluation_s = schedule.get(_EVALUATION_S, 0.0)
         self._left = left = self._limit - schedule[_SECONDS] - evaluation_s  # the last thing of a run is one
         per_step = schedule[_STEP_S] + (evaluation_s / self._eval_every if self._eval_every else 0.0)
-        steps_left = max(math.floor(left / max(per_step, 1e-6)), 0)
+        steps_left = max(min(math.floor(left / max(per_step, 1e-6)), self._most_steps - step), 0)
         progress = schedule_progress(step, schedule) if AT_STEP in schedule else 0.0
         schedule[PROGRESS], schedule[AT_STEP], schedule[STEPS] = progress, step, step + steps_left
         return step + steps_left

@@ -207,7 +207,7 @@ def begin_clock(settings: RunSettings, team: Processes, state: RunState, begun: 
     """Return the clock of a run that has minutes, with the number of steps as far as it is known."""
     if settings.minutes is None:
         return None
-    clock = Clock(settings.minutes, settings.train.eval_every, state.schedule)
+    clock = Clock(settings.minutes, settings.train.eval_every, state.schedule, most_steps=settings.num_steps)
     if not knows_evaluation(state.schedule):
         check_minutes(settings.minutes, settings.evaluation_s, seconds_since(begun, team))
         clock.expect_evaluation(settings.evaluation_s)
@@ -354,7 +354,8 @@ def write_plan(task: Task[BatchT], learner: Learner, state: RunState) -> None:
         epochs = settings.num_steps * train.batch_size / settings.num_images
         length = f"{settings.num_steps} {batch}, {epochs:.1f} epochs"
     else:
-        length = f"{settings.minutes:g} minutes, evaluations included, of {batch}"
+        most = "" if settings.num_steps == OPEN_END else f"at most {settings.num_steps} "
+        length = f"{settings.minutes:g} minutes, evaluations included, of {most}{batch}"
     logger.info("%s; %s on %d x %s", length, train.precision, team.world_size, team.device.type)
     scaled = f": {optim.lr:g} for {optim.lr_batch_size} images, scaled linearly (optim.lr_batch_size)"
     is_scaled = optim.lr_batch_size not in (None, train.batch_size)

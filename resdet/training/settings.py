@@ -35,7 +35,7 @@ class RunSettings:
     best_metric: str  # its highest value makes an evaluation the best
     num_images: int  # an epoch
     num_val_images: int
-    minutes: float | None = None  # the schedule follows the clock; None: the number of steps is fixed
+    minutes: float | None = None  # the schedule follows the clock, to the most steps; None: their number is fixed
     is_rejudged: bool = False  # evaluations before resuming are not comparable with those to come
     evaluation_s: float = 0.0  # seconds that an evaluation is expected to take; only ``minutes`` needs it
     body_lr_factor: float = 1.0  # of the rate, for a detector's body
@@ -46,10 +46,8 @@ class RunSettings:
 
     @property
     def num_steps(self) -> int:
-        """Optimizer steps of the whole run; with ``minutes`` the clock decides (``RunState.num_steps``)."""
-        if self.minutes is not None:
-            return OPEN_END
-        return fixed_steps(self.train, self.num_images)
+        """Optimizer steps of the whole run; with ``minutes`` the most of them (``RunState.num_steps`` has them)."""
+        return fixed_steps(self.train, self.num_images) or OPEN_END
 
 
 class _Selectable(Protocol):
@@ -80,5 +78,5 @@ def seconds_beside_detection(num_images: int) -> float:
 
 
 def fixed_steps(train: TrainConfig, num_images: int) -> int:
-    """Return the optimizer steps that ``train`` states, directly or by passes over ``num_images`` images."""
+    """Return the optimizer steps that ``train`` states, directly or by passes over ``num_images`` images, or 0."""
     return train.steps or math.ceil((train.epochs or 0) * num_images / train.batch_size)

@@ -67,6 +67,22 @@ def with_data(given: Facts, **changes: Any) -> Facts:
     return replace(given, data=replace(given.data, **changes))
 
 
+def test_a_run_ends_where_more_passes_would_be_learnt_by_heart() -> None:
+    few = with_data(facts(seconds=36_000), num_images=200)
+    epochs = chosen(rules.length, few)["train.epochs"]
+    assert epochs == 50
+    assert few.num_visits > 50 * 200
+    capped = replace(few, settled={**few.settled, "train.epochs": epochs})
+    assert capped.num_visits == 50 * 200
+    assert capped.estimated_steps == round(50 * 200 / capped.settled["train.batch_size"])
+    assert chosen(rules.length, with_data(facts(seconds=36_000), num_images=10))["train.epochs"] == 400  # heads need it
+    assert chosen(rules.length, with_data(facts(seconds=36_000), num_images=100_000)) == {}
+    assert chosen(rules.length, replace(few, seconds=None, num_steps=10)) == {}
+    stated = replace(few, settled={**few.settled, "train.steps": 70})
+    assert chosen(rules.length, stated) == {}
+    assert stated.estimated_steps == 70
+
+
 def test_precision_is_the_faster_one() -> None:
     assert chosen(rules.precision, facts()) == {"train.precision": "bf16"}
     slow = replace(MACHINE, precision="fp32", gain=0.3)

@@ -159,6 +159,25 @@ def test_a_run_by_the_clock_resumes_bit_for_bit(tmp_path: Path, ticking: None) -
     assert logged(tmp_path / "whole", "lr") != logged(tmp_path / "other", "lr")[:6]
 
 
+def test_a_run_ends_by_its_steps_where_there_is_time(tmp_path: Path, ticking: None) -> None:
+    """The schedule is finished then too, and more steps let it go on."""
+    result = train_here(tmp_path, "train.steps=4", "minutes=0.1")
+    assert result.steps == 4
+    rates = logged(tmp_path, "lr")
+    assert rates[-1] < rates[-2]
+    assert train_here(tmp_path, "train.steps=20", "minutes=0.1", "resume=auto").steps == 6
+    assert train_here(tmp_path / "epochs", "train.steps=null", "train.epochs=0.5", "minutes=0.1").steps == 3
+
+
+def test_most_steps_are_known_before_one_is_timed() -> None:
+    schedule: Schedule = {}
+    clock = Clock(10, None, schedule, most_steps=5)
+    assert clock.resumed_steps(0) == 5
+    assert clock.after_step(1, 1.0) == 5
+    assert schedule_progress(5, schedule) == 1.0
+    assert Clock(10, None, {}, most_steps=5).after_step(1, 400.0) == 1, "the time still ends it"
+
+
 def test_more_minutes_let_a_finished_run_go_on(tmp_path: Path, ticking: None) -> None:
     assert train_here(tmp_path, "train.steps=null", "minutes=0.05").steps == 3
     result = train_here(tmp_path, "train.steps=null", "minutes=0.1", "resume=auto")
