@@ -113,7 +113,8 @@ class Facts:
         """Steps of the run."""
         if self.num_steps is not None:
             return self.num_steps
-        steps = max(1, round(self.num_visits / self.settled["train.batch_size"]))
+        batch_size: int = self.settled["train.batch_size"]
+        steps = max(1, round(self.num_visits / batch_size))
         most: int | None = self.settled["train.steps"]
         return steps if most is None else min(steps, most)
 
