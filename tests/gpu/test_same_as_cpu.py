@@ -106,6 +106,7 @@ def test_tricks(detector: Detector, device: torch.device) -> None:
     with torch.no_grad():
         expected = detect_with_tricks(detector, float_inputs(batch, torch.device("cpu")), tricks)
         found = detect_with_tricks(model, float_inputs(batch, device), tricks)
+    assert {part.device for one in found for part in (one["boxes"], one["labels"], one["scores"])} == {device}
     assert_same_detections([{key: value.cpu() for key, value in one.items()} for one in found], expected)  # type: ignore[misc]
 
 
