@@ -113,7 +113,7 @@ def randomise_norms() -> Callable[[nn.Module], None]:
 @pytest.fixture
 def device_record() -> Iterator[Record]:
     """What the test asks of the pretend GPU."""
-    from benchmarks.pretend_gpu import pretend_gpu
+    from benchmarks.pretend_gpu import pretend_gpu  # only then has torch a further device
 
     with pretend_gpu() as record:
         yield record

@@ -10,8 +10,8 @@ a tensor and copying one are kernels registered for that device; every other ope
 its arguments. Results are the CPU's, bit for bit. Under ``torch.autocast("pgpu")`` CUDA's rules hold. Times are not
 measured; the module ``gpu_model`` computes them from what is counted.
 
-torch has one kind of accelerator in a process, and takes this one for it from the first ``pretend_gpu`` or
-``to_pretend`` on: a process that computes on a CUDA device cannot count here, and has another do it.
+torch has one kind of accelerator in a process, and knows it before the first backward pass: importing this module
+makes it this one, unless the process sees a CUDA device. Such a process cannot count, and has another do it.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def to_pretend(moved: _Moved) -> _Moved:
     Raises:
         RuntimeError: If this process sees a CUDA device.
     """
-    _register()
+    _check_registered()
     return moved.to(DEVICE)
 
 
@@ -53,7 +53,7 @@ def pretend_gpu() -> Iterator[Record]:
         RuntimeError: In the block of another, or if this process sees a CUDA device.
     """
     global _active
-    _register()
+    _check_registered()
     if _active is not None:
         raise RuntimeError("pretend_gpu: one block at a time, got one inside another")
     # torch decides by a tensor's type whether its foreach operators take it.
@@ -182,11 +182,13 @@ class _Hooks(backend_registration._DummyPrivateUse1Hook):
         return _active is not None
 
 
+_sees_cuda = torch.cuda.is_available()
+if not _sees_cuda:
+    backend_registration._setup_privateuseone_for_python_backend(NAME, _DeviceModule(), _Hooks())
 DEVICE = torch.device("privateuseone", 0)
-"""The device, which torch calls ``pgpu:0`` once it is registered."""
+"""The device, which torch calls ``pgpu:0`` where it is registered."""
 
 _active: Record | None = None
-_registered: list[torch.library.Library] = []  # what they register lasts as long as they do
 _CpuGenerator = torch.Generator
 _clear_torchs_cache = torch.clear_autocast_cache
 
@@ -371,20 +373,15 @@ def _to_plain_options(kwargs: dict[str, Any]) -> dict[str, Any]:
     return options
 
 
-def _register() -> None:
-    """Make the device torch's accelerator in this process, for good, unless it is so already."""
-    if _registered:
-        return
-    if torch.cuda.is_available():
+def _check_registered() -> None:
+    if not _registered:
         raise RuntimeError(
             "pretend_gpu: torch has one kind of accelerator in a process, and this one sees a CUDA device; hide it by "
             "CUDA_VISIBLE_DEVICES='' before CUDA is used"
         )
-    backend_registration._setup_privateuseone_for_python_backend(NAME, _DeviceModule(), _Hooks())
-    _registered.extend([_register_operators(), *pretend_autocast.register(NAME)])
 
 
-def _register_operators() -> torch.library.Library:
+def _register() -> torch.library.Library:
     """Register what creates tensors on the device, and what copies while torch keeps Python out."""
     library = torch.library.Library("aten", "IMPL")  # type: ignore[no-untyped-call]
     aten = torch.ops.aten
@@ -412,3 +409,7 @@ def _register_operators() -> torch.library.Library:
     for func, kernel in kernels.items():
         library.impl(func, kernel, "PrivateUse1")  # type: ignore[no-untyped-call]
     return library
+
+
+# What they register lasts as long as they do.
+_registered = [] if _sees_cuda else [_register(), *pretend_autocast.register(NAME)]
