@@ -34,6 +34,9 @@ DATA = Fingerprint(
 )
 
 
+MANY = 1_000_000  # images, each seen a few times at most
+
+
 def facts(seconds: float | None = 540.0, *, machine: Machine = MACHINE, **settled: Any) -> Facts:
     """Return facts about which a test changes what it is about."""
     defaults = flattened(config_to_plain(load_config("finetune", {"data": {"train": {"format": "shapes"}}})))
@@ -67,6 +70,19 @@ def with_data(given: Facts, **changes: Any) -> Facts:
     return replace(given, data=replace(given.data, **changes))
 
 
+def test_images_that_are_seen_often_vary() -> None:
+    few = with_data(facts(seconds=3_600), num_images=100)
+    sizes = chosen(rules.image_size, few)["model.min_size"]
+    assert sizes[-1] == facts(**{"model.min_size": sizes}).side
+    assert min(sizes) < sizes[-1] < max(sizes)
+    settled = {**few.settled, "model.min_size": sizes}
+    assert "RandomBrightnessContrast" in str(chosen(rules.augmentation, replace(few, settled=settled)))
+    many = with_data(few, num_images=10_000)
+    assert isinstance(chosen(rules.image_size, many)["model.min_size"], int)
+    assert "RandomBrightnessContrast" not in str(chosen(rules.augmentation, many))
+    assert chosen(rules.image_size, few)["model.max_size"] > chosen(rules.image_size, many)["model.max_size"]
+
+
 def test_a_run_ends_where_more_passes_would_be_learnt_by_heart() -> None:
     few = with_data(facts(seconds=36_000), num_images=200)
     epochs = chosen(rules.length, few)["train.epochs"]
@@ -95,20 +111,20 @@ def test_precision_is_the_faster_one() -> None:
 
 
 def test_small_objects_get_larger_images_as_far_as_the_time_allows() -> None:
-    ample = chosen(rules.image_size, facts(seconds=36_000))["model.min_size"]
+    ample = chosen(rules.image_size, with_data(facts(seconds=36_000), num_images=MANY))["model.min_size"]
     assert abs(ample - 24 / (30 / 480)) <= 8  # three quarters of the objects have 24 pixels
-    small = with_data(facts(seconds=36_000), relative_sides=DATA.relative_sides / 2)
+    small = with_data(facts(seconds=36_000), num_images=MANY, relative_sides=DATA.relative_sides / 2)
     tight = replace(small, seconds=540.0)
     assert chosen(rules.image_size, small)["model.min_size"] > chosen(rules.image_size, tight)["model.min_size"] > 256
     assert chosen(rules.image_size, facts(seconds=30))["model.min_size"] == 256
-    large = with_data(facts(seconds=36_000), relative_sides=DATA.relative_sides * 10)
+    large = with_data(facts(seconds=36_000), num_images=MANY, relative_sides=DATA.relative_sides * 10)
     assert chosen(rules.image_size, large)["model.min_size"] == 384
-    tiny = with_data(facts(seconds=1e9), relative_sides=DATA.relative_sides / 10)
+    tiny = with_data(facts(seconds=1e9), num_images=10**12, relative_sides=DATA.relative_sides / 10)
     assert chosen(rules.image_size, tiny)["model.min_size"] == 960  # twice the stored size
 
 
 def test_long_pictures_keep_their_shape() -> None:
-    long = with_data(facts(36_000), image_size=(300, 1200))
+    long = with_data(facts(36_000), num_images=MANY, image_size=(300, 1200))
     sizes = chosen(rules.image_size, long)
     assert sizes["model.max_size"] >= 4 * sizes["model.min_size"]
 
