@@ -110,6 +110,7 @@ def make_plan(
         num_workers=default_num_workers(),
         num_processes=team.world_size,
         settled=settled,
+        stated=stated,
     )
     rows: list[Row] = []
     for rule in RULES:

@@ -7,7 +7,7 @@ What single choices have come to is in ``configs/README.md``; for some there is 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,6 +42,7 @@ class Facts:
         num_workers: Processors of the machine.
         num_processes: Processes that train together, each on a share of the batch.
         settled: Values by dotted key: those that the user states, those of the rules so far, and defaults.
+        stated: Keys that the user states.
     """
 
     data: Fingerprint
@@ -55,6 +56,7 @@ class Facts:
     num_workers: int
     num_processes: int
     settled: Mapping[str, Any]
+    stated: Set[str] = frozenset()
 
     def image_seconds(self, side: float) -> float:
         """Return the seconds of a training step for each image whose shorter side is scaled to ``side`` pixels."""
@@ -173,13 +175,14 @@ def image_size(facts: Facts) -> Iterator[Choice]:
                 f"the time allows {facts.seconds / facts.image_seconds(side):.0f} images of this size, and the heads "
                 f"need some {_visits_needed(facts.seconds):.0f}; small objects would want {wanted:.0f}"
             )
-    side = largest = _whole(side)
+    side = _whole(side)
     sizes: int | list[int] = side
     if _are_seen_often(facts, side):
         sizes = [*(_whole(factor * side) for factor in _FACTORS), side]
-        largest = max(sizes)
         because += f"; other sizes in training alone, as there is time to see an image {facts.passes(side):.0f} times"
     yield Choice("model.min_size", sizes, because)
+    settled: int | list[int] = facts.settled["model.min_size"]  # these, or what is stated
+    largest = settled if isinstance(settled, int) else max(settled)
     aspect = max(height, width) / native
     longest = _whole(largest * max(aspect, 1.0) * 1.25)
     yield Choice("model.max_size", longest, f"images are typically {aspect:.2f} times as long as short")
@@ -244,16 +247,21 @@ def anchors(facts: Facts) -> Iterator[Choice]:
 
     shapes = list(_RATIOS)
     low, _, _, _, high = facts.data.aspects
-    if low < _RATIOS[-1][0] or high > _RATIOS[-1][-1]:  # lines of text, ships, poles
+    if "model.aspect_ratios" in facts.stated:
+        shapes = [tuple(facts.settled["model.aspect_ratios"])]
+    elif low < _RATIOS[-1][0] or high > _RATIOS[-1][-1]:  # lines of text, ships, poles
         shapes = [some for usual in _RATIOS for some in (usual, _spread(low, high, len(usual)))]
 
+    pyramids = {smallest: [smallest << level for level in range(_NUM_LEVELS)] for smallest in _ANCHOR_SIDES}
+    if "model.anchor_sizes" in facts.stated:
+        pyramids = {0: list(facts.settled["model.anchor_sizes"])}
+
     def layout(smallest: int, ratios: tuple[float, ...]) -> AnchorLayout:
-        sides = [smallest << level for level in range(_NUM_LEVELS)]
-        return anchor_layout(sides, ratios, min_sizes=(side,), max_size=max_size)
+        return anchor_layout(pyramids[smallest], ratios, min_sizes=(side,), max_size=max_size)
 
     found = []
     for ratios in shapes:
-        ious = {smallest: best_iou(boxes, sizes, layout(smallest, ratios), side) for smallest in _ANCHOR_SIDES}
+        ious = {smallest: best_iou(boxes, sizes, layout(smallest, ratios), side) for smallest in pyramids}
         reached = {smallest: float((iou >= IOU_REACHED).mean()) for smallest, iou in ious.items()}
         enough = [smallest for smallest in ious if reached[smallest] >= _REACHED]
         best = max(enough or ious, key=lambda smallest: float(ious[smallest].mean()) if enough else reached[smallest])
@@ -263,7 +271,7 @@ def anchors(facts: Facts) -> Iterator[Choice]:
     most = max(share for share, _, _ in found)
     share, smallest, ratios = next(one for one in found if one[0] >= min(_REACHED, most - _WORTH))
     because = f"{share:.1%} of the objects are reached at IoU {IOU_REACHED:g}"
-    yield Choice("model.anchor_sizes", [smallest << level for level in range(_NUM_LEVELS)], because)
+    yield Choice("model.anchor_sizes", pyramids[smallest], because)
     yield Choice("model.aspect_ratios", list(ratios), "the fewest shapes that reach as many")
 
 

@@ -59,10 +59,16 @@ def facts(seconds: float | None = 540.0, *, machine: Machine = MACHINE, **settle
 
 
 def chosen(rule: rules.Rule, given: Facts) -> dict[str, Any]:
-    """Return the values that a rule chooses, each with a reason."""
-    choices = list(rule(given))
-    assert all(choice.because and choice.key in given.settled for choice in choices)
-    return {choice.key: choice.value for choice in choices}
+    """Return the values that a rule chooses, each with a reason; as in a plan, what is not stated is settled."""
+    given = replace(given, settled=(settled := dict(given.settled)))
+    values = {}
+    for choice in rule(given):
+        assert choice.because
+        assert choice.key in settled
+        values[choice.key] = choice.value
+        if choice.key not in given.stated:
+            settled[choice.key] = choice.value
+    return values
 
 
 def with_data(given: Facts, **changes: Any) -> Facts:
@@ -121,6 +127,28 @@ def test_small_objects_get_larger_images_as_far_as_the_time_allows() -> None:
     assert chosen(rules.image_size, large)["model.min_size"] == 384
     tiny = with_data(facts(seconds=1e9), num_images=10**12, relative_sides=DATA.relative_sides / 10)
     assert chosen(rules.image_size, tiny)["model.min_size"] == 960  # twice the stored size
+
+
+def test_a_stated_size_has_room() -> None:
+    """The longest side follows from the shorter one that is stated, not from that which would be chosen."""
+    given = with_data(facts(**{"model.min_size": 800}), num_images=MANY)
+    stated = replace(given, stated={"model.min_size"})
+    assert chosen(rules.image_size, stated)["model.max_size"] >= 800 * 640 / 480
+    assert chosen(rules.image_size, given)["model.max_size"] < 800
+
+
+def test_stated_anchors_are_built_on() -> None:
+    """Shapes are chosen for sizes that are stated, and sizes for shapes."""
+    sizes = [64, 128, 256, 512, 1024]  # twice those that would be chosen
+    given = facts(**{"model.min_size": 480, "model.max_size": 800, "model.anchor_sizes": sizes})
+    free = chosen(rules.anchors, given)
+    bound = chosen(rules.anchors, replace(given, stated={"model.anchor_sizes"}))
+    assert free["model.anchor_sizes"] != sizes
+    assert bound["model.anchor_sizes"] == sizes
+    settled = {**given.settled, "model.aspect_ratios": [1.0]}
+    narrow = chosen(rules.anchors, replace(given, settled=settled, stated={"model.aspect_ratios"}))
+    assert narrow["model.aspect_ratios"] == [1.0]
+    assert narrow["model.anchor_sizes"] != sizes
 
 
 def test_long_pictures_keep_their_shape() -> None:
