@@ -80,23 +80,21 @@ def measure_machine(model: Detector, train_set: DetectionDataset, device: torch.
         with random_states_kept(device):
             compared, other = (_SMALL, _LARGE) if device.type == "cpu" else (_LARGE, _SMALL)
             full = step_seconds("fp32", compared)
-            half = step_seconds("bf16", compared) if _has_bf16(device) else None
-            precision: Precision = "fp32" if half is None or half > _PAYS * full else "bf16"
-            seconds = {compared: full if precision == "fp32" else half, other: step_seconds(precision, other)}
+            half = step_seconds("bf16", compared) if _has_bf16(device) else math.inf
+            precision: Precision = "bf16" if half < _PAYS * full else "fp32"
+            seconds = {compared: half if precision == "bf16" else full, other: step_seconds(precision, other)}
     finally:
         transform.min_size, transform.max_size = before
         model.train(training)
         model.zero_grad(set_to_none=True)
     small, large = seconds[_SMALL], seconds[_LARGE]
-    assert small is not None
-    assert large is not None
     pixels = [_megapixels(batch, side, int(_MAX_ASPECT * side)) for side in (_SMALL, _LARGE)]
     slope = max(large - small, 0.0) / max(pixels[1] - pixels[0], 1e-6)
     used = _BYTES
     if device.type == "cuda":
         used = torch.cuda.max_memory_allocated(device) / (pixels[1] * len(batch.images))
     room = _memory(device) / 2 / used
-    gain = None if half is None else full / half
+    gain = full / half if half < math.inf else None
     return Machine(device.type, precision, gain, max(small - slope * pixels[0], 0.0), slope, room)
 
 

@@ -254,7 +254,8 @@ def anchors(facts: Facts) -> Iterator[Choice]:
 
     pyramids = {smallest: [smallest << level for level in range(_NUM_LEVELS)] for smallest in _ANCHOR_SIDES}
     if "model.anchor_sizes" in facts.stated:
-        pyramids = {0: list(facts.settled["model.anchor_sizes"])}
+        stated = list(facts.settled["model.anchor_sizes"])
+        pyramids = {stated[0]: stated}
 
     def layout(smallest: int, ratios: tuple[float, ...]) -> AnchorLayout:
         return anchor_layout(pyramids[smallest], ratios, min_sizes=(side,), max_size=max_size)
@@ -333,12 +334,12 @@ def length(facts: Facts) -> Iterator[Choice]:
     From the steps of 10 minutes to three times as many, to 37 to 47 passes over 74 to 90 images, test AP changed by
     +4.6, -0.3 and -1.0 (aquarium, chess, tables). A few images are seen more often, as heads need their steps.
     """
-    images = facts.data.num_images
-    passes = round(max(_MOST_PASSES, _FEWEST_OF_ALL / images))
-    if facts.seconds is None or facts.settled["train.steps"] is not None or facts.num_visits <= passes * images:
+    if facts.seconds is None or facts.settled["train.steps"] is not None:
         return
-    because = f"there is time to see each image {facts.num_visits / images:.0f} times; it would be learnt by heart"
-    yield Choice("train.epochs", float(passes), because)
+    passes, most = facts.passes(facts.side), round(max(_MOST_PASSES, _FEWEST_OF_ALL / facts.data.num_images))
+    if passes > most:
+        because = f"there is time to see each image {passes:.0f} times; it would be learnt by heart"
+        yield Choice("train.epochs", float(most), because)
 
 
 _SMALL_BATCH, _FOR_STATISTICS = 2, 8
@@ -390,7 +391,11 @@ def augmentation(facts: Facts) -> Iterator[Choice]:
     """
     steps: list[dict[str, Any]] = [{"HorizontalFlip": {"p": 0.5}}]
     because = "a mirrored object is one of its class; turning images too has cost AP in short runs"
-    if _are_seen_often(facts, facts.side):
+    # Whether images vary is decided once, with their sizes; where those are stated, here.
+    is_varied = not isinstance(facts.settled["model.min_size"], int)
+    if "model.min_size" in facts.stated:
+        is_varied = _are_seen_often(facts, facts.side)
+    if is_varied:
         steps.append({"RandomBrightnessContrast": {"p": 0.5}})
         because += f"; brightness and contrast vary, as images are seen {facts.passes(facts.side):.0f} times"
     if (tiles := facts.settled["eval.tiles"]) is not None:

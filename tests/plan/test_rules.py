@@ -83,6 +83,9 @@ def test_images_that_are_seen_often_vary() -> None:
     assert min(sizes) < sizes[-1] < max(sizes)
     settled = {**few.settled, "model.min_size": sizes}
     assert "RandomBrightnessContrast" in str(chosen(rules.augmentation, replace(few, settled=settled)))
+    # One decision: images of one size are not varied otherwise, unless that size is stated.
+    assert "RandomBrightnessContrast" not in str(chosen(rules.augmentation, few))
+    assert "RandomBrightnessContrast" in str(chosen(rules.augmentation, replace(few, stated={"model.min_size"})))
     many = with_data(few, num_images=10_000)
     assert isinstance(chosen(rules.image_size, many)["model.min_size"], int)
     assert "RandomBrightnessContrast" not in str(chosen(rules.augmentation, many))
