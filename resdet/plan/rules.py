@@ -173,8 +173,9 @@ def image_size(facts: Facts) -> Iterator[Choice]:
             side = max(affordable, _FLOOR)
             because = (
                 f"the time allows {facts.seconds / facts.image_seconds(side):.0f} images of this size, and the heads "
-                f"need some {_visits_needed(facts.seconds):.0f}; small objects would want {wanted:.0f}"
+                f"need some {_visits_needed(facts.seconds):.0f}"
             )
+            because += f"; small objects would want {wanted:.0f}" if wanted > side else ""
     side = _whole(side)
     sizes: int | list[int] = side
     if _are_seen_often(facts, side):

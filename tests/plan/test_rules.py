@@ -126,6 +126,11 @@ def test_small_objects_get_larger_images_as_far_as_the_time_allows() -> None:
     tight = replace(small, seconds=540.0)
     assert chosen(rules.image_size, small)["model.min_size"] > chosen(rules.image_size, tight)["model.min_size"] > 256
     assert chosen(rules.image_size, facts(seconds=30))["model.min_size"] == 256
+    reason = next(iter(rules.image_size(facts(seconds=30)))).because
+    assert "small objects would want 384" in reason
+    reason = next(iter(rules.image_size(with_data(facts(seconds=30), relative_sides=DATA.relative_sides * 10)))).because
+    assert "the time allows" in reason
+    assert "small objects" not in reason  # the few pixels that they need are not what is missing
     large = with_data(facts(seconds=36_000), num_images=MANY, relative_sides=DATA.relative_sides * 10)
     assert chosen(rules.image_size, large)["model.min_size"] == 384
     tiny = with_data(facts(seconds=1e9), num_images=10**12, relative_sides=DATA.relative_sides / 10)
