@@ -161,21 +161,22 @@ def image_size(facts: Facts) -> Iterator[Choice]:
     height, width = data.image_size
     wanted = _OBJECT_PIXELS / data.relative_sides[1]
     native = min(height, width)
-    side = min(max(wanted, _SHORTEST), _MOST_ENLARGED * native)
-    because = f"three quarters of the objects then have {data.relative_sides[1] * side:.0f} pixels or more"
-    if wanted < _SHORTEST:
-        because = f"objects would be large enough at {wanted:.0f}; below {_SHORTEST} their borders and details get lost"
-    elif wanted > _MOST_ENLARGED * native:
-        because += f"; more than {_MOST_ENLARGED:g} times the stored size adds nothing to see"
-    if facts.seconds is not None:
-        affordable = _affordable_side(facts)
-        if affordable < side:
-            side = max(affordable, _FLOOR)
-            because = (
-                f"the time allows {facts.seconds / facts.image_seconds(side):.0f} images of this size, and the heads "
-                f"need some {_visits_needed(facts.seconds):.0f}"
-            )
-            because += f"; small objects would want {wanted:.0f}" if wanted > side else ""
+    side, because = wanted, f"three quarters of the objects then have {_OBJECT_PIXELS} pixels or more"
+    if side < _SHORTEST:
+        side = _SHORTEST
+        because = f"objects would be large enough at {wanted:.0f}; below {side} their borders and details get lost"
+    if side > _MOST_ENLARGED * native:
+        side = _MOST_ENLARGED * native
+        pixels = data.relative_sides[1] * side
+        because = f"{_MOST_ENLARGED:g} times the stored size, more adds nothing to see; a quarter of the objects "
+        because += f"then have less than {pixels:.0f} pixels"
+    if facts.seconds is not None and (affordable := _affordable_side(facts)) < side:
+        side = max(affordable, min(_FLOOR, side))
+        because = (
+            f"the time allows {facts.seconds / facts.image_seconds(side):.0f} images of this size, and the heads "
+            f"need some {_visits_needed(facts.seconds):.0f}"
+        )
+        because += f"; small objects would want {wanted:.0f}" if wanted > side else ""
     side = _whole(side)
     sizes: int | list[int] = side
     if _are_seen_often(facts, side):

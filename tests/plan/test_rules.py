@@ -133,6 +133,12 @@ def test_small_objects_get_larger_images_as_far_as_the_time_allows() -> None:
     assert "small objects" not in reason  # the few pixels that they need are not what is missing
     large = with_data(facts(seconds=36_000), num_images=MANY, relative_sides=DATA.relative_sides * 10)
     assert chosen(rules.image_size, large)["model.min_size"] == 384
+    thumbnails = with_data(large, image_size=(104, 139))
+    assert chosen(rules.image_size, thumbnails)["model.min_size"] == 208  # twice the stored size
+    reason = next(iter(rules.image_size(thumbnails))).because
+    assert "2 times the stored size" in reason
+    assert "384" not in reason
+    assert chosen(rules.image_size, replace(thumbnails, seconds=7.0))["model.min_size"] == 208  # not 256
     tiny = with_data(facts(seconds=1e9), num_images=10**12, relative_sides=DATA.relative_sides / 10)
     assert chosen(rules.image_size, tiny)["model.min_size"] == 960  # twice the stored size
 
