@@ -19,6 +19,7 @@ from resdet.random_states import random_states_kept
 from resdet.training.losses import detection_losses
 
 _SMALL, _LARGE = 256, 512  # shorter sides that are timed, pixels
+_MAX_ASPECT = 2.0  # of an image that is timed: the longer side is cut down to this many shorter ones
 _PAYS = 0.9  # a lower precision is taken if a step takes less than this share of the time
 _BYTES = 2.5e9  # of a training step on a CPU for each million pixels, ResNet-101 in float32
 _REPEATS = 3
@@ -48,9 +49,6 @@ class Machine:
     def seconds(self, height: float, width: float) -> float:
         """Return the seconds of a training step for each image that is scaled to this size."""
         return self.per_image + self.per_megapixel * height * width / 1e6
-
-
-_MAX_ASPECT = 2.0  # of an image that is timed: the longer side is cut down to this many shorter ones
 
 
 def measure_machine(model: Detector, train_set: DetectionDataset, device: torch.device) -> Machine:
