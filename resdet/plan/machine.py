@@ -17,13 +17,14 @@ from resdet.models.detector import Detector
 from resdet.precision import Precision
 from resdet.random_states import random_states_kept
 from resdet.training.losses import detection_losses
+from resdet.training.optim import build_optimizer
 
 _SMALL, _LARGE = 256, 512  # shorter sides that are timed, pixels
 _MAX_ASPECT = 2.0  # of an image that is timed: the longer side is cut down to this many shorter ones
 _PAYS = 0.9  # a lower precision is taken if a step takes less than this share of the time
 _BYTES = 2.5e9  # of a training step on a CPU for each million pixels, ResNet-101 in float32
-_REPEATS = 3
-_NUM_SAMPLES = 4  # images, evenly spread
+_REPEATS, _ENOUGH_S = 3, 12.0  # of steps of one size, which are no more than two once they have taken so many seconds
+_BATCH_SIZES = {"cpu": 2, "cuda": 4}  # images, evenly spread
 
 
 @dataclass(frozen=True)
@@ -54,26 +55,30 @@ class Machine:
 def measure_machine(model: Detector, train_set: DetectionDataset, device: torch.device) -> Machine:
     """Time training steps of a detector on images of the dataset; the detector is as before afterwards.
 
-    Gradients are computed and dropped. Of several runs of each size and precision the fastest counts: the first sets up
-    kernels, and other programs of the machine make one slow now and then. Precisions are compared at the smaller size,
-    on a GPU at the larger one: in a small step it only waits for the host.
+    A step is a whole one, with that of an optimizer at a rate of 0, on a batch as small as a plan's. Of several runs of
+    each size and precision the fastest counts: the first sets up kernels, and other programs of the machine make one
+    slow now and then. Precisions are compared at the smaller size, on a GPU at the larger one: in a small step it only
+    waits for the host.
     """
     transform, training = model.transform, model.training
     before = transform.min_size, transform.max_size
-    batch = _batch(train_set, 1 if device.type == "cpu" else _NUM_SAMPLES)
+    batch = _batch(train_set, _BATCH_SIZES[device.type])
 
     def step_seconds(precision: Precision, side: int) -> float:
         transform.min_size, transform.max_size = (side,), int(_MAX_ASPECT * side)
-        seconds = math.inf
-        for _ in range(_REPEATS):
+        seconds: list[float] = []
+        while len(seconds) < 2 or (len(seconds) < _REPEATS and sum(seconds) < _ENOUGH_S):
             begun = time.perf_counter()
             detection_losses(model, model, batch, precision)["loss"].backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            optimizer.zero_grad()
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
-            seconds = min(seconds, (time.perf_counter() - begun) / len(batch.images))
-        return seconds
+            seconds.append(time.perf_counter() - begun)
+        return min(seconds) / len(batch.images)
 
     model.to(device).train()
+    optimizer = build_optimizer(model, name="adamw", lr=0.0, weight_decay=0.0)
     try:
         with random_states_kept(device):
             compared, other = (_SMALL, _LARGE) if device.type == "cpu" else (_LARGE, _SMALL)

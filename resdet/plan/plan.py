@@ -22,7 +22,7 @@ from resdet.data.image_facts import default_num_workers
 from resdet.files import write_text
 from resdet.plan.fingerprint import fingerprint
 from resdet.plan.machine import Machine, measure_machine
-from resdet.plan.rules import RULES, Facts
+from resdet.plan.rules import REGIONS, RULES, Facts, num_regions
 from resdet.processes import Processes
 from resdet.training.folder import PLAN
 from resdet.training.settings import fixed_steps
@@ -94,9 +94,11 @@ def make_plan(
     """
     started = time.perf_counter()
     data = fingerprint(train_set, val_set.table)
-    machine = _measured(config, train_set, team.device)
-    table, used = train_set.table, train_set.trained
     stated = stated_keys(config)
+    # Regions cost time, and their number follows from the data alone.
+    regions = config.model.box_batch_size_per_image if REGIONS in stated else num_regions(data)
+    machine = _measured(config, regions, train_set, team.device)
+    table, used = train_set.table, train_set.trained
     settled = flattened(config_to_plain(config))
     facts = Facts(
         data=data,
@@ -152,9 +154,10 @@ def _with(config: Config, values: Mapping[str, Any]) -> Config:
     return config_from_plain(tree, source="the plan")
 
 
-def _measured(config: Config, train_set: DetectionDataset, device: torch.device) -> Machine:
+def _measured(config: Config, regions: int, train_set: DetectionDataset, device: torch.device) -> Machine:
     torch.manual_seed(config.seed)
-    model = build_model(config.model, train_set, resume_from=None)
+    measured = config.model.model_copy(update={"box_batch_size_per_image": regions})
+    model = build_model(measured, train_set, resume_from=None)
     return measure_machine(model, train_set, device)
 
 

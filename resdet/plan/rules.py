@@ -283,19 +283,21 @@ def _spread(low: float, high: float, number: int) -> tuple[float, ...]:
     return tuple(sorted({float(f"{value:.2g}") for value in np.geomspace(low, high, number)}))
 
 
-_REGIONS = 128
-_MOST_REGIONS = 512
+REGIONS = "model.box_batch_size_per_image"
+_FEWEST_REGIONS, _MOST_REGIONS = 128, 512
+
+
+def num_regions(data: Fingerprint) -> int:
+    """Return how many regions of an image the box head trains on: a quarter of them are positives."""
+    needed = 4 * data.objects_per_image[4]
+    return int(min(max(_FEWEST_REGIONS, 2 ** math.ceil(math.log2(max(needed, 1)))), _MOST_REGIONS))
 
 
 def regions(facts: Facts) -> Iterator[Choice]:
-    """Train the box head on as many regions of an image as its objects need; a quarter of them are positives."""
+    """Train the box head on as many regions of an image as its objects need."""
     high = facts.data.objects_per_image[4]
-    number = int(min(max(_REGIONS, 2 ** math.ceil(math.log2(max(4 * high, 1)))), _MOST_REGIONS))
-    yield Choice(
-        "model.box_batch_size_per_image",
-        number,
-        f"images have up to {high:.0f} objects, and a region costs time in the box head",
-    )
+    because = f"images have up to {high:.0f} objects, and a region costs time in the box head"
+    yield Choice(REGIONS, num_regions(facts.data), because)
 
 
 def dense_images(facts: Facts) -> Iterator[Choice]:

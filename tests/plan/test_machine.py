@@ -51,9 +51,23 @@ def test_a_cpu_is_asked_what_it_can() -> None:
     assert machine._has_bf16(torch.device("cpu")) == can
 
 
-def test_the_detector_is_as_before(steps: list[tuple[str, int]]) -> None:
+def test_slow_steps_are_taken_twice(steps: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "_has_bf16", lambda _: False)
+    measure_machine(small_detector(), DATASET, torch.device("cpu"))
+    assert steps == 3 * [("fp32", 256)] + 3 * [("fp32", 512)]
+    steps.clear()
+    monkeypatch.setattr(machine, "_ENOUGH_S", 0.0)
+    measure_machine(small_detector(), DATASET, torch.device("cpu"))
+    assert steps == 2 * [("fp32", 256)] + 2 * [("fp32", 512)]
+
+
+def test_the_detector_is_as_before() -> None:
+    """Though its steps are whole ones, with that of an optimizer."""
     model = small_detector().eval()
-    before = model.transform.min_size, model.transform.max_size
+    sizes = model.transform.min_size, model.transform.max_size
+    weights = {key: value.clone() for key, value in model.state_dict().items()}
     measure_machine(model, DATASET, torch.device("cpu"))
-    assert (model.transform.min_size, model.transform.max_size) == before
+    assert (model.transform.min_size, model.transform.max_size) == sizes
     assert not model.training
+    assert all(torch.equal(weights[key], value) for key, value in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())

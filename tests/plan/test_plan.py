@@ -14,6 +14,7 @@ import yaml
 
 from resdet.config import load_config
 from resdet.errors import UserError
+from resdet.models.detector import Detector
 from resdet.plan import plan as planning
 from resdet.plan.machine import Machine
 from resdet.training.detection import plan_alone, train
@@ -64,6 +65,21 @@ def test_a_plan_states_everything_and_is_an_ordinary_configuration(tmp_path: Pat
     assert '<section id="plan"' in page
     assert plan["rows"][0]["because"].split(" ")[0] in page
     assert '<section id="plan"' not in (tmp_path / "again" / "report.html").read_text()
+
+
+@pytest.mark.parametrize(("overrides", "regions"), [((), 128), (("model.box_batch_size_per_image=64",), 64)])
+def test_steps_are_timed_with_the_regions_that_they_will_have(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overrides: tuple[str, ...], regions: int
+) -> None:
+    """The recipe's own 512 would make a step look half as long again."""
+
+    def measured(model: Detector, *_: object) -> Machine:
+        assert model.roi_heads.fg_bg_sampler.batch_size_per_image == regions
+        return Machine("cpu", "fp32", gain=0.5, per_image=0.01, per_megapixel=1.0, megapixels=20.0)
+
+    monkeypatch.setattr(planning, "measure_machine", measured)
+    plan = plan_alone(small(tmp_path, *overrides))
+    assert plan.config.model.box_batch_size_per_image == regions
 
 
 def test_what_is_stated_wins(tmp_path: Path, measured: None) -> None:
