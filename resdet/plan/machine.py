@@ -13,6 +13,7 @@ import torch
 from resdet.data.dataset import DetectionDataset
 from resdet.data.loader import Batch
 from resdet.data.order import evenly_spread
+from resdet.malloc import keep_freed_memory
 from resdet.models.detector import Detector
 from resdet.precision import Precision
 from resdet.random_states import random_states_kept
@@ -77,6 +78,8 @@ def measure_machine(model: Detector, train_set: DetectionDataset, device: torch.
             seconds.append(time.perf_counter() - begun)
         return min(seconds) / len(batch.images)
 
+    if device.type == "cpu":
+        keep_freed_memory()  # as training does: --plan-only times the same steps
     model.to(device).train()
     optimizer = build_optimizer(model, name="adamw", lr=0.0, weight_decay=0.0)
     try:
