@@ -7,6 +7,7 @@ import gc
 import json
 import os
 import pickle
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -15,7 +16,14 @@ from typing import Any
 
 from resdet.errors import UserError
 
-_CHILD = "import json, pickle, sys; f, a = pickle.load(sys.stdin.buffer); print(json.dumps(f(*a)))"
+_CHILD = """
+import json, pickle, sys
+from benchmarks.own_process import end_with_parent
+end_with_parent()
+function, arguments = pickle.load(sys.stdin.buffer)
+print(json.dumps(function(*arguments)))
+"""
+_PR_SET_PDEATHSIG = 1  # Linux's prctl.h
 
 
 def in_own_process(
@@ -41,6 +49,15 @@ def in_own_process(
     )
     figures: dict[str, float] = json.loads(run.stdout.splitlines()[-1])
     return figures
+
+
+def end_with_parent() -> None:
+    """Have this process sent SIGTERM when the one that started it ends, however it does; Linux alone can.
+
+    Otherwise a training would go on after its benchmark is killed, and spoil whatever is measured next.
+    """
+    if prctl := getattr(ctypes.CDLL(None), "prctl", None):
+        prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def check_linux(file: str) -> None:
