@@ -59,7 +59,7 @@ def measure_machine(model: Detector, train_set: DetectionDataset, device: torch.
     A step is a whole one, with that of an optimizer at a rate of 0, on a batch as small as a plan's. Of several runs of
     each size and precision the fastest counts: the first sets up kernels, and other programs of the machine make one
     slow now and then. Precisions are compared at the smaller size, on a GPU at the larger one: in a small step it only
-    waits for the host.
+    waits for the host. On a CPU this process keeps freed memory from then on (``resdet.keep_freed_memory``).
     """
     transform, training = model.transform, model.training
     before = transform.min_size, transform.max_size

@@ -21,6 +21,8 @@ from resdet.training.detection import plan_alone, train
 
 ROOT = Path(__file__).resolve().parents[2]
 
+MACHINE = Machine("cpu", "fp32", gain=0.5, per_image=0.01, per_megapixel=1.0, megapixels=20.0)
+
 SMALL = (
     "data.train={format: shapes, num_images: 24, image_size: 64}",
     "data.val={format: shapes, num_images: 4, image_size: 64}",
@@ -39,8 +41,7 @@ def small(folder: Path, *overrides: str) -> Any:
 @pytest.fixture
 def measured(monkeypatch: pytest.MonkeyPatch) -> None:
     """Take the machine as measured, so that plans are the same in each run of the tests."""
-    machine = Machine("cpu", "fp32", gain=0.5, per_image=0.01, per_megapixel=1.0, megapixels=20.0)
-    monkeypatch.setattr(planning, "measure_machine", lambda *_: machine)
+    monkeypatch.setattr(planning, "measure_machine", lambda *_: MACHINE)
 
 
 def test_a_plan_states_everything_and_is_an_ordinary_configuration(tmp_path: Path, measured: None) -> None:
@@ -75,7 +76,7 @@ def test_steps_are_timed_with_the_regions_that_they_will_have(
 
     def measured(model: Detector, *_: object) -> Machine:
         assert model.roi_heads.fg_bg_sampler.batch_size_per_image == regions
-        return Machine("cpu", "fp32", gain=0.5, per_image=0.01, per_megapixel=1.0, megapixels=20.0)
+        return MACHINE
 
     monkeypatch.setattr(planning, "measure_machine", measured)
     plan = plan_alone(small(tmp_path, *overrides))

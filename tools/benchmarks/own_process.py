@@ -56,8 +56,8 @@ def end_with_parent() -> None:
 
     Otherwise a training would go on after its benchmark is killed, and spoil whatever is measured next.
     """
-    if prctl := getattr(ctypes.CDLL(None), "prctl", None):
-        prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def check_linux(file: str) -> None:
