@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from running import runs, soon
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
 
@@ -25,17 +24,10 @@ in_own_process(exec, {CHILD!r})
 def test_a_measurement_ends_with_its_benchmark(tmp_path: Path) -> None:
     """Even with one that is killed and can pass nothing on."""
 
-    def soon(condition: Callable[[], bool]) -> bool:
-        end = time.monotonic() + 30
-        while not (met := condition()) and time.monotonic() < end:
-            time.sleep(0.1)
-        return met
-
     with subprocess.Popen([sys.executable, "-c", PARENT], cwd=tmp_path) as parent:
         written = tmp_path / "pid"
         assert soon(lambda: written.exists() and written.read_text() != "")
-        stat = Path("/proc", written.read_text(), "stat")
-        assert stat.exists()
+        pid = int(written.read_text())
+        assert runs(pid)
         parent.kill()
-    # One that nobody has asked for its exit code is a zombie.
-    assert soon(lambda: not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] == "Z")
+    assert soon(lambda: not runs(pid))

@@ -10,6 +10,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from running import runs, soon
 
 from resdet.data import workers
 from resdet.data.augment.pipeline import build_augment
@@ -252,18 +253,7 @@ def test_workers_end_with_their_parent(fits):
     assert done.returncode == -signal.SIGKILL
     workers = [int(pid) for pid in done.stdout.split()]
     assert len(workers) == 2
-    deadline = time.monotonic() + 30
-    while any(_runs(pid) for pid in workers) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert not any(_runs(pid) for pid in workers)
-
-
-def _runs(pid):
-    try:
-        with open(f"/proc/{pid}/stat") as file:
-            return file.read().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
+    assert soon(lambda: not any(runs(pid) for pid in workers))
 
 
 @linux_only
