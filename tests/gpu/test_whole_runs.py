@@ -138,8 +138,14 @@ def test_accumulated_steps(named: str, tmp_path: Path) -> None:
     """Small boxes fill every sample, so that a batch in two parts trains the same."""
     train_here(tmp_path / "whole", "train.steps=2", on(named), "optim.warmup_steps=0")
     train_here(tmp_path / "parts", "train.steps=2", on(named), "optim.warmup_steps=0", "train.accumulate=2")
-    # A float32 sum in another order; the second step may meet other proposals.
-    np.testing.assert_allclose(logged(tmp_path / "parts", "loss")[0], logged(tmp_path / "whole", "loss")[0], rtol=1e-3)
+    # A float32 sum in another order; the second step may meet other proposals. A GPU computes smaller batches by other
+    # algorithms, and scores of random weights, which are nearly equal, then rank proposals otherwise: the box head
+    # draws others of them, and its part of the loss moves by some percent. Anchors are drawn whatever their scores.
+    for key in ("loss_objectness", "loss_rpn_box_reg"):
+        parts, whole = (logged(tmp_path / name, key)[0] for name in ("parts", "whole"))
+        assert parts == pytest.approx(whole, rel=1e-3), key
+    tolerance = 1e-3 if named == "cpu" else 0.1
+    assert logged(tmp_path / "parts", "loss")[0] == pytest.approx(logged(tmp_path / "whole", "loss")[0], rel=tolerance)
 
 
 def test_memory_that_runs_out_is_met_by_smaller_pieces(

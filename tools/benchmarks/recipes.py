@@ -50,7 +50,7 @@ RECIPES: dict[str, tuple[str, ...] | None] = {
     "without_anchors": ("finetune", "model.anchor_sizes=[32,64,128,256,512]", "model.aspect_ratios=[0.5,1,2]"),
     "without_regions": ("finetune", "model.box_batch_size_per_image=512"),
     "without_batch": ("finetune", "train.batch_size=4"),
-    "without_rate": ("finetune", "optim.lr=1e-4", "optim.body_lr_factor=1"),
+    "without_rate": ("finetune", "optim.lr=1e-4"),
     "without_clipping": ("finetune", "optim.clip_grad_norm=null"),
     "without_flipping": ("finetune", "augment=[]"),
     "without_voting": ("finetune", "eval.tricks.voting=null"),
