@@ -149,8 +149,8 @@ _OBJECT_PIXELS = 24
 points of AP less on photographs of animals, at 480 pixels for 416 and as many steps."""
 
 _SHORTEST, _FLOOR = 416, 256
-"""Sides in pixels with enough time, and with hardly any. On a slow machine, in equal time, 256 in place of 384 came to 14
-points of AP in the mean of four datasets (ResNet-18), and 192 in place of 256 to -2 of two."""
+"""Sides in pixels with enough time, and with hardly any. On a slow machine, in equal time, 256 in place of 384 came to
+14 points of AP in the mean of four datasets (ResNet-18), and 192 in place of 256 to -2 of two."""
 
 _MOST_ENLARGED = 2.0
 _FEWEST_VISITS, _THEIR_SECONDS = 1000, 540
