@@ -140,11 +140,12 @@ def test_accumulated_steps(named: str, tmp_path: Path) -> None:
     train_here(tmp_path / "parts", "train.steps=2", on(named), "optim.warmup_steps=0", "train.accumulate=2")
     # A float32 sum in another order; the second step may meet other proposals. A GPU computes smaller batches by other
     # algorithms, and scores of random weights, which are nearly equal, then rank proposals otherwise: the box head
-    # draws others of them, and its part of the loss moves by some percent. Anchors are drawn whatever their scores.
+    # draws others of them. Weights of the scores that differ by 1e-6 to 1e-4 move the loss by up to 1e-3 so (pretend
+    # GPU), and the RPN's parts by less than 1e-6: its anchors are drawn whatever their scores.
     for key in ("loss_objectness", "loss_rpn_box_reg"):
         parts, whole = (logged(tmp_path / name, key)[0] for name in ("parts", "whole"))
         assert parts == pytest.approx(whole, rel=1e-3), key
-    tolerance = 1e-3 if named == "cpu" else 0.1
+    tolerance = 1e-3 if named == "cpu" else 1e-2
     assert logged(tmp_path / "parts", "loss")[0] == pytest.approx(logged(tmp_path / "whole", "loss")[0], rel=tolerance)
 
 

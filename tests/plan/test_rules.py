@@ -264,6 +264,7 @@ def test_the_rate_falls_and_warmup_grows_with_the_number_of_steps() -> None:
     assert few["optim.warmup_steps"] < many["optim.warmup_steps"]
     assert few["optim.warmup_steps"] < facts(500, **settled).estimated_steps / 5
     assert (few["optim.name"], few["optim.schedule"]) == ("adamw", "cosine")
+    assert "optim.body_lr_factor" not in few  # the body is trained at the heads' rate
 
 
 def test_images_are_mirrored_and_no_more() -> None:
